@@ -1,0 +1,1 @@
+"""crate-ray: distributed self-supervised pretraining of white-box transformers, on Ray."""

@@ -1,0 +1,449 @@
+"""Every setting of every job, as one family of strict pydantic models.
+
+A field's docstring is its documentation: `--help` prints it. Units are named where there are any.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+# --- Models ---------------------------------------------------------------------------------------------------------
+
+PresetName = Literal["tiny", "small", "base", "large"]
+
+CRATE_PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"dim": 384, "depth": 12, "num_subspaces": 6},
+    "small": {"dim": 576, "depth": 12, "num_subspaces": 12},
+    "base": {"dim": 768, "depth": 12, "num_subspaces": 12},
+    "large": {"dim": 1024, "depth": 24, "num_subspaces": 16},
+}
+"""The four published sizes (arXiv 2404.02446, appendix). The decoder is as deep as the encoder and p = d / K; both
+follow from the fields' defaults, so that an override of depth or num_subspaces carries them along."""
+
+VIT_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"dim": 384, "depth": 12, "num_heads": 6, "decoder_depth": 8, "qkv_bias": False},
+    "small": {"dim": 576, "depth": 12, "num_heads": 12, "decoder_depth": 8, "qkv_bias": False},
+    "base": {
+        "dim": 768, "depth": 12, "num_heads": 12, "decoder_depth": 8, "decoder_num_heads": 16, "qkv_bias": False,
+    },
+    "large": {
+        "dim": 1024, "depth": 24, "num_heads": 16, "decoder_depth": 8, "decoder_num_heads": 16, "qkv_bias": False,
+    },
+    "tiny-matched": {"dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.125},
+    "small-matched": {"dim": 288, "depth": 12, "num_heads": 6},
+    "base-matched": {"dim": 384, "depth": 12, "num_heads": 6},
+    "large-matched": {"dim": 512, "depth": 24, "num_heads": 8},
+}  # fmt: skip
+"""Baselines. 'base' and 'large' are the ViT-MAE that the CRATE-MAE authors compare with (their mae_vit_base, 143.79 M
+with its frozen tables: MAE's 8 decoder layers at the encoder's width, no qkv bias); 'tiny' and 'small' follow their
+pattern. '-matched' halves a CRATE-MAE preset's width at its depths: a ViT layer has about 12 d² parameters, a CRATE
+layer 3 d²."""
+
+
+def fill_from_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
+    """Give a preset's sizes to the fields that were not set explicitly."""
+    if isinstance(values, dict) and values.get("preset") in presets:
+        return {**presets[values["preset"]], **values}
+    return values
+
+
+class ImageModelConfig(Settings):
+    """What CRATE-MAE and ViT-MAE have in common: the patch grid and the masked-completion objective."""
+
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
+    """Image side in pixels, or [height, width]."""
+    patch_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 16
+    """Patch side in pixels, or [height, width]; divides the image size."""
+    channels: PositiveInt = 3
+    """Channels of the input: 3 for colour images, 1 for grayscale, any number for .npy grids."""
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Share of patches hidden from the model; floor(N (1 - mask_ratio)) of N stay visible."""
+    norm_pix_loss: bool = False
+    """Predict each patch's pixels normalised by that patch's mean and variance (MAE) instead of the plain pixels."""
+
+    @field_validator("image_size", "patch_size", mode="before")
+    @classmethod
+    def _one_number_is_a_square(cls, value: Any) -> Any:
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Image height and width in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Patch height and width in pixels."""
+        return self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size, self.patch_size)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Number of patches down and across."""
+        return self.image_hw[0] // self.patch_hw[0], self.image_hw[1] // self.patch_hw[1]
+
+    @property
+    def num_patches(self) -> int:
+        """Number N of patches of one image."""
+        return self.grid_hw[0] * self.grid_hw[1]
+
+    @property
+    def num_visible(self) -> int:
+        """Number of patches that stay visible: ⌊N (1 − mask_ratio)⌋ (published code)."""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        for side, image, patch in zip(("height", "width"), self.image_hw, self.patch_hw, strict=True):
+            if image % patch:
+                raise ValueError(
+                    f"image {side} {image} is not divisible by patch {side} {patch}; "
+                    f"use an image size of {image // patch * patch or patch} or {(image // patch + 1) * patch}"
+                )
+        if self.num_visible < 1:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} leaves none of the {self.num_patches} patches visible; lower it"
+            )
+        return self
+
+
+class CrateMAEConfig(ImageModelConfig):
+    """CRATE-MAE (arXiv 2404.02446). The defaults are the published base model at 224²."""
+
+    architecture: Literal["crate_mae"] = "crate_mae"
+    """Which model this is."""
+    preset: PresetName | None = None
+    """Published size; fields set beside it win over its values."""
+    dim: PositiveInt = 768
+    """Token dimension d; divisible by 4 (positions are sine-cosine in 2-D)."""
+    depth: PositiveInt = 12
+    """Number of encoder layers."""
+    decoder_depth: PositiveInt | None = None
+    """Number of decoder layers; by default as many as in the encoder."""
+    num_subspaces: PositiveInt = 12
+    """Number K of subspaces in the codebook U_[K] (the attention heads)."""
+    subspace_dim: PositiveInt | None = None
+    """Dimension p of each subspace; d / K by default. K·p may differ from d."""
+    sparsity_lambda: Annotated[float, Field(ge=0)] = 0.5
+    """λ, the weight of the sparsity penalty in ISTA (published CRATE-MAE: 0.5; supervised CRATE: 0.1)."""
+    step_size: Annotated[float, Field(gt=0)] = 0.1
+    """η, the step size of ISTA (published: 0.1)."""
+    output_map: Literal["learned", "tied"] = "learned"
+    """MSSA's output map: 'learned' W with bias (published), or 'tied' to [U_1 … U_K], the form that the derivation of
+    the compression step gives."""
+    attention: Literal["softmax", "linear"] = "softmax"
+    """Subspace attention: 'softmax' (published), or 'linear', without softmax: the gradient of R^c before the softmax
+    approximation."""
+    decoder_maps: Literal["free", "tied"] = "free"
+    """Decoder parameters: 'free' (published), or 'tied' to the encoder's mirrored layer (V = U, E = Dᵀ), the
+    discretised time reversal in its strict form. 'tied' needs decoder_depth = depth."""
+    encoder_tokens: Literal["all", "visible"] = "all"
+    """What the encoder sees: 'all' N + 1 tokens, masked ones as mask tokens (published), or 'visible' ones only, as in
+    MAE; shows what the mask tokens in the encoder cost and bring."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        values = fill_from_preset(values, CRATE_PRESETS)
+        if isinstance(values, dict):
+            values = dict(values)
+            if values.get("decoder_depth") is None:
+                values["decoder_depth"] = values.get("depth", cls.model_fields["depth"].default)
+            if values.get("subspace_dim") is None:
+                values.pop("subspace_dim", None)
+                dim = values.get("dim", cls.model_fields["dim"].default)
+                count = values.get("num_subspaces", cls.model_fields["num_subspaces"].default)
+                if isinstance(dim, int) and isinstance(count, int) and count > 0 and dim % count == 0:
+                    values["subspace_dim"] = dim // count
+        return values
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.dim % 4:
+            raise ValueError(f"dim {self.dim} is not divisible by 4, which 2-D sine-cosine positions need")
+        if self.subspace_dim is None:
+            raise ValueError(
+                f"dim {self.dim} is not divisible by num_subspaces {self.num_subspaces}; set subspace_dim explicitly"
+            )
+        if self.decoder_maps == "tied" and self.decoder_depth != self.depth:
+            raise ValueError(
+                f"decoder_maps 'tied' needs decoder_depth equal to depth, got {self.decoder_depth} and {self.depth}"
+            )
+        return self
+
+
+class ViTMAEConfig(ImageModelConfig):
+    """ViT-MAE, the baseline (arXiv 2111.06377), at the configuration of a CRATE-MAE preset or its parameter count."""
+
+    architecture: Literal["vit_mae"] = "vit_mae"
+    """Which model this is."""
+    preset: (
+        Literal["tiny", "small", "base", "large", "tiny-matched", "small-matched", "base-matched", "large-matched"]
+        | None
+    ) = None
+    """A CRATE-MAE preset's width, encoder depth and heads; '-matched' has that preset's parameter count within 2 %.
+    Fields set beside it win over its values."""
+    dim: PositiveInt = 768
+    """Token dimension of the encoder; divisible by 4 and by num_heads."""
+    depth: PositiveInt = 12
+    """Number of encoder layers."""
+    num_heads: PositiveInt = 12
+    """Number of attention heads of the encoder."""
+    decoder_dim: PositiveInt | None = None
+    """Token dimension of the decoder; by default the encoder's."""
+    decoder_depth: PositiveInt | None = None
+    """Number of decoder layers; by default as many as in the encoder."""
+    decoder_num_heads: PositiveInt | None = None
+    """Number of attention heads of the decoder; by default the encoder's."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of the MLP as a multiple of the token dimension."""
+    qkv_bias: bool = True
+    """Biases in the query, key and value projections (MAE: yes; the CRATE-MAE authors' ViT-MAE: no)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        values = fill_from_preset(values, VIT_PRESETS)
+        if isinstance(values, dict):
+            values = dict(values)
+            for name in ("dim", "depth", "num_heads"):
+                if values.get(f"decoder_{name}") is None:
+                    values[f"decoder_{name}"] = values.get(name, cls.model_fields[name].default)
+        return values
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        sizes = (("", self.dim, self.num_heads), ("decoder_", self.decoder_dim or 0, self.decoder_num_heads or 1))
+        for part, dim, heads in sizes:
+            if dim % 4:
+                raise ValueError(f"{part}dim {dim} is not divisible by 4, which 2-D sine-cosine positions need")
+            if dim % heads:
+                raise ValueError(f"{part}dim {dim} is not divisible by {part}num_heads {heads}")
+        return self
+
+
+# ViTMAE first: --help shows the last one's default of a field that both have.
+ModelConfig = Annotated[ViTMAEConfig | CrateMAEConfig, Field(discriminator="architecture")]
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+class S3Config(Settings):
+    """Where S3 is. Credentials come only from the usual AWS chain (environment, ~/.aws, instance role)."""
+
+    endpoint_url: str | None = None
+    """Address of an S3-compatible store, such as http://127.0.0.1:7480; not set: AWS_ENDPOINT_URL, or AWS itself."""
+    region: str | None = None
+    """Region name; the AWS chain's when not set."""
+    connect_timeout: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds to wait for a connection."""
+    read_timeout: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds to wait for more bytes of a response."""
+    max_attempts: PositiveInt = 8
+    """Attempts for one request, with exponential back-off and full jitter between them."""
+
+
+class PrepareConfig(Settings):
+    """Pack images into WebDataset shards with a manifest and an index, or index the shards that are already there."""
+
+    source: str | None = None
+    """What to pack: a folder (or s3://bucket/prefix) of images or .npy grids, class folders optional, or of .tar shards
+    to repack; or the built-in 'digits' (scikit-learn's, 8×8, 1 channel) or 'shapes' (procedural, with masks). Not set:
+    index the shards under output."""
+    output: str
+    """Local folder or s3://bucket/prefix of the dataset: shards, index and manifest."""
+    shards: str = "*.tar"
+    """Which of the shards that are there to index or to repack, such as 'train-*.tar'."""
+    split: Literal["all", "train", "test"] = "all"
+    """Part of a built-in dataset: every sample, or the fixed 80 % for training or 20 % for testing."""
+    num_samples: PositiveInt = 2000
+    """Number of samples of the procedural 'shapes' set."""
+    image_size: PositiveInt = 64
+    """Image side of the procedural 'shapes' set, in pixels."""
+    shard_bytes: PositiveInt = 256 * 2**20
+    """Start a new shard when the current one reaches this many bytes."""
+    shard_samples: PositiveInt = 10_000
+    """Start a new shard when the current one holds this many samples."""
+    shuffle: bool = True
+    """Pack the samples in a random order (fixed by seed), so that neighbours in a shard are unrelated."""
+    seed: int = 0
+    """Seed of the packing order and of the procedural set."""
+    overwrite: bool = False
+    """Replace a dataset that is already under output."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+
+class DataConfig(Settings):
+    """What to train on, in which order, and how samples become batches."""
+
+    train: str
+    """Local folder or s3://bucket/prefix with the training shards, as written or indexed by jobs/prepare.py."""
+    validation: str | None = None
+    """The same for held-out samples; masked validation loss and pictures come from them."""
+    shuffle: bool = True
+    """Read in the epoch's pseudo-random order; false keeps the order of the shards."""
+    block_samples: PositiveInt | None = None
+    """Samples b that are always read together, as one ranged GET. By default 1 for data that fits memory_bytes, else as
+    many as make about 4 MiB."""
+    window_blocks: PositiveInt | None = None
+    """Blocks g of one lane that are shuffled together. By default as many as buffer_bytes allows."""
+    lanes: PositiveInt | None = None
+    """Number L of streams that every batch is drawn from equally; divides the batch size. By default the largest
+    divisor of the batch size that is at most 32."""
+    memory_bytes: PositiveInt = 2 * 2**30
+    """Data up to this many bytes is kept in memory by every worker, and shuffled sample by sample."""
+    buffer_bytes: PositiveInt = 512 * 2**20
+    """Encoded bytes that one worker may hold while streaming, the windows ahead included."""
+    fetch_threads: PositiveInt = 8
+    """Concurrent ranged reads per worker."""
+    decode_threads: PositiveInt | None = None
+    """Threads that decode and augment, per worker; by default the CPUs of the worker."""
+    prefetch_batches: PositiveInt = 4
+    """Batches to have decoded ahead of the training step."""
+    crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    """Random resized crop: smallest and largest share of the image's area. [1, 1] keeps the centre, as large as the
+    aspect ratio of the model's image allows."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Random resized crop: smallest and largest aspect ratio (width / height)."""
+    flip: bool = True
+    """Mirror every other sample left to right."""
+    mean: tuple[float, ...] | None = None
+    """Mean per channel that is subtracted, for images on the scale 0 to 1; the dataset's own by default."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation per channel that is divided by; the dataset's own by default."""
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+
+class OptimConfig(Settings):
+    """AdamW with linear warm-up and cosine decay, per step."""
+
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
+    """Learning rate for a batch of 256; the peak rate is base_lr × batch_size / 256 (MAE)."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate as it is; overrides base_lr."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the last step."""
+    warmup: Annotated[float, Field(ge=0)] = 0.05
+    """Warm-up: a share of the run below 1, a number of steps from 1 on."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay rates of the two moment estimates."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's ε."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decoupled weight decay; biases, norms and tokens have none."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the whole gradient; null for no clipping."""
+
+
+class TrainingConfig(Settings):
+    """How long, how large and how precise."""
+
+    batch_size: PositiveInt = 256
+    """Global batch: samples per optimiser step over all workers. Part of the experiment, not of the cluster."""
+    micro_batch_size: PositiveInt | None = None
+    """Most samples that one worker puts through the model at once; larger local batches are accumulated. By default the
+    whole local batch."""
+    steps: PositiveInt | None = None
+    """Optimiser steps of the run; set this or epochs."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training data; set this or steps."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast: 'auto' takes bf16 where the device computes in it, else fp32."""
+    validate_every: PositiveInt | None = None
+    """Steps between validations on all held-out samples (and once at the end); only at the end by default."""
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("set either steps or epochs, and not both")
+        return self
+
+
+class ScalingConfig(Settings):
+    """The Ray Train worker group."""
+
+    workers: PositiveInt = 1
+    """Number of training processes."""
+    gpu: bool | None = None
+    """One GPU per worker; by default where the cluster has GPUs for all of them."""
+    cpus_per_worker: PositiveInt | None = None
+    """CPUs that each worker reserves and computes on; by default an equal share of the cluster's."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Worker failures to recover from before the run ends with an error; -1 for any number."""
+
+
+class CheckpointConfig(Settings):
+    """When state is saved, and how much of it is kept."""
+
+    every_steps: PositiveInt = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep_last: PositiveInt = 2
+    """Number of newest checkpoints to keep."""
+
+
+class TrackingConfig(Settings):
+    """Where runs are recorded, and how often."""
+
+    uri: str | None = None
+    """MLflow tracking server, such as http://127.0.0.1:5000; MLFLOW_TRACKING_URI or, without it, a local SQLite file
+    mlflow.db by default."""
+    experiment: str = "crate-ray"
+    """MLflow experiment."""
+    log_every: PositiveInt = 10
+    """Steps between logged metrics."""
+    picture_every: PositiveInt | None = 500
+    """Steps between reconstruction pictures (and once at the end); null for none."""
+
+
+class PretrainConfig(Settings):
+    """Pretrain CRATE-MAE or ViT-MAE on sharded images, on Ray."""
+
+    name: str = "pretrain"
+    """Name of the run. The same name and storage resume the run where its last checkpoint left it."""
+    storage: str = "runs"
+    """Local folder or s3://bucket/prefix for checkpoints and results; with several nodes one that all reach."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initial weights, data order, augmentation and masks."""
+    model: ModelConfig = CrateMAEConfig()
+    """The model."""
+    data: DataConfig
+    """The data."""
+    training: TrainingConfig
+    """The training run."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser and its schedule."""
+    scaling: ScalingConfig = ScalingConfig()
+    """The workers."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+            raise ValueError(f"run name {name!r} may hold letters, digits, '-', '_' and '.' only")
+        return name
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _default_architecture(cls, value: Any) -> Any:
+        return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value

@@ -1,0 +1,1 @@
+"""From object storage to batches: storage, shards, order, reading, decoding."""

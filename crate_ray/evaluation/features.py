@@ -1,0 +1,72 @@
+"""Images to embeddings: the frozen encoder with its preprocessing, for probes, the registry and embedding jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crate_ray.data.decode import decode_grid, decode_image
+from crate_ray.data.transforms import centre_crop, crop_resize, crop_resize_grid
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.training.export import ModelDescription, load_exported
+from crate_ray.training.step import Normalizer
+
+Feature = Literal["mean", "cls"]
+"""'mean' of the patch tokens, or the CLS token; both after the encoder's last norm."""
+
+
+class FeatureExtractor:
+    """The encoder of a trained model with everything that comes before it.
+
+    Parameters: the model, its description (which has the normalisation), which feature, and where to compute.
+    """
+
+    def __init__(
+        self,
+        model: MaskedAutoencoder,
+        description: ModelDescription,
+        feature: Feature = "mean",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model, self.description, self.feature = model.to(device).eval(), description, feature
+        self._device = torch.device(device)
+        self._normalizer = Normalizer.of(description.mean, description.std, device)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, feature: Feature = "mean", device: torch.device | str = "cpu"
+    ) -> FeatureExtractor:
+        """From an exported model."""
+        return cls(*load_exported(folder), feature, device)
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Embeddings (B, dim), float32 on the CPU, of loaded images: uint8, or float32 grids, of the model's size."""
+        tokens = self.model.encode(self._normalizer(images_BCHW.to(self._device))).tokens
+        return (tokens[:, 1:].mean(1) if self.feature == "mean" else tokens[:, 0]).float().cpu()
+
+    def load(self, items: Sequence[bytes | NDArray[Any]]) -> Tensor:
+        """Encoded images (or .npy grids), or arrays (H, W, channels) uint8 / (channels, H, W) float, as a batch.
+
+        Each is cut to its largest centre crop with the model's aspect ratio and resized, as in evaluation. Raises
+        DecodeError for what is not an image.
+        """
+        config = self.description.model
+        is_grid = self.description.kind == "grid"
+        out = torch.empty(
+            len(items), config.channels, *config.image_hw, dtype=torch.float32 if is_grid else torch.uint8
+        )
+        for item, slot in zip(items, out, strict=True):
+            if is_grid:
+                grid = decode_grid(item, config.channels) if isinstance(item, bytes) else np.asarray(item, np.float32)
+                crop_resize_grid(grid, centre_crop(grid.shape[1], grid.shape[2], config.image_hw), slot)
+            else:
+                pixels = decode_image(item, config.channels) if isinstance(item, bytes) else np.asarray(item)
+                crop_resize(pixels, centre_crop(pixels.shape[0], pixels.shape[1], config.image_hw), slot)
+        return out

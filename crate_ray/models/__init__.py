@@ -1,0 +1,27 @@
+"""What is trained: CRATE-MAE and its baseline ViT-MAE. Plain torch; knows nothing of parallelism, Ray or MLflow."""
+
+from crate_ray.config import CrateMAEConfig, ViTMAEConfig
+from crate_ray.models.crate_mae import CrateMAE
+from crate_ray.models.masking import Decoded, Encoded, MaskedAutoencoder, MaskedOutput, Masking
+from crate_ray.models.published import export_published, load_published
+from crate_ray.models.vit_mae import ViTMAE
+
+__all__ = [
+    "CrateMAE",
+    "CrateMAEConfig",
+    "Decoded",
+    "Encoded",
+    "MaskedAutoencoder",
+    "MaskedOutput",
+    "Masking",
+    "ViTMAE",
+    "ViTMAEConfig",
+    "build_model",
+    "export_published",
+    "load_published",
+]
+
+
+def build_model(config: CrateMAEConfig | ViTMAEConfig) -> CrateMAE | ViTMAE:
+    """The model that a config describes, with fresh weights from torch's global generator."""
+    return CrateMAE(config) if isinstance(config, CrateMAEConfig) else ViTMAE(config)

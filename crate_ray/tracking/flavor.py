@@ -1,0 +1,46 @@
+"""An exported model as an MLflow model: pyfunc from code, weights in safetensors, nothing pickled."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+import crate_ray
+from crate_ray.training.export import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
+
+MODEL_NAME = "model"
+_CODE = Path(__file__).with_name("pyfunc_model.py")
+_PACKAGES = ("torch", "numpy", "pillow", "simplejpeg", "safetensors", "pydantic", "pandas")
+
+
+def log_model(uri: str, run_id: str, exported: Path) -> Any:
+    """Log an exported model to a run: as an MLflow model named 'model', and its two files under the artifact 'weights'.
+
+    Returns MLflow's ModelInfo. Input is a column of encoded images (bytes) or of uint8 arrays (H, W, channels); output
+    are embeddings (n, dim), float32.
+    """
+    mlflow.set_tracking_uri(uri)
+    description = ModelDescription.model_validate_json((exported / DESCRIPTION_FILE).read_text())
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, description.model.dim))]),
+    )
+    client = mlflow.MlflowClient(uri)
+    for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
+        client.log_artifact(run_id, (exported / name).as_posix(), "weights")
+    with mlflow.start_run(run_id=run_id):
+        return mlflow.pyfunc.log_model(
+            name=MODEL_NAME,
+            python_model=_CODE.as_posix(),
+            artifacts={name: (exported / name).as_posix() for name in (WEIGHTS_FILE, DESCRIPTION_FILE)},
+            code_paths=[Path(crate_ray.__file__).parent.as_posix()],
+            signature=signature,
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _PACKAGES],
+            metadata=description.model_dump(mode="json", exclude={"model"}) | {"dim": description.model.dim},
+        )

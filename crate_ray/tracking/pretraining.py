@@ -1,0 +1,93 @@
+"""A pretraining run in MLflow: what it is (parameters, data lineage, code, environment), and the model it ends with."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import distributions
+from pathlib import Path
+
+from mlflow.entities import Dataset
+
+from crate_ray.tracking.runs import RunTracker, flatten
+from crate_ray.training.checkpoint import load_weights
+from crate_ray.training.export import ModelDescription, export_model
+from crate_ray.training.run import Run
+
+_MODEL_FOLDER = "model"
+
+
+@contextmanager
+def track(run: Run) -> Iterator[RunTracker]:
+    """Follow a run in MLflow: RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED."""
+    config = run.config
+    tags = {"mlflow.source.git.commit": git_commit(), "mlflow.source.type": "JOB", "crate_ray.job": "pretrain"}
+    params = flatten(config.model_dump(mode="json")) | flatten(
+        {"order": run.record.order.model_dump(mode="json"), "total_steps": run.total_steps}
+    )
+    tracker = RunTracker(config.tracking, run.record.run_key, config.name, params, tags, _lineage(run))
+    tracker.text("environment.txt", environment())
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        tracker.finish("KILLED", timeout=10)
+        raise
+    except BaseException:
+        tracker.finish("FAILED", timeout=10)
+        raise
+    if not tracker.finish("FINISHED"):
+        print(tracker.undelivered)
+
+
+def export_run(run: Run, tracker: RunTracker) -> str:
+    """Write the final weights into the run's folder as an exported model, and log it; returns where it is."""
+    state, weights = load_weights(run.storage)
+    description = ModelDescription(
+        model=run.config.model,
+        mean=run.record.mean,
+        std=run.record.std,
+        kind=run.dataset.manifest.kind,
+        dataset=run.record.dataset,
+        run_key=run.record.run_key,
+        step=state.step,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        export_model(folder, weights, description)
+        for path in folder.iterdir():
+            run.storage.write(f"{_MODEL_FOLDER}/{path.name}", path)
+        tracker.model(folder)
+    return run.storage.under(_MODEL_FOLDER).uri
+
+
+def git_commit() -> str:
+    """Commit of the code that runs, 'unknown' outside a git checkout."""
+    command = ["git", "-C", Path(__file__).parent.as_posix(), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def environment() -> str:
+    """Python, platform and every installed package, one a line."""
+    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
+    return "\n".join([f"python=={platform.python_version()}", f"# {platform.platform()}", *packages]) + "\n"
+
+
+def _lineage(run: Run) -> Dataset:
+    manifest, uri = run.dataset.manifest, run.config.data.train
+    profile = manifest.model_dump(
+        mode="json", include={"num_samples", "num_shards", "total_bytes", "kind", "num_classes"}
+    )
+    return Dataset(
+        name=uri.rstrip("/").rsplit("/", 1)[-1],
+        digest=run.record.dataset[:32],
+        source_type="s3" if uri.startswith("s3://") else "local",
+        source=json.dumps({"uri": uri, "manifest": f"{uri}/manifest.json"}),
+        profile=json.dumps(profile),
+    )

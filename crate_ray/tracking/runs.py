@@ -1,0 +1,230 @@
+"""A training run in MLflow: everything is written to a spool on disk, and a thread of our own delivers it.
+
+A slow or absent server never slows training: what was not delivered stays in the spool and is delivered by the next
+start of the run. Deliveries carry their own time, so that repeating one changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# One attempt each: the spool repeats what failed, and must not block for minutes inside one request.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
+
+from crate_ray.config import TrackingConfig
+from crate_ray.tracking.flavor import log_model
+
+logger = logging.getLogger(__name__)
+
+RUN_KEY_TAG = "crate_ray.run_key"
+_RETRY_SECONDS = 5.0
+MODEL_FOLDER = "model"
+_BATCH = 500
+
+
+def tracking_uri(tracking: TrackingConfig) -> str:
+    """Address of MLflow: tracking.uri, MLFLOW_TRACKING_URI, or a SQLite file mlflow.db in the working directory."""
+    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters: dotted names, text values."""
+    out: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = str(value)
+    return out
+
+
+class RunTracker:
+    """One run in MLflow, fed from the driver; a training Listener. `run_id` is empty until the server was reached.
+
+    Parameters: tracking settings; `key`, which identifies the run for ever, whatever it is called; its name; parameters
+    and tags of a new run; and what its training data is, as MLflow's dataset lineage (name, digest, source, profile).
+    """
+
+    def __init__(
+        self,
+        tracking: TrackingConfig,
+        key: str,
+        name: str,
+        params: dict[str, str],
+        tags: dict[str, str],
+        dataset: Dataset | None = None,
+    ) -> None:
+        self._uri, self._experiment, self._key, self._name = tracking_uri(tracking), tracking.experiment, key, name
+        self._params, self._tags, self._dataset = params, tags, dataset
+        self.run_id = ""
+        self._folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray" / key
+        (self._folder / "files").mkdir(parents=True, exist_ok=True)
+        self._events, self._sent = self._folder / "events.jsonl", self._folder / "sent"
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._problem: Exception | None = None
+        self._sender = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+        self._append({"kind": "status", "status": "RUNNING"})
+        self._sender.start()
+
+    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
+        """Record measured values after so many steps, at a time in milliseconds since 1970."""
+        self._append({"kind": "metrics", "step": step, "values": values, "time": time_ms})
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Record a picture as the artifact <name>/step-<step>.png."""
+        path = self._folder / "files" / f"{name}-{step:08d}.png"
+        path.write_bytes(png)
+        self._append({"kind": "file", "path": path.as_posix(), "folder": name, "name": f"step-{step:08d}.png"})
+
+    def text(self, name: str, content: str) -> None:
+        """Record a text file as an artifact."""
+        path = self._folder / "files" / name
+        path.write_text(content)
+        self._append({"kind": "file", "path": path.as_posix(), "folder": None, "name": name})
+
+    def model(self, exported: Path) -> None:
+        """Record an exported model (see training.export) as an MLflow model, and its files as artifacts."""
+        copy = self._folder / "files" / MODEL_FOLDER
+        shutil.copytree(exported, copy, dirs_exist_ok=True)
+        self._append({"kind": "model", "path": copy.as_posix()})
+
+    def finish(self, status: str, timeout: float = 60.0) -> bool:
+        """Set the run's status (FINISHED, FAILED or KILLED) and wait until everything is delivered, or the time is up.
+
+        Returns whether all was delivered. What was not stays in the spool; `undelivered` says where and why.
+        """
+        self._append({"kind": "status", "status": status, "time": int(time.time() * 1000)})
+        self._stop.set()
+        self._wake.set()
+        self._sender.join(timeout)
+        if self._pending():
+            return False
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return True
+
+    @property
+    def where(self) -> str:
+        """The run's id and the address of MLflow."""
+        return f"{self.run_id or 'not created yet'} at {self._uri}"
+
+    @property
+    def undelivered(self) -> str:
+        """A sentence on where undelivered records are, and why."""
+        cause = " ".join(str(self._problem).split())[:200] if self._problem else "the server is slow"
+        return f"MLflow at {self._uri} did not take everything ({cause}); the rest waits in {self._folder}"
+
+    def _append(self, event: dict[str, Any]) -> None:
+        with self._events.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        self._wake.set()
+
+    def _offset(self) -> int:
+        return int(self._sent.read_text()) if self._sent.exists() else 0
+
+    def _pending(self) -> bool:
+        return self._offset() < self._events.stat().st_size
+
+    def _deliver(self) -> None:
+        client = None
+        while True:
+            self._wake.wait(_RETRY_SECONDS)
+            self._wake.clear()
+            try:
+                client = client or self._connect()
+                self._send_pending(client)
+                self._problem = None
+            except Exception as error:  # whatever the client raises for a server that is away or ill
+                if self._problem is None:
+                    logger.warning("MLflow at %s cannot be reached; records are kept on disk meanwhile", self._uri)
+                self._problem = error
+            if self._stop.is_set() and (self._problem or not self._pending()):
+                return
+
+    def _connect(self) -> MlflowClient:
+        client = MlflowClient(self._uri)
+        experiment = client.get_experiment_by_name(self._experiment)
+        try:
+            experiment_id = experiment.experiment_id if experiment else self._create_experiment(client)
+        except MlflowException:  # somebody else created it in between
+            experiment = client.get_experiment_by_name(self._experiment)
+            if experiment is None:
+                raise
+            experiment_id = experiment.experiment_id
+        found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self._key}'", max_results=1)
+        if found:
+            self.run_id = found[0].info.run_id
+            return client
+        tags = {**self._tags, RUN_KEY_TAG: self._key}
+        run = client.create_run(experiment_id, tags=tags, run_name=self._name)
+        params = [Param(name, value[:6000]) for name, value in self._params.items()]
+        for i in range(0, len(params), 100):
+            client.log_batch(run.info.run_id, params=params[i : i + 100])
+        if self._dataset:
+            context = [InputTag("mlflow.data.context", "training")]
+            client.log_inputs(run.info.run_id, [DatasetInput(self._dataset, context)])
+        self.run_id = run.info.run_id
+        return client
+
+    def _create_experiment(self, client: MlflowClient) -> str:
+        # A server knows where artifacts belong; beside a SQLite file they would go to the working directory.
+        path = self._uri.removeprefix("sqlite:///")
+        location = None if path == self._uri else (Path(path).parent / "mlartifacts").resolve().as_uri()
+        return str(client.create_experiment(self._experiment, artifact_location=location))
+
+    def _send_pending(self, client: MlflowClient) -> None:
+        metrics: list[Metric] = []
+        for event, end in self._events_after(self._offset()):
+            if event["kind"] == "metrics":
+                metrics += [Metric(n, v, event["time"], event["step"]) for n, v in event["values"].items()]
+                if len(metrics) < _BATCH and end < self._events.stat().st_size:
+                    continue
+            if metrics:
+                client.log_batch(self.run_id, metrics=metrics)
+                metrics = []
+            if event["kind"] == "file":
+                self._send_file(client, event)
+            elif event["kind"] == "model":
+                log_model(self._uri, self.run_id, Path(event["path"]))
+            elif event["kind"] == "status":
+                self._send_status(client, event)
+            self._sent.write_text(str(end))
+
+    def _send_status(self, client: MlflowClient, event: dict[str, Any]) -> None:
+        if event["status"] == "RUNNING":
+            client.update_run(self.run_id, status="RUNNING")
+        else:
+            client.set_terminated(self.run_id, event["status"], event["time"])
+
+    def _send_file(self, client: MlflowClient, event: dict[str, Any]) -> None:
+        path = Path(event["path"])
+        if not path.exists():
+            return
+        named = path.with_name(event["name"])
+        path.rename(named)
+        try:
+            client.log_artifact(self.run_id, named.as_posix(), event["folder"])
+        except BaseException:
+            named.rename(path)
+            raise
+        named.unlink()
+
+    def _events_after(self, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+        with self._events.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if line.endswith(b"\n"):
+                    offset += len(line)
+                    yield json.loads(line), offset

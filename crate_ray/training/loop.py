@@ -1,0 +1,278 @@
+"""What every Ray Train worker runs: the training loop, from top to bottom."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.collective import broadcast_from_rank_zero
+from torch.nn.parallel import DistributedDataParallel
+
+from crate_ray.config import PretrainConfig
+from crate_ray.data.loader import evaluation_loader, training_loader
+from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.storage import Storage, open_storage
+from crate_ray.errors import UserError
+from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.training.checkpoint import (
+    CheckpointState,
+    RunRecord,
+    commit_checkpoint,
+    delete_old_checkpoints,
+    newest_valid,
+    restore_checkpoint,
+    write_checkpoint,
+)
+from crate_ray.training.step import (
+    Normalizer,
+    autocast_dtype,
+    build_optimizer,
+    discard_step,
+    learning_rate,
+    mask_noise,
+    num_micro_steps,
+    probe_noise,
+    train_step,
+)
+from crate_ray.training.telemetry import Stopwatch, reconstruction_picture
+
+logger = logging.getLogger(__name__)
+_PICTURE_SAMPLES = 8
+
+
+def train_loop(payload: dict[str, Any]) -> None:
+    """`train`, with errors that the user can mend told to the driver at once."""
+    try:
+        train(payload)
+    except UserError as error:
+        ray.get(payload["mailbox"].put.remote(("error", 0, str(error))))
+        raise
+
+
+def train(payload: dict[str, Any]) -> None:
+    """Train one worker's share of a run, from its newest committed checkpoint to its last step.
+
+    The payload holds the config and the run's record as plain data, the number of steps, the folder for this attempt's
+    checkpoints, and the driver's mailbox.
+    """
+    config = PretrainConfig.model_validate(payload["config"])
+    record = RunRecord.model_validate(payload["record"])
+    total_steps: int = payload["total_steps"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(record.threads)
+
+    run = open_storage(config.storage, config.s3).under(config.name)
+    shards = load_dataset(open_storage(config.data.train, config.s3))
+    validation = load_dataset(open_storage(config.data.validation, config.s3)) if config.data.validation else None
+    if shards.manifest.digest() != record.dataset:
+        raise UserError(f"the dataset at {config.data.train} changed while the run was starting; start it again")
+
+    torch.manual_seed(config.seed)
+    model: MaskedAutoencoder = build_model(config.model).to(device)
+    optimizer = build_optimizer(model, config.optim)
+    step = _restore(run, model, optimizer)
+    trained: torch.nn.Module = DistributedDataParallel(model) if world_size > 1 else model
+
+    autocast = autocast_dtype(config.training.precision, device)
+    normalizer = Normalizer.of(record.mean, record.std, device)
+    micro_steps = num_micro_steps(config.training, world_size)
+    num_patches = config.model.num_patches
+    reporter = _Reporter(payload["mailbox"] if rank == 0 else None)
+    checkpoints = _Checkpoints(run, payload["attempt"], record, config.checkpoint.keep_last)
+    validate_every = config.training.validate_every or total_steps
+    picture_every = config.tracking.picture_every
+    if rank == 0 and picture_every:
+        probe = _probe_batch(validation or shards, config)
+        if step == 0:
+            reporter.picture(step, probe, model, normalizer, num_patches)
+
+    loader = training_loader(
+        shards,
+        record.order,
+        config.model,
+        config.data,
+        steps=range(step, total_steps),
+        rank=rank,
+        world_size=world_size,
+    )
+    with loader:
+        if world_size > 1 and step < total_steps:
+            size = (config.model.channels, *config.model.image_hw)
+            discard_step(trained, torch.zeros(1, *size, device=device), torch.zeros(1, num_patches, device=device))
+        watch, batches = Stopwatch(), iter(loader)
+        loss_sum, steps_since_log = torch.zeros((), device=device), 0
+        while step < total_steps:
+            began = watch.wait_began()
+            batch = next(batches)
+            watch.wait_ended(began)
+
+            images = normalizer(batch.images.to(device, non_blocking=True))
+            noise = mask_noise(record.order.seed, batch.epoch, batch.samples, num_patches).to(device)
+            lr = learning_rate(step, total_steps, config.optim, config.training.batch_size)
+            part_sum, gradient_norm = train_step(
+                trained,
+                optimizer,
+                images,
+                noise,
+                batch_size=config.training.batch_size,
+                world_size=world_size,
+                micro_steps=micro_steps,
+                lr=lr,
+                clip_norm=config.optim.clip_norm,
+                autocast=autocast,
+            )
+            loss_sum += part_sum
+            step, steps_since_log = step + 1, steps_since_log + 1
+
+            if step % config.tracking.log_every == 0 or step == total_steps:
+                if world_size > 1:
+                    dist.all_reduce(loss_sum)
+                loss = loss_sum.item() / (steps_since_log * config.training.batch_size)
+                if not torch.isfinite(loss_sum):
+                    raise UserError(
+                        f"the loss is not finite near step {step}; lower optim.lr, or start from an earlier checkpoint"
+                    )
+                rates = watch.lap(steps_since_log, config.training.batch_size)
+                epoch = step / record.order.batches_per_epoch
+                values = {"loss": loss, "lr": lr, "gradient_norm": gradient_norm.item(), "epoch": epoch, **rates}
+                reporter.metrics(step, values)
+                loss_sum, steps_since_log = torch.zeros((), device=device), 0
+            if validation and (step % validate_every == 0 or step == total_steps):
+                loss = validation_loss(model, validation, config, normalizer, autocast, rank, world_size)
+                reporter.metrics(step, {"validation_loss": loss})
+            if rank == 0 and picture_every and (step % picture_every == 0 or step == total_steps):
+                reporter.picture(step, probe, model, normalizer, num_patches)
+            if step % config.checkpoint.every_steps == 0 or step == total_steps:
+                checkpoints.save(step, model, optimizer, rank, world_size)
+
+    if world_size > 1:
+        # Without this gloo can deadlock when the process group is destroyed.
+        del trained
+        gc.collect()
+
+
+@torch.no_grad()
+def validation_loss(
+    model: MaskedAutoencoder,
+    validation: ShardSet,
+    config: PretrainConfig,
+    normalizer: Normalizer,
+    autocast: torch.dtype | None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> float:
+    """Mean masked loss over every held-out sample exactly once, each with one fixed mask. A collective call."""
+    device = normalizer.mean.device
+    batch_size = min(config.training.micro_batch_size or config.training.batch_size, 256) * world_size
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    model.eval()
+    with evaluation_loader(
+        validation, config.model, config.data, batch_size=batch_size, rank=rank, world_size=world_size
+    ) as loader:
+        for batch in loader:
+            if not len(batch.samples):
+                continue
+            noise = probe_noise(batch.samples, config.model.num_patches).to(device)
+            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                output = model(normalizer(batch.images.to(device)), noise)
+            total += output.sample_loss.double().sum()
+    model.train()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / validation.manifest.num_samples
+
+
+def _restore(run: Storage, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest valid checkpoint, the one that rank 0 found on every rank; the step it was taken at, or 0."""
+    newest = next((commit.directory for commit, _ in newest_valid(run)), None)
+    chosen = broadcast_from_rank_zero(newest)
+    if chosen is None:
+        return 0
+    for commit, files in newest_valid(run):
+        if commit.directory == chosen:
+            return restore_checkpoint(files, model, optimizer).step
+    raise UserError(f"checkpoint {chosen} of {run.uri} can be read on one worker but not on another")
+
+
+class _Checkpoints:
+    """Writes checkpoints on rank 0; every rank takes part, as Ray Train's report is a barrier."""
+
+    def __init__(self, run: Storage, attempt: str, record: RunRecord, keep_last: int) -> None:
+        self._run, self._attempt, self._record, self._keep = run, attempt, record, keep_last
+
+    def save(
+        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
+    ) -> None:
+        """Write the files now, upload and commit them in the background."""
+        if rank != 0:
+            ray.train.report({"step": step})
+            return
+        local = Path(tempfile.mkdtemp(prefix="crate-ray-checkpoint-"))
+        state = CheckpointState(step=step, run=self._record, world_size=world_size, torch_version=torch.__version__)
+        write_checkpoint(local, model, optimizer, state)
+
+        def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
+            commit_checkpoint(self._run, f"{self._attempt}/{name}", local, step)
+            delete_old_checkpoints(self._run, self._keep)
+            storage = ray.train.get_context().get_storage()
+            return Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
+
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint(local.as_posix()),
+            checkpoint_dir_name=f"step-{step:08d}-{uuid.uuid4().hex[:8]}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+
+class _Reporter:
+    """Sends what rank 0 measured to the driver, without waiting for it; other ranks send nothing."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Send measured values."""
+        if self._mailbox is not None:
+            self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000)))
+
+    def picture(
+        self,
+        step: int,
+        probe: tuple[torch.Tensor, torch.Tensor, tuple[float, float]],
+        model: MaskedAutoencoder,
+        normalizer: Normalizer,
+        num_patches: int,
+    ) -> None:
+        """Send the reconstruction of the probe batch."""
+        if self._mailbox is not None:
+            images, noise, value_range = probe
+            device = normalizer.mean.device
+            png = reconstruction_picture(model, normalizer, images.to(device), noise.to(device), value_range)
+            self._mailbox.put.remote(("picture", step, "reconstruction", png))
+
+
+def _probe_batch(shards: ShardSet, config: PretrainConfig) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float]]:
+    """The first samples of a dataset with their fixed masks, and the values that black and white stand for."""
+    data = config.data.model_copy(update={"memory_bytes": 1})  # a few samples: read their block, not the dataset
+    with evaluation_loader(shards, config.model, data, batch_size=_PICTURE_SAMPLES) as loader:
+        batch = next(iter(loader))
+    images = batch.images
+    is_grid = shards.manifest.kind == "grid"
+    value_range = (images.min().item(), images.max().item()) if is_grid else (0.0, 1.0)
+    return images, probe_noise(batch.samples, config.model.num_patches), value_range

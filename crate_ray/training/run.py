@@ -1,0 +1,280 @@
+"""What the driver does: check everything that can be checked, start or resume the run on Ray Train, follow it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.fs
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from crate_ray.config import PretrainConfig
+from crate_ray.data.order import plan_order
+from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.storage import Storage, open_storage
+from crate_ray.errors import UserError
+from crate_ray.training.checkpoint import RunRecord, committed, read_record, write_record
+from crate_ray.training.loop import train_loop
+from crate_ray.training.telemetry import Listener
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+# pyarrow's S3 client sends checksums that many S3-compatible stores refuse (HTTP 411).
+_WORKER_ENV = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "RAY_TRAIN_V2_ENABLED": "1"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to start or to go on."""
+
+    config: PretrainConfig
+    record: RunRecord
+    storage: Storage
+    """Folder of the run."""
+    dataset: ShardSet
+    """Training data."""
+    total_steps: int
+    """Steps that the run has when it is finished."""
+    first_step: int
+    """Steps that its newest checkpoint has done."""
+    is_new: bool
+    """Whether this is its first start."""
+
+
+def start_ray() -> None:
+    """Connect to the cluster that RAY_ADDRESS or this machine knows, else start Ray on this machine alone."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in _WORKER_ENV.items()})
+    if not ray.is_initialized():
+        ray.init(runtime_env={"env_vars": _WORKER_ENV}, logging_level=logging.WARNING, include_dashboard=None)
+
+
+def open_run(config: PretrainConfig) -> Run:
+    """Check the settings against the data and, when the run exists, against its record; nothing is started yet.
+
+    Raises UserError when the data is missing or does not fit, or when the run was begun with other data or another
+    model.
+    """
+    training = config.training
+    if config.scaling.workers > training.batch_size:
+        raise UserError(
+            f"{config.scaling.workers} workers are more than the {training.batch_size} samples of a batch; "
+            "lower scaling.workers or raise training.batch_size"
+        )
+    config = _with_absolute_paths(config)
+    shards = load_dataset(open_storage(config.data.train, config.s3))
+    manifest = shards.manifest
+    for uri in filter(None, (config.data.train, config.data.validation)):
+        other = load_dataset(open_storage(uri, config.s3)).manifest
+        if (other.kind == "grid" and other.channels != config.model.channels) or config.model.channels not in (1, 3):
+            raise UserError(
+                f"the model has {config.model.channels} channels, the samples of {uri} have {other.channels}; "
+                "set model.channels"
+            )
+    order = plan_order(
+        manifest.num_samples,
+        manifest.total_bytes,
+        config.data,
+        batch_size=training.batch_size,
+        seed=config.seed,
+        workers=config.scaling.workers,
+    )
+    mean, std = config.data.mean or manifest.mean, config.data.std or manifest.std
+    channels = config.model.channels
+    if len(mean) == len(std) == 1:
+        mean, std = mean * channels, std * channels
+    elif channels == 1 and manifest.kind == "image" and not config.data.mean:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    if len(mean) != channels or len(std) != channels:
+        raise UserError(f"data.mean and data.std need {channels} numbers each, one per channel of the model")
+    storage = open_storage(config.storage, config.s3).under(config.name)
+    commits = committed(storage)
+    record = read_record(storage)
+    is_new = record is None or not (commits or _same_run(record, config, manifest.digest()))
+    if record is None or is_new:
+        record = RunRecord(
+            run_key=uuid.uuid4().hex,
+            config=config,
+            dataset=manifest.digest(),
+            order=order,
+            mean=mean,
+            std=std,
+            threads=config.scaling.cpus_per_worker or 0,
+        )
+    elif difference := _difference(record, config, manifest.digest()):
+        raise UserError(
+            f"run {config.name!r} at {config.storage} was begun with {difference}; "
+            "choose another --name for a new run, or the settings it was begun with to resume it"
+        )
+    total_steps = training.steps or math.ceil((training.epochs or 0) * record.order.batches_per_epoch)
+    return Run(config, record, storage, shards, total_steps, commits[0].step if commits else 0, is_new)
+
+
+def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
+    """The same settings with local folders made absolute: workers have other working directories."""
+    data, s3 = config.data, config.s3
+    folders = {"train": data.train, "validation": data.validation}
+    absolute = {name: open_storage(uri, s3).uri for name, uri in folders.items() if uri}
+    storage = open_storage(config.storage, s3).uri
+    return config.model_copy(update={"data": data.model_copy(update=absolute), "storage": storage})
+
+
+def _difference(record: RunRecord, config: PretrainConfig, dataset: str) -> str | None:
+    """What a record disagrees on with the settings of a resumption, for a sentence; None where it can be resumed."""
+    old = record.config
+    if record.dataset != dataset:
+        return f"another dataset ({old.data.train}, digest {record.dataset[:12]}; now {dataset[:12]})"
+    old_model, new_model = old.model.model_dump(), config.model.model_dump()
+    for name in sorted({*old_model, *new_model} - {"preset"}):
+        if old_model.get(name) != new_model.get(name):
+            return f"another model (model.{name} was {old_model.get(name)}, is {new_model.get(name)})"
+    pairs = {
+        "training.batch_size": (old.training.batch_size, config.training.batch_size),
+        "seed": (old.seed, config.seed),
+    }
+    for name, (was, now) in pairs.items():
+        if was != now:
+            return f"{name} {was}, not {now}"
+    return None
+
+
+def _same_run(record: RunRecord, config: PretrainConfig, dataset: str) -> bool:
+    return record.config == config and record.dataset == dataset
+
+
+def pretrain(run: Run, listeners: Sequence[Listener]) -> None:
+    """Train to the last step, on `scaling.workers` Ray Train workers; recovers from up to max_failures failures.
+
+    Needs Ray (see start_ray). Listeners hear of metrics and pictures in this thread. Returns at once when the run is
+    already finished. Raises UserError for what a worker found wrong with the user's input.
+    """
+    if run.first_step >= run.total_steps:
+        return
+    config = run.config
+    resources, use_gpu = _worker_resources(config)
+    threads = run.record.threads or int(resources["CPU"])
+    if config.scaling.cpus_per_worker not in (None, threads):
+        raise UserError(
+            f"run {config.name!r} was begun with {threads} CPUs per worker and results depend on it; "
+            f"set scaling.cpus_per_worker {threads}"
+        )
+    record = run.record.model_copy(update={"threads": threads})
+    write_record(run.storage, record)
+
+    # Each start of the driver is an attempt with a Ray Train folder of its own: our commit records, not Ray's snapshot
+    # of an earlier driver, say which checkpoint is the newest.
+    attempt = f"attempt-{len({i.key.split('/')[0] for i in run.storage.list('attempt-')}) + 1:03d}"
+    mailbox = _mailbox()
+    filesystem, path = _ray_storage(run.storage.uri, config)
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "record": record.model_dump(mode="json"),
+            "total_steps": run.total_steps,
+            "attempt": attempt,
+            "mailbox": mailbox,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.scaling.workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=attempt,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
+        ),
+    )
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    # fit() on the main thread would take over the handling of signals.
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        _deliver(mailbox, listeners)
+    _deliver(mailbox, listeners)
+    if failure:
+        raise failure[0]
+
+
+def _deliver(mailbox: Any, listeners: Sequence[Listener]) -> None:
+    for kind, step, *rest in ray.get(mailbox.drain.remote()):
+        for listener in listeners:
+            if kind == "metrics":
+                listener.metrics(step, *rest)
+            elif kind == "picture":
+                listener.picture(step, *rest)
+        if kind == "error":
+            # Trying again would not help; leaving the driver ends the workers.
+            raise UserError(*rest)
+
+
+class _Mailbox:
+    """Actor on the driver's node that holds events until the driver asks for them."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[Any, ...]] = []
+
+    def put(self, event: tuple[Any, ...]) -> None:
+        """Add an event."""
+        self._events.append(event)
+
+    def drain(self) -> list[tuple[Any, ...]]:
+        """All events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+
+def _mailbox() -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=here).remote()
+
+
+def _worker_resources(config: PretrainConfig) -> tuple[dict[str, float], bool]:
+    """CPUs and GPUs of each worker, and whether it has a GPU: what is set, or an equal share of the cluster's nodes."""
+    workers, scaling = config.scaling.workers, config.scaling
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    use_gpu = scaling.gpu if scaling.gpu is not None else gpus >= workers
+    cpus = scaling.cpus_per_worker
+    if cpus is None:
+        counts = [int(node.get("CPU", 0)) for node in nodes]
+        fitting = [c for c in range(1, max(counts, default=0) + 1) if sum(n // c for n in counts) >= workers]
+        if not fitting:
+            raise UserError(
+                f"{workers} workers need a CPU each, the cluster has {sum(counts)}; lower scaling.workers, add nodes, "
+                "or set scaling.cpus_per_worker where an autoscaler will add them"
+            )
+        cpus = max(fitting)
+    return ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}), use_gpu
+
+
+def _ray_storage(uri: str, config: PretrainConfig) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The run's folder as Ray Train wants it: a pyarrow file system and a path in it."""
+    if not uri.startswith("s3://"):
+        return pyarrow.fs.LocalFileSystem(), Path(uri).resolve().as_posix()
+    endpoint = config.s3.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options: dict[str, Any] = {"region": config.s3.region or os.environ.get("AWS_REGION")}
+    if endpoint:
+        parts = urlsplit(endpoint)
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+        options["region"] = options["region"] or "us-east-1"
+    return pyarrow.fs.S3FileSystem(**options), uri.removeprefix("s3://")

@@ -1,0 +1,168 @@
+"""One optimiser step on one worker's part of a global batch, and what belongs to it. Plain torch: no Ray, no MLflow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crate_ray.config import OptimConfig, TrainingConfig
+from crate_ray.data.order import STREAM_MASK, STREAM_PROBE, Int64, uniform
+
+
+def autocast_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype | None:
+    """Dtype of autocast: bf16 where asked for, or where the device computes in it natively; None for plain fp32."""
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = torch.cpu.get_capabilities()
+            native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+        precision = "bf16" if native else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def peak_learning_rate(optim: OptimConfig, batch_size: int) -> float:
+    """optim.lr, or base_lr × batch / 256 (the linear scaling rule of MAE)."""
+    return optim.lr if optim.lr is not None else optim.base_lr * batch_size / 256
+
+
+def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
+    """Length of the warm-up in steps: optim.warmup itself from 1 on, else that share of the run."""
+    return int(optim.warmup) if optim.warmup >= 1 else round(optim.warmup * total_steps)
+
+
+def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: int) -> float:
+    """Rate of step 0, 1, …: linear warm-up to the peak, then half a cosine down to min_lr at the last step (MAE)."""
+    peak, warmup = peak_learning_rate(optim, batch_size), warmup_steps(optim, total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(total_steps - 1 - warmup, 1)
+    return optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; no weight decay on biases, norms (one dimension) and tokens (`*_token`)."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim > 1 and not name.endswith("_token")
+        (decayed if plain else free).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def mask_noise(seed: int, epoch: int, samples: Int64, num_patches: int) -> Tensor:
+    """Noise that decides the masks, (n, num_patches) float32 in [0, 1): a function of (seed, epoch, sample) only."""
+    noise = uniform(seed, STREAM_MASK, epoch, samples[:, None], np.arange(num_patches))
+    return torch.from_numpy(noise.astype(np.float32))
+
+
+def probe_noise(samples: Int64, num_patches: int) -> Tensor:
+    """The same for evaluation: one fixed mask per sample, equal in all runs, so that their losses compare."""
+    return torch.from_numpy(uniform(STREAM_PROBE, samples[:, None], np.arange(num_patches)).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Loaded values to model input: (x − mean) / std per channel, after uint8 is put on the scale 0 to 1."""
+
+    mean: Tensor
+    """(channels, 1, 1)"""
+    std: Tensor
+    """(channels, 1, 1)"""
+
+    @classmethod
+    def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str = "cpu") -> Normalizer:
+        """From per-channel numbers."""
+        return cls(*(torch.tensor(v, device=device)[:, None, None] for v in (mean, std)))
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 or float images, (B, channels, H, W), to normalised float32."""
+        images = images_BCHW.float() / 255 if images_BCHW.dtype == torch.uint8 else images_BCHW.float()
+        return (images - self.mean) / self.std
+
+    def undo(self, images_BCHW: Tensor) -> Tensor:
+        """Normalised images back to their own scale."""
+        return images_BCHW * self.std + self.mean
+
+
+def num_micro_steps(training: TrainingConfig, world_size: int) -> int:
+    """Forward passes per optimiser step, the same on every worker: what the largest local batch needs."""
+    largest = -(-training.batch_size // world_size)
+    return -(-largest // (training.micro_batch_size or largest))
+
+
+def micro_batches(count: int, parts: int) -> Iterator[slice]:
+    """Slices that cut a local batch into parts of nearly equal size; only the first may be empty, never the last."""
+    for i in range(parts):
+        yield slice(i * count // parts, (i + 1) * count // parts)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images_BCHW: Tensor,
+    noise_BN: Tensor,
+    *,
+    batch_size: int,
+    world_size: int = 1,
+    micro_steps: int = 1,
+    lr: float,
+    clip_norm: float | None = None,
+    autocast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the mean loss over the global batch, and one optimiser step with it.
+
+    Parameters: a masked autoencoder (in DistributedDataParallel when world_size > 1), this worker's normalised images
+    and mask noise, the global batch size. Each sample weighs 1 / batch_size, however many samples a worker has.
+    Returns two scalars on the device, without waiting for it: this worker's sum of sample losses, and the norm of the
+    global gradient before clipping.
+    """
+    device_type = images_BCHW.device.type
+    loss_sum = torch.zeros((), device=images_BCHW.device)
+    optimizer.zero_grad(set_to_none=True)
+    parts = list(micro_batches(len(images_BCHW), micro_steps))
+    for i, part in enumerate(parts):
+        images, noise = images_BCHW[part], noise_BN[part]
+        if not len(images):
+            continue
+        last = i == len(parts) - 1
+        no_sync: Any = getattr(model, "no_sync", nullcontext)
+        with nullcontext() if last else no_sync():
+            with torch.autocast(device_type, dtype=autocast, enabled=autocast is not None):
+                sample_loss = model(images, noise).sample_loss
+            part_sum = sample_loss.float().sum()
+            # DistributedDataParallel averages over the workers; times world_size makes that the global sum.
+            (part_sum * (world_size / batch_size)).backward()
+        loss_sum += part_sum.detach()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return loss_sum, norm
+
+
+def discard_step(model: nn.Module, images_BCHW: Tensor, noise_BN: Tensor) -> None:
+    """One forward and backward whose gradients are thrown away.
+
+    DistributedDataParallel rebuilds its buckets after the first backward pass, and with three or more workers the order
+    of summation changes with them. Doing this before the first real step, fresh and resumed alike, keeps a resumed run
+    bitwise equal.
+    """
+    (model(images_BCHW[:1], noise_BN[:1]).sample_loss.sum() * 0.0).backward()
+    model.zero_grad(set_to_none=True)

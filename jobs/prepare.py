@@ -1,0 +1,51 @@
+"""Pack images or .npy grids into WebDataset shards with a manifest and an index, or index shards that are there."""
+
+from __future__ import annotations
+
+import shlex
+
+from crate_ray.cli import run_job
+from crate_ray.config import PrepareConfig
+from crate_ray.data.builtin import digits_source, shapes_source
+from crate_ray.data.packing import Source, index_existing, open_source, pack
+from crate_ray.data.storage import open_storage
+from crate_ray.errors import UserError
+
+
+def main(config: PrepareConfig) -> None:
+    """Write the dataset and say what was written and what to do next."""
+    output = open_storage(config.output, config.s3)
+    if config.source is None:
+        manifest = index_existing(output, shards=config.shards, overwrite=config.overwrite)
+    else:
+        manifest = pack(find_source(config, output.uri), output, config)
+    size = "varying size" if manifest.height is None else f"{manifest.height}×{manifest.width}"
+    classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
+    shards = "1 shard" if manifest.num_shards == 1 else f"{manifest.num_shards:,} shards"
+    print(
+        f"{output.uri}: {manifest.num_samples:,} {manifest.kind}s in {shards} ({manifest.total_bytes:,} bytes), "
+        f"{manifest.channels} × {size}{classes}"
+    )
+    endpoint = f" --s3.endpoint_url {shlex.quote(config.s3.endpoint_url)}" if config.s3.endpoint_url else ""
+    print(f"next: python jobs/pretrain.py --data.train {shlex.quote(output.uri)}{endpoint} ...")
+
+
+def find_source(config: PrepareConfig, output_uri: str) -> Source:
+    """The built-in dataset or the folder that config.source names."""
+    assert config.source is not None
+    if config.source == "digits":
+        return digits_source(config.split)
+    if config.source == "shapes":
+        return shapes_source(config.split, config.num_samples, config.image_size, config.seed)
+    if config.split != "all":
+        raise UserError(
+            f"split {config.split!r} is for the built-in sets 'digits' and 'shapes'; pack folders one by one"
+        )
+    storage = open_storage(config.source, config.s3)
+    if storage.uri == output_uri:
+        raise UserError(f"source and output are both {output_uri}; write the new dataset somewhere else")
+    return open_source(storage, config.shards)
+
+
+if __name__ == "__main__":
+    run_job(PrepareConfig, main)

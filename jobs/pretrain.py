@@ -1,0 +1,28 @@
+"""Pretrain CRATE-MAE (or ViT-MAE) on sharded images: python jobs/pretrain.py --config jobs/configs/demo.yaml"""
+
+from __future__ import annotations
+
+from crate_ray.cli import run_job
+from crate_ray.config import PretrainConfig
+from crate_ray.progress import ProgressDisplay
+from crate_ray.tracking.pretraining import export_run, track
+from crate_ray.training.run import open_run, pretrain, start_ray
+
+
+def main(config: PretrainConfig) -> None:
+    """Start or resume the run, follow it, and leave its model in the run's folder and in MLflow."""
+    run = open_run(config)
+    if run.first_step >= run.total_steps:
+        print(f"run {config.name!r} is already finished: step {run.first_step} of {run.total_steps}")
+        return
+    start_ray()
+    with track(run) as tracker:
+        with ProgressDisplay(run.first_step, run.total_steps) as display:
+            pretrain(run, [tracker, display])
+        folder = export_run(run, tracker)
+    print(f"model      {folder}")
+    print(f"MLflow run {tracker.where}")
+
+
+if __name__ == "__main__":
+    run_job(PretrainConfig, main)

@@ -1,0 +1,183 @@
+"""The models' equations written down a second time, in plain NumPy, to test the torch models against.
+
+Written from the paper (arXiv 2404.02446; MAE for the baseline): one sample, one head and one column (token) matrix
+Z ∈ R^{d×N} at a time. It shares no code with `crate_ray.models`; only the position tables are given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from crate_ray.config import CrateMAEConfig, ViTMAEConfig
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+State = dict[str, Array]
+erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+@dataclass
+class Result:
+    """Per-sample results; tokens are rows again, as in torch."""
+
+    loss: float = 0.0
+    mask: Array | None = None
+    prediction: Array | None = None
+    tokens: Array | None = None
+    encoder_layers: list[Array] = field(default_factory=list)
+    decoder_layers: list[Array] = field(default_factory=list)
+    attention: list[Array] = field(default_factory=list)
+    keys: list[Array] = field(default_factory=list)
+
+
+def norm(state: State, name: str, z: Array, eps: float) -> Array:
+    centred = z - z.mean(axis=0)
+    scaled = centred / np.sqrt((centred**2).mean(axis=0) + eps)
+    return scaled * state[f"{name}.weight"][:, None] + state[f"{name}.bias"][:, None]
+
+
+def linear(state: State, name: str, z: Array) -> Array:
+    z = state[f"{name}.weight"] @ z
+    return z + state[f"{name}.bias"][:, None] if f"{name}.bias" in state else z
+
+
+def softmax_columns(scores: Array) -> Array:
+    powers = np.exp(scores - scores.max(axis=0))
+    return powers / powers.sum(axis=0)
+
+
+def mssa(state: State, config: CrateMAEConfig, name: str, codebook: Array, z: Array) -> tuple[Array, list[Array]]:
+    """MSSA(Z) and each subspace's attention (columns sum to one)."""
+    p = config.subspace_dim
+    assert p is not None
+    heads, maps = [], []
+    for k in range(config.num_subspaces):
+        projected = codebook[k * p : (k + 1) * p] @ z
+        scores = projected.T @ projected / math.sqrt(p)
+        maps.append(softmax_columns(scores) if config.attention == "softmax" else scores / z.shape[1])
+        heads.append(projected @ maps[-1])
+    stacked = np.concatenate(heads)
+    out = codebook.T @ stacked if config.output_map == "tied" else linear(state, f"{name}.output", stacked)
+    return out, maps
+
+
+def ista(config: CrateMAEConfig, D: Array, z: Array) -> Array:
+    eta, lam = config.step_size, config.sparsity_lambda
+    return np.maximum(z + eta * (D.T @ z - D.T @ (D @ z)) - eta * lam, 0)
+
+
+def crate_encoder_layer(state: State, config: CrateMAEConfig, index: int, z: Array, result: Result) -> Array:
+    name = f"encoder.{index}"
+    codebook = state[f"{name}.mssa.subspaces"]
+    normed = norm(state, f"{name}.mssa_norm", z, 1e-5)
+    update, maps = mssa(state, config, f"{name}.mssa", codebook, normed)
+    result.attention.append(np.stack([a.T for a in maps]))
+    result.keys.append((codebook @ normed).T)
+    return ista(config, state[f"{name}.ista.dictionary"], norm(state, f"{name}.ista_norm", z + update, 1e-5))
+
+
+def crate_decoder_layer(state: State, config: CrateMAEConfig, index: int, y: Array) -> Array:
+    name, mirrored = f"decoder.{index}", f"encoder.{config.depth - 1 - index}"
+    if config.decoder_maps == "tied":
+        E, codebook = state[f"{mirrored}.ista.dictionary"].T, state[f"{mirrored}.mssa.subspaces"]
+    else:
+        E, codebook = state[f"{name}.expansion"], state[f"{name}.mssa.subspaces"]
+    half = E @ norm(state, f"{name}.expansion_norm", y, 1e-5)
+    return half - mssa(state, config, f"{name}.mssa", codebook, norm(state, f"{name}.mssa_norm", half, 1e-5))[0]
+
+
+def transformer_layer(state: State, name: str, heads: int, z: Array, result: Result | None) -> Array:
+    query, key, value = np.split(linear(state, f"{name}.qkv", norm(state, f"{name}.attention_norm", z, 1e-6)), 3)
+    p = len(query) // heads
+    outputs, maps = [], []
+    for k in range(heads):
+        part = slice(k * p, (k + 1) * p)
+        maps.append(softmax_columns(key[part].T @ query[part] / math.sqrt(p)))
+        outputs.append(value[part] @ maps[-1])
+    if result is not None:
+        result.attention.append(np.stack([a.T for a in maps]))
+        result.keys.append(key.T)
+    z = z + linear(state, f"{name}.attention_output", np.concatenate(outputs))
+    hidden = linear(state, f"{name}.mlp_input", norm(state, f"{name}.mlp_norm", z, 1e-6))
+    return z + linear(state, f"{name}.mlp_output", hidden * 0.5 * (1 + erf(hidden / math.sqrt(2))))
+
+
+def cut_patches(config: CrateMAEConfig | ViTMAEConfig, image_CHW: Array) -> list[Array]:
+    """Each patch as (patch height, patch width, channel)."""
+    (grid_h, grid_w), (h, w) = config.grid_hw, config.patch_hw
+    return [
+        image_CHW[:, i * h : (i + 1) * h, j * w : (j + 1) * w].transpose(1, 2, 0)
+        for i in range(grid_h)
+        for j in range(grid_w)
+    ]
+
+
+def forward(
+    state: State,
+    config: CrateMAEConfig | ViTMAEConfig,
+    image_CHW: Array,
+    noise_N: Array | None,
+    positions_ND: Array,
+    decoder_positions_ND: Array | None,
+) -> Result:
+    """Everything from one image and its noise (None: no mask, and only the encoder) to the loss."""
+    result = Result()
+    crate = isinstance(config, CrateMAEConfig)
+    visible_only = not crate or config.encoder_tokens == "visible"
+    patches = cut_patches(config, image_CHW)
+    count = len(patches)
+    keep = set(range(count))
+    if noise_N is not None:
+        keep = set(sorted(range(count), key=lambda n: (noise_N[n], n))[: config.num_visible])
+    result.mask = np.array([0.0 if n in keep else 1.0 for n in range(count)])
+
+    columns = [state["cls_token"].ravel()]
+    for n, patch in enumerate(patches):
+        if n in keep:
+            kernel = state["patch_embed.weight"]
+            token = np.einsum("dchw,hwc->d", kernel, patch) + state["patch_embed.bias"]
+        elif visible_only:
+            continue
+        else:
+            token = state["mask_token"].ravel()
+        columns.append(token + positions_ND[n])
+    z = np.stack(columns, axis=1)
+    for index in range(config.depth):
+        if crate:
+            z = crate_encoder_layer(state, config, index, z, result)
+        else:
+            z = transformer_layer(state, f"encoder.{index}", config.num_heads, z, result)
+        result.encoder_layers.append(z.T)
+    z = norm(state, "encoder_norm", z, 1e-6)
+    result.tokens = z.T
+    if noise_N is None:
+        return result
+
+    y = z if crate else linear(state, "decoder_embed", z)
+    if visible_only:
+        assert decoder_positions_ND is not None
+        seen = iter(y[:, 1:].T)
+        filled = [next(seen) if n in keep else state["mask_token"].ravel() for n in range(count)]
+        y = np.concatenate([y[:, :1], np.stack(filled, axis=1) + decoder_positions_ND.T], axis=1)
+    assert config.decoder_depth is not None
+    for index in range(config.decoder_depth):
+        if crate:
+            y = crate_decoder_layer(state, config, index, y)
+        else:
+            assert config.decoder_num_heads is not None
+            y = transformer_layer(state, f"decoder.{index}", config.decoder_num_heads, y, None)
+        result.decoder_layers.append(y.T)
+    result.prediction = linear(state, "prediction", norm(state, "decoder_norm", y, 1e-6)[:, 1:]).T
+
+    errors = []
+    for n, patch in enumerate(patches):
+        target = patch.ravel()
+        if config.norm_pix_loss:
+            target = (target - target.mean()) / math.sqrt(target.var(ddof=1) + 1e-6)
+        if n not in keep or len(keep) == count:
+            errors.append(((result.prediction[n] - target) ** 2).mean())
+    result.loss = float(np.mean(errors))
+    return result

@@ -1,0 +1,219 @@
+"""Local folders and S3 keep the same contract; every failure that a user can mend is one clear sentence."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from crate_ray.config import S3Config
+from crate_ray.data.storage import AlreadyExists, NotFound, Storage, open_storage
+from crate_ray.errors import UserError
+
+SECRET = "top-secret-key-0123456789"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, endpoint: str) -> Storage:
+    if request.param == "local":
+        return open_storage(str(tmp_path / "data"), S3Config())
+    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="bucket")
+    return open_storage(f"s3://bucket/{request.node.name}/", S3Config(endpoint_url=endpoint))
+
+
+def test_contract(storage: Storage, tmp_path: Path) -> None:
+    assert list(storage.list()) == []
+    file = tmp_path / "file"
+    file.write_bytes(b"from a file" * 1000)
+    for key in ("b", "a/2", "a-b", "a/1/x"):
+        storage.write(key, key.encode())
+    storage.write("a/1/file", file)
+
+    assert storage.read("a/1/x") == b"a/1/x"
+    assert storage.read("a/1/file", 5, 1) == b"a"
+    assert storage.read("a/1/file", 10_995) == b" file"
+    assert storage.read("a/1/file", 10_995, 100) == b" file"
+    assert storage.read("b", 0, 0) == storage.read("b", 7, 7) == b""
+    storage.download("a/1/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == file.read_bytes()
+
+    assert [info.key for info in storage.list()] == ["a-b", "a/1/file", "a/1/x", "a/2", "b"]
+    assert [(info.key, info.size) for info in storage.list("a/1/")] == [("a/1/file", 11_000), ("a/1/x", 5)]
+    assert [info.key for info in storage.list("a")] == ["a-b", "a/1/file", "a/1/x", "a/2"]
+    assert [info.key for info in storage.under("a/1").list()] == ["file", "x"]
+    assert storage.under("a").under("1").read("x") == b"a/1/x"
+    assert storage.under("a").uri == storage.uri + "/a"
+
+    old = {info.key: info.etag for info in storage.list("b")}
+    storage.write("b", b"changed")
+    assert storage.read("b") == b"changed"
+    assert {info.key: info.etag for info in storage.list("b")} != old
+    assert storage.exists("b")
+    storage.delete("b")
+    storage.delete("b")
+    assert not storage.exists("b")
+    with pytest.raises(NotFound, match="b does not exist"):
+        storage.read("b")
+    with pytest.raises(NotFound, match="b does not exist"):
+        storage.download("b", tmp_path / "copy")
+
+
+def test_if_absent_lets_one_writer_win(storage: Storage, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"9")
+    contents: list[bytes | Path] = [*(str(i).encode() for i in range(7)), file]
+
+    def write(content: bytes | Path) -> bool:
+        try:
+            storage.write("once", content, if_absent=True)
+        except AlreadyExists:
+            return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(write, contents))
+    assert sum(won) == 1
+    winner = contents[won.index(True)]
+    assert storage.read("once") == (winner if isinstance(winner, bytes) else b"9")
+    with pytest.raises(AlreadyExists, match="once exists already"):
+        storage.write("once", file, if_absent=True)
+
+
+def test_pickled_copy_works(storage: Storage) -> None:
+    storage.write("key", b"content")
+    assert pickle.loads(pickle.dumps(storage)).read("key") == b"content"  # noqa: S301
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("", "is empty"),
+        ("gs://bucket/x", "unknown scheme 'gs'; use a local folder or s3://bucket/prefix"),
+        ("s3://", "names no bucket"),
+        ("file://x", "is not a file address"),
+    ],
+)
+def test_bad_addresses(uri: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_storage(uri, S3Config())
+
+
+def test_local_names_stay_inside(tmp_path: Path) -> None:
+    for key in ("../x", "a/../../x", "/etc/passwd"):
+        with pytest.raises(UserError, match="leads out of"):
+            open_storage(str(tmp_path), S3Config()).read(key)
+
+
+def test_missing_bucket(endpoint: str, tmp_path: Path) -> None:
+    storage = open_storage("s3://absent/x", S3Config(endpoint_url=endpoint))
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    message = f"bucket 'absent' does not exist at {endpoint}; create it or check the name"
+    actions: list[Any] = [
+        lambda: storage.read("key"),
+        lambda: storage.write("key", b"x"),
+        lambda: storage.write("key", file),
+        lambda: storage.download("key", file),
+        lambda: list(storage.list()),
+        lambda: storage.exists("key"),
+    ]
+    for action in actions:
+        with pytest.raises(UserError) as error:
+            action()
+        assert str(error.value) == message
+
+
+def test_unreachable_endpoint_and_absent_credentials(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    gone = open_storage("s3://bucket", S3Config(endpoint_url=f"http://user:{SECRET}@127.0.0.1:1", max_attempts=1))
+    with pytest.raises(UserError, match=r"cannot reach the S3 endpoint http://127.0.0.1:1 to read") as error:
+        gone.read("key")
+    assert SECRET not in str(error.value)
+    with pytest.raises(UserError, match="not a valid address"):
+        open_storage("s3://bucket", S3Config(endpoint_url="nonsense")).read("key")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UserError, match=r"no usable AWS credentials for s3://bucket .*set AWS_ACCESS_KEY_ID"):
+        open_storage("s3://bucket", S3Config(endpoint_url=endpoint)).read("key")
+
+
+class _Answer(BaseHTTPRequestHandler):
+    """Answers every GET with the next (status, error code or body, bytes to hold back) of the server's list."""
+
+    def do_GET(self) -> None:
+        status, text, held_back = self.server.answers.pop(0)  # type: ignore[attr-defined]
+        body = (
+            text.encode() if status < 300 else f"<Error><Code>{text}</Code><Message>{SECRET}</Message></Error>".encode()
+        )
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) - held_back])
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def answering() -> Iterator[tuple[str, list[tuple[int, str, int]]]]:
+    server = HTTPServer(("127.0.0.1", 0), _Answer)
+    answers: list[tuple[int, str, int]] = []
+    server.answers = answers  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", answers
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (403, "AccessDenied", "access denied: these AWS credentials may not read s3://bucket/x/key"),
+        (403, "SignatureDoesNotMatch", r"refuses the AWS credentials \(SignatureDoesNotMatch\); set AWS_ACCESS"),
+        (403, "InvalidAccessKeyId", r"refuses the AWS credentials"),
+        (400, "AuthorizationHeaderMalformed", "bucket 'bucket' is in another region; set s3.region"),
+        (400, "Curious", r"cannot read s3://bucket/x/key at http://127.0.0.1:\d+: Curious \(HTTP 400\)"),
+    ],
+)
+def test_refusals(answering: tuple[str, list[tuple[int, str, int]]], status: int, code: str, message: str) -> None:
+    endpoint, answers = answering
+    answers += [(status, code, 0)] * 4
+    with pytest.raises(UserError, match=message) as error:
+        open_storage("s3://bucket/x", S3Config(endpoint_url=endpoint, max_attempts=1)).read("key")
+    assert SECRET not in str(error.value)
+
+
+def test_read_survives_failures_and_cut_bodies(answering: tuple[str, list[tuple[int, str, int]]]) -> None:
+    endpoint, answers = answering
+    answers += [(503, "SlowDown", 0), (200, "whole", 2), (200, "whole", 0)]
+    storage = open_storage("s3://bucket", S3Config(endpoint_url=endpoint, max_attempts=3, read_timeout=5))
+    assert storage.read("key") == b"whole"
+    assert not answers
