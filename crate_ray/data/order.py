@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PositiveInt, model_validator
 
-from crate_ray.config import DataConfig, Settings
-from crate_ray.errors import UserError
+from crate_ray.config import Settings
 
 UInt64 = NDArray[np.uint64]
 Int64 = NDArray[np.int64]
@@ -244,45 +243,3 @@ def _window_samples(order: SampleOrder, epoch: int, lane: int, round_: int) -> I
         samples = samples[np.argsort(hash64(key, np.arange(len(samples))), kind="stable")]
     samples.setflags(write=False)
     return samples
-
-
-# Encoded bytes of one block, about: one ranged GET. The index has an entry for every INDEX_STRIDE-th sample.
-_BLOCK_BYTES = 4 * 2**20
-_INDEX_STRIDE = 16
-_MAX_LANES = 32
-
-
-def plan_order(
-    num_samples: int, total_bytes: int, data: DataConfig, *, batch_size: int, seed: int, workers: int
-) -> SampleOrder:
-    """Order settings of a new run: b, g and L from the config, or from its byte budgets where it leaves them open.
-
-    Parameters: samples and encoded bytes of the dataset; the global batch; the number of workers that start the run,
-    whose buffers hold lanes owned × g × b × sample bytes, twice for the window ahead.
-    Raises UserError when a batch cannot be drawn: too few samples, or a batch size that the lanes do not divide.
-    """
-    sample_bytes = max(total_bytes / num_samples, 1.0)
-    resident = total_bytes <= data.memory_bytes
-    block = data.block_samples or (
-        1 if resident else max(int(_BLOCK_BYTES / sample_bytes) // _INDEX_STRIDE, 1) * _INDEX_STRIDE
-    )
-    num_blocks = -(-num_samples // block)
-    most_lanes = min(_MAX_LANES, num_blocks) if data.shuffle else 1
-    lanes = data.lanes or max(n for n in range(1, most_lanes + 1) if batch_size % n == 0)
-    window = data.window_blocks
-    if window is None:
-        owned = min(lanes, -(-lanes // workers) + 1)
-        budget = 4096 // block if resident else int(data.buffer_bytes / (2 * owned * block * sample_bytes))
-        window = max(1, min(budget, num_blocks // lanes))
-    try:
-        return SampleOrder(
-            num_samples=num_samples,
-            batch_size=batch_size,
-            block_samples=block,
-            window_blocks=window,
-            lanes=lanes,
-            seed=seed,
-            shuffle=data.shuffle,
-        )
-    except ValueError as error:
-        raise UserError(str(error).split("Value error, ")[-1].split(" [type=")[0]) from None

@@ -20,7 +20,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crate_ray.config import PretrainConfig
-from crate_ray.data.order import plan_order
+from crate_ray.data.plan import plan_order
 from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
@@ -83,8 +83,7 @@ def open_run(config: PretrainConfig) -> Run:
                 "set model.channels"
             )
     order = plan_order(
-        manifest.num_samples,
-        manifest.total_bytes,
+        manifest,
         config.data,
         batch_size=training.batch_size,
         seed=config.seed,
@@ -194,6 +193,7 @@ def pretrain(run: Run, listeners: Sequence[Listener]) -> None:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     failure: list[BaseException] = []

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crate_ray.config import DataConfig
-from crate_ray.data.order import SampleOrder, hash64, permute, plan_order, uniform, worker_slots
+from crate_ray.data.order import SampleOrder, hash64, permute, uniform, worker_slots
+from crate_ray.data.plan import plan_order
+from crate_ray.data.shards import Manifest
 from crate_ray.errors import UserError
 
 
@@ -111,16 +113,22 @@ def test_epochs_and_seeds_differ_and_blocks_mix() -> None:
     assert len(np.unique(first // 5)) > 15
 
 
+def dataset(num_samples: int, total_bytes: int) -> Manifest:
+    described = {"kind": "image", "image_suffixes": ("jpg",), "suffixes": ("jpg",), "channels": 3}
+    measured = {"mean": (0.5,), "std": (0.2,), "num_measured": 1, "shards_sha256": "", "index_sha256": ""}
+    return Manifest(num_samples=num_samples, num_shards=1, total_bytes=total_bytes, **described, **measured)
+
+
 def test_planned_order_fits_budgets_and_explains_what_does_not_fit() -> None:
     data = DataConfig(train="x", memory_bytes=1, buffer_bytes=64 * 2**20)
-    order = plan_order(1_281_167, 140 * 2**30, data, batch_size=4096, seed=0, workers=8)
+    order = plan_order(dataset(1_281_167, 140 * 2**30), data, batch_size=4096, seed=0, workers=8)
     sample_bytes = 140 * 2**30 / 1_281_167
     owned = order.lanes // 8 + 1
     assert 2 * owned * order.window_blocks * order.block_samples * sample_bytes <= 64 * 2**20
     assert order.block_samples % 16 == 0 and order.batches_per_epoch >= 310
-    small = plan_order(1000, 10**6, DataConfig(train="x"), batch_size=64, seed=0, workers=2)
+    small = plan_order(dataset(1000, 10**6), DataConfig(train="x"), batch_size=64, seed=0, workers=2)
     assert small.block_samples == 1 and small.batches_per_epoch == 15
     with pytest.raises(UserError, match="batch size 64 is not a multiple of the 3 lanes"):
-        plan_order(1000, 10**6, DataConfig(train="x", lanes=3), batch_size=64, seed=0, workers=2)
+        plan_order(dataset(1000, 10**6), DataConfig(train="x", lanes=3), batch_size=64, seed=0, workers=2)
     with pytest.raises(UserError, match="do not fill one batch of 64"):
-        plan_order(50, 10**6, DataConfig(train="x"), batch_size=64, seed=0, workers=2)
+        plan_order(dataset(50, 10**6), DataConfig(train="x"), batch_size=64, seed=0, workers=2)
