@@ -146,6 +146,8 @@ def _where(config_class: type[BaseModel], problem: Any) -> str:
         longer = f"{where}.{part}" if where else str(part)
         if longer in known or (problem["type"] == "extra_forbidden" and part == problem["loc"][-1]):
             where = longer
+    if problem["type"] == "union_tag_invalid":
+        where += f".{problem['ctx']['discriminator'].strip(chr(39))}"
     return where
 
 
@@ -155,6 +157,11 @@ def _explain(config_class: type[BaseModel], where: str, problem: Any) -> str:
         if where in dotted_names(config_class):
             return f"setting {where!r} does not belong to {problem['loc'][-2]}"
         return f"there is no setting {where!r}{suggest(where, dotted_names(config_class)) or '; --help lists them all'}"
+    if problem["type"] == "union_tag_invalid":
+        known = problem["ctx"]["expected_tags"].replace(", ", " or ")
+        return f"setting {where!r} is {problem['ctx']['tag']!r}: input should be {known}"
+    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
+        return f"setting {where!r} has too few values; give {problem['loc'][-1] + 1}"
     if problem["type"] == "missing":
         return f"setting {where!r} is required; give --{where} or put it into the --config file"
     if problem["type"] == "value_error":

@@ -59,6 +59,11 @@ def fill_from_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
     return values
 
 
+def whole_number(value: Any) -> Any:
+    """A number that a command line gave as text, before validation; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class ImageModelConfig(Settings):
     """What CRATE-MAE and ViT-MAE have in common: the patch grid and the masked-completion objective."""
 
@@ -107,9 +112,10 @@ class ImageModelConfig(Settings):
     def _check_grid(self) -> Self:
         for side, image, patch in zip(("height", "width"), self.image_hw, self.patch_hw, strict=True):
             if image % patch:
+                near = dict.fromkeys((image // patch * patch or patch, (image // patch + 1) * patch))
                 raise ValueError(
                     f"image {side} {image} is not divisible by patch {side} {patch}; "
-                    f"use an image size of {image // patch * patch or patch} or {(image // patch + 1) * patch}"
+                    f"use an image size of {' or '.join(map(str, near))}"
                 )
         if self.num_visible < 1:
             raise ValueError(
@@ -162,8 +168,8 @@ class CrateMAEConfig(ImageModelConfig):
                 values["decoder_depth"] = values.get("depth", cls.model_fields["depth"].default)
             if values.get("subspace_dim") is None:
                 values.pop("subspace_dim", None)
-                dim = values.get("dim", cls.model_fields["dim"].default)
-                count = values.get("num_subspaces", cls.model_fields["num_subspaces"].default)
+                dim = whole_number(values.get("dim", cls.model_fields["dim"].default))
+                count = whole_number(values.get("num_subspaces", cls.model_fields["num_subspaces"].default))
                 if isinstance(dim, int) and isinstance(count, int) and count > 0 and dim % count == 0:
                     values["subspace_dim"] = dim // count
         return values
@@ -324,6 +330,15 @@ class DataConfig(Settings):
     """Mean per channel that is subtracted, for images on the scale 0 to 1; the dataset's own by default."""
     std: tuple[float, ...] | None = None
     """Standard deviation per channel that is divided by; the dataset's own by default."""
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        if min(self.crop_ratio) <= 0:
+            raise ValueError(f"crop_ratio is {list(self.crop_ratio)}; aspect ratios are positive")
+        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if low > high:
+                raise ValueError(f"{name} is {[low, high]}; give the smaller number first")
+        return self
 
 
 # --- Training -------------------------------------------------------------------------------------------------------

@@ -69,14 +69,18 @@ WRONG_LINES = {
     f"{BASE} --training.step 7": "there is no setting 'training.step', did you mean 'training.steps'?",
     f"{BASE} --batch_size 7": "there is no setting 'batch_size', did you mean 'training.batch_size'?",
     f"{BASE} --zzzz 7": "there is no setting 'zzzz'; --help lists them all",
-    f"{BASE} stray": "there is no setting 'stray'; --help lists them all",
+    f"{BASE} 7": "there is no setting '7'; --help lists them all",
     f"{BASE} --training.batch_size": "argument --training.batch_size: expected one argument",
     f"{BASE} --model.architecture vit_mae --model.num_subspaces 3": (
         "setting 'model.num_subspaces' does not belong to vit_mae"
     ),
     f"{BASE} --model.num_heads 3": "setting 'model.num_heads' does not belong to crate_mae",
-    f"{BASE} --model.architecture vit": "setting 'model.architecture' is 'vit': input should be 'vit_mae' or 'crate_mae'",
-    f"{BASE} --model.preset huge": "setting 'model.preset' is 'huge': input should be 'tiny', 'small', 'base' or 'large'",
+    f"{BASE} --model.architecture vit": (
+        "setting 'model.architecture' is 'vit': input should be 'vit_mae' or 'crate_mae'"
+    ),
+    f"{BASE} --model.preset huge": (
+        "setting 'model.preset' is 'huge': input should be 'tiny', 'small', 'base' or 'large'"
+    ),
     "--training.steps 5": "setting 'data.train' is required; give --data.train or put it into the --config file",
     "--data.train x": "training: set either steps or epochs, and not both",
     f"{BASE} --training.epochs 2": "training: set either steps or epochs, and not both",
@@ -88,7 +92,7 @@ WRONG_LINES = {
         "setting 'seed' is '-1': input should be greater than or equal to 0; "
         "setting 'data.flip' is 'maybe': input should be a valid boolean, unable to interpret input"
     ),
-    f"{BASE} --data.crop_scale 0.5": "setting 'data.crop_scale' has 1 value, but needs 2",
+    f"{BASE} --data.crop_scale 0.5": "setting 'data.crop_scale' has too few values; give 2",
     f"{BASE} --data.crop_scale 0.5,2": "setting 'data.crop_scale' is 2: input should be less than or equal to 1",
     f"{BASE} --data.crop_scale 1,0.5": "data: crop_scale is [1.0, 0.5]; give the smaller number first",
     f"{BASE} --data.crop_ratio 0,1": "data: crop_ratio is [0.0, 1.0]; aspect ratios are positive",
@@ -96,7 +100,7 @@ WRONG_LINES = {
         "model: image height 33 is not divisible by patch height 16; use an image size of 32 or 48"
     ),
     f"{BASE} --model.image_size 32,8": (
-        "model: image width 8 is not divisible by patch width 16; use an image size of 16 or 16"
+        "model: image width 8 is not divisible by patch width 16; use an image size of 16"
     ),
     f"{BASE} --model.dim 64": "model: dim 64 is not divisible by num_subspaces 12; set subspace_dim explicitly",
     f"{BASE} --model.mask_ratio 0.999": "model: mask_ratio 0.999 leaves none of the 196 patches visible; lower it",
@@ -167,7 +171,7 @@ def fields(config_class: type[BaseModel], prefix: str = "") -> dict[str, list[tu
     """Description, and whether there is a default, of each field that is no group, by dotted name; here computed from
     the classes' own defaults and docstrings, and not by the code under test."""
     groups: dict[str, list[type[BaseModel]]] = {
-        name: [m for m in Settings.__subclasses__() + [CrateMAEConfig, ViTMAEConfig] if m.__name__ in str(f.annotation)]
+        name: [m for m in [*Settings.__subclasses__(), CrateMAEConfig, ViTMAEConfig] if m.__name__ in str(f.annotation)]
         for name, f in config_class.model_fields.items()
     }
     out: dict[str, list[tuple[str, bool]]] = {}
