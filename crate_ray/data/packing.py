@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 from crate_ray.config import PrepareConfig
+from crate_ray.data.decode import to_eight_bits
 from crate_ray.data.shards import (
     INDEX_NAME,
     INDEX_STRIDE,
@@ -486,7 +487,8 @@ def measure_image(content: bytes, *, measure: bool = True, reduce: bool = True) 
         channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
         if not measure:
             return image, _Measured(channels, size, None, None)
-        histogram = np.array(to_eight_bits(image).convert("L" if channels == 1 else "RGB").histogram(), np.float64).reshape(-1, 256)
+        eight_bits = to_eight_bits(image).convert("L" if channels == 1 else "RGB")
+        histogram = np.array(eight_bits.histogram(), np.float64).reshape(-1, 256)
     except UnidentifiedImageError:
         raise BadSample("not a JPEG, PNG or WebP image") from None
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:

@@ -53,9 +53,9 @@ def random_crop(
             return Crop(int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w, mirrored)
     w, h = width, height
     if width / height < ratio[0]:
-        h = min(height, round(width / ratio[0]))
+        h = max(1, min(height, round(width / ratio[0])))
     elif width / height > ratio[1]:
-        w = min(width, round(height * ratio[1]))
+        w = max(1, min(width, round(height * ratio[1])))
     return Crop((height - h) // 2, (width - w) // 2, h, w, mirrored)
 
 

@@ -1,0 +1,47 @@
+# make demo   train on an embedded dataset, end to end          make test   unit, integration and fault tests
+# make lint   ruff and mypy                                     make clean  remove the environment and the demo's results
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test unit lint format clean
+.DELETE_ON_ERROR:
+
+# Pinned versions; a torch build that is already in $(VENV) is kept when it is of the pinned version.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV) (a few minutes the first time)"
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@test -f demo/digits-train/manifest.json || $(PY) jobs/prepare.py --source digits --split train --output demo/digits-train
+	@test -f demo/digits-test/manifest.json || $(PY) jobs/prepare.py --source digits --split test --output demo/digits-test
+	$(PY) jobs/pretrain.py --config jobs/configs/demo.yaml
+	@echo
+	@echo "shards, checkpoints, model and MLflow's records are under demo/; look at the run and its pictures with"
+	@echo "  $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db"
+	@echo "and try next, on images of your own:"
+	@echo "  $(PY) jobs/prepare.py --source /path/to/images --output data/mine"
+	@echo "  $(PY) jobs/pretrain.py --name mine --data.train data/mine --model.preset tiny --training.epochs 1"
+
+test: $(READY)
+	$(PY) -m pytest tests/unit tests/integration tests/faults
+
+unit: $(READY)
+	$(PY) -m pytest tests/unit
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) demo
