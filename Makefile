@@ -21,6 +21,8 @@ demo: $(READY)
 	@test -f demo/digits-train/manifest.json || $(PY) jobs/prepare.py --source digits --split train --output demo/digits-train
 	@test -f demo/digits-test/manifest.json || $(PY) jobs/prepare.py --source digits --split test --output demo/digits-test
 	$(PY) jobs/pretrain.py --config jobs/configs/demo.yaml
+	@$(PY) jobs/evaluate.py --model demo/runs/digits --probe.train demo/digits-train --probe.test demo/digits-test \
+	  --tracking.uri sqlite:///demo/mlflow.db
 	@echo
 	@echo "shards, checkpoints, model and MLflow's records are under demo/; look at the run and its pictures with"
 	@echo "  $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db"

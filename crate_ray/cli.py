@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -36,6 +36,25 @@ def run_job(
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def run_subcommand(commands: Mapping[str, tuple[type[Any], Callable[[Any], None]]]) -> NoReturn:
+    """`run_job` for a script with several commands: its first argument names one, the rest are that one's settings."""
+    script, arguments = Path(sys.argv[0]).name, sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:10} {(config.__doc__ or '').strip()}" for name, (config, _) in commands.items()]
+        print(
+            "\n".join(
+                [f"usage: {script} COMMAND [settings]", "", *lines, "", f"{script} COMMAND --help lists settings"]
+            )
+        )
+        sys.exit(0 if arguments else _USAGE_ERROR)
+    name = arguments[0]
+    if name not in commands:
+        hint = suggest(name, list(commands)) or f"; there are {', '.join(commands)}"
+        print(f"error: there is no command {name!r}{hint}", file=sys.stderr)
+        sys.exit(_USAGE_ERROR)
+    run_job(*commands[name], arguments[1:])
 
 
 def parse_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:

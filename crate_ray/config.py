@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -425,10 +425,20 @@ class TrackingConfig(Settings):
     """Steps between reconstruction pictures (and once at the end); null for none."""
 
 
+def check_name(name: str) -> str:
+    """A run's name becomes a folder and a record in MLflow."""
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise ValueError(f"run name {name!r} may hold letters, digits, '-', '_' and '.' only")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(check_name)]
+
+
 class PretrainConfig(Settings):
     """Pretrain CRATE-MAE or ViT-MAE on sharded images, on Ray."""
 
-    name: str = "pretrain"
+    name: RunName = "pretrain"
     """Name of the run. The same name and storage resume the run where its last checkpoint left it."""
     storage: str = "runs"
     """Local folder or s3://bucket/prefix for checkpoints and results; with several nodes one that all reach."""
@@ -451,14 +461,103 @@ class PretrainConfig(Settings):
     s3: S3Config = S3Config()
     """Object storage."""
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
-            raise ValueError(f"run name {name!r} may hold letters, digits, '-', '_' and '.' only")
-        return name
-
     @field_validator("model", mode="before")
     @classmethod
     def _default_architecture(cls, value: Any) -> Any:
         return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value
+
+
+# --- Evaluation -----------------------------------------------------------------------------------------------------
+
+Feature = Literal["mean", "cls"]
+
+
+class ProbeConfig(Settings):
+    """Linear probe: logistic regression on features of the frozen encoder."""
+
+    train: str
+    """Local folder or s3://bucket/prefix of labelled shards (member `cls`) that the probe is fitted on."""
+    test: str
+    """The same for the samples that its accuracy is measured on."""
+    feature: Feature = "mean"
+    """'mean' of the encoder's patch tokens, or its CLS token 'cls'; both after the last norm."""
+    max_samples: PositiveInt = 10_000
+    """Most samples of either dataset to use, spread evenly over it."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the untrained encoder and of the split that the strength is chosen on."""
+
+
+class EvaluateConfig(Settings):
+    """Measure what a pretrained encoder learned: linear probe, next to the untrained encoder and raw pixels."""
+
+    model: str
+    """Folder of a run or of an exported model (local or S3), runs:/<MLflow run>, or models:/<name>@<alias>."""
+    probe: ProbeConfig
+    """The probe."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow; results go to the run that trained the model, where it is known there."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+
+# --- Registry and embedding -----------------------------------------------------------------------------------------
+
+
+class RegisterConfig(Settings):
+    """Make a run's encoder a new version of a registered MLflow model."""
+
+    run: str
+    """The run: its folder (storage/name, local or S3), or its id in MLflow."""
+    name: str = "crate-mae"
+    """Name of the registered model."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+
+class PromoteConfig(Settings):
+    """Give a version of a registered model the alias @champion when its probe accuracy is not below the champion's."""
+
+    version: PositiveInt
+    """Version to promote."""
+    name: str = "crate-mae"
+    """Name of the registered model."""
+    probe: ProbeConfig
+    """The probe that decides."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+
+class ListConfig(Settings):
+    """Show the versions of a registered model."""
+
+    name: str = "crate-mae"
+    """Name of the registered model."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+
+class EmbedConfig(Settings):
+    """Embed every sample of a dataset with a trained encoder; Parquet files with sample keys come out."""
+
+    model: str = "models:/crate-mae@champion"
+    """Registered model, or any other that jobs/evaluate.py takes."""
+    data: str
+    """Local folder or s3://bucket/prefix of the shards, with manifest."""
+    output: str
+    """Local folder or s3://bucket/prefix for the Parquet files."""
+    feature: Feature = "mean"
+    """'mean' of the encoder's patch tokens, or its CLS token 'cls'."""
+    workers: PositiveInt = 1
+    """Encoders that work at the same time, each on one CPU (or one GPU)."""
+    gpu: bool = False
+    """Put each encoder on a GPU."""
+    batch_size: PositiveInt = 256
+    """Samples per task; one Parquet file holds at least as many."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    s3: S3Config = S3Config()
+    """Object storage."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from crate_ray.cli import run_job
 from crate_ray.config import PretrainConfig
 from crate_ray.progress import ProgressDisplay
-from crate_ray.tracking.pretraining import export_run, track
-from crate_ray.training.run import open_run, pretrain, start_ray
+from crate_ray.ray_cluster import start_ray
+from crate_ray.tracking.pretraining import publish, track
+from crate_ray.training.run import open_run, pretrain
 
 
 def main(config: PretrainConfig) -> None:
@@ -19,7 +20,7 @@ def main(config: PretrainConfig) -> None:
     with track(run) as tracker:
         with ProgressDisplay(run.first_step, run.total_steps) as display:
             pretrain(run, [tracker, display])
-        folder = export_run(run, tracker)
+        folder = publish(run, tracker)
     print(f"model      {folder}")
     print(f"MLflow run {tracker.where}")
 

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Full, Queue
 
 import numpy as np
@@ -40,7 +40,13 @@ class Batch:
     keys: list[str]
     """Keys of the samples."""
     labels: Int64 | None
-    """(n,) class numbers from the members `cls`; None where a sample has none."""
+    """(n,) class numbers from the members `cls`; None where not every sample of the dataset has one."""
+
+    def select(self, keep: NDArray[np.bool_]) -> Batch:
+        """The samples of the batch where keep, (n,), is true."""
+        labels = None if self.labels is None else self.labels[keep]
+        keys = [key for key, kept in zip(self.keys, keep, strict=True) if kept]
+        return Batch(self.step, self.epoch, self.images[torch.from_numpy(keep)], self.samples[keep], keys, labels)
 
 
 class SequentialOrder:
@@ -132,17 +138,23 @@ class Loader:
 
     def _plan(self) -> None:
         try:
-            requested = self._steps.start
+            requested = self._request(self._steps.start, self._steps.start)
             for step in self._steps:
-                for ahead in range(requested, min(step + self._lookahead, self._steps.stop)):
-                    self._source.request(ahead)
-                    requested = ahead + 1
                 numbers, samples = self._source.take(step)
+                requested = self._request(requested, step + 1)
                 if not self._put(self._start_decoding(step, numbers, samples)):
                     return
             self._put(None)
         except BaseException as error:
             self._put(error)
+
+    def _request(self, first: int, step: int) -> int:
+        """Have the source fetch steps from `first` on for a loader that takes `step` next; the first one left out."""
+        for ahead in range(first, min(step + self._lookahead, self._steps.stop)):
+            if not self._source.request(ahead):
+                return ahead
+            first = ahead + 1
+        return first
 
     def _put(self, item: tuple[Batch, list[Future[None]]] | BaseException | None) -> bool:
         while not self._closed.is_set():
@@ -159,14 +171,14 @@ class Loader:
         images = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
         epoch = self._order.epoch_of(step)
         crop_of = self._make_crops(epoch, numbers)
-        labels = [s.members.get("cls") for s in samples]
+        has_labels = self._shards.manifest.num_classes is not None
         batch = Batch(
             step=step,
             epoch=epoch,
             images=images,
             samples=numbers,
             keys=[s.key for s in samples],
-            labels=None if None in labels or not labels else np.array([int(bytes(x or b"")) for x in labels], np.int64),
+            labels=np.array([int(bytes(s.members["cls"])) for s in samples], np.int64) if has_labels else None,
         )
         chunks = [range(i, min(i + _CHUNK, len(samples))) for i in range(0, len(samples), _CHUNK)]
         return batch, [self._pool.submit(self._decode, samples, crop_of, images, chunk) for chunk in chunks]
@@ -209,6 +221,8 @@ def training_loader(
 
     def make_crops(epoch: int, numbers: Int64) -> Callable[[int, int, int], Crop]:
         u: NDArray[np.float64] = uniform(order.seed, STREAM_CROP, epoch, numbers[:, None], np.arange(CROP_UNIFORMS))
+        if data.crop_scale == (1, 1):
+            return lambda i, h, w: replace(centre_crop(h, w, model.image_hw), flip=data.flip and bool(u[i, -1] < 0.5))
         return lambda i, h, w: random_crop(h, w, u[i], data.crop_scale, data.crop_ratio, data.flip)
 
     slots = worker_slots(order.batch_size, rank, world_size)

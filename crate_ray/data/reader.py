@@ -18,6 +18,8 @@ from crate_ray.data.shards import Sample, ShardSet, parse_samples
 Window = tuple[int, int, int]
 """(epoch, lane, round)"""
 
+_WINDOWS_PER_LANE = 2  # the current one and the next: what data.buffer_bytes is planned for
+
 
 class Order(Protocol):
     """What a source asks of an order: SampleOrder for training, SequentialOrder for evaluation."""
@@ -67,24 +69,35 @@ class StreamedSource:
         self._windows: dict[Window, list[int]] = {}
         self._blocks: dict[tuple[int, int], Future[list[Sample]]] = {}  # (epoch, block)
 
-    def request(self, step: int) -> None:
-        """Start fetching what a step needs; returns at once."""
-        size = self._order.block_samples
+    def request(self, step: int) -> bool:
+        """Start fetching what a step needs, as far as that is the current and the next window of its lanes.
+
+        Returns at once, whether all of it is on its way.
+        """
         for window in self._order.windows(step, *self._slots):
             if window not in self._windows:
-                blocks = self._windows[window] = self._order.window_blocks_of(*window).tolist()
-                for block in blocks:
-                    fetch = self._pool.submit(read_samples, self._shards, block * size, size)
-                    self._blocks[window[0], block] = fetch
+                if sum(lane == window[1] for _, lane, _ in self._windows) >= _WINDOWS_PER_LANE:
+                    return False
+                self._fetch(window)
+        return True
 
     def take(self, step: int) -> tuple[Int64, list[Sample]]:
-        """Numbers and encoded samples of a step's slots; waits for what has not arrived. Steps only go forward."""
-        self.request(step)
+        """Numbers and encoded samples of a step's slots; waits for what has not arrived. Steps follow each other."""
         needed = self._order.windows(step, *self._slots)
-        self._drop_before(needed)
+        for window in needed:
+            if window not in self._windows:
+                self._fetch(window)
         epoch, size = needed[0][0], self._order.block_samples
         numbers = self._order.samples(step, *self._slots)
-        return numbers, [self._blocks[epoch, n // size].result()[n % size] for n in numbers.tolist()]
+        samples = [self._blocks[epoch, n // size].result()[n % size] for n in numbers.tolist()]
+        self._drop_before(self._order.windows(step + 1, *self._slots))
+        return numbers, samples
+
+    def _fetch(self, window: Window) -> None:
+        size = self._order.block_samples
+        blocks = self._windows[window] = self._order.window_blocks_of(*window).tolist()
+        for block in blocks:
+            self._blocks[window[0], block] = self._pool.submit(read_samples, self._shards, block * size, size)
 
     def _drop_before(self, needed: Iterable[Window]) -> None:
         current: dict[int, tuple[int, int]] = {}
@@ -107,10 +120,11 @@ class ResidentSource:
         self._pool = ThreadPoolExecutor(fetch_threads, "fetch")
         self._loaded: list[Future[list[Sample]] | None] = [None] * shards.manifest.num_shards
 
-    def request(self, step: int) -> None:
-        """Start fetching the shards that a step needs; returns at once."""
+    def request(self, step: int) -> bool:
+        """Start fetching the shards that a step needs; returns at once, always True."""
         for shard in np.unique(self._shards_of(self._order.samples(step, *self._slots))).tolist():
             self._load(shard)
+        return True
 
     def take(self, step: int) -> tuple[Int64, list[Sample]]:
         """Numbers and encoded samples of a step's slots; waits for what has not arrived."""

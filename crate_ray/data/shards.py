@@ -525,7 +525,10 @@ def _check_sums(view: memoryview, headers: list[int], where: str) -> None:
     rows = blocks[np.array(headers, np.int64) // BLOCK]
     unsigned = rows.sum(1, dtype=np.int64) - rows[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
     for position, row, total in zip(headers, rows, unsigned.tolist(), strict=True):
-        stated = _number(row[148:156].tobytes())
+        try:
+            stated = _number(row[148:156].tobytes())
+        except ValueError:
+            stated = -1  # no number, so no sum either
         if stated != total:
             signed = row.view(np.int8)  # of some old tars
             if stated != int(signed.sum(dtype=np.int64)) - int(signed[148:156].sum(dtype=np.int64)) + 8 * 32:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from crate_ray.config import DataConfig, Feature, ModelConfig
 from crate_ray.data.decode import decode_grid, decode_image
+from crate_ray.data.loader import Batch, evaluation_loader
+from crate_ray.data.shards import ShardSet
 from crate_ray.data.transforms import centre_crop, crop_resize, crop_resize_grid
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.export import ModelDescription, load_exported
 from crate_ray.training.step import Normalizer
 
-Feature = Literal["mean", "cls"]
-"""'mean' of the patch tokens, or the CLS token; both after the encoder's last norm."""
+_BATCH = 256
 
 
 class FeatureExtractor:
@@ -70,3 +72,14 @@ class FeatureExtractor:
                 pixels = decode_image(item, config.channels) if isinstance(item, bytes) else np.asarray(item)
                 crop_resize(pixels, centre_crop(pixels.shape[0], pixels.shape[1], config.image_hw), slot)
         return out
+
+
+def iterate_dataset(shards: ShardSet, config: ModelConfig, max_samples: int | None = None) -> Iterator[Batch]:
+    """Batches of a dataset in its order, centre-cropped, of at most max_samples samples spread evenly over it."""
+    total = shards.manifest.num_samples
+    stride = 1 if max_samples is None else -(-total // max_samples)
+    with evaluation_loader(shards, config, DataConfig(train=shards.storage.uri), batch_size=_BATCH) as loader:
+        for batch in loader:
+            keep = batch.samples % stride == 0
+            if keep.any():
+                yield batch.select(keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def log_model(uri: str, run_id: str, exported: Path) -> Any:
     client = mlflow.MlflowClient(uri)
     for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
         client.log_artifact(run_id, (exported / name).as_posix(), "weights")
-    with mlflow.start_run(run_id=run_id):
+    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
         return mlflow.pyfunc.log_model(
             name=MODEL_NAME,
             python_model=_CODE.as_posix(),

@@ -14,8 +14,7 @@ from pathlib import Path
 from mlflow.entities import Dataset
 
 from crate_ray.tracking.runs import RunTracker, flatten
-from crate_ray.training.checkpoint import load_weights
-from crate_ray.training.export import ModelDescription, export_model
+from crate_ray.training.export import export_run
 from crate_ray.training.run import Run
 
 _MODEL_FOLDER = "model"
@@ -43,21 +42,11 @@ def track(run: Run) -> Iterator[RunTracker]:
         print(tracker.undelivered)
 
 
-def export_run(run: Run, tracker: RunTracker) -> str:
+def publish(run: Run, tracker: RunTracker) -> str:
     """Write the final weights into the run's folder as an exported model, and log it; returns where it is."""
-    state, weights = load_weights(run.storage)
-    description = ModelDescription(
-        model=run.config.model,
-        mean=run.record.mean,
-        std=run.record.std,
-        kind=run.dataset.manifest.kind,
-        dataset=run.record.dataset,
-        run_key=run.record.run_key,
-        step=state.step,
-    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        export_model(folder, weights, description)
+        export_run(run.storage, folder)
         for path in folder.iterdir():
             run.storage.write(f"{_MODEL_FOLDER}/{path.name}", path)
         tracker.model(folder)

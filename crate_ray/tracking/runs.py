@@ -19,6 +19,7 @@ from typing import Any
 # One attempt each: the spool repeats what failed, and must not block for minutes inside one request.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -30,6 +31,7 @@ from crate_ray.tracking.flavor import log_model
 logger = logging.getLogger(__name__)
 
 RUN_KEY_TAG = "crate_ray.run_key"
+_DESCRIBED_TAG = "crate_ray.described"  # set once parameters and lineage are complete
 _RETRY_SECONDS = 5.0
 MODEL_FOLDER = "model"
 _BATCH = 500
@@ -73,9 +75,10 @@ class RunTracker:
         self._folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray" / key
         (self._folder / "files").mkdir(parents=True, exist_ok=True)
         self._events, self._sent = self._folder / "events.jsonl", self._folder / "sent"
-        self._wake, self._stop = threading.Event(), threading.Event()
+        self._wake, self._stop, self._give_up = threading.Event(), threading.Event(), threading.Event()
         self._problem: Exception | None = None
         self._sender = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+        self._end_torn_line()
         self._append({"kind": "status", "status": "RUNNING"})
         self._sender.start()
 
@@ -110,6 +113,7 @@ class RunTracker:
         self._stop.set()
         self._wake.set()
         self._sender.join(timeout)
+        self._give_up.set()
         if self._pending():
             return False
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -131,6 +135,12 @@ class RunTracker:
             file.write(json.dumps(event) + "\n")
         self._wake.set()
 
+    def _end_torn_line(self) -> None:
+        """End a line that was cut off when the machine went down, so that the next event gets one of its own."""
+        if self._events.exists() and not self._events.read_bytes().endswith(b"\n"):
+            with self._events.open("a") as file:
+                file.write("\n")
+
     def _offset(self) -> int:
         return int(self._sent.read_text()) if self._sent.exists() else 0
 
@@ -150,7 +160,7 @@ class RunTracker:
                 if self._problem is None:
                     logger.warning("MLflow at %s cannot be reached; records are kept on disk meanwhile", self._uri)
                 self._problem = error
-            if self._stop.is_set() and (self._problem or not self._pending()):
+            if self._stop.is_set() and (self._give_up.is_set() or not self._pending()):
                 return
 
     def _connect(self) -> MlflowClient:
@@ -164,17 +174,19 @@ class RunTracker:
                 raise
             experiment_id = experiment.experiment_id
         found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self._key}'", max_results=1)
-        if found:
+        if found and _DESCRIBED_TAG in found[0].data.tags:
             self.run_id = found[0].info.run_id
             return client
         tags = {**self._tags, RUN_KEY_TAG: self._key}
-        run = client.create_run(experiment_id, tags=tags, run_name=self._name)
-        params = [Param(name, value[:6000]) for name, value in self._params.items()]
+        run = found[0] if found else client.create_run(experiment_id, tags=tags, run_name=self._name)
+        known = run.data.params  # of an attempt that was cut off
+        params = [Param(name, value[:6000]) for name, value in self._params.items() if name not in known]
         for i in range(0, len(params), 100):
             client.log_batch(run.info.run_id, params=params[i : i + 100])
         if self._dataset:
             context = [InputTag("mlflow.data.context", "training")]
             client.log_inputs(run.info.run_id, [DatasetInput(self._dataset, context)])
+        client.set_tag(run.info.run_id, _DESCRIBED_TAG, "true")
         self.run_id = run.info.run_id
         return client
 
@@ -225,6 +237,10 @@ class RunTracker:
         with self._events.open("rb") as file:
             file.seek(offset)
             for line in file:
-                if line.endswith(b"\n"):
-                    offset += len(line)
+                if not line.endswith(b"\n"):
+                    break
+                offset += len(line)
+                try:
                     yield json.loads(line), offset
+                except ValueError:
+                    logger.warning("%s holds a line that was cut off; it is left out", self._events)

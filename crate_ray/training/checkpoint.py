@@ -10,7 +10,6 @@ A directory without a record does not count, however complete it looks. No file 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from crate_ray.config import PretrainConfig, Settings
+from crate_ray.data.decode import Kind
 from crate_ray.data.order import SampleOrder
 from crate_ray.data.storage import NotFound, Storage
 from crate_ray.errors import UserError
@@ -44,6 +44,8 @@ class RunRecord(Settings):
     """Digest of the training data's manifest."""
     order: SampleOrder
     """Data order."""
+    kind: Kind
+    """What the samples are."""
     mean: tuple[float, ...]
     """Mean per channel that is subtracted from the input."""
     std: tuple[float, ...]
@@ -119,7 +121,8 @@ def newest_valid(run: Storage) -> Iterator[tuple[Commit, dict[str, bytes]]]:
         except NotFound as error:
             logger.warning("checkpoint %s is incomplete (%s); trying an older one", commit.directory, error)
             continue
-        bad = [n for n, content in files.items() if hashlib.sha256(content).hexdigest() != commit.files[n]]
+        bad = [n for n in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE) if n not in files]
+        bad += [n for n, content in files.items() if hashlib.sha256(content).hexdigest() != commit.files[n]]
         if not bad:
             yield commit, files
         else:
@@ -159,10 +162,10 @@ def load_weights(run: Storage) -> tuple[CheckpointState, dict[str, Tensor]]:
 def read_record(run: Storage) -> RunRecord | None:
     """The run's record, None before its first start."""
     try:
-        return RunRecord.model_validate(json.loads(run.read(RUN_FILE)))
+        return RunRecord.model_validate_json(run.read(RUN_FILE))
     except NotFound:
         return None
-    except (ValidationError, json.JSONDecodeError) as error:
+    except ValidationError as error:
         raise UserError(
             f"{run.uri}/{RUN_FILE} cannot be read ({str(error).splitlines()[0]}); restore it, or choose another --name"
         ) from None

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from crate_ray.config import ModelConfig, Settings
 from crate_ray.data.decode import Kind
+from crate_ray.data.storage import Storage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.training.checkpoint import load_weights
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 
@@ -35,6 +37,26 @@ class ModelDescription(Settings):
     """Optimiser steps behind the weights."""
 
 
+def export_run(run: Storage, folder: Path) -> ModelDescription:
+    """Write the weights of a run's newest checkpoint into a local folder as a model.
+
+    Raises UserError when the run has no checkpoint.
+    """
+    state, weights = load_weights(run)
+    record = state.run
+    description = ModelDescription(
+        model=record.config.model,
+        mean=record.mean,
+        std=record.std,
+        kind=record.kind,
+        dataset=record.dataset,
+        run_key=record.run_key,
+        step=state.step,
+    )
+    export_model(folder, weights, description)
+    return description
+
+
 def export_model(folder: Path, weights: dict[str, Tensor], description: ModelDescription) -> None:
     """Write a model into a local folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +70,7 @@ def load_exported(folder: Path) -> tuple[MaskedAutoencoder, ModelDescription]:
     Raises UserError when the files are missing or do not belong together.
     """
     try:
-        description = ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_text())
+        description = ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
         model = build_model(description.model)
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:

@@ -74,6 +74,7 @@ def train(payload: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     torch.set_num_threads(record.threads)
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
     # A token parameter has dimensions of size 1, whose strides mean nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import pyarrow.fs
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crate_ray.config import PretrainConfig
+from crate_ray.data.arrow import arrow_filesystem
 from crate_ray.data.plan import plan_order
 from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import Storage, open_storage
@@ -31,8 +28,6 @@ from crate_ray.training.telemetry import Listener
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
-# pyarrow's S3 client sends checksums that many S3-compatible stores refuse (HTTP 411).
-_WORKER_ENV = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "RAY_TRAIN_V2_ENABLED": "1"}
 
 
 @dataclass(frozen=True)
@@ -51,13 +46,6 @@ class Run:
     """Steps that its newest checkpoint has done."""
     is_new: bool
     """Whether this is its first start."""
-
-
-def start_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS or this machine knows, else start Ray on this machine alone."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in _WORKER_ENV.items()})
-    if not ray.is_initialized():
-        ray.init(runtime_env={"env_vars": _WORKER_ENV}, logging_level=logging.WARNING, include_dashboard=None)
 
 
 def open_run(config: PretrainConfig) -> Run:
@@ -107,6 +95,7 @@ def open_run(config: PretrainConfig) -> Run:
             config=config,
             dataset=manifest.digest(),
             order=order,
+            kind=manifest.kind,
             mean=mean,
             std=std,
             threads=config.scaling.cpus_per_worker or 0,
@@ -155,8 +144,8 @@ def _same_run(record: RunRecord, config: PretrainConfig, dataset: str) -> bool:
 def pretrain(run: Run, listeners: Sequence[Listener]) -> None:
     """Train to the last step, on `scaling.workers` Ray Train workers; recovers from up to max_failures failures.
 
-    Needs Ray (see start_ray). Listeners hear of metrics and pictures in this thread. Returns at once when the run is
-    already finished. Raises UserError for what a worker found wrong with the user's input.
+    Needs Ray (see ray_cluster.start_ray). Listeners hear of metrics and pictures in this thread. Returns at once when
+    the run is already finished. Raises UserError for what a worker found wrong with the user's input.
     """
     if run.first_step >= run.total_steps:
         return
@@ -175,7 +164,7 @@ def pretrain(run: Run, listeners: Sequence[Listener]) -> None:
     # of an earlier driver, say which checkpoint is the newest.
     attempt = f"attempt-{len({i.key.split('/')[0] for i in run.storage.list('attempt-')}) + 1:03d}"
     mailbox = _mailbox()
-    filesystem, path = _ray_storage(run.storage.uri, config)
+    filesystem, path = arrow_filesystem(run.storage.uri, config.s3)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
@@ -265,16 +254,3 @@ def _worker_resources(config: PretrainConfig) -> tuple[dict[str, float], bool]:
             )
         cpus = max(fitting)
     return ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}), use_gpu
-
-
-def _ray_storage(uri: str, config: PretrainConfig) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The run's folder as Ray Train wants it: a pyarrow file system and a path in it."""
-    if not uri.startswith("s3://"):
-        return pyarrow.fs.LocalFileSystem(), Path(uri).resolve().as_posix()
-    endpoint = config.s3.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {"region": config.s3.region or os.environ.get("AWS_REGION")}
-    if endpoint:
-        parts = urlsplit(endpoint)
-        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-        options["region"] = options["region"] or "us-east-1"
-    return pyarrow.fs.S3FileSystem(**options), uri.removeprefix("s3://")

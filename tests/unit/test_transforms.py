@@ -91,7 +91,7 @@ def test_random_crop_has_torchvisions_distribution(height: int, width: int) -> N
         "ratio": lambda c: c[:, 3] / c[:, 2],
         "bottom margin": lambda c: height - c[:, 0] - c[:, 2],
     }.items():
-        assert ks_2samp(value(ours), value(theirs)).pvalue > 1e-3, name
+        assert ks_2samp(value(ours), value(theirs), method="asymp").pvalue > 1e-3, name
     assert abs(sum(c.flip for c in crops) - count / 2) < 4 * math.sqrt(count / 4)
     flips = np.array([c.flip for c in crops], float)
     assert abs(np.corrcoef(flips, ours[:, 1])[0, 1]) < 4 / math.sqrt(count)

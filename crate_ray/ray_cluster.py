@@ -1,0 +1,27 @@
+"""The Ray that a job runs on: a cluster that is there, or one of this machine alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import ray
+
+from crate_ray.data.arrow import ARROW_ENV
+from crate_ray.errors import UserError
+
+
+def start_ray() -> None:
+    """Connect to the cluster that RAY_ADDRESS or this machine knows, else start Ray on this machine alone.
+
+    Raises UserError when there is an address but no cluster answers, or it wants another token.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in ARROW_ENV.items()})
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(runtime_env={"env_vars": ARROW_ENV}, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"the Ray cluster at {address}" if address else "Ray"
+        raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from error

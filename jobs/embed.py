@@ -1,0 +1,26 @@
+"""Embed a dataset: python jobs/embed.py --model models:/crate-mae@champion --data s3://data/mine --output s3://out"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from crate_ray.cli import run_job
+from crate_ray.config import EmbedConfig
+from crate_ray.evaluation.embedding import embed
+from crate_ray.ray_cluster import start_ray
+from crate_ray.tracking.registry import fetch_model
+
+
+def main(config: EmbedConfig) -> None:
+    """Fetch the model, embed, and say where the files are."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        fetch_model(config.model, folder, config.tracking, config.s3)
+        start_ray()
+        record = embed(config, folder)
+    print(f"{config.output}: {record.num_samples:,} embeddings of {record.dim} numbers, Parquet")
+
+
+if __name__ == "__main__":
+    run_job(EmbedConfig, main)

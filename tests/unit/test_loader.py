@@ -1,0 +1,385 @@
+"""Batches do not depend on who loads them: not on the number of workers, the first step, the threads or the way of
+reading. Evaluation sees every sample once; bad samples are named; buffers stay within their plan."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+from torch import Tensor
+
+from crate_ray.config import CrateMAEConfig, DataConfig, PrepareConfig
+from crate_ray.data import loader as loader_module
+from crate_ray.data.decode import decode_image
+from crate_ray.data.loader import Batch, Loader, evaluation_loader, training_loader
+from crate_ray.data.order import STREAM_CROP, SampleOrder, uniform
+from crate_ray.data.packing import Item, Source, pack
+from crate_ray.data.reader import StreamedSource, Window
+from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.storage import LocalStorage
+from crate_ray.data.transforms import CROP_UNIFORMS, crop_resize, random_crop
+from crate_ray.errors import UserError
+
+MODEL = CrateMAEConfig(image_size=(16, 12), patch_size=4, dim=8, num_subspaces=2, depth=1)
+SAMPLES, BATCH = 203, 20
+
+
+class RecordingStorage(LocalStorage):
+    """Remembers which ranges of shards were read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: list[tuple[str, int, int]] = []
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        if key.endswith(".tar"):
+            assert length is not None
+            self.reads.append((key, start, length))
+        return super().read(key, start, length)
+
+
+def picture(number: int) -> bytes:
+    random, file = np.random.default_rng(number), io.BytesIO()
+    size = random.integers(12, 30, 2)
+    kind, channels = ("JPEG", "PNG", "WEBP")[number % 3], 1 if number % 5 == 0 else 3
+    noise = random.integers(0, 256, (*size, channels), np.uint8)
+    Image.fromarray(noise.squeeze(2) if channels == 1 else noise).save(file, kind)
+    return file.getvalue()
+
+
+def pack_items(folder: Path, load: Callable[[int], dict[str, bytes]], count: int, shard_samples: int = 48) -> ShardSet:
+    items = [Item(str(number), lambda number=number: load(number)) for number in range(count)]
+    pack(Source(items, None), LocalStorage(folder), PrepareConfig(output="unused", shard_samples=shard_samples))
+    return load_dataset(RecordingStorage(folder))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Pictures of three formats and many sizes in shards of 48, the last one ragged."""
+    suffixes = ("jpg", "png", "webp")
+    return pack_items(
+        tmp_path_factory.mktemp("pictures"),
+        lambda n: {suffixes[n % 3]: picture(n), "cls": str(n % 7).encode()},
+        SAMPLES,
+    )
+
+
+@pytest.fixture(scope="module")
+def stock(shards: ShardSet) -> list[tuple[str, bytes, int]]:
+    """Key, picture and label of every sample, as webdataset reads the shards."""
+    root = shards.storage.uri
+    paths = [f"{root}/{shards.shard_name(number)}" for number in range(shards.manifest.num_shards)]
+    assert len(paths) == 5
+    return [
+        (s["__key__"], next(s[k] for k in ("jpg", "png", "webp") if k in s), int(s["cls"]))
+        for s in wds.WebDataset(paths, shardshuffle=False)
+    ]
+
+
+def config(streamed: bool, **values: Any) -> DataConfig:
+    """Small threads' worth of settings; streamed mode is what data that does not fit memory gets."""
+    options = {"train": "unused", "fetch_threads": 3, "decode_threads": 2, "prefetch_batches": 3}
+    return DataConfig(**{**options, "memory_bytes": 1 if streamed else 2**30, **values})
+
+
+def sample_order(block: int = 16, window: int = 1, lanes: int = 4, **values: Any) -> SampleOrder:
+    options = {"num_samples": SAMPLES, "batch_size": BATCH, "seed": 5}
+    return SampleOrder(**{**options, "block_samples": block, "window_blocks": window, "lanes": lanes, **values})
+
+
+ORDERS = [sample_order(), sample_order(7, 2, 5), sample_order(1, 40, 1), sample_order(16, 2, 2, shuffle=False)]
+
+
+def batches(loader: Loader) -> list[Batch]:
+    with loader:
+        return list(loader)
+
+
+def load(shards: ShardSet, order: SampleOrder, streamed: bool, steps: range, rank: int = 0, world: int = 1) -> Any:
+    return batches(training_loader(shards, order, MODEL, config(streamed), steps=steps, rank=rank, world_size=world))
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    assert [(b.step, b.epoch, b.keys) for b in left] == [(b.step, b.epoch, b.keys) for b in right]
+    for a, b in zip(left, right, strict=True):
+        assert np.array_equal(a.samples, b.samples) and torch.equal(a.images, b.images)
+        assert a.labels is not None and b.labels is not None and np.array_equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"b{o.block_samples} g{o.window_blocks} L{o.lanes}")
+def test_global_batches_are_the_same_for_every_number_of_workers(
+    shards: ShardSet, stock: list[tuple[str, bytes, int]], order: SampleOrder, streamed: bool
+) -> None:
+    steps = range(order.batches_per_epoch - 3, order.batches_per_epoch + 3)  # across an epoch's end
+    whole = load(shards, order, streamed, steps)
+    assert [b.step for b in whole] == list(steps)
+    for batch in whole:
+        assert batch.epoch == order.epoch_of(batch.step)
+        assert np.array_equal(batch.samples, order.samples(batch.step))
+        assert batch.images.shape == (BATCH, 3, 16, 12) and batch.images.dtype == torch.uint8
+        assert [(k, n) for k, n in zip(batch.keys, batch.labels, strict=True)] == [
+            (stock[s][0], stock[s][2]) for s in batch.samples
+        ]
+    for world in (2, 3, 5):
+        ranks = [load(shards, order, streamed, steps, rank, world) for rank in range(world)]
+        for number, batch in enumerate(whole):
+            parts = [part[number] for part in ranks]
+            assert [key for part in parts for key in part.keys] == batch.keys
+            assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+            assert np.array_equal(np.concatenate([part.labels for part in parts]), batch.labels)
+
+
+def test_pixels_are_the_samples_own_crop(shards: ShardSet, stock: list[tuple[str, bytes, int]]) -> None:
+    order = sample_order(7, 2, 5)
+    step = order.batches_per_epoch + 1
+    batch = load(shards, order, True, range(step, step + 1))[0]
+    for sample, image in zip(batch.samples, batch.images, strict=True):
+        pixels = decode_image(stock[sample][1], 3)
+        u = uniform(order.seed, STREAM_CROP, 1, sample, np.arange(CROP_UNIFORMS))
+        expected = torch.empty_like(image)
+        crop_resize(pixels, random_crop(*pixels.shape[:2], u, (0.2, 1.0), (3 / 4, 4 / 3), True), expected)
+        assert torch.equal(image, expected)
+    # Another epoch, another crop of the same sample.
+    first = load(shards, order, False, range(order.batches_per_epoch))
+    seen = {s: i for b in first for s, i in zip(b.samples.tolist(), b.images, strict=True)}
+    pairs = [(seen[s], i) for s, i in zip(batch.samples.tolist(), batch.images, strict=True) if s in seen]
+    assert len(pairs) > 10 and not any(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_loader_can_start_at_any_step(shards: ShardSet, streamed: bool) -> None:
+    order = sample_order()
+    stop = order.batches_per_epoch + 4
+    whole = load(shards, order, streamed, range(stop), rank=1, world=3)
+    for start in (1, order.batches_per_epoch - 1, order.batches_per_epoch, stop - 1):
+        assert_same(load(shards, order, streamed, range(start, stop), rank=1, world=3), whole[start:])
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"b{o.block_samples} g{o.window_blocks} L{o.lanes}")
+def test_resident_and_streamed_data_give_the_same_batches(shards: ShardSet, order: SampleOrder) -> None:
+    steps = range(order.batches_per_epoch + 2)
+    assert_same(load(shards, order, True, steps, 1, 2), load(shards, order, False, steps, 1, 2))
+
+
+def test_crop_scale_one_keeps_the_largest_centre(shards: ShardSet) -> None:
+    order, steps = sample_order(), range(3)
+    still = config(False, crop_scale=(1, 1), flip=False)
+    mirrored = config(False, crop_scale=(1, 1))
+    plain = {k: i for b in batches(evaluation_loader(shards, MODEL, still, batch_size=50)) for k, i in rows(b)}
+    for batch in batches(training_loader(shards, order, MODEL, still, steps=steps)):
+        assert all(torch.equal(image, plain[key]) for key, image in rows(batch))
+    flips = 0
+    for batch in batches(training_loader(shards, order, MODEL, mirrored, steps=steps)):
+        for key, image in rows(batch):
+            is_flipped = torch.equal(image, plain[key].flip(-1))
+            assert is_flipped or torch.equal(image, plain[key])
+            flips += is_flipped
+    assert 15 < flips < 45  # of 60
+
+
+def rows(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    return zip(batch.keys, batch.images, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("streamed", "world", "batch_size"), [(False, 1, 20), (True, 2, 64), (False, 3, 7), (True, 5, 3)]
+)
+def test_evaluation_sees_every_sample_once(
+    shards: ShardSet, stock: list[tuple[str, bytes, int]], streamed: bool, world: int, batch_size: int
+) -> None:
+    # With 5 workers and batches of 3 some have nothing to do, and still as many batches as the others.
+    data = config(streamed)
+    ranks = [
+        batches(evaluation_loader(shards, MODEL, data, batch_size=batch_size, rank=rank, world_size=world))
+        for rank in range(world)
+    ]
+    steps = -(-SAMPLES // batch_size)
+    assert [[b.step for b in parts] for parts in ranks] == [list(range(steps))] * world
+    in_order = [parts[step] for step in range(steps) for parts in ranks]
+    assert np.array_equal(np.concatenate([b.samples for b in in_order]), np.arange(SAMPLES))
+    assert [key for b in in_order for key in b.keys] == [key for key, _, _ in stock]
+    assert np.concatenate([b.labels for b in in_order]).tolist() == [label for _, _, label in stock]
+    alone = batches(evaluation_loader(shards, MODEL, config(False), batch_size=SAMPLES))[0]
+    assert torch.equal(torch.cat([b.images for b in in_order]), alone.images)
+
+
+def test_grids_are_loaded_as_float_without_labels(tmp_path: Path) -> None:
+    grids = np.random.default_rng(0).normal(size=(20, 2, 16, 12)).astype(np.float32) * 300
+
+    def load_grid(number: int) -> dict[str, bytes]:
+        file = io.BytesIO()
+        np.save(file, grids[number])
+        return {"npy": file.getvalue(), "cls": b"a word" if number == 3 else b"1"}
+
+    model = MODEL.model_copy(update={"channels": 2})
+    dataset = pack_items(tmp_path, load_grid, 20)
+    batch = batches(evaluation_loader(dataset, model, config(False), batch_size=20))[0]
+    assert batch.images.dtype == torch.float32 and batch.labels is None
+    assert sorted(map(np.sum, batch.images.numpy())) == sorted(map(np.sum, grids))
+
+
+# --- Reading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_streaming_reads_every_byte_at_most_once_an_epoch(shards: ShardSet, world: int) -> None:
+    storage = shards.storage
+    assert isinstance(storage, RecordingStorage)
+    order = sample_order(16, 2, 3, batch_size=12)
+    for rank in range(world):
+        storage.reads.clear()
+        load(shards, order, True, range(order.batches_per_epoch), rank, world)
+        ranges = sorted(storage.reads)
+        assert ranges
+        for (name, start, length), (next_name, next_start, _) in pairwise(ranges):
+            assert name != next_name or start + length <= next_start
+        if world == 1:  # one read for a block that lies in one shard
+            assert len(ranges) <= order.num_blocks
+        else:  # a worker reads its lanes alone
+            assert sum(length for *_, length in ranges) < 0.6 * shards.manifest.total_bytes
+
+
+@pytest.mark.parametrize(("window", "batch_size"), [(1, 12), (2, 12), (1, 30), (3, 3)])
+def test_streaming_holds_the_current_and_the_next_window_of_a_lane(
+    shards: ShardSet, window: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    requested_late: list[int] = []
+
+    class Watched(StreamedSource):
+        def request(self, step: int) -> bool:
+            done = super().request(step)
+            held.append(self.most_held())
+            return done
+
+        def take(self, step: int) -> Any:
+            before = set(self._windows)
+            taken = super().take(step)
+            held.append(self.most_held())
+            if not before.issuperset(order.windows(step, *self._slots)):
+                requested_late.append(step)
+            return taken
+
+        def most_held(self) -> int:
+            windows: list[Window] = list(self._windows)
+            assert len(self._blocks) == sum(len(blocks) for blocks in self._windows.values())
+            return max(Counter(lane for _, lane, _ in windows).values(), default=0)
+
+    monkeypatch.setattr(loader_module, "StreamedSource", Watched)
+    order = sample_order(16, window, 3, batch_size=batch_size)
+    load(shards, order, True, range(2 * order.batches_per_epoch))
+    assert max(held) == 2
+    assert not requested_late  # all were on their way before they were needed
+
+
+def loader_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith(("plan", "fetch", "decode"))]
+
+
+def assert_no_threads() -> None:
+    deadline = time.monotonic() + 5
+    while loader_threads() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert loader_threads() == []
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_closing_early_or_late_leaves_no_threads(shards: ShardSet, streamed: bool) -> None:
+    assert_no_threads()
+    order = sample_order()
+    with training_loader(shards, order, MODEL, config(streamed), steps=range(10**6)) as loader:
+        batch = next(iter(loader))
+        assert batch.step == 0 and loader_threads()
+    assert_no_threads()
+    training_loader(shards, order, MODEL, config(streamed), steps=range(10**6)).close()  # before the first batch
+    assert_no_threads()
+    load(shards, order, streamed, range(2))
+    assert_no_threads()
+
+
+def test_a_slow_consumer_bounds_what_is_prepared(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    monkeypatch.setattr(
+        loader_module, "decode_image", lambda content, channels: (decoded.append(1), decode_image(content, channels))[1]
+    )
+    with training_loader(shards, sample_order(), MODEL, config(True), steps=range(1000)) as loader:
+        next(iter(loader))
+        # The one taken, prefetch_batches of three in the queue, and one that waits for its place there.
+        deadline = time.monotonic() + 5
+        while len(decoded) < 5 * BATCH and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(decoded) == 5 * BATCH
+
+
+# --- Bad samples ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Callable[[Callable[[bytearray, bytes], None]], ShardSet]:
+    """A dataset whose shard is changed after it was packed."""
+
+    def make(change: Callable[[bytearray, bytes], None]) -> ShardSet:
+        dataset = pack_items(tmp_path / "set", lambda n: {"png": picture(3 * n + 1)}, 40)
+        path = tmp_path / "set" / dataset.shard_name(0)
+        content = bytearray(path.read_bytes())
+        change(content, picture(3 * 17 + 1))
+        path.write_bytes(content)
+        return load_dataset(LocalStorage(tmp_path / "set"))
+
+    return make
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_corrupt_image_is_named(damaged: Any, streamed: bool) -> None:
+    key = ""
+
+    def change(shard: bytearray, victim: bytes) -> None:
+        nonlocal key
+        at = shard.index(victim)
+        key = bytes(shard[at - 512 : at]).split(b".")[0].decode()
+        shard[at : at + len(victim)] = b"x" * len(victim)
+
+    dataset = damaged(change)
+    with pytest.raises(UserError) as error:
+        batches(evaluation_loader(dataset, MODEL, config(streamed), batch_size=8))
+    assert key.isdigit()
+    assert str(error.value) == (
+        f"sample {key!r} of {dataset.storage.uri} cannot be used: not a JPEG, PNG or WebP image; "
+        "remove it and run jobs/prepare.py again"
+    )
+    assert_no_threads()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_damaged_or_missing_shard_is_named(damaged: Any, streamed: bool) -> None:
+    def change(shard: bytearray, victim: bytes) -> None:
+        shard[shard.index(victim) - 512 + 148] = ord("x")  # the header's checksum
+
+    dataset = damaged(change)
+    with pytest.raises(UserError, match=r"^shard-000000\.tar is damaged: "):
+        batches(
+            training_loader(dataset, sample_order(8, 1, 1, num_samples=40), MODEL, config(streamed), steps=range(9))
+        )
+    Path(dataset.storage.uri, "shard-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000000\.tar does not exist"):
+        batches(evaluation_loader(dataset, MODEL, config(streamed), batch_size=8))
+    assert_no_threads()
+
+
+def test_grids_of_another_size_of_channels_are_refused(shards: ShardSet) -> None:
+    model = MODEL.model_copy(update={"channels": 4})
+    with pytest.raises(UserError, match=r"^sample '\d+' of .*: images have 1 or 3 channels, the model has 4"):
+        batches(evaluation_loader(shards, model, config(False), batch_size=8))

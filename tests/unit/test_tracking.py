@@ -1,0 +1,286 @@
+"""Runs in MLflow, against its own SQLite store: all that is recorded arrives, once, in one run for ever, whenever the
+server comes back; the model loads and embeds; no secret of the environment is among it."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, Run
+from PIL import Image
+
+from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, TrackingConfig
+from crate_ray.data.packing import Item, Source, pack
+from crate_ray.data.storage import LocalStorage
+from crate_ray.evaluation.features import FeatureExtractor
+from crate_ray.models import build_model
+from crate_ray.tracking.runs import RUN_KEY_TAG, RunTracker, flatten
+from crate_ray.training.export import ModelDescription, export_model
+
+AWAY = "http://127.0.0.1:9"  # the discard port: nobody listens
+NOW = 1_700_000_000_000
+PARAMS = {f"group.setting{i}": str(i) for i in range(130)}  # more than MLflow takes at once
+LINEAGE = Dataset(name="shapes", digest="abc", source_type="local", source='{"uri": "/data"}', profile='{"n": 3}')
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An MLflow store; making one takes seconds, so all tests share it."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    before = mlflow.get_tracking_uri()
+    yield f"sqlite:///{folder / 'mlflow.db'}"
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+
+
+def tracker(uri: str, key: str, **values: Any) -> RunTracker:
+    options: dict[str, Any] = {"params": PARAMS, "tags": {"kind": "test"}, "dataset": LINEAGE, **values}
+    return RunTracker(TrackingConfig(uri=uri, experiment="tests"), key, f"run {key}", **options)
+
+
+def spool(tmp_path: Path, key: str) -> Path:
+    return tmp_path / "cache" / "crate-ray" / key
+
+
+def find(uri: str, key: str, experiment: str = "tests") -> Run:
+    """The one run of a key."""
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    runs = client.search_runs([found.experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'")
+    assert len(runs) == 1
+    return client.get_run(runs[0].info.run_id)
+
+
+def history(uri: str, run: Run, name: str) -> list[tuple[int, float, int]]:
+    points = MlflowClient(uri).get_metric_history(run.info.run_id, name)
+    return sorted((point.step, point.value, point.timestamp) for point in points)
+
+
+def artifact(uri: str, run: Run, name: str, folder: Path) -> bytes:
+    return Path(MlflowClient(uri).download_artifacts(run.info.run_id, name, str(folder))).read_bytes()
+
+
+def png(seed: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_everything_arrives_and_a_second_start_continues_the_run(uri: str, tmp_path: Path) -> None:
+    first = tracker(uri, "whole")
+    expected = []
+    for step in range(1, 1203):  # more metrics than MLflow takes at once
+        first.metrics(step, {"loss": 1 / step, "lr": 0.1 * step}, NOW + step)
+        expected.append((step, 1 / step, NOW + step))
+    first.picture(200, "reconstruction", png(1))
+    first.text("environment.txt", "python==3\n")
+    first.metrics(1202, {"validation_loss": float("nan")}, NOW)
+    assert first.finish("FAILED") is True
+    assert not spool(tmp_path, "whole").exists()
+    run = find(uri, "whole")
+    assert run.info.run_id == first.run_id and first.where == f"{first.run_id} at {uri}"
+    assert (run.info.run_name, run.info.status) == ("run whole", "FAILED")
+    assert run.data.params == PARAMS
+    assert run.data.tags["kind"] == "test"
+    assert history(uri, run, "loss") == expected
+    assert np.isnan(history(uri, run, "validation_loss")[0][1])
+    (source,) = run.inputs.dataset_inputs
+    assert (source.dataset.name, source.dataset.digest) == ("shapes", "abc")
+    assert [(tag.key, tag.value) for tag in source.tags] == [("mlflow.data.context", "training")]
+
+    second = tracker(uri, "whole", params={"other": "ignored of a known run"} | PARAMS)
+    second.metrics(1203, {"loss": 0.5}, NOW + 2000)
+    second.picture(1203, "reconstruction", png(2))
+    second.text("environment.txt", "python==3\nsecond\n")
+    assert second.finish("FINISHED") is True
+    run = find(uri, "whole")
+    assert run.info.run_id == second.run_id == first.run_id
+    assert run.info.status == "FINISHED"
+    assert history(uri, run, "loss") == [*expected, (1203, 0.5, NOW + 2000)]
+    assert artifact(uri, run, "reconstruction/step-00000200.png", tmp_path) == png(1)
+    assert artifact(uri, run, "reconstruction/step-00001203.png", tmp_path) == png(2)
+    assert artifact(uri, run, "environment.txt", tmp_path) == b"python==3\nsecond\n"
+    assert len(run.inputs.dataset_inputs) == 1
+
+
+def test_nothing_is_lost_or_doubled_when_the_server_was_away(uri: str, tmp_path: Path) -> None:
+    away = tracker(AWAY, "away")
+    began = time.monotonic()
+    for step in range(1, 41):
+        away.metrics(step, {"loss": 1 / step}, NOW + step)
+    away.picture(7, "reconstruction", png())
+    assert time.monotonic() - began < 41 * 0.05  # none of these waits for the server
+    began = time.monotonic()
+    assert away.finish("FAILED", timeout=3) is False
+    assert time.monotonic() - began < 5
+    assert away.run_id == "" and away.where == f"not created yet at {AWAY}"
+    kept = spool(tmp_path, "away")
+    explanation = away.undelivered
+    assert explanation.startswith(f"MLflow at {AWAY} did not take everything (") and str(kept) in explanation
+    assert "127.0.0.1" in explanation.partition("(")[2] and "\n" not in explanation
+
+    back = tracker(uri, "away")
+    back.metrics(41, {"loss": 1 / 41}, NOW + 41)
+    assert back.finish("FINISHED") is True
+    assert not kept.exists()
+    run = find(uri, "away")
+    assert history(uri, run, "loss") == [(step, 1 / step, NOW + step) for step in range(1, 42)]
+    assert artifact(uri, run, "reconstruction/step-00000007.png", tmp_path) == png()
+    assert (run.info.status, run.data.params) == ("FINISHED", PARAMS)
+
+
+def test_a_delivery_that_fails_midway_is_repeated_without_doubles(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_batch, calls = MlflowClient.log_batch, []
+
+    def flaky(self: MlflowClient, run_id: str, *args: Any, **values: Any) -> Any:
+        result = log_batch(self, run_id, *args, **values)
+        calls.append(values)
+        if len(calls) in (1, 4):  # the server did its part, but the answer is lost: after 100 parameters, after metrics
+            raise ConnectionError("the connection was cut")
+        return result
+
+    monkeypatch.setattr(MlflowClient, "log_batch", flaky)
+    monkeypatch.setattr("crate_ray.tracking.runs._RETRY_SECONDS", 0.05)
+    cut = tracker(uri, "cut")
+    for step in range(1, 601):
+        cut.metrics(step, {"loss": 1 / step}, NOW + step)
+    assert cut.finish("FINISHED", timeout=20) is True  # which goes on trying
+    assert len(calls) >= 6
+    run = find(uri, "cut")
+    assert run.data.params == PARAMS and len(run.inputs.dataset_inputs) == 1
+    assert history(uri, run, "loss") == [(step, 1 / step, NOW + step) for step in range(1, 601)]
+
+
+def test_a_torn_line_in_the_spool_costs_only_itself(uri: str, tmp_path: Path) -> None:
+    folder = spool(tmp_path, "torn")
+    (folder / "files").mkdir(parents=True)
+    whole = json.dumps({"kind": "metrics", "step": 1, "values": {"loss": 0.25}, "time": NOW})
+    (folder / "events.jsonl").write_text(f"{whole}\n{whole[:31]}")  # the machine went down while writing
+    next_start = tracker(uri, "torn")
+    next_start.metrics(2, {"loss": 0.5}, NOW)
+    assert next_start.finish("FINISHED", timeout=20) is True, next_start.undelivered
+    assert history(uri, find(uri, "torn"), "loss") == [(1, 0.25, NOW), (2, 0.5, NOW)]
+
+
+MODEL = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_logged_model_embeds_like_the_exported_one(uri: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    exported = tmp_path / "exported"
+    description = ModelDescription(model=MODEL, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), kind="image", step=7)
+    export_model(exported, build_model(MODEL).state_dict(), description)
+    run_tracker = tracker(uri, "model")
+    run_tracker.model(exported)
+    assert run_tracker.finish("FINISHED") is True, run_tracker.undelivered
+    run = find(uri, "model")
+    assert run.info.status == "FINISHED"
+    for name in ("model.safetensors", "model.json"):
+        assert artifact(uri, run, f"weights/{name}", tmp_path) == (exported / name).read_bytes()
+
+    mlflow.set_tracking_uri(uri)
+    loaded = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model")
+    images = [png(seed, (9 + seed, 14)) for seed in range(5)]
+    extractor = FeatureExtractor.from_folder(exported)
+    expected = extractor(extractor.load(images)).numpy()
+    got = loaded.predict(pd.DataFrame({"image": images}))
+    assert got.shape == (5, 16) and got.dtype == np.float32
+    assert np.abs(got - expected).max() <= 1e-6
+    assert np.ptp(expected, axis=0).min() > 1e-3  # different images, different embeddings
+    assert loaded.predict(pd.DataFrame({"image": images[:1]})).shape == (1, 16)
+    # And the extractor is the encoder after the evaluation's preprocessing, whichever way an image comes in.
+    with torch.no_grad():
+        batch = extractor.load(images)
+        normalised = (batch / 255 - torch.tensor(description.mean)[:, None, None]) / torch.tensor(description.std)[
+            :, None, None
+        ]
+        tokens = extractor.model.encode(normalised).tokens
+    assert np.allclose(expected, tokens[:, 1:].mean(1).numpy(), atol=1e-5)
+    cls = FeatureExtractor.from_folder(exported, "cls")
+    assert np.allclose(cls(batch).numpy(), tokens[:, 0].numpy(), atol=1e-5)
+    arrays = [np.array(Image.open(io.BytesIO(image))) for image in images]
+    assert torch.equal(extractor.load(arrays), batch)
+    # Nothing in the model is a pickle, which loading would run.
+    logged = Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/model"))
+    names = [path.name for path in logged.rglob("*") if path.is_file()]
+    assert "model.safetensors" in names and not [n for n in names if n.endswith((".pkl", ".pt", ".pth", ".bin"))]
+
+
+def test_flatten_names_every_leaf() -> None:
+    nested = {"a": {"b": {"c": 1}, "d": None}, "e": [1, 2], "f": "g"}
+    assert flatten(nested) == {"a.b.c": "1", "a.d": "None", "e": "[1, 2]", "f": "g"}
+
+
+def test_a_pretraining_run_records_settings_and_lineage_but_no_secret(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crate_ray.tracking.pretraining import track
+    from crate_ray.training.run import open_run
+
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI",
+        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7",
+        "AWS_SESSION_TOKEN": "FQoGZ",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    data = LocalStorage(tmp_path / "data" / "set")
+    source = Source([Item(str(n), lambda n=n: {"png": png(n)}) for n in range(12)], None)
+    pack(source, data, PrepareConfig(output="unused"))
+    config = PretrainConfig.model_validate(
+        {
+            "name": "secretive",
+            "storage": str(tmp_path / "runs"),
+            "model": MODEL,
+            "data": {"train": data.uri},
+            "training": {"steps": 3, "batch_size": 4},
+            "tracking": {"uri": uri, "experiment": "secrets"},
+        }
+    )
+    run = open_run(config)
+    key = run.record.run_key
+    for error, status in ((ValueError(), "FAILED"), (KeyboardInterrupt(), "KILLED"), (None, "FINISHED")):
+        try:
+            with track(run) as run_tracker:
+                run_tracker.metrics(1, {"loss": 0.5}, NOW)
+                if error:
+                    raise error
+        except (ValueError, KeyboardInterrupt):
+            assert error is not None
+        found = find(uri, key, "secrets")
+        assert found.info.status == status
+    assert found.data.params["model.dim"] == "16" and found.data.params["training.batch_size"] == "4"
+    assert found.data.params["order.lanes"] == str(run.record.order.lanes) and found.data.params["total_steps"] == "3"
+    assert len(found.data.tags["mlflow.source.git.commit"]) in (40, 7)
+    (source_entity,) = found.inputs.dataset_inputs
+    assert source_entity.dataset.name == "set" and source_entity.dataset.digest == run.record.dataset[:32]
+    assert json.loads(source_entity.dataset.source)["uri"] == data.uri
+    environment = artifact(uri, found, "environment.txt", tmp_path).decode()
+    assert f"torch=={torch.__version__}" in environment.splitlines()
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    written = [path for root in (folder, tmp_path) for path in root.rglob("*") if path.is_file()]
+    assert any(path.name == "mlflow.db" for path in written)
+    for path in written:
+        content = path.read_bytes()
+        assert not [name for name, secret in secrets.items() if secret.encode() in content], path
