@@ -1,7 +1,8 @@
-"""A training run on the screen: a live line in a terminal, plain lines in a log."""
+"""Jobs on the screen: a live line in a terminal, plain lines in a log, tables in both."""
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Self
 
@@ -59,3 +60,8 @@ class ProgressDisplay:
 
     def picture(self, step: int, name: str, png: bytes) -> None:
         """Pictures go to MLflow."""
+
+
+def console() -> Console:
+    """Standard output for tables: as wide as the terminal, and wide enough for a log."""
+    return Console(width=None if sys.stdout.isatty() else 180)

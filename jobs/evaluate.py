@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mlflow import MlflowClient
-from rich.console import Console
 from rich.table import Table
 
 from crate_ray.cli import run_job
@@ -11,6 +10,7 @@ from crate_ray.config import EvaluateConfig
 from crate_ray.data.shards import load_dataset
 from crate_ray.data.storage import open_storage
 from crate_ray.evaluation.probe import probe
+from crate_ray.progress import console
 from crate_ray.tracking.registry import find_run, load_described
 from crate_ray.tracking.runs import tracking_uri
 
@@ -28,7 +28,7 @@ def main(config: EvaluateConfig) -> None:
     for name, score in report.scores().items():
         cells = f"{score.accuracy:.1%}", f"{score.half_width:.1%}", f"{score.strength:g}"
         table.add_row(ROWS[name], *cells)
-    Console().print(table)
+    console().print(table)
     client = MlflowClient(tracking_uri(config.tracking))
     run_id = find_run(client, description.run_key) if description.run_key else None
     if run_id:

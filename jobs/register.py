@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from rich.console import Console
 from rich.table import Table
 
 from crate_ray.cli import run_subcommand
@@ -12,6 +11,7 @@ from crate_ray.config import ListConfig, PromoteConfig, RegisterConfig
 from crate_ray.data.shards import load_dataset
 from crate_ray.data.storage import open_storage
 from crate_ray.evaluation.probe import probe_encoder
+from crate_ray.progress import console
 from crate_ray.tracking import registry
 
 
@@ -50,7 +50,7 @@ def show(config: ListConfig) -> None:
         aliases = " ".join(f"@{alias}" for alias in version.aliases)
         accuracy = tags.get(registry.PROBE_TAG, "")
         table.add_row(str(version.version), aliases, accuracy, tags.get("step", ""), tags.get("run", ""), when)
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from crate_ray.evaluation.features import FeatureExtractor
 from crate_ray.models import build_model
 from crate_ray.training.export import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
 
-RECORD_FILE = "embeddings.json"
+RECORD_FILE = "_embeddings.json"  # readers of Parquet folders pass over names with an underscore
 
 
 class EmbeddingRecord(Settings):
@@ -74,7 +74,7 @@ def embed(config: EmbedConfig, model: Path) -> EmbeddingRecord:
         _Encoder,
         batch_size=1,
         batch_format="numpy",
-        concurrency=config.workers,
+        compute=ray.data.ActorPoolStrategy(size=config.workers),
         num_cpus=1,
         num_gpus=1 if config.gpu else 0,
         fn_constructor_args=(

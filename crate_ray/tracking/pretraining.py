@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,10 +21,11 @@ _MODEL_FOLDER = "model"
 
 
 @contextmanager
-def track(run: Run) -> Iterator[RunTracker]:
+def track(run: Run, extra_tags: Mapping[str, str] | None = None) -> Iterator[RunTracker]:
     """Follow a run in MLflow: RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED."""
     config = run.config
     tags = {"mlflow.source.git.commit": git_commit(), "mlflow.source.type": "JOB", "crate_ray.job": "pretrain"}
+    tags |= extra_tags or {}
     params = flatten(config.model_dump(mode="json")) | flatten(
         {"order": run.record.order.model_dump(mode="json"), "total_steps": run.total_steps}
     )

@@ -78,7 +78,6 @@ class RunTracker:
         self._wake, self._stop, self._give_up = threading.Event(), threading.Event(), threading.Event()
         self._problem: Exception | None = None
         self._sender = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
-        self._end_torn_line()
         self._append({"kind": "status", "status": "RUNNING"})
         self._sender.start()
 
@@ -119,6 +118,13 @@ class RunTracker:
         shutil.rmtree(self._folder, ignore_errors=True)
         return True
 
+    def wait_for_run(self, timeout: float = 15.0) -> str:
+        """The run's id as soon as the server was reached; empty when that takes longer than the timeout (seconds)."""
+        deadline = time.monotonic() + timeout
+        while not self.run_id and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.run_id
+
     @property
     def where(self) -> str:
         """The run's id and the address of MLflow."""
@@ -134,12 +140,6 @@ class RunTracker:
         with self._events.open("a") as file:
             file.write(json.dumps(event) + "\n")
         self._wake.set()
-
-    def _end_torn_line(self) -> None:
-        """End a line that was cut off when the machine went down, so that the next event gets one of its own."""
-        if self._events.exists() and not self._events.read_bytes().endswith(b"\n"):
-            with self._events.open("a") as file:
-                file.write("\n")
 
     def _offset(self) -> int:
         return int(self._sent.read_text()) if self._sent.exists() else 0

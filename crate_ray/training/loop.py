@@ -162,6 +162,7 @@ def train(payload: dict[str, Any]) -> None:
             if step % config.checkpoint.every_steps == 0 or step == total_steps:
                 checkpoints.save(step, model, optimizer, rank, world_size)
 
+    reporter.flush()
     if world_size > 1:
         # Without this gloo can deadlock when the process group is destroyed.
         del trained
@@ -248,12 +249,17 @@ class _Reporter:
     """Sends what rank 0 measured to the driver, without waiting for it; other ranks send nothing."""
 
     def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
+        self._mailbox, self._last = mailbox, None
+
+    def flush(self) -> None:
+        """Wait until the driver's mailbox has everything."""
+        if self._last is not None:
+            ray.get(self._last)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Send measured values."""
         if self._mailbox is not None:
-            self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000)))
+            self._last = self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000)))
 
     def picture(
         self,
@@ -268,7 +274,7 @@ class _Reporter:
             images, noise, value_range = probe
             device = normalizer.mean.device
             png = reconstruction_picture(model, normalizer, images.to(device), noise.to(device), value_range)
-            self._mailbox.put.remote(("picture", step, "reconstruction", png))
+            self._last = self._mailbox.put.remote(("picture", step, "reconstruction", png))
 
 
 def _probe_batch(shards: ShardSet, config: PretrainConfig) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float]]:

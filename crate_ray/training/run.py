@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,45 +162,49 @@ def pretrain(run: Run, listeners: Sequence[Listener]) -> None:
     # Each start of the driver is an attempt with a Ray Train folder of its own: our commit records, not Ray's snapshot
     # of an earlier driver, say which checkpoint is the newest.
     attempt = f"attempt-{len({i.key.split('/')[0] for i in run.storage.list('attempt-')}) + 1:03d}"
-    mailbox = _mailbox()
-    filesystem, path = arrow_filesystem(run.storage.uri, config.s3)
-    trainer = TorchTrainer(
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=here).remote()
+    loop_config = {
+        "config": config.model_dump(mode="json"),
+        "record": record.model_dump(mode="json"),
+        "total_steps": run.total_steps,
+        "attempt": attempt,
+        "mailbox": mailbox,
+    }
+    scaling = ray.train.ScalingConfig(
+        num_workers=config.scaling.workers, use_gpu=use_gpu, resources_per_worker=resources
+    )
+    # A task of its own: it leaves the driver's signal handlers alone, ends with the driver, and the address lets Ray
+    # Train clean up after that even where several Rays run on one machine.
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    fit = ray.remote(num_cpus=0, max_retries=0)(_fit).options(
+        scheduling_strategy=here, runtime_env={"env_vars": address}
+    )
+    done = fit.remote(loop_config, scaling, run.storage.uri, config)
+    try:
+        while not ray.wait([done], timeout=_POLL_SECONDS)[0]:
+            _deliver(mailbox, listeners)
+        _deliver(mailbox, listeners)
+        ray.get(done)
+    except BaseException:
+        ray.cancel(done, force=True)
+        raise
+
+
+def _fit(loop_config: dict[str, Any], scaling: ray.train.ScalingConfig, uri: str, config: PretrainConfig) -> None:
+    filesystem, path = arrow_filesystem(uri, config.s3)
+    TorchTrainer(
         train_loop,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "record": record.model_dump(mode="json"),
-            "total_steps": run.total_steps,
-            "attempt": attempt,
-            "mailbox": mailbox,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.scaling.workers, use_gpu=use_gpu, resources_per_worker=resources
-        ),
+        train_loop_config=loop_config,
+        scaling_config=scaling,
         run_config=ray.train.RunConfig(
-            name=attempt,
+            name=loop_config["attempt"],
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
-    )
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:
-            failure.append(error)
-
-    # fit() on the main thread would take over the handling of signals.
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
-        _deliver(mailbox, listeners)
-    _deliver(mailbox, listeners)
-    if failure:
-        raise failure[0]
+    ).fit()
 
 
 def _deliver(mailbox: Any, listeners: Sequence[Listener]) -> None:
@@ -212,7 +215,7 @@ def _deliver(mailbox: Any, listeners: Sequence[Listener]) -> None:
             elif kind == "picture":
                 listener.picture(step, *rest)
         if kind == "error":
-            # Trying again would not help; leaving the driver ends the workers.
+            # Ray Train would try again, which would not help.
             raise UserError(*rest)
 
 
@@ -230,11 +233,6 @@ class _Mailbox:
         """All events since the last call."""
         events, self._events = self._events, []
         return events
-
-
-def _mailbox() -> Any:
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=here).remote()
 
 
 def _worker_resources(config: PretrainConfig) -> tuple[dict[str, float], bool]:

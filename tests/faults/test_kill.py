@@ -15,7 +15,7 @@ from crate_ray.config import PrepareConfig
 from crate_ray.data.builtin import digits_source
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import open_storage
-from tests.faults.jobs import end, final_weights, finish, job, start, wait_for_commit, workers
+from tests.jobs import end, final_weights, finish, job, start, wait_for_commit, workers
 
 STEPS, EVERY = 60, 12
 
@@ -28,7 +28,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pretrain(digits: str, workers: int = 2) -> list[str]:
-    """Settings with everything that could break equality: augmentation, accumulation, uneven batches, several epochs."""
+    """Settings with all that could break equality: augmentation, accumulation, uneven batches, several epochs."""
     settings = {
         "name": "run",
         "storage": "runs",

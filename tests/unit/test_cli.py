@@ -58,6 +58,8 @@ def test_the_architecture_chooses_the_settings_of_the_model(tmp_path: Path) -> N
     crate = pretrain(f"{BASE} --model.preset small --model.num_subspaces 9").model
     assert isinstance(crate, CrateMAEConfig)
     assert (crate.dim, crate.num_subspaces, crate.subspace_dim) == (576, 9, 64)
+    small = pretrain(f"{BASE} --model.dim 48 --model.num_subspaces 3").model
+    assert isinstance(small, CrateMAEConfig) and small.subspace_dim == 16
     path = tmp_path / "vit.yaml"
     path.write_text("model: {architecture: vit_mae, num_heads: 8}")
     model = pretrain(f"{BASE} --config {path} --model.image_size 32").model

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy_crate
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +26,7 @@ from crate_ray.models import (
 )
 from crate_ray.models.masking import patchify, random_masking, sample_losses, sincos_positions, unpatchify
 from crate_ray.models.mssa import softmax_attention
+from tests.unit import numpy_crate
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "parity" / "crate_mae_reference.npz"
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=f"published numbers not found at {REFERENCE}")

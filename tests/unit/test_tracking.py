@@ -113,7 +113,7 @@ def test_everything_arrives_and_a_second_start_continues_the_run(uri: str, tmp_p
     assert second.finish("FINISHED") is True
     run = find(uri, "whole")
     assert run.info.run_id == second.run_id == first.run_id
-    assert run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED" and run.data.params == PARAMS
     assert history(uri, run, "loss") == [*expected, (1203, 0.5, NOW + 2000)]
     assert artifact(uri, run, "reconstruction/step-00000200.png", tmp_path) == png(1)
     assert artifact(uri, run, "reconstruction/step-00001203.png", tmp_path) == png(2)
@@ -123,11 +123,13 @@ def test_everything_arrives_and_a_second_start_continues_the_run(uri: str, tmp_p
 
 def test_nothing_is_lost_or_doubled_when_the_server_was_away(uri: str, tmp_path: Path) -> None:
     away = tracker(AWAY, "away")
-    began = time.monotonic()
-    for step in range(1, 41):
+    calls = []
+    for step in range(1, 1201):  # more than MLflow takes at once
+        began = time.monotonic()
         away.metrics(step, {"loss": 1 / step}, NOW + step)
+        calls.append(time.monotonic() - began)
+    assert np.quantile(calls, 0.99) < 0.05  # it does not wait for the server
     away.picture(7, "reconstruction", png())
-    assert time.monotonic() - began < 41 * 0.05  # none of these waits for the server
     began = time.monotonic()
     assert away.finish("FAILED", timeout=3) is False
     assert time.monotonic() - began < 5
@@ -138,11 +140,11 @@ def test_nothing_is_lost_or_doubled_when_the_server_was_away(uri: str, tmp_path:
     assert "127.0.0.1" in explanation.partition("(")[2] and "\n" not in explanation
 
     back = tracker(uri, "away")
-    back.metrics(41, {"loss": 1 / 41}, NOW + 41)
+    back.metrics(1201, {"loss": 1 / 1201}, NOW + 1201)
     assert back.finish("FINISHED") is True
     assert not kept.exists()
     run = find(uri, "away")
-    assert history(uri, run, "loss") == [(step, 1 / step, NOW + step) for step in range(1, 42)]
+    assert history(uri, run, "loss") == [(step, 1 / step, NOW + step) for step in range(1, 1202)]
     assert artifact(uri, run, "reconstruction/step-00000007.png", tmp_path) == png()
     assert (run.info.status, run.data.params) == ("FINISHED", PARAMS)
 
@@ -155,7 +157,7 @@ def test_a_delivery_that_fails_midway_is_repeated_without_doubles(
     def flaky(self: MlflowClient, run_id: str, *args: Any, **values: Any) -> Any:
         result = log_batch(self, run_id, *args, **values)
         calls.append(values)
-        if len(calls) in (1, 4):  # the server did its part, but the answer is lost: after 100 parameters, after metrics
+        if len(calls) in (1, 3):  # the server did its part, but the answer is lost: after 100 parameters, after metrics
             raise ConnectionError("the connection was cut")
         return result
 
@@ -165,7 +167,7 @@ def test_a_delivery_that_fails_midway_is_repeated_without_doubles(
     for step in range(1, 601):
         cut.metrics(step, {"loss": 1 / step}, NOW + step)
     assert cut.finish("FINISHED", timeout=20) is True  # which goes on trying
-    assert len(calls) >= 6
+    assert len(calls) >= 4
     run = find(uri, "cut")
     assert run.data.params == PARAMS and len(run.inputs.dataset_inputs) == 1
     assert history(uri, run, "loss") == [(step, 1 / step, NOW + step) for step in range(1, 601)]

@@ -1,0 +1,1 @@
+"""Sweeps: search spaces, trials, reports; on Ray Tune."""

@@ -1,0 +1,184 @@
+"""The sweep itself: checked first, run on Ray Tune, continued under the same name, reported to MLflow."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from crate_ray.cli import merge
+from crate_ray.config import SweepConfig
+from crate_ray.data.arrow import arrow_filesystem
+from crate_ray.data.shards import load_dataset
+from crate_ray.data.storage import NotFound, Storage, open_storage
+from crate_ray.errors import UserError
+from crate_ray.sweeps.report import best_trial, picture, results_table
+from crate_ray.sweeps.space import shared_values, trial_config, tune_space
+from crate_ray.sweeps.trial import RECORDS, TrialRecord, run_trial
+from crate_ray.tracking.pretraining import git_commit
+from crate_ray.tracking.registry import find_run
+from crate_ray.tracking.runs import RunTracker, flatten, tracking_uri
+from crate_ray.training.run import open_run
+
+RECORD_FILE, BEST_FILE, RESULTS_FILE = "sweep.json", "best.yaml", "results.csv"
+_TUNE_FOLDER = "tune"
+# A trial holds no CPUs, which its workers need; Ray Tune refuses trials that ask for nothing at all.
+_TRIAL_RESOURCES = {"memory": 2**20}
+
+
+def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
+    """The sweep, and the YAML values that its trials share, addresses made absolute: all checked, nothing started.
+
+    Raises UserError for whatever all trials would have failed of, missing datasets included.
+    """
+    s3 = sweep.s3
+    sweep = sweep.model_copy(
+        update={
+            "storage": open_storage(sweep.storage, s3).uri,
+            "tracking": sweep.tracking.model_copy(update={"uri": tracking_uri(sweep.tracking)}),
+        }
+    )
+    shared = shared_values(sweep)
+    data = open_run(trial_config(sweep, shared, {}, "check")).config.data
+    addresses = {"train": data.train, "validation": data.validation}
+    shared = merge(shared, {"data": {name: uri for name, uri in addresses.items() if uri}})
+    if sweep.probe:
+        probe = {name: open_storage(getattr(sweep.probe, name), s3) for name in ("train", "test")}
+        for storage in probe.values():
+            load_dataset(storage)
+        uris = {name: storage.uri for name, storage in probe.items()}
+        sweep = sweep.model_copy(update={"probe": sweep.probe.model_copy(update=uris)})
+    return sweep, shared
+
+
+def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> list[TrialRecord]:
+    """Run or continue a sweep that `open_sweep` has checked; needs Ray. Returns how every trial ended.
+
+    Leaves results.csv and best.yaml in the sweep's folder, and with a picture in its MLflow run.
+    """
+    folder = open_storage(sweep.storage, sweep.s3).under(sweep.name)
+    key = _key(folder, sweep, shared)
+    params = flatten(sweep.model_dump(mode="json"))
+    tags = {"mlflow.source.git.commit": git_commit(), "crate_ray.job": "sweep"}
+    tracker = RunTracker(sweep.tracking, key, sweep.name, params, tags)
+    status = "FAILED"
+    try:
+        grid = _tuner(sweep, shared, folder, tracker.wait_for_run()).fit()
+        records = _records(folder, grid)
+        _report(sweep, shared, folder, records, tracker)
+        _end_stopped_runs(sweep, records)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if not tracker.finish(status):
+            print(tracker.undelivered)
+    return records
+
+
+def _report(
+    sweep: SweepConfig, shared: dict[str, Any], folder: Storage, records: list[TrialRecord], tracker: RunTracker
+) -> None:
+    table = results_table(records, sweep).to_csv(index=False)
+    folder.write(RESULTS_FILE, table.encode())
+    tracker.text(RESULTS_FILE, table)
+    best = best_trial(records, sweep)
+    if best is None or best.objective is None:
+        return
+    tracker.picture(len(records), "objective", picture(records, sweep))
+    text = best_yaml(sweep, shared, best)
+    folder.write(BEST_FILE, text.encode())
+    tracker.text(BEST_FILE, text)
+    tracker.metrics(len(records), {f"best_{sweep.objective}": best.objective}, int(time.time() * 1000))
+
+
+def best_yaml(sweep: SweepConfig, shared: dict[str, Any], best: TrialRecord) -> str:
+    """The best trial's complete pretraining settings, as a file for jobs/pretrain.py --config."""
+    config = trial_config(sweep, shared, best.values, f"{sweep.name}-best")
+    settings = config.model_dump(mode="json") | {"storage": sweep.storage}
+    head = f"# Best of sweep {sweep.name}: {sweep.objective} {best.objective:.6g} (trial {best.trial})\n"
+    return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
+    """Key of the sweep in MLflow; its settings are written at the first start and compared at the next."""
+    may_change = {"trials", "max_concurrent", "tracking"}
+    now = {"sweep": sweep.model_dump(mode="json", exclude=may_change), "shared": shared}
+    now = json.loads(json.dumps(now, default=str))
+    try:
+        then = json.loads(folder.read(RECORD_FILE))
+    except NotFound:
+        then = {"key": uuid.uuid4().hex, **now}
+        folder.write(RECORD_FILE, json.dumps(then, indent=2).encode())
+    if {name: then[name] for name in now} != now:
+        raise UserError(
+            f"sweep {sweep.name!r} at {sweep.storage} was begun with other settings; choose another --name, or the "
+            "settings it was begun with to continue it"
+        )
+    return str(then["key"])
+
+
+def _tuner(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, parent_run: str) -> tune.Tuner:
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, sweep=sweep.model_dump(mode="json"), shared=shared, parent_run=parent_run),
+        _TRIAL_RESOURCES,
+    )
+    filesystem, path = arrow_filesystem(folder.uri, sweep.s3)
+    if tune.Tuner.can_restore(f"{path}/{_TUNE_FOLDER}", storage_filesystem=filesystem):
+        return tune.Tuner.restore(f"{path}/{_TUNE_FOLDER}", trainable, storage_filesystem=filesystem)
+    scheduler = None
+    if sweep.grace_steps:
+        total_steps = open_run(trial_config(sweep, shared, {}, "check")).total_steps
+        scheduler = ASHAScheduler(
+            time_attr="step",
+            max_t=total_steps,
+            grace_period=min(sweep.grace_steps, total_steps),
+            reduction_factor=sweep.reduction_factor,
+        )
+    return tune.Tuner(
+        trainable,
+        param_space=tune_space(sweep.search),
+        tune_config=tune.TuneConfig(
+            metric="objective",
+            mode="min" if sweep.objective == "validation_loss" else "max",
+            num_samples=sweep.trials,
+            max_concurrent_trials=sweep.max_concurrent,
+            search_alg=OptunaSearch(seed=sweep.seed),
+            scheduler=scheduler,
+        ),
+        run_config=tune.RunConfig(name=_TUNE_FOLDER, storage_path=path, storage_filesystem=filesystem, verbose=1),
+    )
+
+
+def _records(folder: Storage, grid: tune.ResultGrid) -> list[TrialRecord]:
+    """The trials' own records, completed by what only Ray Tune knows: who was stopped, and whose process died."""
+    errors = {str(result.path): result.error for result in grid if result.error}
+    records = []
+    for info in folder.list(RECORDS):
+        record = TrialRecord.model_validate_json(folder.read(info.key))
+        if record.status == "running":
+            cause = next(
+                (str(error).strip().splitlines()[-1] for path, error in errors.items() if record.trial in path), ""
+            )
+            record = record.model_copy(update={"status": "failed" if cause else "stopped early", "cause": cause})
+            folder.write(info.key, record.model_dump_json().encode())
+        records.append(record)
+    return records
+
+
+def _end_stopped_runs(sweep: SweepConfig, records: list[TrialRecord]) -> None:
+    """Runs of trials whose process was ended by Ray Tune could not tell MLflow themselves."""
+    client = MlflowClient(sweep.tracking.uri)
+    ends = {"stopped early": "KILLED", "failed": "FAILED"}
+    for record in records:
+        run_id = find_run(client, record.run_key) if record.status in ends and record.run_key else None
+        if run_id:
+            client.set_terminated(run_id, ends[record.status])

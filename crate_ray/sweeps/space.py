@@ -1,0 +1,93 @@
+"""From a sweep's settings to pretraining configs: every combination starts as plain YAML values and is validated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from crate_ray.cli import dotted_names, load_yaml, merge, suggest, validate
+from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
+from crate_ray.errors import UserError
+
+TRIALS_FOLDER = "trials"
+_OURS = ("name", "storage", "tracking", "s3")
+
+
+def trial_config(sweep: SweepConfig, shared: dict[str, Any], values: dict[str, Any], name: str) -> PretrainConfig:
+    """Settings of one trial: the YAML values that all share, then the sampled ones (dotted), validated together.
+
+    Values that were not set stay unset until here, so that defaults which follow from others (subspace_dim = dim /
+    num_subspaces) follow from the sampled ones.
+    """
+    ours = {
+        "name": name,
+        "storage": f"{sweep.storage.rstrip('/')}/{sweep.name}/{TRIALS_FOLDER}",
+        "tracking": sweep.tracking.model_dump(),
+        "s3": sweep.s3.model_dump(),
+    }
+    return validate(PretrainConfig, merge(merge(shared, nested(values)), ours))
+
+
+def nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    """{'a.b': 1} as {'a': {'b': 1}}."""
+    out: dict[str, Any] = {}
+    for name, value in dotted.items():
+        *groups, last = name.split(".")
+        level = out
+        for group in groups:
+            level = level.setdefault(group, {})
+        level[last] = value
+    return out
+
+
+def shared_values(sweep: SweepConfig) -> dict[str, Any]:
+    """What all trials share: the base's YAML values with the sweep's settings put in.
+
+    Every candidate of every searched setting has been validated with them. Raises UserError for a setting that does not
+    exist (with the name that was probably meant), or a value of the wrong type.
+    """
+    names = dotted_names(PretrainConfig)
+    for name in [*sweep.settings, *sweep.search]:
+        if name not in names:
+            raise UserError(f"sweep over {name!r}: there is no such pretraining setting{suggest(name, names)}")
+        if any(other.startswith(f"{name}.") for other in names):
+            raise UserError(f"sweep over {name!r}: it is a group of settings; name one inside, such as {name}.…")
+        if name.split(".")[0] in _OURS:
+            raise UserError(f"sweep over {name!r}: the sweep itself sets {name.split('.')[0]}")
+    shared = merge(load_yaml(Path(sweep.base)), nested(sweep.settings))
+    config = trial_config(sweep, shared, {}, "check")
+    for name, space in sweep.search.items():
+        for value in candidates(space):
+            try:
+                trial_config(sweep, shared, {name: value}, "check")
+            except UserError as error:
+                raise UserError(f"sweep over {name!r}, value {value!r}: {error}") from None
+    if sweep.objective == "validation_loss" and config.data.validation is None:
+        raise UserError("objective 'validation_loss' needs held-out data: set data.validation in base or settings")
+    if sweep.grace_steps and config.training.validate_every is None:
+        raise UserError("grace_steps needs validations during training: set training.validate_every in settings")
+    return shared
+
+
+def candidates(space: SearchSpace) -> list[Any]:
+    """Values to validate: all choices, or the two ends of a range."""
+    values = space.choice or space.integers or space.uniform or space.loguniform
+    assert values is not None
+    return list(values)
+
+
+def tune_space(search: dict[str, SearchSpace]) -> dict[str, Any]:
+    """The same as Ray Tune's search space."""
+    out: dict[str, Any] = {}
+    for name, space in search.items():
+        if space.choice is not None:
+            out[name] = tune.choice(list(space.choice))
+        elif space.integers is not None:
+            out[name] = tune.randint(space.integers[0], space.integers[1] + 1)
+        elif space.uniform is not None:
+            out[name] = tune.uniform(*space.uniform)
+        elif space.loguniform is not None:
+            out[name] = tune.loguniform(*space.loguniform)
+    return out

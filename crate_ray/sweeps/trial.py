@@ -1,0 +1,115 @@
+"""One trial: a full pretraining run, resumable under the trial's id, its objective, and a record of how it went."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from ray import tune
+
+from crate_ray.config import PretrainConfig, Settings, SweepConfig
+from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.storage import Storage, open_storage
+from crate_ray.evaluation.probe import probe_encoder
+from crate_ray.sweeps.space import trial_config
+from crate_ray.tracking.pretraining import track
+from crate_ray.tracking.registry import load_described
+from crate_ray.training.loop import validation_loss
+from crate_ray.training.run import Run, open_run, pretrain
+from crate_ray.training.step import Normalizer
+
+PARENT_TAG, TRIAL_TAG = "mlflow.parentRunId", "crate_ray.trial"
+RECORDS = "results/"
+
+
+class TrialRecord(Settings):
+    """How a trial goes, in <sweep>/results/<trial>.json."""
+
+    trial: str
+    """Ray Tune's id of the trial."""
+    values: dict[str, Any]
+    """Sampled settings, dotted."""
+    status: str = "running"
+    """'running', 'finished', 'stopped early' or 'failed'."""
+    objective: float | None = None
+    """The objective when it was last known."""
+    step: int = 0
+    """Optimiser steps done then."""
+    cause: str = ""
+    """Why it failed."""
+    run_key: str = ""
+    """Its training run in MLflow."""
+
+
+def run_trial(values: dict[str, Any], sweep: dict[str, Any], shared: dict[str, Any], parent_run: str) -> None:
+    """What Ray Tune runs: train with the sampled values, report validation losses on the way, then the objective."""
+    settings = SweepConfig.model_validate(sweep)
+    trial = str(tune.get_context().get_trial_id())
+    record = _Record(open_storage(settings.storage, settings.s3).under(settings.name), trial, values)
+    try:
+        config = trial_config(settings, shared, values, f"trial-{trial}")
+        run = open_run(config)
+        record.update(run_key=run.record.run_key)
+        reporter = _Reporter(record, run.total_steps, settings.objective == "validation_loss")
+        tags = {TRIAL_TAG: trial} | ({PARENT_TAG: parent_run} if parent_run else {})
+        with track(run, tags) as tracker:
+            pretrain(run, [tracker, reporter])
+            objective = _objective(settings, config, run, reporter.last_loss)
+            if settings.objective == "probe_accuracy":
+                tracker.metrics(run.total_steps, {"probe_accuracy_encoder": objective}, int(time.time() * 1000))
+    except Exception as error:
+        record.update(status="failed", cause=" ".join(str(error).split())[:500] or type(error).__name__)
+        raise
+    record.update(status="finished", objective=objective, step=run.total_steps)
+    tune.report({"objective": objective, "step": run.total_steps})
+
+
+class _Record:
+    """Writes the trial's record at every change."""
+
+    def __init__(self, sweep: Storage, trial: str, values: dict[str, Any]) -> None:
+        self._sweep, self._record = sweep, TrialRecord(trial=trial, values=values)
+        self.update()
+
+    def update(self, **changes: Any) -> None:
+        """Change fields and write."""
+        self._record = self._record.model_copy(update=changes)
+        self._sweep.write(f"{RECORDS}{self._record.trial}.json", self._record.model_dump_json().encode())
+
+
+class _Reporter:
+    """Listener that tells Ray Tune of validation losses, for early stopping."""
+
+    def __init__(self, record: _Record, total_steps: int, report: bool) -> None:
+        self._record, self._total_steps, self._report = record, total_steps, report
+        self.last_loss: float | None = None
+
+    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
+        """Report a validation loss."""
+        if "validation_loss" in values:
+            self.last_loss = values["validation_loss"]
+            # The last one is reported when the workers are gone: Ray Tune may end the trial's process on any report.
+            if self._report and step < self._total_steps:
+                self._record.update(objective=self.last_loss, step=step)
+                tune.report({"objective": self.last_loss, "step": step})
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Ray Tune has no use for pictures."""
+
+
+def _objective(settings: SweepConfig, config: PretrainConfig, run: Run, last_loss: float | None) -> float:
+    if settings.objective == "validation_loss" and last_loss is not None:
+        return last_loss
+    model, description = load_described(run.storage.uri, config.tracking, config.s3)
+
+    def dataset(uri: str) -> ShardSet:
+        return load_dataset(open_storage(uri, config.s3))
+
+    if settings.objective == "probe_accuracy" and settings.probe is not None:
+        train, test = dataset(settings.probe.train), dataset(settings.probe.test)
+        return probe_encoder(model, description, train, test, settings.probe).accuracy
+    # The run had finished before the trial was cut off: measure its model again.
+    assert config.data.validation is not None
+    normalizer = Normalizer.of(description.mean, description.std, torch.device("cpu"))
+    return validation_loss(model, dataset(config.data.validation), config, normalizer, None)

@@ -1,0 +1,122 @@
+"""One local cluster (cluster/local.sh) per test session: two Ray nodes, S3, PostgreSQL and MLflow on free ports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "cluster/local.sh"
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A cluster of cluster/local.sh and how to reach it."""
+
+    state: Path
+    """CRATE_RAY_CLUSTER_DIR: logs, keys, data."""
+    settings: dict[str, str]
+    """The CRATE_RAY_* environment of local.sh."""
+
+    @cached_property
+    def env(self) -> dict[str, str]:
+        """What env.sh exports, as a shell sees it: addresses, token path and keys."""
+        shell = subprocess.run(
+            ["bash", "-c", 'source "$1" && env -0', "bash", self.state / "env.sh"],
+            env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        values = dict(line.split("=", 1) for line in shell.stdout.split("\0") if line)
+        return {name: value for name, value in values.items() if name.startswith(("RAY_", "AWS_", "MLFLOW_"))}
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment with env.sh's values, for subprocesses."""
+        return {**os.environ, **self.env}
+
+    def local_sh(self, command: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Run `cluster/local.sh COMMAND` on this cluster, with this Python's environment."""
+        env = {**os.environ, "VIRTUAL_ENV": str(Path(sys.executable).parents[1]), **self.settings, **settings}
+        return subprocess.run(
+            [SCRIPT, command],
+            env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+
+    def submit(self, *entrypoint: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` from the repository root, until the job has ended."""
+        ray = Path(sys.executable).with_name("ray")
+        return subprocess.run(
+            [ray, "job", "submit", "--working-dir", ".", "--", *entrypoint],
+            env=self.environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+
+
+def local_cluster_settings(state: Path) -> dict[str, str]:
+    """State folder and free ports for a cluster that disturbs no other."""
+    # Below the range of ephemeral ports, so that no connection takes one before its server does.
+    free: list[int] = []
+    port = 20000 + os.getpid() % 10000
+    while len(free) < 7:
+        port = port + 1 if port < 32000 else 20000
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                free = free[:-1] if len(free) == 1 else free  # S3 needs two ports in a row
+                continue
+        free.append(port)
+    names = ("S3", None, "GCS", "DASHBOARD", "CLIENT", "POSTGRES", "MLFLOW")
+    ports = {f"CRATE_RAY_{name}_PORT": str(port) for name, port in zip(names, free, strict=True) if name}
+    return {"CRATE_RAY_CLUSTER_DIR": str(state), "CRATE_RAY_CPUS_PER_NODE": "2", **ports}
+
+
+def missing_packages() -> str | None:
+    """What `apt-get install` has to bring before a local cluster can start."""
+    postgres = shutil.which("postgres") or any(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    missing = [] if postgres else ["postgresql"]
+    if not all(map(shutil.which, ("radosgw", "ceph-mon", "ceph-osd", "ceph-authtool"))):
+        missing += ["radosgw", "ceph-mon", "ceph-osd", "ceph-common"]
+    return " ".join(missing) or None
+
+
+def new_cluster() -> LocalCluster:
+    """A cluster that is not up yet; skips where Debian packages are missing, except in CI."""
+    if packages := missing_packages():
+        reason = f"apt-get install --no-install-recommends {packages}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    state = Path(tempfile.mkdtemp(prefix="crate-ray-cluster-"))  # not tmp_path: user postgres may not enter that
+    return LocalCluster(state, local_cluster_settings(state))
+
+
+@pytest.fixture(scope="session")
+def local_cluster() -> Iterator[LocalCluster]:
+    """A cluster that is up, one for the whole session."""
+    cluster = new_cluster()
+    try:
+        up = cluster.local_sh("up")
+        if up.returncode:
+            logs = "\n".join(f"== {log}\n{log.read_text()[-2000:]}" for log in cluster.state.glob("logs/*.log"))
+            pytest.fail(f"local.sh up failed\n{up.stdout}{up.stderr}\n{logs}")
+        yield cluster
+    finally:
+        cluster.local_sh("down")
+        shutil.rmtree(cluster.state, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster_to_start() -> Iterator[LocalCluster]:
+    """A cluster of the test's own, to start and stop as it likes."""
+    cluster = new_cluster()
+    yield cluster
+    cluster.local_sh("down")
+    shutil.rmtree(cluster.state, ignore_errors=True)

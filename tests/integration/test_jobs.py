@@ -1,0 +1,309 @@
+"""The whole thread on a real cluster: shards in S3, jobs submitted with a token, records and models in MLflow."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from crate_ray import load_model
+from crate_ray.config import PretrainConfig, S3Config, TrackingConfig
+from crate_ray.data.arrow import arrow_filesystem
+from crate_ray.data.shards import load_dataset
+from crate_ray.data.storage import open_storage
+from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
+from crate_ray.tracking.registry import load_described
+from tests.integration.conftest import LocalCluster
+from tests.jobs import job
+
+STEPS, EVERY = 60, 15
+MODEL = {"image_size": 8, "patch_size": 2, "channels": 1, "dim": 64, "depth": 2, "num_subspaces": 4, "mask_ratio": 0.5}
+
+
+@pytest.fixture(scope="module")
+def cluster(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """The cluster with the digits in its bucket, and its addresses in this process's environment too."""
+    before = dict(os.environ)
+    os.environ.update({**local_cluster.env, "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"})
+    for split in ("train", "test"):
+        run_here("prepare", "--source", "digits", "--split", split, "--output", f"s3://data/digits-{split}")
+    yield local_cluster
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a finished run, one of whose workers was killed in the middle."""
+    config = {
+        "name": "digits",
+        "storage": "s3://runs",
+        "model": MODEL,
+        "data": {"train": "s3://data/digits-train", "validation": "s3://data/digits-test", "flip": False},
+        "training": {"batch_size": 64, "steps": STEPS},
+        "optim": {"lr": 0.003},
+        "scaling": {"workers": 2, "cpus_per_worker": 1},
+        "checkpoint": {"every_steps": EVERY},
+        "tracking": {"experiment": "it", "picture_every": 30},
+    }
+    arguments = [f"--{name}={value}" for name, value in flat(config).items()]
+    submitted = subprocess.Popen(
+        [*ray_job_submit(), "python", "jobs/pretrain.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    run = open_storage("s3://runs/digits", S3Config())
+    wait_until(lambda: any(run.list("commits/")), "no checkpoint")
+    victim = next(p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(cmdline(p)))
+    victim.send_signal(signal.SIGKILL)
+    output, _ = submitted.communicate(timeout=300)
+    assert submitted.returncode == 0, output.decode()[-4000:]
+    return "s3://runs/digits"
+
+
+def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
+    client = mlflow.MlflowClient(cluster.env["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("it")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.crate_ray.job = 'pretrain'")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.num_subspaces"] == "4"
+    assert run.data.params["data.train"] == "s3://data/digits-train"
+    assert len(run.data.tags["mlflow.source.git.commit"]) in (7, 40)
+    losses = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
+    assert losses[STEPS] < 0.6 * losses[10]
+    assert run.data.metrics["validation_loss"] < losses[10]
+    (dataset,) = run.inputs.dataset_inputs
+    assert (
+        dataset.dataset.digest
+        == load_dataset(open_storage("s3://data/digits-train", S3Config())).manifest.digest()[:32]
+    )
+    pictures = [f.path for f in client.list_artifacts(run.info.run_id, "reconstruction")]
+    assert f"reconstruction/step-{STEPS:08d}.png" in pictures
+    with Image.open(client.download_artifacts(run.info.run_id, pictures[-1], str(tmp_path))) as picture:
+        assert picture.size == (8 * 100 + 4, 3 * 100 + 4)
+    environment = Path(client.download_artifacts(run.info.run_id, "environment.txt", str(tmp_path))).read_text()
+    assert "torch==" in environment
+    # No secret of the cluster has found its way into MLflow.
+    for secret in ("AWS_SECRET_ACCESS_KEY",):
+        assert cluster.env[secret] not in json.dumps(run.to_dictionary()) + environment
+
+
+def test_registry_gate_and_embeddings(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
+    probe = ["--probe.train", "s3://data/digits-train", "--probe.test", "s3://data/digits-test"]
+    run_here("register", "register", "--run", trained)
+    said = run_here("register", "promote", "--version", "1", *probe)
+    assert "version 1 is @champion" in said
+    # A model that learned nothing does not replace it.
+    spoil(trained, "s3://runs/spoilt")
+    run_here("register", "register", "--run", "s3://runs/spoilt")
+    refusal = fail_here("register", "promote", "--version", "2", *probe)
+    assert "version 2 is not promoted: its probe accuracy 0." in refusal
+    assert "@champion" in run_here("register", "list")
+
+    # Torch module, pyfunc and the run's own encoder give the same embeddings.
+    shards = load_dataset(open_storage("s3://data/digits-test", S3Config()))
+    own, description = load_described(trained, TrackingConfig(), S3Config())
+    batch = next(iterate_dataset(shards, description.model))
+    expected = FeatureExtractor(own, description)(batch.images).numpy()
+    champion = load_model("models:/crate-mae@champion")
+    assert np.abs(FeatureExtractor(champion, description)(batch.images).numpy() - expected).max() < 1e-6
+    encoded = []
+    for image in batch.images:
+        out = io.BytesIO()
+        Image.fromarray(image[0].numpy()).save(out, "PNG")
+        encoded.append(out.getvalue())
+    pyfunc = mlflow.pyfunc.load_model("models:/crate-mae@champion")
+    assert np.abs(pyfunc.predict(pd.DataFrame({"image": encoded})) - expected).max() < 1e-6
+
+    # The embedding job writes the same, once for every key.
+    result = cluster.submit(
+        "python", "jobs/embed.py", "--data", "s3://data/digits-test", "--output", "s3://runs/embedded"
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    filesystem, path = arrow_filesystem("s3://runs/embedded", S3Config())
+    table = pq.read_table(path, filesystem=filesystem).sort_by("sample")
+    assert table["sample"].to_pylist() == list(range(shards.manifest.num_samples))
+    vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
+    assert np.abs(vectors[: len(expected)] - expected).max() < 1e-6
+    assert table["key"].to_pylist()[: len(batch.keys)] == batch.keys
+    other = ["--data", "s3://data/digits-test", "--output", "s3://runs/embedded"]
+    assert "already holds embeddings of another model" in fail_here("embed", "--model", "s3://runs/spoilt", *other)
+
+
+def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        yaml.safe_dump(
+            {
+                "model": MODEL,
+                "data": {"train": "s3://data/digits-train", "validation": "s3://data/digits-test"},
+                "training": {"batch_size": 64, "steps": 12},
+                "scaling": {"workers": 1, "cpus_per_worker": 1},
+            }
+        )
+    )
+    sweep = tmp_path / "sweep.yaml"
+    settings = {
+        "name": "codebook",
+        "storage": "s3://runs",
+        "base": str(base),
+        # K = 3 with d = 64 and no p is a combination that only its trial can find to be impossible.
+        "search": {"model.num_subspaces": {"choice": [2, 4]}, "model.dim": {"choice": [64, 60]}},
+        "trials": 3,
+        "tracking": {"experiment": "it", "picture_every": None},
+    }
+    sweep.write_text(yaml.safe_dump(settings))
+    command = job("sweep", "--config", str(sweep))
+    records = open_storage("s3://runs/codebook/results", S3Config())
+
+    def finished() -> dict[str, str]:
+        read = [json.loads(records.read(info.key)) for info in records.list()]
+        return {r["trial"]: records_etag(records, r["trial"]) for r in read if r["status"] == "finished"}
+
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: len(finished()) >= 1, "no trial finished", first)
+    done = finished()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    said = run_here("sweep", "--config", str(sweep))
+    assert "best.yaml" in said
+    after = finished()
+    assert len(after) == 3
+    assert done.items() <= after.items()  # nothing that was finished ran again
+    folder = open_storage("s3://runs/codebook", S3Config())
+    best = PretrainConfig.model_validate(yaml.safe_load(folder.read("best.yaml")))
+    assert best.model.dim in (60, 64)
+    client = mlflow.MlflowClient(cluster.env["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name("it")
+    assert experiment is not None
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.crate_ray.job = 'sweep'")
+    children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert {c.data.tags["crate_ray.trial"] for c in children} >= set(after)
+    names = {f.path for f in client.list_artifacts(parent.info.run_id)}
+    assert {"results.csv", "best.yaml", "objective"} <= names
+
+
+def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
+    good = {
+        "name": "digits",
+        "storage": "s3://runs",
+        **{f"model.{name}": value for name, value in MODEL.items()},
+        "data.train": "s3://data/digits-train",
+        "training.batch_size": 64,
+        "training.steps": STEPS,
+        "scaling.workers": 2,
+    }
+
+    def error(**changes: object) -> str:
+        changed = good | {name.replace("__", "."): value for name, value in changes.items()}
+        return fail_here("pretrain", *[f"--{name}={value}" for name, value in changed.items()])
+
+    assert "there is no setting 'training.stps', did you mean 'training.steps'?" in error(training__stps=3)
+    assert "bucket 'nowhere' does not exist" in error(data__train="s3://nowhere/digits")
+    assert "no manifest at s3://data/nothing; run jobs/prepare.py" in error(data__train="s3://data/nothing")
+    assert "image height 8 is not divisible by patch height 3" in error(model__patch_size=3)
+    assert "batch size 64 is not a multiple of the 5 lanes" in error(name="new", data__lanes=5)
+    assert "100 workers are more than the 64 samples of a batch" in error(scaling__workers=100)
+    assert "was begun with another dataset" in error(data__train="s3://data/digits-test")
+    assert "was begun with another model (model.sparsity_lambda was 0.5, is 0.1)" in error(model__sparsity_lambda=0.1)
+    os.environ["AWS_SECRET_ACCESS_KEY"], secret = "wrong", os.environ["AWS_SECRET_ACCESS_KEY"]
+    message = error()
+    os.environ["AWS_SECRET_ACCESS_KEY"] = secret
+    assert "credentials" in message
+    assert secret not in message
+
+    assert "holds no checkpoint" in fail_here("register", "register", "--run", "s3://runs/empty")
+    probe = ["--probe.train", "s3://data/nothing", "--probe.test", "s3://data/digits-test"]
+    assert "no manifest at s3://data/nothing" in fail_here("register", "promote", "--version", "1", *probe)
+    embed = ["--data", "s3://data/digits-test", "--output", "s3://runs/e2"]
+    assert "nobody" in fail_here("embed", "--model", "models:/crate-mae@nobody", *embed)
+    for search, words in (
+        ("{model.num_subspace: {choice: [2]}}", "no such pretraining setting, did you mean 'model.num_subspaces'?"),
+        ("{model.num_subspaces: {choice: [many]}}", "value 'many'"),
+    ):
+        file = tmp_path / "bad.yaml"
+        file.write_text(f"base: jobs/configs/demo.yaml\nsearch: {search}\n")
+        assert words in fail_here("sweep", "--config", str(file))
+
+
+def run_here(name: str, *arguments: str) -> str:
+    """Run a job in this environment and require success; its output."""
+    result = subprocess.run(job(name, *arguments), capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def fail_here(name: str, *arguments: str) -> str:
+    """Run a job and require one sentence on stderr, status 2 and no traceback; the sentence."""
+    result = subprocess.run(job(name, *arguments), capture_output=True, text=True, timeout=300, check=False)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-4000:]
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def ray_job_submit() -> list[str]:
+    import sys
+
+    return [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--"]
+
+
+def flat(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
+    out: dict[str, object] = {}
+    for name, value in settings.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def spoil(source: str, target: str) -> None:
+    """Copy a finished run and set its weights to zero, consistently, so that only the probe can tell."""
+    import hashlib
+
+    import safetensors.torch
+
+    old, new = open_storage(source, S3Config()), open_storage(target, S3Config())
+    commits = sorted(info.key for info in old.list("commits/"))
+    commit = json.loads(old.read(commits[-1]))
+    for name in commit["files"]:
+        data = old.read(f"{commit['directory']}/{name}")
+        if name == "model.safetensors":
+            data = safetensors.torch.save({k: v * 0 for k, v in safetensors.torch.load(data).items()})
+            commit["files"][name] = hashlib.sha256(data).hexdigest()
+        new.write(f"{commit['directory']}/{name}", data)
+    new.write("run.json", old.read("run.json"))
+    new.write(commits[-1], json.dumps(commit).encode())
+
+
+def records_etag(records: object, trial: str) -> str:
+    return next(info.etag for info in records.list() if info.key == f"{trial}.json")  # type: ignore[attr-defined]
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def wait_until(condition: object, words: str, process: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return
+        assert process is None or process.poll() is None, f"{words}, and the job has ended"
+        time.sleep(0.1)
+    raise AssertionError(words)

