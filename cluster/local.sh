@@ -78,7 +78,7 @@ gone_within() { # tenths of a second, pids...
 }
 
 stop_all() {
-  local name pid all
+  local name pid all node logs
   mapfile -t all < <(ours)
   for name in ray-second ray-head mlflow postgres s3; do
     is_up "$name" || continue
@@ -103,8 +103,10 @@ stop_all() {
   if [ -s "$STATE/ray-tmp" ]; then
     local tmp
     tmp=$(cat "$STATE/ray-tmp")
-    rm -rf "$STATE/logs/ray"
-    [ -d "$tmp/session_latest/logs" ] && cp -r "$tmp/session_latest/logs" "$STATE/logs/ray"
+    rm -rf "$STATE"/logs/ray-[12]
+    for node in 1 2; do
+      for logs in "$tmp/$node"/session_2*/logs; do [ -d "$logs" ] && cp -r "$logs" "$STATE/logs/ray-$node"; done
+    done
     case $tmp in /tmp/crate-ray.*) rm -rf "$tmp" ;; esac
   fi
   rm -f "$STATE"/{pids,id,marked,ray-tmp}
@@ -306,12 +308,14 @@ up() {
       --serve-artifacts --artifacts-destination s3://mlflow/
   )
   local tmp
-  tmp=$(mktemp -d /tmp/crate-ray.XXXXXX) # short, for the sockets' sake; its logs go to $STATE/logs/ray on `down`
+  # Short, for the sockets' sake; its logs go to $STATE/logs on `down`. One folder per node: in a common one, the second
+  # node removes a job's working directory under the feet of the first one's processes.
+  tmp=$(mktemp -d /tmp/crate-ray.XXXXXX)
   echo "$tmp" >"$STATE/ray-tmp"
-  start_ray ray-head --head --node-ip-address $HEAD_IP --port "$GCS_PORT" --temp-dir "$tmp" \
+  start_ray ray-head --head --node-ip-address $HEAD_IP --port "$GCS_PORT" --temp-dir "$tmp/1" \
     --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" --ray-client-server-port "$CLIENT_PORT"
   wait_for ray-head 120 ray_nodes_alive 1
-  start_ray ray-second --address "$HEAD_IP:$GCS_PORT" --node-ip-address $SECOND_IP --temp-dir "$tmp"
+  start_ray ray-second --address "$HEAD_IP:$GCS_PORT" --node-ip-address $SECOND_IP --temp-dir "$tmp/2"
   wait_for ray-second 120 ray_nodes_alive 2
   wait_for mlflow 180 mlflow_answers
   trap - EXIT INT TERM HUP

@@ -6,20 +6,21 @@ from crate_ray.cli import run_job
 from crate_ray.config import PretrainConfig
 from crate_ray.progress import ProgressDisplay
 from crate_ray.ray_cluster import start_ray
-from crate_ray.tracking.pretraining import publish, track
+from crate_ray.tracking.pretraining import is_published, publish, track
 from crate_ray.training.run import open_run, pretrain
 
 
 def main(config: PretrainConfig) -> None:
     """Start or resume the run, follow it, and leave its model in the run's folder and in MLflow."""
     run = open_run(config)
-    if run.first_step >= run.total_steps:
+    if run.is_finished and is_published(run):
         print(f"run {config.name!r} is already finished: step {run.first_step} of {run.total_steps}")
         return
-    start_ray()
     with track(run) as tracker:
-        with ProgressDisplay(run.first_step, run.total_steps) as display:
-            pretrain(run, [tracker, display])
+        if not run.is_finished:
+            start_ray()
+            with ProgressDisplay(run.first_step, run.total_steps) as display:
+                pretrain(run, [tracker, display])
         folder = publish(run, tracker)
     print(f"model      {folder}")
     print(f"MLflow run {tracker.where}")

@@ -35,14 +35,18 @@ def log_model(uri: str, run_id: str, exported: Path) -> Any:
     client = mlflow.MlflowClient(uri)
     for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
         client.log_artifact(run_id, (exported / name).as_posix(), "weights")
-    with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*input example was not provided")
-        return mlflow.pyfunc.log_model(
-            name=MODEL_NAME,
-            python_model=_CODE.as_posix(),
-            artifacts={name: (exported / name).as_posix() for name in (WEIGHTS_FILE, DESCRIPTION_FILE)},
-            code_paths=[Path(crate_ray.__file__).parent.as_posix()],
-            signature=signature,
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _PACKAGES],
-            metadata=description.model_dump(mode="json", exclude={"model"}) | {"dim": description.model.dim},
-        )
+    before = client.get_run(run_id).info.status
+    try:
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*input example was not provided")
+            return mlflow.pyfunc.log_model(
+                name=MODEL_NAME,
+                python_model=_CODE.as_posix(),
+                artifacts={name: (exported / name).as_posix() for name in (WEIGHTS_FILE, DESCRIPTION_FILE)},
+                code_paths=[Path(crate_ray.__file__).parent.as_posix()],
+                signature=signature,
+                pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _PACKAGES],
+                metadata=description.model_dump(mode="json", exclude={"model"}) | {"dim": description.model.dim},
+            )
+    finally:
+        client.update_run(run_id, status=before)  # start_run ends the run, as if this were all of it

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mlflow.entities import Dataset
 
-from crate_ray.tracking.runs import RunTracker, flatten
-from crate_ray.training.export import export_run
+from crate_ray.tracking.runs import RunTracker, flatten, spool_folder
+from crate_ray.training.export import DESCRIPTION_FILE, export_run
 from crate_ray.training.run import Run
 
 _MODEL_FOLDER = "model"
@@ -48,10 +48,17 @@ def publish(run: Run, tracker: RunTracker) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export_run(run.storage, folder)
-        for path in folder.iterdir():
+        for path in sorted(
+            folder.iterdir(), reverse=True
+        ):  # the weights first: the description says that they are there
             run.storage.write(f"{_MODEL_FOLDER}/{path.name}", path)
         tracker.model(folder)
     return run.storage.under(_MODEL_FOLDER).uri
+
+
+def is_published(run: Run) -> bool:
+    """Whether a finished run has left its model, and MLflow has everything of it."""
+    return run.storage.exists(f"{_MODEL_FOLDER}/{DESCRIPTION_FILE}") and not spool_folder(run.record.run_key).exists()
 
 
 def git_commit() -> str:

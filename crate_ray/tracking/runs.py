@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -49,8 +50,18 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             out |= flatten(value, f"{prefix}{name}.")
         else:
-            out[prefix + name] = str(value)
+            out[prefix + name] = redact(str(value))
     return out
+
+
+def redact(text: str) -> str:
+    """An address without the user and password that it may hold."""
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def spool_folder(key: str) -> Path:
+    """Where a run's undelivered records are kept, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray" / key
 
 
 class RunTracker:
@@ -72,7 +83,7 @@ class RunTracker:
         self._uri, self._experiment, self._key, self._name = tracking_uri(tracking), tracking.experiment, key, name
         self._params, self._tags, self._dataset = params, tags, dataset
         self.run_id = ""
-        self._folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray" / key
+        self._folder = spool_folder(key)
         (self._folder / "files").mkdir(parents=True, exist_ok=True)
         self._events, self._sent = self._folder / "events.jsonl", self._folder / "sent"
         self._wake, self._stop, self._give_up = threading.Event(), threading.Event(), threading.Event()
@@ -103,7 +114,7 @@ class RunTracker:
         shutil.copytree(exported, copy, dirs_exist_ok=True)
         self._append({"kind": "model", "path": copy.as_posix()})
 
-    def finish(self, status: str, timeout: float = 60.0) -> bool:
+    def finish(self, status: str, timeout: float = 120.0) -> bool:
         """Set the run's status (FINISHED, FAILED or KILLED) and wait until everything is delivered, or the time is up.
 
         Returns whether all was delivered. What was not stays in the spool; `undelivered` says where and why.
@@ -128,13 +139,13 @@ class RunTracker:
     @property
     def where(self) -> str:
         """The run's id and the address of MLflow."""
-        return f"{self.run_id or 'not created yet'} at {self._uri}"
+        return f"{self.run_id or 'not created yet'} at {redact(self._uri)}"
 
     @property
     def undelivered(self) -> str:
         """A sentence on where undelivered records are, and why."""
         cause = " ".join(str(self._problem).split())[:200] if self._problem else "the server is slow"
-        return f"MLflow at {self._uri} did not take everything ({cause}); the rest waits in {self._folder}"
+        return f"MLflow at {redact(self._uri)} did not take everything ({cause}); the rest waits in {self._folder}"
 
     def _append(self, event: dict[str, Any]) -> None:
         with self._events.open("a") as file:
@@ -158,7 +169,7 @@ class RunTracker:
                 self._problem = None
             except Exception as error:  # whatever the client raises for a server that is away or ill
                 if self._problem is None:
-                    logger.warning("MLflow at %s cannot be reached; records are kept on disk meanwhile", self._uri)
+                    logger.warning("MLflow at %s cannot be reached; records wait on disk", redact(self._uri))
                 self._problem = error
             if self._stop.is_set() and (self._give_up.is_set() or not self._pending()):
                 return
@@ -206,13 +217,22 @@ class RunTracker:
             if metrics:
                 client.log_batch(self.run_id, metrics=metrics)
                 metrics = []
-            if event["kind"] == "file":
-                self._send_file(client, event)
-            elif event["kind"] == "model":
-                log_model(self._uri, self.run_id, Path(event["path"]))
-            elif event["kind"] == "status":
-                self._send_status(client, event)
+            try:
+                self._send(client, event)
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE":
+                    raise
+                # Sending it again would block everything behind it.
+                logger.warning("MLflow refuses a record of run %s, which is left out: %s", self._name, error)
             self._sent.write_text(str(end))
+
+    def _send(self, client: MlflowClient, event: dict[str, Any]) -> None:
+        if event["kind"] == "file":
+            self._send_file(client, event)
+        elif event["kind"] == "model":
+            log_model(self._uri, self.run_id, Path(event["path"]))
+        elif event["kind"] == "status":
+            self._send_status(client, event)
 
     def _send_status(self, client: MlflowClient, event: dict[str, Any]) -> None:
         if event["status"] == "RUNNING":

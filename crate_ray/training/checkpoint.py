@@ -33,6 +33,10 @@ RUN_FILE = "run.json"
 _COMMITS = "commits/"
 
 
+class DamagedCheckpoint(UserError):  # noqa: N818 - named for what it says
+    """A file of a committed checkpoint differs from its digest."""
+
+
 class RunRecord(Settings):
     """What is fixed when a run starts; every resumption must agree with it."""
 
@@ -113,20 +117,27 @@ def committed(run: Storage) -> list[Commit]:
     return sorted(found, key=lambda c: (c.step, c.directory), reverse=True)
 
 
+def read_checkpoint(run: Storage, commit: Commit) -> dict[str, bytes]:
+    """Content of a committed checkpoint's files. Raises NotFound or DamagedCheckpoint when they are not all there."""
+    missing = {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE} - set(commit.files)
+    if missing:
+        raise DamagedCheckpoint(f"checkpoint {commit.directory} of {run.uri} has no {min(missing)}")
+    files = {name: run.read(f"{commit.directory}/{name}") for name in commit.files}
+    for name, content in files.items():
+        if hashlib.sha256(content).hexdigest() != commit.files[name]:
+            raise DamagedCheckpoint(f"checkpoint {commit.directory} of {run.uri}: {name} differs from its digest")
+    return files
+
+
 def newest_valid(run: Storage) -> Iterator[tuple[Commit, dict[str, bytes]]]:
-    """Committed checkpoints with the content of their files, newest first, those with damaged files left out."""
+    """Committed checkpoints with the content of their files, newest first, damaged ones left out with a warning."""
     for commit in committed(run):
         try:
-            files = {name: run.read(f"{commit.directory}/{name}") for name in commit.files}
-        except NotFound as error:
-            logger.warning("checkpoint %s is incomplete (%s); trying an older one", commit.directory, error)
+            files = read_checkpoint(run, commit)
+        except (NotFound, DamagedCheckpoint) as error:  # not when the storage is away: nothing older is newer then
+            logger.warning("%s; trying an older one", error)
             continue
-        bad = [n for n in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE) if n not in files]
-        bad += [n for n, content in files.items() if hashlib.sha256(content).hexdigest() != commit.files[n]]
-        if not bad:
-            yield commit, files
-        else:
-            logger.warning("checkpoint %s: %s differs from its digest; trying an older one", commit.directory, bad[0])
+        yield commit, files
 
 
 def restore_checkpoint(files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> CheckpointState:

@@ -28,10 +28,12 @@ from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.training.checkpoint import (
     CheckpointState,
+    Commit,
     RunRecord,
     commit_checkpoint,
     delete_old_checkpoints,
     newest_valid,
+    read_checkpoint,
     restore_checkpoint,
     write_checkpoint,
 )
@@ -202,14 +204,13 @@ def validation_loss(
 
 def _restore(run: Storage, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the newest valid checkpoint, the one that rank 0 found on every rank; the step it was taken at, or 0."""
-    newest = next((commit.directory for commit, _ in newest_valid(run)), None)
-    chosen = broadcast_from_rank_zero(newest)
+    found = next(newest_valid(run), None) if ray.train.get_context().get_world_rank() == 0 else None
+    chosen = broadcast_from_rank_zero(found[0].model_dump() if found else None)
     if chosen is None:
         return 0
-    for commit, files in newest_valid(run):
-        if commit.directory == chosen:
-            return restore_checkpoint(files, model, optimizer).step
-    raise UserError(f"checkpoint {chosen} of {run.uri} can be read on one worker but not on another")
+    commit = Commit.model_validate(chosen)
+    files = found[1] if found else read_checkpoint(run, commit)
+    return restore_checkpoint(files, model, optimizer).step
 
 
 class _Checkpoints:

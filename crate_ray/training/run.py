@@ -20,7 +20,7 @@ from crate_ray.data.plan import plan_order
 from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
-from crate_ray.training.checkpoint import RunRecord, committed, read_record, write_record
+from crate_ray.training.checkpoint import RunRecord, newest_valid, read_record, write_record
 from crate_ray.training.loop import train_loop
 from crate_ray.training.telemetry import Listener
 
@@ -43,8 +43,11 @@ class Run:
     """Steps that the run has when it is finished."""
     first_step: int
     """Steps that its newest checkpoint has done."""
-    is_new: bool
-    """Whether this is its first start."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no step is left."""
+        return self.first_step >= self.total_steps
 
 
 def open_run(config: PretrainConfig) -> Run:
@@ -85,10 +88,9 @@ def open_run(config: PretrainConfig) -> Run:
     if len(mean) != channels or len(std) != channels:
         raise UserError(f"data.mean and data.std need {channels} numbers each, one per channel of the model")
     storage = open_storage(config.storage, config.s3).under(config.name)
-    commits = committed(storage)
+    newest = next(newest_valid(storage), None)
     record = read_record(storage)
-    is_new = record is None or not (commits or _same_run(record, config, manifest.digest()))
-    if record is None or is_new:
+    if record is None or not (newest or _same_run(record, config, manifest.digest())):
         record = RunRecord(
             run_key=uuid.uuid4().hex,
             config=config,
@@ -105,7 +107,7 @@ def open_run(config: PretrainConfig) -> Run:
             "choose another --name for a new run, or the settings it was begun with to resume it"
         )
     total_steps = training.steps or math.ceil((training.epochs or 0) * record.order.batches_per_epoch)
-    return Run(config, record, storage, shards, total_steps, commits[0].step if commits else 0, is_new)
+    return Run(config, record, storage, shards, total_steps, newest[0].step if newest else 0)
 
 
 def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
@@ -146,7 +148,7 @@ def pretrain(run: Run, listeners: Sequence[Listener]) -> None:
     Needs Ray (see ray_cluster.start_ray). Listeners hear of metrics and pictures in this thread. Returns at once when
     the run is already finished. Raises UserError for what a worker found wrong with the user's input.
     """
-    if run.first_step >= run.total_steps:
+    if run.is_finished:
         return
     config = run.config
     resources, use_gpu = _worker_resources(config)

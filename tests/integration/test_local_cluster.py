@@ -31,14 +31,26 @@ def command_lines() -> dict[int, str]:
     return {pid: line for pid, line in found.items() if line}
 
 
-def test_job_with_the_token_and_none_without(local_cluster: LocalCluster) -> None:
-    script = "import os, ray; ray.init(); print('nodes', len(ray.nodes()), 'endpoint', os.environ['AWS_ENDPOINT_URL'])"
-    job = [RAY, "job", "submit", "--", "python", "-c", script]
+def test_job_with_the_token_and_none_without(local_cluster: LocalCluster, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(
+        """
+import os, ray
+ray.init()
+@ray.remote(num_cpus=2)  # all of a node's CPUs
+class Where:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+actors = [Where.remote(), Where.remote()]
+nodes = set(ray.get([actor.node.remote() for actor in actors]))
+print("nodes", len(nodes), "in", os.path.basename(os.getcwd()).startswith("_ray_pkg"), os.environ["AWS_ENDPOINT_URL"])
+"""
+    )
+    job = [RAY, "job", "submit", "--working-dir", str(tmp_path), "--", "python", "job.py"]
     done = subprocess.run(
         job, env=local_cluster.environment(), capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"nodes 2 endpoint {local_cluster.env['AWS_ENDPOINT_URL']}" in done.stdout
+    assert f"nodes 2 in True {local_cluster.env['AWS_ENDPOINT_URL']}" in done.stdout
 
     stranger = {name: value for name, value in local_cluster.environment().items() if not name.startswith("RAY_AUTH")}
     stranger |= {"RAY_AUTH_MODE": "disabled", "HOME": "/nonexistent"}

@@ -29,7 +29,7 @@ from crate_ray.training.export import ModelDescription, export_model
 
 AWAY = "http://127.0.0.1:9"  # the discard port: nobody listens
 NOW = 1_700_000_000_000
-PARAMS = {f"group.setting{i}": str(i) for i in range(130)}  # more than MLflow takes at once
+PARAMS = {f"group.setting{i}": str(i) for i in range(130)}  # more than one request to MLflow holds
 LINEAGE = Dataset(name="shapes", digest="abc", source_type="local", source='{"uri": "/data"}', profile='{"n": 3}')
 
 
@@ -124,7 +124,7 @@ def test_everything_arrives_and_a_second_start_continues_the_run(uri: str, tmp_p
 def test_nothing_is_lost_or_doubled_when_the_server_was_away(uri: str, tmp_path: Path) -> None:
     away = tracker(AWAY, "away")
     calls = []
-    for step in range(1, 1201):  # more than MLflow takes at once
+    for step in range(1, 1201):  # more than one request to MLflow holds
         began = time.monotonic()
         away.metrics(step, {"loss": 1 / step}, NOW + step)
         calls.append(time.monotonic() - began)
