@@ -86,6 +86,8 @@ stop_all() {
     if [ "$name" = postgres ]; then # "fast" shutdown
       pid=$(head -n 1 "$STATE/postgres/postmaster.pid" 2>/dev/null || echo "$pid")
       kill -INT "$pid" 2>/dev/null || true
+    elif [ "$name" = mlflow ]; then # its children by themselves, or it waits 20 s
+      kill -TERM -- "-$pid" 2>/dev/null || true
     else
       kill -TERM "$pid" 2>/dev/null || true
     fi
@@ -300,7 +302,7 @@ up() {
 
   say "starting MLflow and two Ray nodes with $CPUS CPUs each"
   (
-    export PGPASSFILE=$STATE/secrets/pgpass MLFLOW_DISABLE_TELEMETRY=true
+    export PGPASSFILE=$STATE/secrets/pgpass MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
     unset MLFLOW_TRACKING_URI
     cd "$STATE"
     start mlflow "$BIN/mlflow" server --host 127.0.0.1 --port "$MLFLOW_PORT" --workers 1 \

@@ -22,7 +22,7 @@ from crate_ray.errors import UserError
 from crate_ray.sweeps.report import best_trial, picture, results_table
 from crate_ray.sweeps.space import shared_values, trial_config, tune_space
 from crate_ray.sweeps.trial import RECORDS, TrialRecord, run_trial
-from crate_ray.tracking.pretraining import git_commit
+from crate_ray.tracking.pretraining import source_tags
 from crate_ray.tracking.registry import find_run
 from crate_ray.tracking.runs import RunTracker, flatten, tracking_uri
 from crate_ray.training.run import open_run
@@ -66,8 +66,7 @@ def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> list[TrialRecord]:
     folder = open_storage(sweep.storage, sweep.s3).under(sweep.name)
     key = _key(folder, sweep, shared)
     params = flatten(sweep.model_dump(mode="json"))
-    tags = {"mlflow.source.git.commit": git_commit(), "crate_ray.job": "sweep"}
-    tracker = RunTracker(sweep.tracking, key, sweep.name, params, tags)
+    tracker = RunTracker(sweep.tracking, key, sweep.name, params, source_tags("sweep"))
     status = "FAILED"
     try:
         grid = _tuner(sweep, shared, folder, tracker.wait_for_run()).fit()

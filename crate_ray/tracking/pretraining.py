@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import platform
 import subprocess
 import tempfile
@@ -24,8 +26,7 @@ _MODEL_FOLDER = "model"
 def track(run: Run, extra_tags: Mapping[str, str] | None = None) -> Iterator[RunTracker]:
     """Follow a run in MLflow: RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED."""
     config = run.config
-    tags = {"mlflow.source.git.commit": git_commit(), "mlflow.source.type": "JOB", "crate_ray.job": "pretrain"}
-    tags |= extra_tags or {}
+    tags = source_tags("pretrain") | dict(extra_tags or {})
     params = flatten(config.model_dump(mode="json")) | flatten(
         {"order": run.record.order.model_dump(mode="json"), "total_steps": run.total_steps}
     )
@@ -61,8 +62,21 @@ def is_published(run: Run) -> bool:
     return run.storage.exists(f"{_MODEL_FOLDER}/{DESCRIPTION_FILE}") and not spool_folder(run.record.run_key).exists()
 
 
+def source_tags(job: str) -> dict[str, str]:
+    """MLflow tags of a run that say which job of which code made it, and who ran it."""
+    return {
+        "crate_ray.job": job,
+        "mlflow.source.type": "JOB",
+        "mlflow.source.name": f"jobs/{job}.py",
+        "mlflow.source.git.commit": git_commit(),
+        "mlflow.user": getpass.getuser(),
+    }
+
+
 def git_commit() -> str:
-    """Commit of the code that runs, 'unknown' outside a git checkout."""
+    """Commit of the code that runs: CRATE_RAY_GIT_COMMIT (a submitted job has no .git), else git's, else 'unknown'."""
+    if commit := os.environ.get("CRATE_RAY_GIT_COMMIT"):
+        return commit
     command = ["git", "-C", Path(__file__).parent.as_posix(), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -82,7 +96,7 @@ def _lineage(run: Run) -> Dataset:
         mode="json", include={"num_samples", "num_shards", "total_bytes", "kind", "num_classes"}
     )
     return Dataset(
-        name=uri.rstrip("/").rsplit("/", 1)[-1],
+        name="/".join(uri.rstrip("/").split("/")[-2:]),
         digest=run.record.dataset[:32],
         source_type="s3" if uri.startswith("s3://") else "local",
         source=json.dumps({"uri": uri, "manifest": f"{uri}/manifest.json"}),

@@ -205,7 +205,9 @@ class RunTracker:
         # A server knows where artifacts belong; beside a SQLite file they would go to the working directory.
         path = self._uri.removeprefix("sqlite:///")
         location = None if path == self._uri else (Path(path).parent / "mlartifacts").resolve().as_uri()
-        return str(client.create_experiment(self._experiment, artifact_location=location))
+        # MLflow's pages for training, not those for language models.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(client.create_experiment(self._experiment, artifact_location=location, tags=tags))
 
     def _send_pending(self, client: MlflowClient) -> None:
         metrics: list[Metric] = []

@@ -31,6 +31,7 @@ from tests.integration.conftest import LocalCluster
 from tests.jobs import job
 
 STEPS, EVERY = 60, 15
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = {"image_size": 8, "patch_size": 2, "channels": 1, "dim": 64, "depth": 2, "num_subspaces": 4, "mask_ratio": 0.5}
 
 
@@ -81,7 +82,7 @@ def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster
     assert run.info.status == "FINISHED"
     assert run.data.params["model.num_subspaces"] == "4"
     assert run.data.params["data.train"] == "s3://data/digits-train"
-    assert len(run.data.tags["mlflow.source.git.commit"]) in (7, 40)
+    assert run.data.tags["mlflow.source.git.commit"] == COMMIT
     losses = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
     assert losses[STEPS] < 0.6 * losses[10]
     assert run.data.metrics["validation_loss"] < losses[10]
@@ -259,7 +260,9 @@ def fail_here(name: str, *arguments: str) -> str:
 def ray_job_submit() -> list[str]:
     import sys
 
-    return [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--"]
+    environment = json.dumps({"env_vars": {"CRATE_RAY_GIT_COMMIT": COMMIT}})
+    ray = str(Path(sys.executable).with_name("ray"))
+    return [ray, "job", "submit", "--working-dir", ".", "--runtime-env-json", environment, "--"]
 
 
 def flat(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
