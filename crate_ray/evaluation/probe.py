@@ -25,7 +25,7 @@ from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.training.export import ModelDescription
 
-_STRENGTHS = tuple(10.0**k for k in range(-4, 3))  # scikit-learn's C, the inverse of the L2 penalty
+_STRENGTHS = tuple(10.0**k for k in range(-4, 2))  # scikit-learn's C, the inverse of the L2 penalty
 _ITERATIONS = 300
 _PIXEL_SIDE = 32
 

@@ -169,7 +169,8 @@ class RunTracker:
                 self._problem = None
             except Exception as error:  # whatever the client raises for a server that is away or ill
                 if self._problem is None:
-                    logger.warning("MLflow at %s cannot be reached; records wait on disk", redact(self._uri))
+                    cause = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                    logger.warning("MLflow at %s: %s; records wait on disk", redact(self._uri), cause)
                 self._problem = error
             if self._stop.is_set() and (self._give_up.is_set() or not self._pending()):
                 return
