@@ -26,8 +26,8 @@ from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.training.export import ModelDescription
 
 _STRENGTHS = tuple(10.0**k for k in range(-4, 2))  # scikit-learn's C, the inverse of the L2 penalty
-_ITERATIONS = 300
-_PIXEL_SIDE = 32
+_ITERATIONS = 150
+_PIXEL_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ProbeReport:
     untrained: ProbeScore
     """The same architecture with fresh weights."""
     pixels: ProbeScore
-    """The input itself, at most 32 × 32."""
+    """The input itself, averaged down to 16 × 16 where it is larger."""
     train_samples: int
     """Samples the probe was fitted on."""
     test_samples: int

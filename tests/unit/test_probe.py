@@ -1,0 +1,102 @@
+"""The linear probe: perfect on separable features, chance on noise, honest about its interval and its controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_ray.config import CrateMAEConfig, PrepareConfig, ProbeConfig
+from crate_ray.data.builtin import digits_source
+from crate_ray.data.packing import open_source, pack
+from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.storage import open_storage
+from crate_ray.errors import UserError
+from crate_ray.evaluation.features import iterate_dataset
+from crate_ray.evaluation.probe import fit_probe, probe
+from crate_ray.models import build_model
+from crate_ray.training.export import ModelDescription
+
+MODEL = CrateMAEConfig(image_size=8, patch_size=2, channels=1, dim=16, depth=1, num_subspaces=2)
+
+
+def blobs(n: int, distance: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    y = np.arange(n, dtype=np.int64) % 4
+    centres = np.eye(4, 12) * distance
+    return (centres[y] + generator.normal(size=(n, 12))).astype(np.float32), y
+
+
+def test_separable_features_are_perfect_and_noise_is_chance() -> None:
+    assert fit_probe(*blobs(400, 20, 1), *blobs(200, 20, 2)).accuracy == 1.0
+    score = fit_probe(*blobs(800, 0, 1), *blobs(2000, 0, 2))
+    assert abs(score.accuracy - 0.25) < 2 * score.half_width
+    assert score.half_width == pytest.approx(1.96 * np.sqrt(score.accuracy * (1 - score.accuracy) / 2000))
+
+
+def test_accuracy_is_near_the_best_possible_classifier() -> None:
+    test_x, test_y = blobs(4000, 2, 4)
+    bayes = (np.argmax(test_x[:, :4], axis=1) == test_y).mean()  # equal spheres: the nearest centre is optimal
+    score = fit_probe(*blobs(2000, 2, 3), test_x, test_y)
+    assert bayes - 0.03 < score.accuracy < bayes + 0.01
+
+
+def test_scale_of_the_features_does_not_matter() -> None:
+    (train_x, train_y), (test_x, test_y) = blobs(400, 2, 5), blobs(400, 2, 6)
+    scales = np.logspace(-3, 3, 12, dtype=np.float32)
+    plain = fit_probe(train_x, train_y, test_x, test_y)
+    assert fit_probe(train_x * scales, train_y, test_x * scales, test_y).accuracy == pytest.approx(
+        plain.accuracy, abs=0.01
+    )
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ShardSet]:
+    out = {}
+    for split in ("train", "test"):
+        config = PrepareConfig(source="digits", split=split, output=str(tmp_path_factory.mktemp(split)))
+        storage = open_storage(config.output, config.s3)
+        pack(digits_source(split), storage, config)
+        out[split] = load_dataset(storage)
+    return out
+
+
+def description(shards: ShardSet) -> ModelDescription:
+    return ModelDescription(model=MODEL, mean=shards.manifest.mean, std=shards.manifest.std, kind="image")
+
+
+def test_controls_are_fixed_and_pixels_of_digits_are_nearly_linear(digits: dict[str, ShardSet]) -> None:
+    config = ProbeConfig(train="", test="", max_samples=400)
+    torch.manual_seed(1)
+    report = probe(build_model(MODEL), description(digits["train"]), digits["train"], digits["test"], config)
+    torch.manual_seed(2)
+    again = probe(build_model(MODEL), description(digits["train"]), digits["train"], digits["test"], config)
+    assert report.untrained == again.untrained
+    assert report.pixels == again.pixels
+    assert report.pixels.accuracy > 0.9
+    assert report.encoder.accuracy > 0.3
+    assert set(report.metrics()) == {"probe_accuracy_encoder", "probe_accuracy_untrained", "probe_accuracy_pixels"}
+
+
+def test_samples_are_spread_evenly_and_counted_once(digits: dict[str, ShardSet]) -> None:
+    every = np.concatenate([b.samples for b in iterate_dataset(digits["train"], MODEL)])
+    assert np.array_equal(every, np.arange(digits["train"].manifest.num_samples))
+    some = np.concatenate([b.samples for b in iterate_dataset(digits["train"], MODEL, 100)])
+    assert 50 < len(some) <= 100
+    assert len(set(np.diff(some))) == 1
+
+
+def test_unlabelled_data_is_an_error(digits: dict[str, ShardSet], tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for sample in range(3):
+        Image.new("L", (8, 8), sample).save(folder / f"{sample}.png")
+    config = PrepareConfig(source=str(folder), output=str(tmp_path / "out"))
+    storage = open_storage(config.output, config.s3)
+    pack(open_source(open_storage(str(folder), config.s3)), storage, config)
+    unlabelled = load_dataset(storage)
+    with pytest.raises(UserError, match="without a label"):
+        probe(build_model(MODEL), description(unlabelled), unlabelled, digits["test"], ProbeConfig(train="", test=""))

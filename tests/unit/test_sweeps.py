@@ -1,0 +1,111 @@
+"""Sweeps before and after Ray Tune: settings validated, defaults that follow, results ordered and drawn."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
+from crate_ray.errors import UserError
+from crate_ray.sweeps.report import best_trial, picture, results_table
+from crate_ray.sweeps.run import best_yaml
+from crate_ray.sweeps.space import nested, shared_values, trial_config
+from crate_ray.sweeps.trial import TrialRecord
+
+BASE = {
+    "model": {"image_size": 8, "patch_size": 2, "dim": 64, "depth": 2, "num_subspaces": 4},
+    "data": {"train": "somewhere", "validation": "elsewhere"},
+    "training": {"steps": 10},
+}
+
+
+def sweep(tmp_path: Path, search: dict[str, Any], **settings: Any) -> SweepConfig:
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(BASE))
+    return SweepConfig.model_validate({"base": str(base), "search": search, **settings})
+
+
+def test_defaults_follow_the_sampled_values(tmp_path: Path) -> None:
+    config = sweep(tmp_path, {"model.num_subspaces": {"choice": [2, 8]}}, settings={"training.steps": 7})
+    shared = shared_values(config)
+    trial = trial_config(config, shared, {"model.num_subspaces": 8, "model.depth": 3}, "trial-1")
+    assert trial.model.subspace_dim == 8
+    assert trial.model.decoder_depth == 3
+    assert trial.training.steps == 7
+    assert trial.storage.endswith("/sweep/trials")
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ({"model.num_subspace": {"choice": [2]}}, "did you mean 'model.num_subspaces'"),
+        ({"lr": {"choice": [2]}}, "did you mean 'optim.lr'"),
+        ({"model.num_subspaces": {"choice": ["many"]}}, "value 'many': setting 'model.num_subspaces'"),
+        ({"model.num_subspaces": {"choice": [2, 7]}}, "value 7: model: dim 64 is not divisible by num_subspaces 7"),
+        ({"optim.lr": {"uniform": [-1, 1]}}, "value -1.0: setting 'optim.lr'"),
+        ({"model": {"choice": [1]}}, "a group of settings"),
+        ({"storage": {"choice": ["x"]}}, "the sweep itself sets storage"),
+    ],
+)
+def test_searching_over_what_cannot_be_is_refused(tmp_path: Path, search: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        shared_values(sweep(tmp_path, search))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("space", [{}, {"choice": [1], "uniform": [0, 1]}, {"uniform": [1, 0]}, {"loguniform": [0, 1]}])
+def test_a_space_is_exactly_one_sensible_thing(space: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="exactly one|smaller and a larger"):
+        SearchSpace.model_validate(space)
+
+
+def test_objective_and_early_stopping_need_what_they_measure(tmp_path: Path) -> None:
+    search = {"optim.lr": {"loguniform": [1e-4, 1e-2]}}
+    with pytest.raises(UserError, match="training.validate_every"):
+        shared_values(sweep(tmp_path, search, grace_steps=5))
+    with pytest.raises(UserError, match="held-out data"):
+        shared_values(sweep(tmp_path, search, settings={"data.validation": None}))
+    with pytest.raises(ValueError, match="probe.train"):
+        sweep(tmp_path, search, objective="probe_accuracy")
+
+
+def records() -> list[TrialRecord]:
+    def record(trial: str, lr: float, k: int, status: str, objective: float | None) -> TrialRecord:
+        values = {"optim.lr": lr, "model.num_subspaces": k}
+        return TrialRecord(trial=trial, values=values, status=status, objective=objective, step=10)
+
+    return [
+        record("a", 1e-3, 2, "finished", 0.8),
+        record("b", 1e-2, 4, "failed", None),
+        record("c", 3e-3, 4, "finished", 0.5),
+        record("d", 5e-3, 2, "stopped early", 0.4),
+    ]
+
+
+def test_only_finished_trials_can_be_best(tmp_path: Path) -> None:
+    search = {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "model.num_subspaces": {"choice": [2, 4]}}
+    config = sweep(tmp_path, search)
+    best = best_trial(records(), config)
+    assert best is not None
+    assert best.trial == "c"
+    by_probe = config.model_copy(update={"objective": "probe_accuracy"})
+    best_by_probe = best_trial(records(), by_probe)
+    assert best_by_probe is not None
+    assert best_by_probe.trial == "a"
+    assert best_trial([records()[1]], config) is None
+    assert results_table(records(), config)["trial"].tolist() == ["d", "c", "a", "b"]
+    text = best_yaml(config, shared_values(config), best)
+    again = PretrainConfig.model_validate(yaml.safe_load(text))
+    assert again.optim.lr == 3e-3
+    assert again.model.subspace_dim == 16
+    with Image.open(io.BytesIO(picture(records(), config))) as image:
+        assert image.size[0] > image.size[1]
+
+
+def test_nested() -> None:
+    assert nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
