@@ -326,8 +326,9 @@ up() {
 }
 
 secret_token() {
-  if [ ! -s "$STATE/secrets/ray-token" ]; then # `ray get-auth-token` knows one place only: ~/.ray
-    HOME=$STATE/secrets "$BIN/ray" get-auth-token --generate >/dev/null 2>"$STATE/logs/token.log" ||
+  if [ ! -s "$STATE/secrets/ray-token" ]; then # made in ~/.ray, unless the environment names another token
+    env -u RAY_AUTH_TOKEN -u RAY_AUTH_TOKEN_PATH HOME="$STATE/secrets" \
+      "$BIN/ray" get-auth-token --generate >/dev/null 2>"$STATE/logs/token.log" ||
       die "no Ray token: read $STATE/logs/token.log"
     mv "$STATE/secrets/.ray/auth_token" "$STATE/secrets/ray-token"
     rmdir "$STATE/secrets/.ray"

@@ -79,5 +79,6 @@ def _panel(axis: Any, name: str, space: SearchSpace, results: list[TrialRecord],
         axis.scatter([place(best)], [best.objective], marker="*", s=160, color="tab:red", label="best", zorder=3)
     if space.loguniform is not None:
         axis.set_xscale("log")
+        axis.tick_params(axis="x", which="both", labelsize=7, labelrotation=30)
     axis.set_xlabel(name)
     axis.grid(alpha=0.3)

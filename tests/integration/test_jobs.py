@@ -84,7 +84,7 @@ def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster
     assert run.data.params["data.train"] == "s3://data/digits-train"
     assert run.data.tags["mlflow.source.git.commit"] == COMMIT
     losses = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
-    assert losses[STEPS] < 0.6 * losses[10]
+    assert losses[STEPS] < 0.8 * losses[10]
     assert run.data.metrics["validation_loss"] < losses[10]
     (dataset,) = run.inputs.dataset_inputs
     assert (
