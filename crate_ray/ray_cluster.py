@@ -19,9 +19,14 @@ def start_ray() -> None:
     os.environ.update({name: os.environ.get(name, value) for name, value in ARROW_ENV.items()})
     if ray.is_initialized():
         return
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS is {address}, which is for submitting: ray job submit --working-dir . -- python jobs/…; "
+            "to run the job here on a Ray of its own, set RAY_ADDRESS=local"
+        )
     try:
         ray.init(runtime_env={"env_vars": ARROW_ENV}, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        address = os.environ.get("RAY_ADDRESS")
         where = f"the Ray cluster at {address}" if address else "Ray"
         raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from error

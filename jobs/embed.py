@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crate_ray.cli import run_job
 from crate_ray.config import EmbedConfig
-from crate_ray.evaluation.embedding import embed
+from crate_ray.evaluation.embedding import claim_output, embed
 from crate_ray.ray_cluster import start_ray
 from crate_ray.tracking.registry import fetch_model
 
@@ -17,8 +17,10 @@ def main(config: EmbedConfig) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         fetch_model(config.model, folder, config.tracking, config.s3)
-        start_ray()
-        record = embed(config, folder)
+        record = claim_output(config, folder)
+        if not record.complete:
+            start_ray()
+            embed(config, folder, record)
     print(f"{config.output}: {record.num_samples:,} embeddings of {record.dim} numbers, Parquet")
 
 

@@ -45,30 +45,34 @@ class EmbeddingRecord(Settings):
     """Whether all rows are there."""
 
 
-def embed(config: EmbedConfig, model: Path) -> EmbeddingRecord:
-    """Embed every sample once, with an exported model in a local folder; needs Ray.
+def claim_output(config: EmbedConfig, model: Path) -> EmbeddingRecord:
+    """Make the output ours for the embeddings of an exported model; the record says whether they are there already.
 
-    Rows: `key` (of the sample), `sample` (its number in the dataset), `label` (where there are classes), `embedding`
-    (dim × float32). Files of an earlier run of the same kind that was cut off are replaced. Raises UserError when the
-    output holds embeddings of another model, dataset or feature.
+    Raises UserError when the output holds embeddings of another model, dataset or feature, or files that are not ours.
     """
-    data_uri = open_storage(config.data, config.s3).uri
-    shards = load_dataset(open_storage(data_uri, config.s3))
-    output = open_storage(config.output, config.s3)
-    description_json, weights = (model / DESCRIPTION_FILE).read_text(), (model / WEIGHTS_FILE).read_bytes()
-    description = ModelDescription.model_validate_json(description_json)
+    shards = load_dataset(open_storage(config.data, config.s3))
+    description = ModelDescription.model_validate_json((model / DESCRIPTION_FILE).read_text())
     record = EmbeddingRecord(
-        model=hashlib.sha256(weights).hexdigest(),
+        model=hashlib.sha256((model / WEIGHTS_FILE).read_bytes()).hexdigest(),
         dataset=shards.manifest.digest(),
         feature=config.feature,
         num_samples=shards.manifest.num_samples,
         dim=description.model.dim,
     )
-    if _claim(output, record):
-        return record.model_copy(update={"complete": True})
+    return record.model_copy(update={"complete": _claim(open_storage(config.output, config.s3), record)})
 
-    starts = range(0, shards.manifest.num_samples, config.batch_size)
+
+def embed(config: EmbedConfig, model: Path, record: EmbeddingRecord) -> None:
+    """Embed every sample once, into an output that `claim_output` gave the record of; needs Ray.
+
+    Rows: `key` (of the sample), `sample` (its number in the dataset), `label` (where there are classes), `embedding`
+    (dim × float32). Files of an earlier run of the same kind that was cut off have been removed.
+    """
+    data_uri, output = open_storage(config.data, config.s3).uri, open_storage(config.output, config.s3)
+    starts = range(0, record.num_samples, config.batch_size)
     filesystem, path = arrow_filesystem(output.uri, config.s3)
+    weights = ray.put((model / WEIGHTS_FILE).read_bytes())
+    description_json = (model / DESCRIPTION_FILE).read_text()
     tasks = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
     embedded = tasks.map_batches(
         _Encoder,
@@ -77,19 +81,11 @@ def embed(config: EmbedConfig, model: Path) -> EmbeddingRecord:
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         num_cpus=1,
         num_gpus=1 if config.gpu else 0,
-        fn_constructor_args=(
-            data_uri,
-            config.s3,
-            description_json,
-            ray.put(weights),
-            config.feature,
-            config.batch_size,
-        ),
+        fn_constructor_args=(data_uri, config.s3, description_json, weights, config.feature, config.batch_size),
     )
     embedded.write_parquet(path, filesystem=filesystem, min_rows_per_file=config.batch_size)
     done = record.model_copy(update={"complete": True})
     output.write(RECORD_FILE, done.model_dump_json(indent=2).encode())
-    return done
 
 
 class _Encoder:

@@ -46,7 +46,12 @@ def run_trial(values: dict[str, Any], sweep: dict[str, Any], shared: dict[str, A
     """What Ray Tune runs: train with the sampled values, report validation losses on the way, then the objective."""
     settings = SweepConfig.model_validate(sweep)
     trial = str(tune.get_context().get_trial_id())
-    record = _Record(open_storage(settings.storage, settings.s3).under(settings.name), trial, values)
+    folder = open_storage(settings.storage, settings.s3).under(settings.name)
+    if (done := _finished(folder, trial)) is not None:
+        # The driver was killed before Ray Tune had noted it.
+        tune.report({"objective": done.objective, "step": done.step})
+        return
+    record = _Record(folder, trial, values)
     try:
         config = trial_config(settings, shared, values, f"trial-{trial}")
         run = open_run(config)
@@ -63,6 +68,12 @@ def run_trial(values: dict[str, Any], sweep: dict[str, Any], shared: dict[str, A
         raise
     record.update(status="finished", objective=objective, step=run.total_steps)
     tune.report({"objective": objective, "step": run.total_steps})
+
+
+def _finished(sweep: Storage, trial: str) -> TrialRecord | None:
+    name = f"{RECORDS}{trial}.json"
+    record = TrialRecord.model_validate_json(sweep.read(name)) if sweep.exists(name) else None
+    return record if record and record.status == "finished" else None
 
 
 class _Record:

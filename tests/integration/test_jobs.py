@@ -31,6 +31,7 @@ from tests.integration.conftest import LocalCluster
 from tests.jobs import job
 
 STEPS, EVERY = 60, 15
+OWN_RAY = {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = {"image_size": 8, "patch_size": 2, "channels": 1, "dim": 64, "depth": 2, "num_subspaces": 4, "mask_ratio": 0.5}
 
@@ -174,12 +175,14 @@ def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, tr
         read = [json.loads(records.read(info.key)) for info in records.list()]
         return {r["trial"]: records_etag(records, r["trial"]) for r in read if r["status"] == "finished"}
 
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        command, env={**os.environ, **OWN_RAY}, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    )
     wait_until(lambda: len(finished()) >= 1, "no trial finished", first)
     done = finished()
     first.send_signal(signal.SIGKILL)
     first.wait()
-    said = run_here("sweep", "--config", str(sweep))
+    said = run_here("sweep", "--config", str(sweep), env=OWN_RAY)
     assert "best.yaml" in said
     after = finished()
     assert len(after) == 3
@@ -240,9 +243,16 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
         assert words in fail_here("sweep", "--config", str(file))
 
 
-def run_here(name: str, *arguments: str) -> str:
+def run_here(name: str, *arguments: str, env: dict[str, str] | None = None) -> str:
     """Run a job in this environment and require success; its output."""
-    result = subprocess.run(job(name, *arguments), capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(
+        job(name, *arguments),
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 
