@@ -68,7 +68,7 @@ def trained(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     run = open_storage("s3://runs/digits", S3Config())
     wait_until(lambda: any(run.list("commits/")), "no checkpoint")
-    victim = next(p for p in psutil.process_iter() if "RayTrainWorker" in " ".join(cmdline(p)))
+    victim = next(p for p in psutil.process_iter() if is_worker_of(cluster, p))
     victim.send_signal(signal.SIGKILL)
     output, _ = submitted.communicate(timeout=300)
     assert submitted.returncode == 0, output.decode()[-4000:]
@@ -162,9 +162,9 @@ def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, tr
         "name": "codebook",
         "storage": "s3://runs",
         "base": str(base),
-        # K = 3 with d = 64 and no p is a combination that only its trial can find to be impossible.
-        "search": {"model.num_subspaces": {"choice": [2, 4]}, "model.dim": {"choice": [64, 60]}},
-        "trials": 3,
+        # K = 8 and d = 60 are both possible beside the base's values, but not together: that trial fails.
+        "search": {"model.num_subspaces": {"choice": [8]}, "model.dim": {"choice": [64, 60]}},
+        "trials": 4,
         "tracking": {"experiment": "it", "picture_every": None},
     }
     sweep.write_text(yaml.safe_dump(settings))
@@ -185,11 +185,17 @@ def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, tr
     said = run_here("sweep", "--config", str(sweep), env=OWN_RAY)
     assert "best.yaml" in said
     after = finished()
-    assert len(after) == 3
     assert done.items() <= after.items()  # nothing that was finished ran again
+    ended = [json.loads(records.read(info.key)) for info in records.list()]
+    failed = [r for r in ended if r["status"] == "failed"]
+    assert len(ended) == 4
+    assert len(failed) == sum(r["values"]["model.dim"] == 60 for r in ended) >= 1
+    assert len(after) == 4 - len(failed)
+    assert all("dim 60 is not divisible by num_subspaces 8" in r["cause"] for r in failed)
     folder = open_storage("s3://runs/codebook", S3Config())
     best = PretrainConfig.model_validate(yaml.safe_load(folder.read("best.yaml")))
-    assert best.model.dim in (60, 64)
+    assert best.model.dim == 64
+    assert best.model.subspace_dim == 8
     client = mlflow.MlflowClient(cluster.env["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name("it")
     assert experiment is not None
@@ -305,11 +311,13 @@ def records_etag(records: object, trial: str) -> str:
     return next(info.etag for info in records.list() if info.key == f"{trial}.json")  # type: ignore[attr-defined]
 
 
-def cmdline(process: psutil.Process) -> list[str]:
+def is_worker_of(cluster: LocalCluster, process: psutil.Process) -> bool:
+    """Whether a process is a Ray Train worker of this cluster, and of no other on the machine."""
     try:
-        return process.cmdline()
+        ours = process.environ().get("CRATE_RAY_CLUSTER_DIR") == str(cluster.state)
+        return ours and "RayTrainWorker" in " ".join(process.cmdline())
     except psutil.Error:
-        return []
+        return False
 
 
 def wait_until(condition: object, words: str, process: subprocess.Popen[bytes] | None = None) -> None:
