@@ -5,6 +5,7 @@ A field's docstring is its documentation: `--help` prints it. Units are named wh
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -249,7 +250,7 @@ ModelConfig = Annotated[ViTMAEConfig | CrateMAEConfig, Field(discriminator="arch
 class S3Config(Settings):
     """Where S3 is. Credentials come only from the usual AWS chain (environment, ~/.aws, instance role)."""
 
-    endpoint_url: str | None = None
+    endpoint_url: Annotated[str | None, Field(repr=False)] = None
     """Address of an S3-compatible store, such as http://127.0.0.1:7480; not set: AWS_ENDPOINT_URL, or AWS itself."""
     region: str | None = None
     """Region name; the AWS chain's when not set."""
@@ -257,8 +258,12 @@ class S3Config(Settings):
     """Seconds to wait for a connection."""
     read_timeout: Annotated[float, Field(gt=0)] = 30.0
     """Seconds to wait for more bytes of a response."""
-    max_attempts: PositiveInt = 8
-    """Attempts for one request, with exponential back-off and full jitter between them."""
+    retry_seconds: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds without progress after which a request is given up: a run survives an outage of the store, or expired
+    credentials, for so long. An endpoint that never answered is given up after 10 s. 0 turns retries off."""
+    max_attempts: PositiveInt = 40
+    """Attempts without progress after which a request is given up, however short a time they took; waits between them
+    are random, from 0 to 0.1 s at first, doubling up to 20 s (about 20 attempts fit into 120 s)."""
 
 
 class PrepareConfig(Settings):
@@ -271,7 +276,9 @@ class PrepareConfig(Settings):
     output: str
     """Local folder or s3://bucket/prefix of the dataset: shards, index and manifest."""
     shards: str = "*.tar"
-    """Which of the shards that are there to index or to repack, such as 'train-*.tar'."""
+    """Which shards to index or to repack: 'train-*.tar', 'train-{00000..00049}.tar', '{train,extra}-*.tar'; all that
+    braces stand for must be there. To index shards elsewhere, which are only read, their address, such as
+    's3://bucket/cifar10/train-{00000..00049}.tar' or '/data/cifar10/*.tar'."""
     split: Literal["all", "train", "test"] = "all"
     """Part of a built-in dataset: every sample, or the fixed 80 % for training or 20 % for testing."""
     num_samples: PositiveInt = 2000
@@ -315,6 +322,16 @@ class DataConfig(Settings):
     """Encoded bytes that one worker may hold while streaming, the windows ahead included."""
     fetch_threads: PositiveInt = 8
     """Concurrent ranged reads per worker."""
+    part_bytes: PositiveInt = 8 * 2**20
+    """Largest ranged read: longer stretches are read in parts of about this size, in parallel."""
+    cache_dir: str | None = None
+    """Local folder that keeps what was read, for all workers of a node; none by default."""
+    cache_bytes: PositiveInt = 50 * 2**30
+    """Size limit of cache_dir; what was used longest ago makes room."""
+    max_bad_fraction: Fraction = 0.01
+    """Share of samples that may be unreadable (they are replaced and reported); above it the run stops."""
+    max_pixels: PositiveInt = 2**26
+    """Images with more pixels than this count as unreadable: they may be decompression bombs."""
     decode_threads: PositiveInt | None = None
     """Threads that decode and augment, per worker; by default the CPUs of the worker."""
     prefetch_batches: PositiveInt = 4
@@ -634,3 +651,58 @@ class EmbedConfig(Settings):
     """MLflow."""
     s3: S3Config = S3Config()
     """Object storage."""
+
+
+# --- Benchmarks -----------------------------------------------------------------------------------------------------
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+
+
+class BenchmarkDataConfig(Settings):
+    """Measure our loader and stock webdataset on the same shards, with the same output."""
+
+    data: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Datasets of images as jobs/prepare.py leaves them: a local folder or s3://bucket/prefix, or several as
+    name=address (a mapping in YAML). Ratios are against webdataset on the first one."""
+    image_size: PositiveInt = 224
+    """Side of the images that come out, in pixels."""
+    batch_size: PositiveInt = 64
+    """Images per batch."""
+    seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Duration of each measurement in seconds, after the first batch and a moment more."""
+    repeats: PositiveInt = 3
+    """Measurements of each loader, in turns; the fastest counts."""
+    processes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4)
+    """Numbers of loader processes that webdataset is measured with; the fastest counts."""
+    memory_bytes: PositiveInt = 2 * 2**30
+    """Our loader keeps data up to this many bytes in memory, as in training; 1 makes it stream."""
+    json_file: Annotated[str | None, Field(alias="json")] = None
+    """File to write every figure to, as JSON."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _from_mapping(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return tuple(f"{name}={address}" for name, address in value.items())
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("data")
+    @classmethod
+    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [_named(entry)[0] for entry in value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data has {twice[0]!r} twice; give every dataset a name of its own, as name=address")
+        return value
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Addresses of the datasets by name."""
+        return dict(map(_named, self.data))
+
+
+def _named(entry: str) -> tuple[str, str]:
+    """Name and address; an address without a name is its own."""
+    match = _NAMED.fullmatch(entry)
+    return (match[1], match[2]) if match else (entry, entry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from typing import Self
 
 from rich.console import Console
@@ -57,6 +58,13 @@ class ProgressDisplay:
             self._printed = now
             left = (self._total - step) * values["step_seconds"]
             self._console.print(f"step {step}/{self._total}  {text}  lr {values['lr']:.2e}  {left:,.0f} s left")
+
+    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
+        """Say how many samples are unusable; their keys are in the run's artifacts."""
+        counts = ", ".join(f"{count} {cause}" for cause, count in Counter(causes.values()).most_common())
+        self._console.print(
+            f"step {step}: replaced samples that cannot be used ({counts}), such as {next(iter(causes))!r}"
+        )
 
     def picture(self, step: int, name: str, png: bytes) -> None:
         """Pictures go to MLflow."""

@@ -7,7 +7,7 @@ import shlex
 from crate_ray.cli import run_job
 from crate_ray.config import PrepareConfig
 from crate_ray.data.builtin import digits_source, shapes_source
-from crate_ray.data.packing import Source, index_existing, open_source, pack
+from crate_ray.data.packing import Source, index_existing, is_address, open_source, pack
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 
@@ -41,6 +41,8 @@ def find_source(config: PrepareConfig, output_uri: str) -> Source:
         raise UserError(
             f"split {config.split!r} is for the built-in sets 'digits' and 'shapes'; pack folders one by one"
         )
+    if is_address(config.shards):
+        raise UserError(f"shards is the address {config.shards}; with a source, give the shards' names within it")
     storage = open_storage(config.source, config.s3)
     if storage.uri == output_uri:
         raise UserError(f"source and output are both {output_uri}; write the new dataset somewhere else")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import Full, Queue
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -15,14 +17,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.config import DataConfig, ImageModelConfig
-from crate_ray.data.decode import DecodeError, decode_grid, decode_image
-from crate_ray.data.order import STREAM_CROP, Int64, SampleOrder, uniform, worker_slots
-from crate_ray.data.reader import Order, ResidentSource, StreamedSource, Window
+from crate_ray.data.decode import decode_batch
+from crate_ray.data.order import (
+    STREAM_CROP,
+    STREAM_REPLACEMENT,
+    Int64,
+    SampleOrder,
+    hash64,
+    uniform,
+    worker_slots,
+)
+from crate_ray.data.reader import Order, ResidentSource, StreamedSource, Unreadable, Window, shard_reader
 from crate_ray.data.shards import Sample, ShardSet
-from crate_ray.data.transforms import CROP_UNIFORMS, Crop, centre_crop, crop_resize, crop_resize_grid, random_crop
+from crate_ray.data.transforms import CROP_UNIFORMS, CropRule, Crops, centre_crops, random_crops
 from crate_ray.errors import UserError
 
 _CHUNK = 16  # samples per decoding task: long enough to hide a task's cost, short enough to share a batch out
+_SMALL_CHUNK = 128  # of images that are decoded and resized together
+_SMALL_SIDE = 64
+_WINDOWS_AHEAD = 8  # the buffer's bytes are the limit; this one bounds the planning
+_REPORTED_BAD = 10_000
+_JUDGED_SAMPLES = 1000  # the share of bad samples is taken of at least so many
+_REPLACEMENTS_TRIED = 64
 
 
 @dataclass
@@ -86,10 +102,52 @@ class SequentialOrder:
         return np.array([round_] if round_ * self.block_samples < self.num_samples else [], np.int64)
 
 
-class Loader:
-    """Iterator over one worker's batches of steps start .. stop; threads prepare the next ones meanwhile.
+class BadSamples:
+    """Samples that could not be used, by key, with their causes; a loader's own share of them."""
 
-    Use as a context manager, or call close(): threads and buffers are released then.
+    def __init__(self, max_fraction: float, uri: str) -> None:
+        self._max_fraction, self._uri = max_fraction, uri
+        self._lock = threading.Lock()
+        self._drawn = self._bad = 0
+        self.causes: dict[str, str] = {}
+        """Cause of each bad sample's key, of the first 10,000 of them."""
+        self.counts: Counter[str] = Counter()
+        """Times that a sample was not usable, by cause; a sample counts again in every epoch."""
+
+    def drawn(self, count: int) -> None:
+        """Count samples that a batch asked for."""
+        with self._lock:
+            self._drawn += count
+
+    def add(self, key: str, cause: str, error: str) -> None:
+        """Count a bad sample. Raises UserError when there are too many."""
+        with self._lock:
+            self._bad += 1
+            self.counts[cause] += 1
+            if len(self.causes) < _REPORTED_BAD:
+                self.causes.setdefault(key, cause)
+            if self._bad > self._max_fraction * max(self._drawn, _JUDGED_SAMPLES):
+                kinds = ", ".join(f"{count} {name}" for name, count in self.counts.most_common())
+                raise UserError(
+                    f"{self._bad} of {self._drawn} samples of {self._uri} are unusable, more than "
+                    f"data.max_bad_fraction {self._max_fraction:g} allows ({kinds}; the last is {key!r}: {error}); "
+                    "pack the good ones again with jobs/prepare.py --source, or raise data.max_bad_fraction"
+                )
+
+
+class LoaderState(TypedDict):
+    """Position of a loader, as plain data for a checkpoint of any kind."""
+
+    step: int
+    """The next step."""
+    dataset: str
+    """Digest of the dataset."""
+
+
+class Loader:
+    """Iterates over one worker's part of every batch; threads fetch and decode ahead. Close it, or use it in a `with`.
+
+    Iterating goes on where the last iteration stopped; `state_dict` is the position of what was handed out.
     """
 
     def __init__(
@@ -98,31 +156,64 @@ class Loader:
         order: Order,
         slots: tuple[int, int],
         steps: range,
-        make_crops: Callable[[int, Int64], Callable[[int, int, int], Crop]],
+        make_crops: Callable[[int, Int64], CropRule],
         model: ImageModelConfig,
         data: DataConfig,
+        replacements: Callable[[int, int, int], Iterator[int]] | None = None,
     ) -> None:
-        self._shards, self._order, self._slots, self._steps = shards, order, slots, steps
-        self._make_crops, self._model = make_crops, model
-        resident = shards.manifest.total_bytes <= data.memory_bytes
+        """Start the threads.
+
+        Args:
+            shards: the dataset.
+            order: which samples a step's slots hold.
+            slots: the half-open range of the batch's slots that this worker computes.
+            steps: the steps to iterate over.
+            make_crops: crop rule of these samples in an epoch.
+            model: image size and channels.
+            data: budgets and threads.
+            replacements: numbers to try in the place of (step, slot, sample) when that sample is bad; without it, bad
+                samples are left out of their batch.
+        """
+        self._shards, self._order, self._slots, self._stop = shards, order, slots, steps.stop
+        self._make_crops, self._model, self._data, self._replacements = make_crops, model, data, replacements
+        self._reader = shard_reader(shards, data)
+        self.bad = BadSamples(data.max_bad_fraction, shards.storage.uri)
+        """What could not be used so far."""
+        height, width = shards.manifest.height, shards.manifest.width
+        small = height is not None and width is not None and max(height, width) <= _SMALL_SIDE
+        self._chunk = _SMALL_CHUNK if small else _CHUNK
+        self._begin(steps.start)
+
+    def _begin(self, step: int) -> None:
+        self._step = step
+        resident = self._shards.manifest.total_bytes <= self._data.memory_bytes
         source = ResidentSource if resident else StreamedSource
-        self._source = source(shards, order, slots, data.fetch_threads)
-        self._lookahead = data.prefetch_batches + (1 if resident else order.steps_per_window)
-        threads = data.decode_threads or len(os.sched_getaffinity(0))
+        self._source = source(self._reader, self._order, self._slots, self._data)
+        windows = 1 if resident else _WINDOWS_AHEAD * self._order.steps_per_window
+        self._lookahead = self._data.prefetch_batches + windows
+        threads = self._data.decode_threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(threads, "decode")
-        self._ready: Queue[tuple[Batch, list[Future[None]]] | BaseException | None] = Queue(data.prefetch_batches)
+        self._ready: Queue[_Decoding | BaseException | None] = Queue(self._data.prefetch_batches)
         self._closed = threading.Event()
-        self._planner = threading.Thread(target=self._plan, name="plan", daemon=True)
-        self._planner.start()
+        planner = threading.Thread(
+            target=self._plan, args=(self._source, self._pool, self._ready, self._closed), name="plan", daemon=True
+        )
+        planner.start()
 
     def __iter__(self) -> Iterator[Batch]:
-        while (item := self._ready.get()) is not None:
+        while self._step < self._stop:
+            if self._closed.is_set():
+                raise RuntimeError("this loader is closed")
+            item = self._ready.get()
+            if item is None:
+                return
             if isinstance(item, BaseException):
+                self.close()
                 raise item
-            batch, parts = item
-            for part in parts:
+            for part in item.parts:
                 part.result()
-            yield batch
+            self._step = item.batch.step + 1
+            yield item.batch.select(item.usable) if not item.usable.all() else item.batch
 
     def __enter__(self) -> Loader:
         return self
@@ -130,78 +221,149 @@ class Loader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def state_dict(self) -> LoaderState:
+        """Position after the last batch that was handed out. It does not depend on the number of workers."""
+        return {"step": self._step, "dataset": self._shards.manifest.digest()}
+
+    def load_state_dict(self, state: LoaderState) -> None:
+        """Go to a position that `state_dict` gave, of a loader on any worker of any number of workers.
+
+        Raises UserError where it belongs to another dataset.
+        """
+        if state["dataset"] != self._shards.manifest.digest():
+            raise UserError(
+                f"the saved position belongs to another dataset than {self._shards.storage.uri} "
+                f"(digest {state['dataset'][:12]}); open the dataset it was saved with"
+            )
+        self.close()
+        self._begin(state["step"])
+
     def close(self) -> None:
         """Stop the threads."""
         self._closed.set()
         self._source.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _plan(self) -> None:
+    def _plan(
+        self,
+        source: ResidentSource | StreamedSource,
+        pool: ThreadPoolExecutor,
+        ready: Queue[_Decoding | BaseException | None],
+        closed: threading.Event,
+    ) -> None:
+        """Thread: has samples fetched ahead, and hands batches to the decode threads in order."""
+
+        def put(item: _Decoding | BaseException | None) -> bool:
+            while not closed.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    return True
+                except Full:
+                    continue
+            return False
+
+        def request(first: int, step: int) -> int:
+            """Ask for steps from `first` on, for a loader that takes `step` next; the first one left out."""
+            for ahead in range(first, min(step + self._lookahead, self._stop)):
+                if not source.request(ahead):
+                    return ahead
+                first = ahead + 1
+            return first
+
         try:
-            requested = self._request(self._steps.start, self._steps.start)
-            for step in self._steps:
-                numbers, samples = self._source.take(step)
-                requested = self._request(requested, step + 1)
-                if not self._put(self._start_decoding(step, numbers, samples)):
+            requested = request(self._step, self._step)
+            for step in range(self._step, self._stop):
+                numbers, samples = source.take(step)
+                requested = request(requested, step + 1)
+                if not put(self._start_decoding(pool, step, numbers, samples)):
                     return
-            self._put(None)
+            put(None)
         except BaseException as error:
-            self._put(error)
+            put(error)
 
-    def _request(self, first: int, step: int) -> int:
-        """Have the source fetch steps from `first` on for a loader that takes `step` next; the first one left out."""
-        for ahead in range(first, min(step + self._lookahead, self._steps.stop)):
-            if not self._source.request(ahead):
-                return ahead
-            first = ahead + 1
-        return first
-
-    def _put(self, item: tuple[Batch, list[Future[None]]] | BaseException | None) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._ready.put(item, timeout=0.2)
-                return True
-            except Full:
-                continue
-        return False
-
-    def _start_decoding(self, step: int, numbers: Int64, samples: list[Sample]) -> tuple[Batch, list[Future[None]]]:
+    def _start_decoding(
+        self, pool: ThreadPoolExecutor, step: int, numbers: Int64, samples: list[Sample | Unreadable]
+    ) -> _Decoding:
         dtype = torch.float32 if self._shards.manifest.kind == "grid" else torch.uint8
         shape = (len(samples), self._model.channels, *self._model.image_hw)
-        images = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
-        epoch = self._order.epoch_of(step)
-        crop_of = self._make_crops(epoch, numbers)
         has_labels = self._shards.manifest.num_classes is not None
         batch = Batch(
             step=step,
-            epoch=epoch,
-            images=images,
-            samples=numbers,
+            epoch=self._order.epoch_of(step),
+            images=torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available()),
+            samples=numbers.copy(),
             keys=[s.key for s in samples],
-            labels=np.array([int(bytes(s.members["cls"])) for s in samples], np.int64) if has_labels else None,
+            labels=np.full(len(samples), -1, np.int64) if has_labels else None,
         )
-        chunks = [range(i, min(i + _CHUNK, len(samples))) for i in range(0, len(samples), _CHUNK)]
-        return batch, [self._pool.submit(self._decode, samples, crop_of, images, chunk) for chunk in chunks]
+        usable = np.ones(len(samples), bool)
+        self.bad.drawn(len(samples))
+        starts = range(0, len(samples), self._chunk)
+        chunks = [slice(start, min(start + self._chunk, len(samples))) for start in starts]
+        return _Decoding(batch, usable, [pool.submit(self._decode, batch, usable, samples, c) for c in chunks])
 
-    def _decode(
-        self, samples: list[Sample], crop_of: Callable[[int, int, int], Crop], images: Tensor, chunk: range
-    ) -> None:
-        manifest, channels = self._shards.manifest, self._model.channels
-        for i in chunk:
-            try:
-                encoded = next(samples[i].members[s] for s in manifest.image_suffixes if s in samples[i].members)
-                if manifest.kind == "grid":
-                    grid = decode_grid(encoded, channels)
-                    crop_resize_grid(grid, crop_of(i, *grid.shape[1:]), images[i])
-                else:
-                    pixels = decode_image(encoded, channels)
-                    crop_resize(pixels, crop_of(i, *pixels.shape[:2]), images[i])
-            except (DecodeError, StopIteration) as error:
-                cause = str(error) or f"it has no member with a suffix of {list(manifest.image_suffixes)}"
-                raise UserError(
-                    f"sample {samples[i].key!r} of {self._shards.storage.uri} cannot be used: {cause}; "
-                    "remove it and run jobs/prepare.py again"
-                ) from error
+    def _decode(self, batch: Batch, usable: NDArray[np.bool_], samples: list[Sample | Unreadable], rows: slice) -> None:
+        """Thread: fill these rows of a batch; bad samples are replaced, or marked as not usable."""
+        errors = self._try(batch, rows, samples[rows])
+        for i, bad in enumerate(errors, rows.start):
+            if bad is None:
+                continue
+            self.bad.add(batch.keys[i], *bad)
+            usable[i] = self._replacements is not None and self._replace(batch, i)
+
+    def _try(self, batch: Batch, rows: slice, samples: Sequence[Sample | Unreadable]) -> list[tuple[str, str] | None]:
+        """Decode samples into rows of a batch; cause and error of those that cannot be used."""
+        contents: list[bytes | memoryview] = []
+        found: list[tuple[str, str] | None] = []
+        for i, sample in enumerate(samples, rows.start):
+            content, bad = self._content(sample)
+            contents.append(content)
+            if bad is None and batch.labels is not None:
+                try:
+                    assert isinstance(sample, Sample)
+                    batch.labels[i] = int(bytes(sample.members["cls"]))
+                except (KeyError, ValueError):
+                    bad = ("no_label", "its member 'cls' is missing or no number")
+            found.append(bad)
+        crop = self._make_crops(batch.epoch, batch.samples[rows])
+        kind = self._shards.manifest.kind
+        errors = decode_batch(contents, kind, crop, batch.images[rows], max_pixels=self._data.max_pixels)
+        return [
+            bad or (None if error is None else (error.cause, str(error)))
+            for bad, error in zip(found, errors, strict=True)
+        ]
+
+    def _content(self, sample: Sample | Unreadable) -> tuple[bytes | memoryview, tuple[str, str] | None]:
+        """A sample's image or grid."""
+        if isinstance(sample, Unreadable):
+            return b"", ("damaged_shard", sample.error)
+        suffixes = self._shards.manifest.image_suffixes
+        suffix = next((s for s in suffixes if s in sample.members), None)
+        if suffix is None:
+            return b"", ("no_image", f"it has no member with a suffix of {list(suffixes)}")
+        return sample.members[suffix], None
+
+    def _replace(self, batch: Batch, row: int) -> bool:
+        """Put another sample in the place of a bad one, the same on whichever worker has it."""
+        assert self._replacements is not None
+        bad_key = batch.keys[row]
+        for number in self._replacements(batch.step, self._slots[0] + row, int(batch.samples[row])):
+            sample = self._reader.read(number, 1)[0]
+            batch.samples[row], batch.keys[row] = number, sample.key
+            if self._try(batch, slice(row, row + 1), [sample])[0] is None:
+                return True
+        raise UserError(
+            f"sample {bad_key!r} of {self._shards.storage.uri} is unusable, and so are all that were tried in its "
+            "place; pack the good ones again with jobs/prepare.py --source"
+        )
+
+
+@dataclass
+class _Decoding:
+    """A batch that the decode threads are filling."""
+
+    batch: Batch
+    usable: NDArray[np.bool_]
+    parts: list[Future[None]]
 
 
 def training_loader(
@@ -219,14 +381,27 @@ def training_loader(
     Works under any launcher: rank and world size are all it needs to know.
     """
 
-    def make_crops(epoch: int, numbers: Int64) -> Callable[[int, int, int], Crop]:
+    def make_crops(epoch: int, numbers: Int64) -> CropRule:
         u: NDArray[np.float64] = uniform(order.seed, STREAM_CROP, epoch, numbers[:, None], np.arange(CROP_UNIFORMS))
-        if data.crop_scale == (1, 1):
-            return lambda i, h, w: replace(centre_crop(h, w, model.image_hw), flip=data.flip and bool(u[i, -1] < 0.5))
-        return lambda i, h, w: random_crop(h, w, u[i], data.crop_scale, data.crop_ratio, data.flip)
+
+        def centre(heights: Int64, widths: Int64) -> Crops:
+            return centre_crops(heights, widths, model.image_hw)._replace(flip=data.flip & (u[:, -1] < 0.5))
+
+        def anywhere(heights: Int64, widths: Int64) -> Crops:
+            return random_crops(heights, widths, u, data.crop_scale, data.crop_ratio, data.flip)
+
+        return centre if data.crop_scale == (1, 1) else anywhere
+
+    def replacements(step: int, slot: int, bad: int) -> Iterator[int]:
+        window = order.windows(step, slot, slot + 1)[0]
+        near = order.window_samples(*window)
+        ranked = near[np.argsort(hash64(order.seed, STREAM_REPLACEMENT, window[0], bad, near), kind="stable")]
+        yield from ranked[ranked != bad][:_REPLACEMENTS_TRIED].tolist()
+        far = hash64(order.seed, STREAM_REPLACEMENT, window[0], bad, np.arange(_REPLACEMENTS_TRIED), 1)
+        yield from (far % np.uint64(order.num_samples)).tolist()
 
     slots = worker_slots(order.batch_size, rank, world_size)
-    return Loader(shards, order, slots, steps, make_crops, model, data)
+    return Loader(shards, order, slots, steps, make_crops, model, data, replacements)
 
 
 def evaluation_loader(
@@ -240,12 +415,13 @@ def evaluation_loader(
 ) -> Loader:
     """Every sample exactly once, centre-cropped and resized; batch t holds samples tB .. (t+1)B, shared by the workers.
 
-    All workers get the same number of batches; a worker's part of the last one may be short or empty.
+    All workers get the same number of batches; a worker's part of the last one may be short or empty. Samples that
+    cannot be used are left out and counted (`Loader.bad`).
     """
     order = SequentialOrder(shards.manifest.num_samples, batch_size, block_samples=256)
     slots = worker_slots(batch_size, rank, world_size)
 
-    def make_crops(epoch: int, numbers: Int64) -> Callable[[int, int, int], Crop]:
-        return lambda i, h, w: centre_crop(h, w, model.image_hw)
+    def make_crops(epoch: int, numbers: Int64) -> CropRule:
+        return lambda heights, widths: centre_crops(heights, widths, model.image_hw)
 
     return Loader(shards, order, slots, range(order.num_steps), make_crops, model, data)

@@ -20,7 +20,7 @@ UInt64 = NDArray[np.uint64]
 Int64 = NDArray[np.int64]
 
 # Streams of randomness; part of a key, so that no two uses of a seed are related.
-STREAM_BLOCKS, STREAM_WINDOW, STREAM_CROP, STREAM_MASK, STREAM_PROBE = range(1, 6)
+STREAM_BLOCKS, STREAM_WINDOW, STREAM_CROP, STREAM_MASK, STREAM_PROBE, STREAM_REPLACEMENT = range(1, 7)
 
 _FEISTEL_ROUNDS = 8
 _MIN_FEISTEL_BITS = 6

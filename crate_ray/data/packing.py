@@ -5,11 +5,11 @@ The same input and seed give the same bytes. Every file is decoded once here, so
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import mmap
 import os
+import posixpath
 import re
 import sys
 import tarfile
@@ -25,22 +25,24 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from braceexpand import braceexpand
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
 from crate_ray.config import PrepareConfig
-from crate_ray.data.decode import to_eight_bits
+from crate_ray.data.decode import DecodeError, read_image_header, to_eight_bits
 from crate_ray.data.shards import (
     INDEX_NAME,
-    INDEX_STRIDE,
     MANIFEST_NAME,
     NAMES_NAME,
     SHARD_DTYPE,
     SHARDS_NAME,
+    TABLE_SUFFIX,
     Manifest,
     TableRow,
+    index_shard,
     load_dataset,
     read_table,
     save_dataset,
@@ -60,6 +62,7 @@ _THREADS = 8
 _FORMAT_SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _OUR_SHARD = re.compile(r"shard-\d{6}\.tar")
 _COMPRESSED_NAME = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+_WILDCARD = re.compile(r"[*?[]")
 _NUMBERED_SUFFIX = re.compile(r"\d[\d.]*\.(jpe?g|png|webp|npy)")
 _REPORTED_NAMES = 10
 
@@ -100,14 +103,15 @@ def open_source(storage: Storage, shards: str = "*.tar") -> Source:
 
     Args:
         storage: the folder.
-        shards: which shards to take where the folder holds no images, as a shell pattern.
+        shards: which shards to take where the folder holds no images: names with wildcards and braces.
 
     Raises:
         UserError: there is nothing to pack, or images and grids are mixed.
     """
     names = [info.key for info in storage.list() if not PurePosixPath(info.key).name.startswith(".")]
     indexed = {PurePosixPath(name).parent for name in names if PurePosixPath(name).name == MANIFEST_NAME}
-    names = [name for name in names if not _describes_dataset(PurePosixPath(name), indexed)]
+    shard_tables = set(_tables(names))
+    names = [n for n in names if n not in shard_tables and not _describes_dataset(PurePosixPath(n), indexed)]
     suffixes = {name: PurePosixPath(name).suffix[1:].lower() for name in names}
     masks = {name[: -len(".mask.png")]: name for name in names if name.lower().endswith(".mask.png")}
     mask_names = set(masks.values())
@@ -121,7 +125,7 @@ def open_source(storage: Storage, shards: str = "*.tar") -> Source:
     if not files:
         tars = [name for name in names if suffixes[name] == "tar"]
         if tars:
-            return _shard_source(storage, _matching(storage, tars, shards), _known_classes(storage))
+            return _shard_source(storage, find_shards(storage, shards), _known_classes(storage))
         raise UserError(
             f"no images (.jpg .jpeg .png .webp), .npy grids or .tar shards under {storage.uri}"
             + (f"; it holds {_some(names)}" if names else ", which is empty or does not exist")
@@ -158,6 +162,15 @@ def _describes_dataset(name: PurePosixPath, indexed: set[PurePosixPath]) -> bool
     return name.parent in indexed and name.name in (MANIFEST_NAME, SHARDS_NAME, INDEX_NAME, NAMES_NAME)
 
 
+def _tables(names: Iterable[str]) -> Iterator[str]:
+    """Those of some files that are tables of shards' members: the shard is beside, or was a .tar."""
+    present = set(names)
+    for name in present:
+        shard = name.removesuffix(TABLE_SUFFIX)
+        if shard != name and (shard in present or shard.endswith(".tar")):
+            yield name
+
+
 def _known_classes(storage: Storage) -> tuple[str, ...] | None:
     """Names of the classes from an earlier manifest, which the shards themselves do not hold."""
     try:
@@ -178,7 +191,7 @@ def _shard_source(storage: Storage, names: Sequence[str], classes: tuple[str, ..
     items = []
     for name in names:
         with _open_shard(storage, name) as buffer:
-            items += [item(name, row) for row in read_table(buffer, f"{storage.uri}/{name}", together=False)]
+            items += [item(name, row) for row in read_table(buffer, f"{storage.uri}/{name}")]
     return Source(items, classes)
 
 
@@ -206,7 +219,7 @@ def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
     counts = _SampleCounts()
     bad: list[str] = []
     rows: list[tuple[Any, ...]] = []
-    offsets: list[NDArray[np.uint64]] = []
+    index: list[NDArray[np.void]] = []
     names: list[str] = []
 
     with tempfile.TemporaryDirectory() as folder:
@@ -214,13 +227,13 @@ def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
 
         def finish() -> None:
             name = SHARD_PATTERN.format(len(rows))
-            row, offset = shard.finish(name)
+            row, entries = shard.finish(name)
             if not rows:  # from here on the old dataset is no longer whole
                 storage.delete(MANIFEST_NAME)
                 storage.delete(NAMES_NAME)
             storage.write(name, shard.path)
             rows.append(row)
-            offsets.append(offset)
+            index.append(entries)
             names.append(name)
 
         def load(numbered: tuple[int, Item]) -> tuple[Item, dict[str, bytes], _Measured | str]:
@@ -250,8 +263,9 @@ def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
         finish()
     for name in old_shards - set(names):
         storage.delete(name)
+    _remove_tables(storage)
     described = counts.describe(storage.uri) | measured.describe()
-    return save_dataset(storage, names, np.array(rows, SHARD_DTYPE), offsets, **described, classes=source.classes)
+    return save_dataset(storage, names, np.array(rows, SHARD_DTYPE), index, **described, classes=source.classes)
 
 
 class _ShardFile:
@@ -275,7 +289,7 @@ class _ShardFile:
             self._tar.addfile(info, io.BytesIO(content))
         self.samples += 1
 
-    def finish(self, name: str) -> tuple[tuple[Any, ...], NDArray[np.uint64]]:
+    def finish(self, name: str) -> tuple[tuple[Any, ...], NDArray[np.void]]:
         """Close the file. Its row of SHARD_DTYPE and its part of the index, from reading it back."""
         assert self._tar is not None
         self._tar.close()
@@ -283,7 +297,7 @@ class _ShardFile:
             table = read_table(buffer, name)
             assert len(table) == self.samples
             self._tar, self.samples = None, 0
-            return _index(buffer, table)
+            return index_shard(buffer, table)[:2]
 
 
 def _old_shards(storage: Storage, *, overwrite: bool) -> set[str]:
@@ -315,9 +329,11 @@ def _checked(members: dict[str, bytes], *, measure: bool) -> tuple[dict[str, byt
     if true_suffix not in members:
         members[true_suffix] = members.pop(suffix)
     if "mask.png" in members:
-        mask, _ = measure_image(members["mask.png"], measure=False, reduce=False)
-        if mask.size != image.size:
-            raise BadSample(f"mask of {mask.size} pixels for an image of {image.size}")
+        _, mask = measure_image(members["mask.png"], measure=False, reduce=False)
+        if mask.size != result.size:
+            raise BadSample(
+                f"mask of {mask.size[1]}×{mask.size[0]} pixels for an image of {result.size[1]}×{result.size[0]}"
+            )
     return members, result
 
 
@@ -325,55 +341,72 @@ def _checked(members: dict[str, bytes], *, measure: bool) -> tuple[dict[str, byt
 
 
 def index_existing(storage: Storage, *, shards: str = "*.tar", overwrite: bool = False) -> Manifest:
-    """Scan the tar shards under a storage, whoever wrote them, and write index and manifest beside them.
+    """Scan tar shards, whoever wrote them, and write index and manifest beside them or elsewhere.
 
     Args:
-        storage: where the shards are; sub-folders are searched too.
-        shards: which files are shards, as a shell pattern.
+        storage: where index and manifest go, and where the shards are unless their address is given.
+        shards: which files are shards: names (sub-folders included) with wildcards and braces, as for `find_shards`, or
+            whole addresses of shards that are elsewhere and only read, 's3://bucket/cifar10/train-{00000..00049}.tar'.
         overwrite: replace an index that is there.
 
     Raises:
-        UserError: no shards; a manifest is there; a shard is damaged, compressed, or cannot be read in ranges.
+        UserError: no shards, or a missing one; a manifest is there; a shard is damaged, compressed, or cannot be read
+            in ranges.
     """
     if storage.exists(MANIFEST_NAME) and not overwrite:
         raise UserError(f"{storage.uri} is indexed already; --overwrite true indexes it again")
-    names = _matching(storage, [info.key for info in storage.list()], shards)
+    source, pattern = split_address(storage, shards)
+    names = find_shards(source, pattern)
     share = max(1, MEASURED_SAMPLES // len(names))
     skip = -(-len(names) // MEASURED_SAMPLES)
 
     def scan(numbered: tuple[int, str]) -> _ScannedShard:
         number, name = numbered
-        return _scan(storage, name, share if number % skip == 0 else 0)
+        return _scan(source, name, share if number % skip == 0 else 0)
 
     measured = Measurement()
     counts = _SampleCounts()
-    rows, offsets, bad = [], [], []
+    rows, index, bad = [], [], []
+    tables: set[str] = set()
     for scanned in _progress(_in_order(scan, enumerate(names), ahead=1), len(names), "indexing"):
         rows.append(scanned.row)
-        offsets.append(scanned.offsets)
+        index.append(scanned.entries)
+        if scanned.table is not None:
+            tables.add(names[len(rows) - 1] + TABLE_SUFFIX)
+            storage.write(names[len(rows) - 1] + TABLE_SUFFIX, scanned.table)
         counts.merge(scanned.counts)
         bad += scanned.bad
         for result in scanned.measured:
             if counts.kind == "grid" and measured.count and result.channels != measured.channels:
                 raise UserError(
-                    f"grids under {storage.uri} have {measured.channels} and {result.channels} channels; "
+                    f"grids under {source.uri} have {measured.channels} and {result.channels} channels; "
                     "a dataset needs one number of channels"
                 )
             measured.add(result, weight=scanned.counts.samples / len(scanned.measured))
-    described = counts.describe(storage.uri) | {"classes": _known_classes(storage)}
+    described = counts.describe(source.uri) | {"classes": _known_classes(source)}
     if bad:
         logger.warning("%d of the measured samples cannot be decoded: %s", len(bad), _some(bad))
     if not measured.count:
-        raise UserError(f"none of the measured samples under {storage.uri} can be decoded: {_some(bad)}")
+        raise UserError(f"none of the measured samples under {source.uri} can be decoded: {_some(bad)}")
     storage.delete(MANIFEST_NAME)
     storage.delete(NAMES_NAME)
-    return save_dataset(storage, names, np.array(rows, SHARD_DTYPE), offsets, **described, **measured.describe())
+    _remove_tables(storage, tables)
+    if source.uri != storage.uri:
+        described["shards_uri"] = source.uri
+    return save_dataset(storage, names, np.array(rows, SHARD_DTYPE), index, **described, **measured.describe())
+
+
+def _remove_tables(storage: Storage, keep: Iterable[str] = ()) -> None:
+    """Delete the tables of members that an earlier index of the same place needed."""
+    for name in set(_tables(info.key for info in storage.list())).difference(keep):
+        storage.delete(name)
 
 
 @dataclass
 class _ScannedShard:
     row: tuple[Any, ...]
-    offsets: NDArray[np.uint64]
+    entries: NDArray[np.void]
+    table: bytes | None
     counts: _SampleCounts
     measured: list[_Measured]
     bad: list[str]
@@ -402,24 +435,91 @@ def _scan(storage: Storage, name: str, share: int) -> _ScannedShard:
                 bad.append(f"{name}/{row.key} ({error})")
             else:
                 measured.append(result)
-        row_of_shard, offsets = _index(buffer, table)
-        return _ScannedShard(row_of_shard, offsets, counts, measured, bad)
+        return _ScannedShard(*index_shard(buffer, table), counts, measured, bad)
 
 
-def _index(buffer: mmap.mmap | bytes, table: Sequence[TableRow]) -> tuple[tuple[Any, ...], NDArray[np.uint64]]:
-    """Row of SHARD_DTYPE, and byte offsets of every 16th sample."""
-    digest = np.frombuffer(hashlib.sha256(buffer).digest(), np.uint8)
-    return (len(table), len(buffer), True, digest), np.array([row.start for row in table[::INDEX_STRIDE]], np.uint64)
+def split_address(storage: Storage, shards: str) -> tuple[Storage, str]:
+    """Where shards are and what they are called there: those of a storage, or those that whole addresses name.
+
+    Args:
+        storage: where names that are no addresses belong; its settings also open other addresses.
+        shards: names, or addresses (of s3://, file://, or beginning with / ~ ./ or ../) below one folder;
+            with wildcards and braces.
+
+    Raises:
+        UserError: the addresses have no bucket or scheme in common.
+    """
+    if not is_address(shards):
+        return storage, shards
+    addresses = [_absolute(address) for address in _expanded(shards)]
+    schemes = {address.rpartition("://")[0] for address in addresses}
+    paths = [address.rpartition("://")[2] for address in addresses]
+    folders = [posixpath.dirname(_WILDCARD.split(path, maxsplit=1)[0]) for path in paths]
+    try:
+        folder = posixpath.commonpath(folders)
+    except ValueError:  # some are absolute, some are not
+        folder = ""
+    if len(schemes) > 1 or (not folder and any(folders)):
+        raise UserError(f"the shards {shards} are in several buckets or stores; index each of them by itself")
+    (scheme,) = schemes
+    source = storage.at(f"{scheme}://{folder}" if scheme else folder)
+    return source, "::".join(posixpath.relpath(path, folder) for path in paths)
 
 
-def _matching(storage: Storage, names: Iterable[str], pattern: str) -> list[str]:
-    names = list(names)
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
-        compressed = [name for name in names if _COMPRESSED_NAME.search(name)]
+def is_address(shards: str) -> bool:
+    """Whether shards are given by whole addresses, not by their names within a storage."""
+    return "://" in shards or shards.startswith(("/", "~", "./", "../"))
+
+
+def _absolute(address: str) -> str:
+    if address.startswith("file:///"):
+        address = address.removeprefix("file://")
+    return address if "://" in address else os.path.abspath(os.path.expanduser(address))  # noqa: PTH100, PTH111 - '..'
+
+
+def find_shards(storage: Storage, shards: str) -> list[str]:
+    """Names of the shards under a storage that a pattern stands for, in the order of the pattern.
+
+    Args:
+        storage: where they are, in sub-folders too.
+        shards: wildcards as in a shell ('train-*.tar'; '*' goes on into sub-folders), what such a pattern finds being
+            sorted; and braces as in a shell ('train-{00000..00049}.tar', '{train,extra}-*.tar'), each of which must be
+            there. '::' joins several, as in webdataset.
+
+    Raises:
+        UserError: there is no shard for a pattern, or for a name or pattern that its braces stand for.
+    """
+    patterns = _expanded(shards)
+    before = [_WILDCARD.split(pattern, maxsplit=1)[0] for pattern in patterns]
+    prefix = os.path.commonprefix(before)  # noqa: RUF071 - characters, not folders: a listing goes by them
+    names = [info.key for info in storage.list(prefix)]
+    present = set(names)
+    visible = [name for name in names if not posixpath.basename(name).startswith(".")]
+    found: dict[str, None] = {}
+    missing = []
+    for pattern in patterns:
+        matches = [pattern] if pattern in present else []
+        if not matches and _WILDCARD.search(pattern):
+            matches = sorted(name for name in visible if fnmatchcase(name, pattern))
+        if not matches:
+            missing.append(pattern)
+        found.update(dict.fromkeys(matches))
+    if missing:
+        compressed = [name for name in names if _COMPRESSED_NAME.search(name) and name not in found]
         hint = f"; compressed ones such as {compressed[0]} must be decompressed first" if compressed else ""
-        raise UserError(f"no shards named {pattern} under {storage.uri}{hint}")
-    return sorted(found)
+        of_set = f" ({len(missing)} of the {len(patterns)} that are named)" if len(patterns) > 1 else ""
+        raise UserError(f"no shards named {_some(missing)} under {storage.uri}{of_set}{hint}")
+    return list(found)
+
+
+def _expanded(shards: str) -> list[str]:
+    """The patterns without braces that a pattern stands for."""
+    try:
+        return [name for pattern in shards.split("::") for name in braceexpand(pattern, escape=False)]
+    except ValueError:
+        raise UserError(
+            f"the braces in the shards' names {shards} are not closed; write train-{{00..49}}.tar"
+        ) from None
 
 
 @contextmanager
@@ -460,7 +560,7 @@ class _Measured(NamedTuple):
 
     channels: int
     size: tuple[int, int]
-    """Height, width."""
+    """Height, width; upright, as training sees the picture."""
     mean: NDArray[np.float64] | None
     square: NDArray[np.float64] | None
 
@@ -477,25 +577,25 @@ def measure_image(content: bytes, *, measure: bool = True, reduce: bool = True) 
         BadSample: it cannot be decoded.
     """
     try:
+        header = read_image_header(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        size = (image.height, image.width)
         if reduce:
             image.draft(None, (256, 256))
         image.load()
         channels = 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
         if not measure:
-            return image, _Measured(channels, size, None, None)
+            return image, _Measured(channels, header[:2], None, None)
         eight_bits = to_eight_bits(image).convert("L" if channels == 1 else "RGB")
         histogram = np.array(eight_bits.histogram(), np.float64).reshape(-1, 256)
     except UnidentifiedImageError:
         raise BadSample("not a JPEG, PNG or WebP image") from None
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+    except (DecodeError, OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         raise BadSample(str(error)) from None
     share = histogram / histogram.sum(1, keepdims=True)
     values = np.arange(256) / 255
-    return image, _Measured(channels, size, share @ values, share @ values**2)
+    return image, _Measured(channels, header[:2], share @ values, share @ values**2)
 
 
 def measure_grid(content: bytes, *, measure: bool = True) -> _Measured:

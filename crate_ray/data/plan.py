@@ -9,6 +9,7 @@ from crate_ray.errors import UserError
 
 _BLOCK_BYTES = 4 * 2**20  # one ranged GET: long against the request's latency, short against the buffer
 _MAX_LANES = 32
+_BLOCKS_PER_LANE = 20  # at least: up to one block of each lane is left out of an epoch
 
 
 def plan_order(manifest: Manifest, data: DataConfig, *, batch_size: int, seed: int, workers: int) -> SampleOrder:
@@ -25,7 +26,7 @@ def plan_order(manifest: Manifest, data: DataConfig, *, batch_size: int, seed: i
         1 if resident else max(int(_BLOCK_BYTES / sample_bytes) // INDEX_STRIDE, 1) * INDEX_STRIDE
     )
     num_blocks = -(-num_samples // block)
-    most_lanes = min(_MAX_LANES, num_blocks) if data.shuffle else 1
+    most_lanes = max(1, min(_MAX_LANES, num_blocks // _BLOCKS_PER_LANE)) if data.shuffle else 1
     lanes = data.lanes or max(n for n in range(1, most_lanes + 1) if batch_size % n == 0)
     window = data.window_blocks
     if window is None:

@@ -1,9 +1,9 @@
 """The manifest and the index of a dataset of WebDataset tar shards, and the parsing of byte ranges of a shard.
 
-Beside the shards lie `manifest.json` (written last: a dataset without it does not exist), `shards.npy` (a row per
-shard), `index.npy` (the byte offset of every 16th sample) and, where shard names follow no pattern, `names.txt`.
-Stock tarfile and webdataset define what a shard holds; ranges are parsed here at 4-5 µs a member
-where tarfile takes 20.
+Beside the shards, or elsewhere where those are read-only, lie `manifest.json` (written last: a dataset without it does
+not exist), `shards.npy` (a row per shard), `index.npy` (offset and digest of every 16 samples), `names.txt` where shard
+names follow no pattern, and a table of members for each shard whose samples do not lie together. Stock tarfile and
+webdataset define what a shard holds; ranges are parsed here at 4-5 µs a member where tarfile takes 20.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from crate_ray.data.cache import fetched_once
 from crate_ray.data.storage import NotFound, Storage
 from crate_ray.errors import UserError
 
@@ -32,14 +35,19 @@ MANIFEST_NAME = "manifest.json"
 SHARDS_NAME = "shards.npy"
 INDEX_NAME = "index.npy"
 NAMES_NAME = "names.txt"
-FORMAT_VERSION = 1
+TABLE_SUFFIX = ".table.npy"
+FORMAT_VERSION = 2
 INDEX_STRIDE = 16
 """Samples between two entries of the index."""
 
-SHARD_DTYPE = np.dtype([("samples", "<u4"), ("bytes", "<u8"), ("contiguous", "?"), ("sha256", "u1", (32,))])
-"""A row of shards.npy: number of samples, size in bytes, whether each sample's members lie together, digest."""
-
 BLOCK = 512
+INDEX_DTYPE = np.dtype([("block", "<u4"), ("digest", "<u4")])
+"""An entry of index.npy: where the first header of samples 0, 16, 32, … of a shard begins, in tar blocks of 512
+bytes, and the low 32 bits of xxh3_64 over the bytes from there to the next entry, or the shard's end."""
+SHARD_DTYPE = np.dtype([("samples", "<u4"), ("bytes", "<u8"), ("table", "<u8"), ("sha256", "u1", (32,))])
+"""A row of shards.npy: number of samples, size in bytes, xxh3_64 of the shard's table of members (0: it needs none, as
+each sample's members lie together), sha256 of the shard."""
+
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 # webdataset's own rule (webdataset.tariterators.base_plus_ext), for members and for what it skips as metadata
@@ -48,7 +56,6 @@ _METADATA = re.compile(r"__[^/]*__($|/)")
 _PATTERN = re.compile(r"[^{}]*\{:0[1-9][0-9]?d\}[^{}]*")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REFUSED = {
-    b"1": "a hard link",
     b"2": "a symbolic link",
     b"3": "a device",
     b"4": "a device",
@@ -72,7 +79,9 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
+    shards_uri: str | None = None
+    """Where the shards are, if not beside the manifest: a folder or s3://bucket/prefix."""
     num_samples: int = Field(ge=0)
     num_shards: int = Field(ge=0)
     total_bytes: int = Field(ge=0)
@@ -137,13 +146,19 @@ class ShardSet:
     """A dataset as its manifest and index describe it; nothing of the shards themselves has been read."""
 
     storage: Storage
+    """Where manifest and index are."""
     manifest: Manifest
     shards: NDArray[np.void]
     """(num_shards,) rows of SHARD_DTYPE."""
-    index: NDArray[np.uint64]
-    """Byte offset of the first header of samples 0, 16, 32, … of every shard, the shards laid end to end."""
+    index: NDArray[np.void]
+    """Entries of INDEX_DTYPE: ⌈samples / 16⌉ for every shard, the shards laid end to end."""
     names: tuple[str, ...] | None = None
     """Names of the shards where they follow no pattern."""
+
+    @cached_property
+    def shard_storage(self) -> Storage:
+        """Where the shards are."""
+        return self.storage if self.manifest.shards_uri is None else self.storage.at(self.manifest.shards_uri)
 
     @cached_property
     def samples(self) -> NDArray[np.int64]:
@@ -166,7 +181,7 @@ class ShardSet:
         return np.concatenate(([0], np.cumsum(-(-self.samples // INDEX_STRIDE))))
 
     def shard_name(self, shard: int) -> str:
-        """Key of a shard in the storage."""
+        """Key of a shard in the shards' storage."""
         if self.names is not None:
             return self.names[shard]
         assert self.manifest.shard_pattern is not None
@@ -177,24 +192,118 @@ class ShardSet:
         shard = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
         return shard, sample - int(self.first_sample[shard])
 
+    def has_table(self, shard: int) -> bool:
+        """Whether the shard's samples do not lie together, so that its members are listed in a table."""
+        return bool(self.shards["table"][shard])
+
+    def table(self, shard: int) -> NDArray[np.void]:
+        """The table of such a shard: rows of `table_dtype`, sorted by sample.
+
+        Raises UserError when the file is missing or not the one that belongs to the index.
+        """
+        key = self.shard_name(shard) + TABLE_SUFFIX
+        try:
+            data = self.storage.read(key)
+        except NotFound:
+            raise _disagrees(self.storage, key) from None
+        if xxhash.xxh3_64_intdigest(data) != int(self.shards["table"][shard]):
+            raise _disagrees(self.storage, key)
+        table: NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
+        return table
+
     def byte_range(self, shard: int, first: int, count: int) -> ByteRange:
         """Smallest indexed byte range of a shard that covers its samples first .. first + count (numbers within it).
 
-        It begins and ends at multiples of 16 samples, or where the shard does.
+        It begins and ends at multiples of 16 samples, or where the shard does. For shards without a table.
         """
         samples = int(self.samples[shard])
         if not (0 <= first and 1 <= count and first + count <= samples):
             raise IndexError(f"samples {first} .. {first + count} of shard {shard}, which has {samples}")
-        begin = int(self.first_entry[shard])
-        low = first // INDEX_STRIDE
-        high = -(-(first + count) // INDEX_STRIDE)
-        last = begin + high == int(self.first_entry[shard + 1])
-        end = int(self.bytes[shard]) if last else int(self.index[begin + high])
-        return ByteRange(int(self.index[begin + low]), end, low * INDEX_STRIDE)
+        begin, stop = int(self.first_entry[shard]), int(self.first_entry[shard + 1])
+        low, high = begin + first // INDEX_STRIDE, begin - (-(first + count) // INDEX_STRIDE)
+        end = int(self.bytes[shard]) if high == stop else int(self.index["block"][high]) * BLOCK
+        return ByteRange(int(self.index["block"][low]) * BLOCK, end, (low - begin) * INDEX_STRIDE)
+
+    def check(self, shard: int, start: int, data: Buffer) -> None:
+        """Compare bytes of a shard that were read, `byte_range` or several of them, with the digests of the index.
+
+        Raises DamagedShard when they differ: changed on the way, or since the shard was indexed.
+        """
+        view = memoryview(data)
+        begin, stop = int(self.first_entry[shard]), int(self.first_entry[shard + 1])
+        blocks = self.index["block"][begin:stop]
+        low = int(np.searchsorted(blocks, start // BLOCK))
+        edges = [*(blocks[low:].astype(np.int64) * BLOCK - start).tolist(), int(self.bytes[shard]) - start]
+        for i, (left, right) in enumerate(pairwise(edges)):
+            if right > len(view):
+                break
+            if xxhash.xxh3_64_intdigest(view[left:right]) & 0xFFFFFFFF != int(self.index["digest"][begin + low + i]):
+                raise DamagedShard(
+                    f"bytes {start + left} to {start + right} of {self.shard_storage.uri}/{self.shard_name(shard)} are "
+                    "not those that were indexed: the shard changed or is damaged; index or pack it again"
+                )
+
+
+def table_dtype(key_bytes: int, suffix_bytes: int) -> np.dtype[np.void]:
+    """A row of a table of members: sample number, its key, the member's suffix, where its content lies, its digest
+    (low 32 bits of xxh3_64)."""
+    return np.dtype(
+        [
+            ("sample", "<u4"),
+            ("digest", "<u4"),
+            ("offset", "<u8"),
+            ("size", "<u8"),
+            ("key", f"S{key_bytes}"),
+            ("suffix", f"S{suffix_bytes}"),
+        ]
+    )
+
+
+class ShardIndex(NamedTuple):
+    """What is stored about one shard."""
+
+    row: tuple[Any, ...]
+    """Its row of SHARD_DTYPE."""
+    entries: NDArray[np.void]
+    """Its entries of INDEX_DTYPE."""
+    table: bytes | None
+    """Content of its table of members (the shard's name + TABLE_SUFFIX), where it needs one."""
+
+
+def index_shard(buffer: Buffer, rows: Sequence[TableRow]) -> ShardIndex:
+    """Index one shard: its samples as `read_table` found them, and digests of all that training will read."""
+    view = memoryview(buffer)
+    sha256 = np.frombuffer(hashlib.sha256(view).digest(), np.uint8)
+    starts = [row.start for row in rows]
+    together = all(
+        row.plain and all(row.start < offset <= after for offset, _ in row.members.values())
+        for row, after in zip(rows, [*starts[1:], len(view)], strict=True)
+    )
+    entries = np.zeros(-(-len(rows) // INDEX_STRIDE), INDEX_DTYPE)
+    if together:
+        edges = [*starts[::INDEX_STRIDE], len(view)]
+        for i, (left, right) in enumerate(pairwise(edges)):
+            entries[i] = (left // BLOCK, xxhash.xxh3_64_intdigest(view[left:right]) & 0xFFFFFFFF)
+        return ShardIndex((len(rows), len(view), 0, sha256), entries, None)
+    members = [
+        (
+            number,
+            xxhash.xxh3_64_intdigest(view[offset : offset + size]) & 0xFFFFFFFF,
+            offset,
+            size,
+            row.key.encode("utf-8", "surrogateescape"),
+            suffix.encode("utf-8", "surrogateescape"),
+        )
+        for number, row in enumerate(rows)
+        for suffix, (offset, size) in row.members.items()
+    ]
+    dtype = table_dtype(max(len(m[4]) for m in members), max(1, *(len(m[5]) for m in members)))
+    table = _npy(np.array(members, dtype))
+    return ShardIndex((len(rows), len(view), xxhash.xxh3_64_intdigest(table), sha256), entries, table)
 
 
 def load_dataset(storage: Storage) -> ShardSet:
-    """Read manifest and index of the dataset under a storage; local files are memory-mapped.
+    """Read manifest and index of the dataset under a storage; the index is memory-mapped (S3: fetched once per node).
 
     Raises:
         UserError: there is no manifest, or a file does not agree with it.
@@ -214,7 +323,7 @@ def load_dataset(storage: Storage) -> ShardSet:
             raise _disagrees(storage, NAMES_NAME)
     shards = _load_array(storage, SHARDS_NAME, manifest.shards_sha256)
     index = _load_array(storage, INDEX_NAME, manifest.index_sha256)
-    if shards.dtype != SHARD_DTYPE or shards.shape != (manifest.num_shards,) or index.dtype != np.dtype("<u8"):
+    if shards.dtype != SHARD_DTYPE or shards.shape != (manifest.num_shards,) or index.dtype != INDEX_DTYPE:
         raise _disagrees(storage, SHARDS_NAME)
     dataset = ShardSet(storage, manifest, shards, index, names)
     if dataset.first_sample[-1] != manifest.num_samples or index.shape != (dataset.first_entry[-1],):
@@ -226,16 +335,16 @@ def save_dataset(
     storage: Storage,
     names: Sequence[str],
     shards: NDArray[np.void],
-    offsets: Sequence[NDArray[np.uint64]],
+    index: Sequence[NDArray[np.void]],
     **described: Any,
 ) -> Manifest:
     """Write names.txt (where names follow no pattern), shards.npy, index.npy and, last, the manifest.
 
     Args:
-        storage: where the shards are.
+        storage: where the shards are; where the index goes if described["shards_uri"] says that they are elsewhere.
         names: keys of the shards.
         shards: (num_shards,) rows of SHARD_DTYPE.
-        offsets: per shard, byte offset of the first header of samples 0, 16, 32, …
+        index: per shard, its entries of INDEX_DTYPE; tables of members have been written already.
         described: the manifest's fields that say what the samples are (kind, image_suffixes, mean, …).
 
     Raises:
@@ -244,7 +353,7 @@ def save_dataset(
     for name in names:
         if "\n" in name:
             raise UserError(f"shard name {name!r} holds a line break; rename it")
-    files = {SHARDS_NAME: _npy(shards), INDEX_NAME: _npy(np.concatenate(offsets).astype("<u8"))}
+    files = {SHARDS_NAME: _npy(shards), INDEX_NAME: _npy(np.concatenate(index))}
     pattern, first = name_pattern(names)
     if pattern is None:
         files[NAMES_NAME] = "".join(f"{name}\n" for name in names).encode()
@@ -318,13 +427,16 @@ def _verified(storage: Storage, key: str, sha256: str | None) -> bytes:
 
 
 def _load_array(storage: Storage, key: str, sha256: str) -> NDArray[Any]:
-    data = _verified(storage, key, sha256)
-    path = storage.local_path(key)
     try:
-        if path is not None:
-            return np.load(path, mmap_mode="r" if path.stat().st_size > mmap.PAGESIZE else None, allow_pickle=False)
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except ValueError:
+        path = storage.local_path(key) or fetched_once(storage, key, sha256)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise _disagrees(storage, key)
+        array: NDArray[Any] = np.load(
+            path, mmap_mode="r" if path.stat().st_size > mmap.PAGESIZE else None, allow_pickle=False
+        )
+        return array
+    except (ValueError, FileNotFoundError, NotFound):
         raise _disagrees(storage, key) from None
 
 
@@ -352,6 +464,8 @@ class TableRow(NamedTuple):
     """Byte offset of its first header, extension headers included."""
     members: dict[str, tuple[int, int]]
     """Byte offset and size of each member's content, by suffix."""
+    plain: bool = True
+    """False where a member is a hard link to content elsewhere in the shard."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -361,10 +475,14 @@ def split_name(name: str) -> tuple[str, str] | None:
     """
     if _METADATA.match(name):
         return None
+    match = _KEY_AND_SUFFIX.match(_relative(name))
+    return (match.group(1), match.group(2).lower()) if match else None
+
+
+def _relative(name: str) -> str:
     while name.startswith("./"):
         name = name[2:]
-    match = _KEY_AND_SUFFIX.match(name)
-    return (match.group(1), match.group(2).lower()) if match else None
+    return name
 
 
 def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
@@ -375,16 +493,19 @@ def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
         where: name for error messages.
 
     Raises:
-        DamagedShard: the range is not whole tar members; a header's checksum is wrong; a member is repeated.
+        DamagedShard: the range is not whole tar members; a header's checksum is wrong; a member is repeated, or is a
+            hard link, whose content lies elsewhere.
     """
     view = memoryview(buffer)
     samples: list[Sample] = []
     key: str | None = None
     members: dict[str, memoryview] = {}
-    for name, _, data, size in _members(view, where):
+    for name, _, data, size, link in _members(view, where):
         parts = split_name(name)
         if parts is None:
             continue
+        if link is not None:
+            raise DamagedShard(f"{where} holds a hard link, {name!r}, where the index has none; index it again")
         if parts[0] != key:
             key, members = parts[0], {}
             samples.append(Sample(key, members))
@@ -394,17 +515,19 @@ def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
     return samples
 
 
-def read_table(buffer: Buffer, where: str, *, together: bool = True) -> list[TableRow]:
+def read_table(buffer: Buffer, where: str) -> list[TableRow]:
     """All samples of a whole shard, checked: the only full pass over a shard that is made, when it is indexed.
+
+    The members of a sample are gathered from anywhere in the shard; samples are in the order of their first members.
+    A hard link is a member with the content of the member that it names, which tar writes before it.
 
     Args:
         buffer: the shard's bytes (memory-mapped: only headers are touched).
         where: name for messages.
-        together: refuse samples whose members do not lie together; else they are gathered from anywhere in the shard.
 
     Raises:
-        DamagedShard: truncated, damaged, compressed, or with members that are not plain files.
-        UserError: a repeated key, or a sample whose members do not lie together.
+        DamagedShard: truncated, damaged, compressed, with a hard link to nothing, or with members that are no files.
+        UserError: a member of a sample is repeated.
     """
     for magic, method in _COMPRESSED.items():
         if bytes(buffer[: len(magic)]) == magic:
@@ -415,8 +538,20 @@ def read_table(buffer: Buffer, where: str, *, together: bool = True) -> list[Tab
     view = memoryview(buffer)
     table: list[TableRow] = []
     rows: dict[str, TableRow] = {}
+    contents: dict[str, tuple[int, int]] = {}  # by name: what hard links may name
+    linked: set[str] = set()
     ignored = 0
-    for name, start, data, size in _members(view, where, whole=True):
+    for name, start, data, size, link in _members(view, where, whole=True):
+        if link is None:
+            content = (data, size)
+        elif (target := contents.get(_relative(link))) is not None:
+            content = target
+        else:
+            raise DamagedShard(
+                f"{where} holds a hard link, {name!r}, to {link!r}, which is not there before it; "
+                "pack the files themselves (tar --hard-dereference)"
+            )
+        contents[_relative(name)] = content
         parts = split_name(name)
         if parts is None:
             ignored += not _METADATA.match(name)
@@ -431,19 +566,17 @@ def read_table(buffer: Buffer, where: str, *, together: bool = True) -> list[Tab
                 f"{where} holds two samples named {key!r} (member {name!r} is repeated); "
                 "keys must be unique within a shard: rename the files and pack them again with --source"
             )
-        elif together and row is not table[-1]:
-            raise UserError(
-                f"the members of sample {key!r} do not lie together in {where} ({name!r} comes apart from the others); "
-                "repack the shards into a new dataset with jobs/prepare.py --source"
-            )
-        row.members[suffix] = (data, size)
+        row.members[suffix] = content
+        if link is not None:
+            linked.add(key)
     if ignored:
         logger.warning("%s: %d members without a suffix belong to no sample and are ignored", where, ignored)
-    return table
+    return [row._replace(plain=False) if row.key in linked else row for row in table] if linked else table
 
 
-def _members(view: memoryview, where: str, whole: bool = False) -> Iterator[tuple[str, int, int, int]]:
-    """Regular files of a tar: name, byte offset of the first header and of the content, size of the content.
+def _members(view: memoryview, where: str, whole: bool = False) -> Iterator[tuple[str, int, int, int, str | None]]:
+    """Files of a tar: name, byte offset of the first header and of the content, size of the content; and of a hard
+    link, the name of the member that has its content.
 
     Reads ustar, PAX and GNU headers as tarfile does, at a quarter of its time. Ends at the first zero block.
     """
@@ -452,6 +585,7 @@ def _members(view: memoryview, where: str, whole: bool = False) -> Iterator[tupl
     headers: list[int] = []
     start: int | None = None  # of the extension headers that precede a member
     long_name: str | None = None
+    long_link: str | None = None
     long_size: int | None = None
     try:
         while position + BLOCK <= end:
@@ -468,7 +602,7 @@ def _members(view: memoryview, where: str, whole: bool = False) -> Iterator[tupl
                 if long_size is not None:
                     size = long_size
                 name = long_name if long_name is not None else _name(header)
-                first, start, long_name, long_size = start, None, None, None
+                first, start, long_name, long_link, long_size = start, None, None, None, None
                 if kind == b"\0" and name.endswith("/"):  # a directory of the oldest format
                     position = data
                     continue
@@ -476,13 +610,20 @@ def _members(view: memoryview, where: str, whole: bool = False) -> Iterator[tupl
                     raise DamagedShard(
                         f"{where} is truncated: {name!r} should reach to byte {data + size}, there are {end}"
                     )
-                yield name, first, data, size
+                yield name, first, data, size, None
+            elif kind == b"1":
+                name = long_name if long_name is not None else _name(header)
+                link = long_link if long_link is not None else _text(header[157:257].split(b"\0", 1)[0])
+                yield name, start, data, 0, link
+                size, start, long_name, long_link, long_size = 0, None, None, None, None  # some state the target's size
             elif kind in (b"x", b"L", b"K", b"g", b"X"):
                 if data + size > end:
                     raise DamagedShard(f"{where} is truncated at byte {end}, in the middle of a header")
                 content = bytes(view[data : data + size])
                 if kind == b"L":
                     long_name = long_name or _text(content.split(b"\0", 1)[0])
+                elif kind == b"K":
+                    long_link = long_link or _text(content.split(b"\0", 1)[0])
                 elif kind in (b"x", b"X", b"g"):
                     records = _pax_records(content)
                     if any(key.startswith("GNU.sparse") for key in records):
@@ -495,14 +636,15 @@ def _members(view: memoryview, where: str, whole: bool = False) -> Iterator[tupl
                         start = None if start == position else start
                     else:
                         long_name = long_name or records.get("path")
+                        long_link = long_link or records.get("linkpath")
                         long_size = int(records["size"]) if long_size is None and "size" in records else long_size
             elif kind == b"5":
-                size, start, long_name, long_size = 0, None, None, None
+                size, start, long_name, long_link, long_size = 0, None, None, None, None
             else:
                 name = long_name if long_name is not None else _name(header)
                 raise DamagedShard(
                     f"{where} holds {_REFUSED.get(kind, f'a member of unknown type {kind!r}')}, {name!r}; only regular "
-                    "files can be samples: pack the files themselves (tar --hard-dereference -h)"
+                    "files can be samples: pack the files themselves (tar -h follows symbolic links)"
                 )
             position = data + size + -size % BLOCK
         else:

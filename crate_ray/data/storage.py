@@ -5,59 +5,46 @@ Every failure that a user can mend is a UserError of one sentence; no message ho
 
 from __future__ import annotations
 
+import io
 import os
-import random
 import shutil
-import threading
-import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, TypeVar
 
-import boto3.session
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionClosedError,
-    ConnectTimeoutError,
-    CredentialRetrievalError,
-    EndpointConnectionError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    ReadTimeoutError,
-    ResponseStreamingError,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
+from botocore.exceptions import ClientError, IncompleteReadError, ParamValidationError, SSLError
 
 from crate_ray.config import S3Config
+from crate_ray.data.s3_client import (
+    REFUSED,
+    Attempts,
+    RequestFailed,
+    S3Client,
+    cause,
+    code,
+    failure_of,
+    receive,
+    status,
+    whole,
+)
 from crate_ray.errors import UserError
 
+T = TypeVar("T")
+
 _TEMPORARY_PREFIX = ".tmp-"
-_TRANSFER = TransferConfig(multipart_threshold=32 * 2**20, multipart_chunksize=32 * 2**20, max_concurrency=8)
 _CREDENTIAL_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws or an instance role"
-_NO_CREDENTIALS = (
-    NoCredentialsError,
-    PartialCredentialsError,
-    CredentialRetrievalError,
-    ProfileNotFound,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
-_REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired")
-_UNREACHABLE = (EndpointConnectionError, ConnectTimeoutError, ReadTimeoutError, ConnectionClosedError, HTTPClientError)
-_CUT_OFF = (ReadTimeoutError, IncompleteReadError, ResponseStreamingError, ConnectionClosedError)
+_PART_BYTES = 16 * 2**20  # of what is copied in parts
+_PARALLEL_PARTS = 8
+_MULTIPART_BYTES = 32 * 2**20  # from this size on, objects are written in parts
+_SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit for one PUT
+_MOST_PARTS = 10_000  # S3's limit
+_WRITER = "crate-ray-writer"  # metadata of an object: the write() that made it
+_FRUITFUL_BYTES = 64 * 2**10  # of a body, that count as progress
 
 
 class NotFound(UserError):  # noqa: N818 - named for what happened, as FileExistsError's kin are
@@ -66,6 +53,10 @@ class NotFound(UserError):  # noqa: N818 - named for what happened, as FileExist
 
 class AlreadyExists(UserError):  # noqa: N818
     """A write with if_absent found an object of that name."""
+
+
+class Replaced(UserError):  # noqa: N818
+    """Another object has taken the name while it was read."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +83,19 @@ class Storage(ABC):
 
         Raises:
             NotFound: there is no such object.
+            Replaced: it was overwritten meanwhile.
+        """
+
+    @abstractmethod
+    def read_version(self, key: str, start: int, length: int) -> tuple[bytes, str]:
+        """Bytes start .. start + length of an object (fewer where it ends before), and its ETag.
+
+        The ETag is that of the very bytes (S3's ETag; time and size of a local file), as in ObjectInfo: a caller who
+        compares it between two reads notices that the object was replaced.
+
+        Raises:
+            NotFound: there is no such object.
+            Replaced: it was overwritten meanwhile.
         """
 
     @abstractmethod
@@ -104,10 +108,11 @@ class Storage(ABC):
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file.
+        """Copy an object to a local file, which appears whole or not at all.
 
         Raises:
             NotFound: there is no such object.
+            Replaced: it was overwritten meanwhile.
         """
 
     @abstractmethod
@@ -126,6 +131,14 @@ class Storage(ABC):
     def under(self, prefix: str) -> Storage:
         """The storage of a sub-folder."""
 
+    @abstractmethod
+    def at(self, uri: str) -> Storage:
+        """The storage of another address, reached with the same settings.
+
+        Raises:
+            UserError: as open_storage.
+        """
+
     def local_path(self, key: str) -> Path | None:
         """Where the object is a local file, its path (for memory mapping); None for S3."""
         return None
@@ -141,11 +154,11 @@ def open_storage(uri: str, s3: S3Config) -> Storage:
     if not uri:
         raise UserError("the address of a dataset or folder is empty; give a local folder or s3://bucket/prefix")
     if not separator:
-        return LocalStorage(Path(uri).expanduser())
+        return LocalStorage(Path(uri).expanduser(), s3)
     if scheme == "file":
         if not rest.startswith("/"):
             raise UserError(f"{uri!r} is not a file address; write file:///absolute/path or a plain path")
-        return LocalStorage(Path(rest))
+        return LocalStorage(Path(rest), s3)
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         if not bucket:
@@ -157,16 +170,24 @@ def open_storage(uri: str, s3: S3Config) -> Storage:
 
 
 class LocalStorage(Storage):
-    """A local folder. Writes go to a temporary file that is then renamed."""
+    """A local folder. Writes go to a temporary file that is then renamed. The S3 settings are only for at()."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, s3: S3Config | None = None) -> None:
         self.root = Path(root).absolute()
         self.uri = str(self.root)
+        self._s3_config = s3 or S3Config()
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         with self._errors("read", key), self.local_path(key).open("rb") as file:
             file.seek(start)
             return file.read() if length is None else file.read(length)
+
+    def read_version(self, key: str, start: int, length: int) -> tuple[bytes, str]:
+        with self._errors("read", key), self.local_path(key).open("rb") as file:
+            file.seek(start)
+            data = file.read(length)
+            status = os.fstat(file.fileno())  # of the file that was read, whatever has the name by now
+            return data, f"{status.st_mtime_ns}-{status.st_size}"
 
     def write(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> None:
         path = self.local_path(key)
@@ -190,8 +211,10 @@ class LocalStorage(Storage):
                 temporary.unlink(missing_ok=True)
 
     def download(self, key: str, path: Path) -> None:
-        with self._errors("read", key):
-            shutil.copyfile(self.local_path(key), path)
+        with self._errors("read", key), self.local_path(key).open("rb") as source:  # noqa: SIM117 - whose error it is
+            with _arriving(path) as file, _local_errors(path):
+                shutil.copyfileobj(source, file, 2**20)
+                file.flush()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = []
@@ -218,7 +241,10 @@ class LocalStorage(Storage):
             self.local_path(key).unlink(missing_ok=True)
 
     def under(self, prefix: str) -> LocalStorage:
-        return LocalStorage(self.local_path(prefix))
+        return LocalStorage(self.local_path(prefix), self._s3_config)
+
+    def at(self, uri: str) -> Storage:
+        return open_storage(uri, self._s3_config)
 
     def local_path(self, key: str) -> Path:
         if key.startswith("/") or ".." in key.split("/"):
@@ -238,6 +264,12 @@ class LocalStorage(Storage):
             raise UserError(f"cannot {action} {path}: {error.strerror or error}") from None
 
 
+class _Range(NamedTuple):
+    data: bytes
+    etag: str
+    size: int  # of the whole object
+
+
 @dataclass
 class S3Storage(Storage):
     """Objects under s3://bucket/prefix, on AWS or an S3-compatible store."""
@@ -249,8 +281,7 @@ class S3Storage(Storage):
 
     def __post_init__(self) -> None:
         self.uri = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-        self._client: Any = None
-        self._lock = threading.Lock()
+        self._s3 = S3Client(self.config)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"bucket": self.bucket, "prefix": self.prefix, "config": self.config}
@@ -262,162 +293,322 @@ class S3Storage(Storage):
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         if length is not None and length <= 0:
             return b""
-        arguments: dict[str, Any] = {"Bucket": self.bucket, "Key": self._name(key)}
-        if start or length is not None:
-            arguments["Range"] = f"bytes={start}-" + ("" if length is None else str(start + length - 1))
-        for attempt in range(1, self.config.max_attempts + 1):
-            with self._errors("read", key):
-                try:
-                    body = self._connect().get_object(**arguments)["Body"]
-                except ClientError as error:
-                    if error.response.get("Error", {}).get("Code") in ("InvalidRange", "416"):
-                        return b""
-                    raise
-                try:
-                    data: bytes = body.read()
-                    return data
-                except _CUT_OFF:  # botocore retries requests, but not a body that stops in the middle
-                    if attempt == self.config.max_attempts:
-                        raise
-            time.sleep(random.uniform(0, min(20.0, 0.1 * 2**attempt)))
-        raise AssertionError("unreachable")
+        return self._fetch(key, start, length).data
+
+    def read_version(self, key: str, start: int, length: int) -> tuple[bytes, str]:
+        found = self._fetch(key, start, max(1, length))
+        return found.data[: max(0, length)], found.etag
 
     def write(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> None:
-        name = self._name(key)
-        with self._errors("write", key):
-            if isinstance(data, bytes):
-                condition: Any = {"IfNoneMatch": "*"} if if_absent else {}
-                self._connect().put_object(Bucket=self.bucket, Key=name, Body=data, **condition)
-                return
-            with data.open("rb") as file:
-                if if_absent:
-                    self._connect().put_object(Bucket=self.bucket, Key=name, Body=file, IfNoneMatch="*")
-                else:
-                    self._connect().upload_fileobj(file, self.bucket, name, Config=_TRANSFER)
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        # Some stores (Ceph 16, for one) ignore the condition on a multipart upload; on a single PUT they keep it.
+        if size > (_SINGLE_PUT_BYTES if if_absent else _MULTIPART_BYTES):
+            self._put_parts(key, data, size, if_absent)
+        else:
+            self._put(key, data, if_absent)
 
     def download(self, key: str, path: Path) -> None:
-        with self._errors("read", key), path.open("wb") as file:
-            self._connect().download_fileobj(self.bucket, self._name(key), file, Config=_TRANSFER)
+        with _arriving(path) as file:
+            first = self._fetch(key, 0, _PART_BYTES)
+
+            def copy(start: int) -> None:
+                data = self._fetch(key, start, _PART_BYTES, first.etag).data if start else first.data
+                with _local_errors(path):
+                    os.pwrite(file.fileno(), data, start)
+
+            _in_parallel(copy, range(0, first.size, _PART_BYTES))
+            if (written := os.fstat(file.fileno()).st_size) != first.size:
+                raise UserError(f"{path} has {written} of the {first.size} bytes of {self.uri}/{key}; try again")
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         base = f"{self.prefix}/" if self.prefix else ""
-        with self._errors("list", prefix):
-            pages = self._connect().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
-            for page in pages:
-                for entry in page.get("Contents", []):
-                    key = entry["Key"].removeprefix(base)
-                    if key and not key.endswith("/"):  # consoles make empty objects as folders
-                        yield ObjectInfo(key, entry["Size"], entry["ETag"].strip('"'))
+        more: dict[str, str] | None = {}
+        while more is not None:
+
+            def send(client: Any, attempts: Attempts, more: dict[str, str] = more) -> dict[str, Any]:
+                return whole(client.list_objects_v2(Bucket=self.bucket, Prefix=base + prefix, **more), "IsTruncated")
+
+            page = self._request("list", prefix, send)
+            for entry in page.get("Contents", []):
+                key = entry["Key"].removeprefix(base)
+                if key and not key.endswith("/"):  # consoles make empty objects as folders
+                    yield ObjectInfo(key, entry["Size"], _etag(entry))
+            more = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
 
     def exists(self, key: str) -> bool:
+        def send(client: Any, _: Attempts) -> None:  # not a HEAD, whose refusals do not tell their cause
+            try:
+                client.get_object(Bucket=self.bucket, Key=self._name(key), Range="bytes=0-0")["Body"].read()
+            except ClientError as error:
+                if status(error) != 416:  # an empty object has no first byte
+                    raise
+
         try:
-            with self._errors("read", key):
-                self._connect().head_object(Bucket=self.bucket, Key=self._name(key))
+            self._request("read", key, send)
         except NotFound:
             return False
         return True
 
     def delete(self, key: str) -> None:
-        with self._errors("delete", key):
-            self._connect().delete_object(Bucket=self.bucket, Key=self._name(key))
+        self._request("delete", key, lambda client, _: client.delete_object(Bucket=self.bucket, Key=self._name(key)))
 
     def under(self, prefix: str) -> S3Storage:
         sub = S3Storage(self.bucket, self._name(prefix).strip("/"), self.config)
-        sub._client = self._client
+        sub._s3 = self._s3
         return sub
+
+    def at(self, uri: str) -> Storage:
+        other = open_storage(uri, self.config)
+        if isinstance(other, S3Storage):
+            other._s3 = self._s3
+        return other
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{key}" if self.prefix else key
 
-    @property
-    def _endpoint(self) -> str | None:
-        named = (self.config.endpoint_url, os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
-        return next(filter(None, named), None)
+    def _fetch(self, key: str, start: int, length: int | None, etag: str = "") -> _Range:
+        """A range of one object, the one of that ETag if given; a body that stops is continued from where it was."""
+        address = {"Bucket": self.bucket, "Key": self._name(key)}
+        stop = "" if length is None else start + length - 1
+        sink = io.BytesIO()  # getvalue() does not copy
 
-    def _connect(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                try:
-                    session = boto3.session.Session()
-                    region = self.config.region or session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
-                    self._client = session.client(
-                        "s3",
-                        endpoint_url=self._endpoint,
-                        region_name=region,
-                        config=Config(
-                            connect_timeout=self.config.connect_timeout,
-                            read_timeout=self.config.read_timeout,
-                            retries={"mode": "standard", "total_max_attempts": self.config.max_attempts},
-                            # stores other than AWS refuse or garble the checksums that newer SDKs send
-                            request_checksum_calculation="when_required",
-                            response_checksum_validation="when_required",
-                            max_pool_connections=32,
-                            s3={"addressing_style": "path"} if self._endpoint else {},
-                        ),
-                    )
-                except ValueError:
-                    raise UserError(
-                        f"S3 endpoint {self._where()!r} is not a valid address; write it as http://host:port"
-                    ) from None
-            return self._client
+        def send(client: Any, attempts: Attempts) -> _Range:
+            nonlocal etag
+            if not etag:
+                sink.seek(0)  # nothing tells whether the rest would be of the same object
+                sink.truncate()
+            came = sink.tell()
+            condition = {"IfMatch": f'"{etag}"'} if etag else {}
+            try:
+                answer = client.get_object(**address, Range=f"bytes={start + came}-{stop}", **condition)
+            except ClientError as error:
+                if status(error) != 416:
+                    raise
+                if condition:
+                    raise self._replaced(key) from None
+                answer = client.get_object(**address)
+                answer["Body"].close()
+                if answer["ContentLength"] > start:  # it was not so a moment ago
+                    raise IncompleteReadError(actual_bytes=0, expected_bytes=1) from None
+                return _Range(b"", _etag(answer), answer["ContentLength"])
+            if etag and _etag(answer) != etag:
+                answer["Body"].close()
+                raise self._replaced(key)
+            etag = _etag(answer)
+            size = self._size(answer, start + came)
+            wanted = (size if length is None else min(size, start + length)) - start - came
+            try:
+                receive(answer["Body"], wanted, sink, self.config.read_timeout)
+            finally:
+                if etag and sink.tell() - came >= _FRUITFUL_BYTES:
+                    attempts.progressed()
+            return _Range(sink.getvalue(), etag, size)
 
-    def _where(self) -> str:
-        """The endpoint for messages, without a user name and password that might be in it."""
-        if not self._endpoint:
-            return "AWS"
-        parts = urlsplit(self._endpoint)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return self._request("read", key, send)
 
-    @contextmanager
-    def _errors(self, action: str, key: str) -> Iterator[None]:
-        """Turn boto's exceptions into UserErrors; not chained, as theirs may quote what we must not print."""
+    def _size(self, answer: dict[str, Any], start: int) -> int:
+        """Size of an object whose bytes from start on are in an answer."""
+        unit, _, rest = answer.get("ContentRange", "").partition(" ")
+        extent, _, size = rest.partition("/")
+        if unit == "bytes" and size.isdigit() and extent.startswith(f"{start}-"):
+            return int(size)
+        if not unit and not start and "ContentLength" in answer:  # the whole object, as HTTP allows
+            return int(answer["ContentLength"])
+        answer["Body"].close()
+        raise UserError(f"the store at {self._s3.where()} does not serve parts of objects; use one that does")
+
+    def _put(self, key: str, data: bytes | Path, if_absent: bool) -> None:
+        writer = uuid.uuid4().hex
+        options: dict[str, Any] = {"IfNoneMatch": "*", "Metadata": {_WRITER: writer}} if if_absent else {}
+
+        def send(client: Any, attempts: Attempts) -> None:
+            try:
+                with _opened(data) as body:
+                    client.put_object(Bucket=self.bucket, Key=self._name(key), Body=body, **options)
+            except ClientError as error:
+                if not (status(error) == 412 and attempts.count and self._is_by(key, writer)):
+                    raise
+
+        self._request("write", key, send)
+
+    def _put_parts(self, key: str, data: bytes | Path, size: int, if_absent: bool) -> None:
+        address = {"Bucket": self.bucket, "Key": self._name(key)}
+        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        writer = uuid.uuid4().hex
+
+        def refuse_present() -> None:  # for stores that ignore the condition below
+            if if_absent and self.exists(key):
+                raise AlreadyExists(f"{self.uri}/{key} exists already")
+
+        def create(client: Any, _: Attempts) -> str:
+            answer = client.create_multipart_upload(**address, Metadata={_WRITER: writer})
+            return str(whole(answer, "UploadId")["UploadId"])
+
+        def put_part(start: int) -> dict[str, Any]:
+            body = _part(data, start, part_bytes)
+            number = start // part_bytes + 1
+
+            def send(client: Any, _: Attempts) -> dict[str, Any]:
+                answer = client.upload_part(**address, UploadId=upload, PartNumber=number, Body=body)
+                return {"PartNumber": number, "ETag": answer["ETag"]}
+
+            return self._request("write", key, send)
+
+        def complete(client: Any, attempts: Attempts) -> None:
+            condition = {"IfNoneMatch": "*"} if if_absent else {}
+            try:
+                answer = client.complete_multipart_upload(
+                    **address, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
+                )
+                whole(answer, "ETag")
+            except ClientError as error:  # the first answer may have been lost, and the upload is gone
+                if not (status(error) in (404, 412) and attempts.count and self._is_by(key, writer)):
+                    raise
+
+        refuse_present()
+        upload = self._request("write", key, create)
         try:
-            yield
-        except ClientError as error:
-            self._raise_client_error(error, action, key)
-        except _NO_CREDENTIALS as error:
-            raise UserError(
-                f"no usable AWS credentials for {self.uri} ({type(error).__name__}); {_CREDENTIAL_HINT}"
-            ) from None
-        except ParamValidationError:
-            raise UserError(f"{self.uri}/{key} is not a valid S3 address: check the bucket's name") from None
-        except _UNREACHABLE as error:
-            raise UserError(
-                f"cannot reach the S3 endpoint {self._where()} to {action} {self.uri}/{key} ({type(error).__name__}); "
-                "check s3.endpoint_url, and that the server is up"
-            ) from None
-        except BotoCoreError as error:
-            raise UserError(f"cannot {action} {self.uri}/{key} at {self._where()}: {type(error).__name__}") from None
+            parts = _in_parallel(put_part, range(0, size, part_bytes))
+            refuse_present()
+            self._request("write", key, complete)
+        except BaseException:
+            with suppress(UserError, RequestFailed):
+                self._s3.request(
+                    "abort a write",
+                    lambda client, _: client.abort_multipart_upload(**address, UploadId=upload),
+                    once=True,
+                )
+            raise
 
-    def _raise_client_error(self, error: ClientError, action: str, key: str) -> NoReturn:
-        code = str(error.response.get("Error", {}).get("Code", "unknown"))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        address = f"{self.uri}/{key}"
-        if code == "NoSuchBucket" or (code in ("404", "NotFound") and not self._bucket_exists()):
-            raise UserError(
-                f"bucket {self.bucket!r} does not exist at {self._where()}; create it or check the name"
-            ) from None
-        if code in ("NoSuchKey", "404", "NotFound"):
-            raise NotFound(f"{address} does not exist at {self._where()}") from None
-        if code in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
-            raise AlreadyExists(f"{address} exists already") from None
-        if code in _REFUSED:
-            raise UserError(f"{self._where()} refuses the AWS credentials ({code}); {_CREDENTIAL_HINT}") from None
-        if status == 403 or code in ("AccessDenied", "403"):
-            raise UserError(
-                f"access denied: these AWS credentials may not {action} {address} at {self._where()}; "
+    def _is_by(self, key: str, writer: str) -> bool:
+        """Whether the object is the one that a certain write() made: its answer was lost, then."""
+
+        def send(client: Any, _: Attempts) -> bool:
+            answer = client.get_object(Bucket=self.bucket, Key=self._name(key))
+            answer["Body"].close()
+            return bool(answer["Metadata"].get(_WRITER) == writer)
+
+        try:
+            return self._request("read", key, send)
+        except NotFound:
+            return False
+
+    def _request(self, action: str, key: str, send: Callable[[Any, Attempts], T]) -> T:
+        try:
+            return self._s3.request(f"{action} {self.uri}/{key}", send)
+        except RequestFailed as failed:  # not chained: boto's errors may quote what we must not print
+            raise self._explained(failed, action, key) from None
+
+    def _explained(self, failed: RequestFailed, action: str, key: str) -> UserError:
+        """What the user can do about a request that was given up."""
+        error, where, address = failed.error, self._s3.where(), f"{self.uri}/{key}"
+        effort = f", {failed.attempts}" if failed.attempts.count > 1 else ""
+        what = cause(error) + effort
+        failure = failure_of(error)
+        if isinstance(error, ClientError) and failure in ("lasting", "refused"):
+            return self._refusal(error, action, key)
+        if isinstance(error, ClientError) and failure == "expired":
+            return UserError(
+                f"cannot {action} {address}: the AWS credentials have expired ({code(error)}{effort}); renew them and "
+                "start again, or use ones that renew themselves, such as an instance role"
+            )
+        if failure == "credentials":
+            return UserError(f"no usable AWS credentials for {self.uri} ({what}); {_CREDENTIAL_HINT}")
+        if failure == "store":
+            return UserError(
+                f"cannot {action} {address} at {where}: {what}; the store is overloaded or in trouble: start again "
+                "later, or raise s3.retry_seconds"
+            )
+        if failure == "connection" and self._s3.answered:
+            return UserError(
+                f"the connection to {where} fails: cannot {action} {address} ({what}); check the network and the "
+                "server and start again, or raise s3.retry_seconds"
+            )
+        if failure == "connection":
+            return UserError(
+                f"cannot reach the S3 endpoint {where} to {action} {address} ({what}); check s3.endpoint_url, and that "
+                "the server is up"
+            )
+        if isinstance(error, SSLError):
+            return UserError(
+                f"the certificate of {where} is not trusted; set AWS_CA_BUNDLE to a file with its authority"
+            )
+        if isinstance(error, ParamValidationError):
+            return UserError(f"{address} is not a valid S3 address: check the bucket's name")
+        return UserError(f"cannot {action} {address} at {where}: {what}")
+
+    def _refusal(self, error: ClientError, action: str, key: str) -> UserError:
+        where, address = self._s3.where(), f"{self.uri}/{key}"
+        if code(error) == "NoSuchBucket":
+            return UserError(f"bucket {self.bucket!r} does not exist at {where}; create it or check the name")
+        if code(error) in ("NoSuchKey", "404", "NotFound"):
+            return NotFound(f"{address} does not exist at {where}")
+        if status(error) == 412:
+            return self._replaced(key) if action == "read" else AlreadyExists(f"{address} exists already")
+        if code(error) == "RequestTimeTooSkewed":
+            return UserError(f"{where} refuses requests because this machine's clock is wrong; set the clock")
+        if code(error) in REFUSED:
+            return UserError(f"{where} refuses the AWS credentials ({code(error)}); {_CREDENTIAL_HINT}")
+        if status(error) == 403:
+            return UserError(
+                f"access denied: these AWS credentials may not {action} {address} at {where}; "
                 "ask for that permission or use other credentials"
-            ) from None
-        if status == 301 or code in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
-            raise UserError(f"bucket {self.bucket!r} is in another region; set s3.region") from None
-        raise UserError(f"cannot {action} {address} at {self._where()}: {code} (HTTP {status})") from None
+            )
+        if status(error) == 301 or code(error) in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
+            return UserError(f"bucket {self.bucket!r} is in another region; set s3.region")
+        return UserError(f"cannot {action} {address} at {where}: {cause(error)}")
 
-    def _bucket_exists(self) -> bool:
-        """Whether the bucket is there; a HEAD of an object has no body that would tell. True where we may not look."""
-        try:
-            self._connect().head_bucket(Bucket=self.bucket)
-        except ClientError as error:
-            return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 404
-        except BotoCoreError:
-            return True
-        return True
+    def _replaced(self, key: str) -> Replaced:
+        return Replaced(
+            f"{self.uri}/{key} was replaced by another object while it was read; start again when nothing writes there"
+        )
+
+
+def _etag(answer: dict[str, Any]) -> str:
+    return str(answer.get("ETag", "")).strip('"')
+
+
+@contextmanager
+def _arriving(path: Path) -> Iterator[Any]:
+    """A file to write that gets its name when the block ends without an error."""
+    temporary = path.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    try:
+        with _local_errors(path):
+            file = temporary.open("wb")
+        with file:
+            yield file
+        with _local_errors(path):
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _local_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _opened(data: bytes | Path) -> Iterator[Any]:
+    if isinstance(data, bytes):
+        yield data
+    else:
+        with data.open("rb") as file:
+            yield file
+
+
+def _part(data: bytes | Path, start: int, length: int) -> bytes:
+    if isinstance(data, bytes):
+        return data[start : start + length]
+    with data.open("rb") as file:
+        file.seek(start)
+        return file.read(length)
+
+
+def _in_parallel(function: Callable[[int], T], starts: Iterable[int]) -> list[T]:
+    """Results of a function in order, from some threads; after an error no further call is begun, and none runs on."""
+    with ThreadPoolExecutor(_PARALLEL_PARTS, "part") as pool:
+        return list(pool.map(function, starts))

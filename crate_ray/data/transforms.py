@@ -5,83 +5,279 @@ Randomness comes in as uniform numbers (order.uniform): a sample's augmentation 
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+
+from crate_ray.data.scratch import scratch
+
+Int64 = NDArray[np.int64]
 
 _CROP_TRIES = 10
 CROP_UNIFORMS = 4 * _CROP_TRIES + 1
 """Uniform numbers that one training sample consumes."""
 
-
-@dataclass(frozen=True)
-class Crop:
-    """A rectangle of the source image in pixels, and whether to mirror it."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool = False
+LARGEST_SMALL_SIDE = 64
+"""Images of at most so many pixels a side are resized together."""
 
 
-def random_crop(
-    height: int,
-    width: int,
+class Crops(NamedTuple):
+    """Rectangles of n source images in pixels, and whether to mirror what is cut out; arrays (n,)."""
+
+    top: Int64
+    left: Int64
+    height: Int64
+    width: Int64
+    flip: NDArray[np.bool_]
+
+    def take(self, rows: Int64) -> Crops:
+        """Those of some of the images."""
+        return Crops(self.top[rows], self.left[rows], self.height[rows], self.width[rows], self.flip[rows])
+
+
+CropRule = Callable[[Int64, Int64], Crops]
+"""From the heights and widths of n images, (n,), to the part of each that is wanted."""
+
+
+class Orientation(NamedTuple):
+    """How stored pixels become the upright picture: first transposed, then turned over vertically and horizontally."""
+
+    transposed: bool = False
+    flip_vertical: bool = False
+    flip_horizontal: bool = False
+
+    def mirrored(self) -> Orientation:
+        """With the upright picture mirrored on top."""
+        return self._replace(flip_horizontal=not self.flip_horizontal)
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels, with fractions."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+# --- Crops ----------------------------------------------------------------------------------------------------------
+
+
+def random_crops(
+    heights: Int64,
+    widths: Int64,
     u: NDArray[np.float64],
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: bool,
-) -> Crop:
-    """Random resized crop as torchvision draws it: area uniform in scale, log aspect ratio uniform in log ratio.
+) -> Crops:
+    """Random resized crops as torchvision draws them: area uniform in scale, log aspect ratio uniform in log ratio.
 
-    Ten tries, then the largest centre crop within the ratio. `u` holds CROP_UNIFORMS uniform numbers.
+    Ten tries each, then the largest centre crop within the ratio. `u` holds CROP_UNIFORMS uniform numbers a row.
     """
-    mirrored = flip and bool(u[-1] < 0.5)
+    tries = u[:, :-1].reshape(len(u), _CROP_TRIES, 4)
+    # Most fit at the first try, so the others are computed for the rest only.
+    top, left, height, width, fits = _tried_crops(heights, widths, tries[:, :1], scale, ratio)
+    if not fits.all():
+        rows = np.flatnonzero(~fits)
+        *again, fits = _tried_crops(heights[rows], widths[rows], tries[rows, 1:], scale, ratio)
+        fallback = _widest_crops(heights[rows], widths[rows], ratio)
+        for column, tried, widest in zip((top, left, height, width), again, fallback, strict=True):
+            column[rows] = np.where(fits, tried, widest)
+    return Crops(top, left, height, width, u[:, -1] < 0.5 if flip else np.zeros(len(u), np.bool_))
+
+
+def _tried_crops(
+    heights: Int64,
+    widths: Int64,
+    tries: NDArray[np.float64],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[Int64, Int64, Int64, Int64, NDArray[np.bool_]]:
+    """The first of the tries, (n, tries, 4), that fits into each image, and whether there is one."""
+    H, W = heights[:, None], widths[:, None]
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for i in range(0, 4 * _CROP_TRIES, 4):
-        u_area, u_ratio, u_top, u_left = u[i : i + 4]
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * u_area)
-        aspect = math.exp(log_low + (log_high - log_low) * u_ratio)
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return Crop(int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w, mirrored)
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = max(1, min(height, round(width / ratio[0])))
-    elif width / height > ratio[1]:
-        w = max(1, min(width, round(height * ratio[1])))
-    return Crop((height - h) // 2, (width - w) // 2, h, w, mirrored)
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * tries[:, :, 0])
+    logs = log_low + (log_high - log_low) * tries[:, :, 1]
+    # NumPy's exp depends on the processor in its last bit, and with it the crop of one sample in very many.
+    aspect = np.array([math.exp(x) for x in logs.ravel().tolist()]).reshape(logs.shape)
+    w, h = np.rint(np.sqrt(area * aspect)).astype(np.int64), np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
+    rows, first = np.arange(len(heights)), fits.argmax(1)
+    h, w, u_top, u_left = h[rows, first], w[rows, first], tries[rows, first, 2], tries[rows, first, 3]
+    top, left = (u_top * (heights - h + 1)).astype(np.int64), (u_left * (widths - w + 1)).astype(np.int64)
+    return top, left, h, w, fits[rows, first]
 
 
-def centre_crop(height: int, width: int, out_hw: tuple[int, int]) -> Crop:
-    """The largest centre crop with the output's aspect ratio: resize of the shortest side and centre crop in one."""
-    scale = min(height / out_hw[0], width / out_hw[1])
-    h, w = min(height, max(1, round(out_hw[0] * scale))), min(width, max(1, round(out_hw[1] * scale)))
-    return Crop((height - h) // 2, (width - w) // 2, h, w)
+def _widest_crops(heights: Int64, widths: Int64, ratio: tuple[float, float]) -> tuple[Int64, Int64, Int64, Int64]:
+    """The largest centre crops whose aspect ratio is within bounds."""
+    aspect = widths / heights
+    h = np.where(aspect < ratio[0], np.clip(np.rint(widths / ratio[0]).astype(np.int64), 1, heights), heights)
+    too_wide = (aspect >= ratio[0]) & (aspect > ratio[1])
+    w = np.where(too_wide, np.clip(np.rint(heights * ratio[1]).astype(np.int64), 1, widths), widths)
+    return (heights - h) // 2, (widths - w) // 2, h, w
 
 
-def crop_resize(image_HWC: NDArray[np.uint8], crop: Crop, out_CHW: Tensor) -> None:
-    """Cut, resize (antialiased bicubic) and mirror an image into a slot of the batch, uint8."""
-    view = image_HWC[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    if not view.flags.writeable:
-        view = view.copy()
-    _resize_into(torch.from_numpy(view).permute(2, 0, 1), crop.flip, out_CHW)
+def centre_crops(heights: Int64, widths: Int64, out_hw: tuple[int, int]) -> Crops:
+    """The largest centre crops with the output's aspect ratio: resize of the shortest side and centre crop in one."""
+    scale = np.minimum(heights / out_hw[0], widths / out_hw[1])
+    h = np.clip(np.rint(out_hw[0] * scale).astype(np.int64), 1, heights)
+    w = np.clip(np.rint(out_hw[1] * scale).astype(np.int64), 1, widths)
+    return Crops((heights - h) // 2, (widths - w) // 2, h, w, np.zeros(len(heights), np.bool_))
 
 
-def crop_resize_grid(grid_CHW: NDArray[np.float32], crop: Crop, out_CHW: Tensor) -> None:
+# --- Resizing -------------------------------------------------------------------------------------------------------
+
+
+def resize_image(
+    pixels_HWC: NDArray[np.uint8], out_CHW: Tensor, orientation: Orientation | None = None, box: Box | None = None
+) -> None:
+    """Resize an image (antialiased bicubic, uint8) into a slot of the batch, made upright.
+
+    Args:
+        pixels_HWC: what was cut out of the image, as it is stored.
+        out_CHW: the slot.
+        orientation: from the stored to the wanted picture.
+        box: the part of the pixels to sample, where it is not all of them.
+    """
+    size = _stored_hw(out_CHW, orientation)
+    if box is not None:  # torch samples whole pixels only
+        mode, pixels = ("L", pixels_HWC[:, :, 0]) if pixels_HWC.shape[2] == 1 else ("RGB", pixels_HWC)
+        image = Image.frombuffer(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
+        corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+        resized = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, corners))
+        resized_CHW = resized.reshape(*size, -1).transpose(2, 0, 1)
+    else:
+        # Otherwise torch copies it, as below.
+        pixels_HWC = np.require(pixels_HWC, requirements=("C", "W"))
+        source_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+        if pixels_HWC.shape[:2] != size:
+            source_CHW = F.interpolate(source_CHW[None], size=size, mode="bicubic", antialias=True)[0]
+        resized_CHW = source_CHW.numpy()
+    _put(resized_CHW, orientation, out_CHW)
+
+
+def resize_grid(grid_CHW: NDArray[np.float32], out_CHW: Tensor, flip: bool = False) -> None:
     """The same for a float grid (channels, height, width)."""
-    view = grid_CHW[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    _resize_into(torch.from_numpy(view), crop.flip, out_CHW)
+    out = out_CHW.numpy()
+    for plane, target in zip(grid_CHW, out[:, :, ::-1] if flip else out, strict=True):
+        # Pillow's, because torch resizes floats with a team of threads for every decoding thread.
+        target[...] = Image.fromarray(plane).resize(out.shape[:0:-1], Image.Resampling.BICUBIC)
 
 
-def _resize_into(view_CHW: Tensor, flip: bool, out_CHW: Tensor) -> None:
-    if view_CHW.shape != out_CHW.shape:
-        size = out_CHW.shape[1:]
-        view_CHW = F.interpolate(view_CHW[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
-    out_CHW.copy_(view_CHW.flip(-1) if flip else view_CHW)
+def _stored_hw(out_CHW: Tensor, orientation: Orientation | None) -> tuple[int, int]:
+    height, width = out_CHW.shape[1:]
+    return (width, height) if orientation is not None and orientation.transposed else (height, width)
+
+
+def _put(resized_CHW: NDArray[np.uint8], orientation: Orientation | None, out_CHW: Tensor) -> None:
+    if orientation is not None:
+        if orientation.transposed:
+            resized_CHW = resized_CHW.transpose(0, 2, 1)
+        if orientation.flip_vertical:
+            resized_CHW = resized_CHW[:, ::-1]
+        if orientation.flip_horizontal:
+            resized_CHW = _mirrored(resized_CHW)
+    # Not by torch: after a copy, its team of threads spins on the cores that the other decoding threads need.
+    np.copyto(out_CHW.numpy(), resized_CHW)
+
+
+def _mirrored(pixels_CHW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if pixels_CHW.shape[2] % 8 or not pixels_CHW.flags.c_contiguous:
+        return pixels_CHW[:, :, ::-1]
+    # Eight pixels at once: byte by byte, it takes a fifth as long as to resize.
+    return pixels_CHW.view(np.uint64)[:, :, ::-1].byteswap().view(np.uint8)
+
+
+class SmallResize(NamedTuple):
+    """Cuts, resizes (antialiased bicubic) and mirrors n small images, all at once, by two matrix products each.
+
+    One by one, calls would cost more than arithmetic. An image's result does not depend on the others.
+    """
+
+    rows: NDArray[np.float32]
+    """(n, output height, side)."""
+    columns: NDArray[np.float32]
+    """(n, side, output width)."""
+
+    @classmethod
+    def of(cls, crops: Crops, side: int, out_hw: tuple[int, int], reduction: tuple[int, int] = (1, 1)) -> SmallResize:
+        """For images that lie in the upper left corner of squares.
+
+        Args:
+            crops: what to cut.
+            side: the squares' height and width.
+            out_hw: of the output.
+            reduction: by which the images' rows and columns are reduced, 1 or 2. Where it is 2, a plane is to be
+                interpolated as libjpeg does with chroma, and has a copy of its first row (column) before it and one
+                of its last behind it.
+        """
+        rows = _small_weights("rows", crops.top, crops.height, side, out_hw[0], reduction[0])
+        columns = _small_weights("columns", crops.left, crops.width, side, out_hw[1], reduction[1])
+        columns[crops.flip] = columns[crops.flip, ::-1]
+        return cls(rows, columns.transpose(0, 2, 1))
+
+    def __call__(self, planes_NCHW: NDArray[np.float32], out_NCHW: NDArray[np.float32]) -> None:
+        """From the n squares with C channels to (n, C, output height, output width)."""
+        n, channels, height, _ = planes_NCHW.shape
+        narrow = scratch("narrow", (n, channels, height, self.columns.shape[2]), np.float32)
+        np.matmul(planes_NCHW, self.columns[:, None], out=narrow)
+        np.matmul(self.rows[:, None], narrow, out=out_NCHW)
+
+
+@functools.lru_cache(maxsize=4096)
+def small_side(height: int, width: int, out_hw: tuple[int, int]) -> int | None:
+    """The side of the square that images of this size are resized in together; None for those that are too large.
+
+    It depends on the image alone, and BLAS takes no second thread for products of such squares.
+    """
+    side = 32 if max(height, width) <= 32 else LARGEST_SMALL_SIDE
+    largest_product = side * max(side, out_hw[0]) * out_hw[1]
+    return side if max(height, width) <= side and largest_product <= 2**18 else None
+
+
+def _small_weights(
+    name: str, start: Int64, length: Int64, side: int, out_size: int, reduction: int
+) -> NDArray[np.float32]:
+    """The weights of n crops, (n, out_size, side / reduction), in scratch memory."""
+    first_of_length, table = _weight_table(side, out_size, reduction)
+    weights = scratch(f"{name} {reduction}", (len(start), *table.shape[1:]), np.float32)
+    # Clipping does nothing here; without it, NumPy takes a detour through a buffer.
+    return table.take(first_of_length[length] + start, axis=0, out=weights, mode="clip")
+
+
+@functools.lru_cache(maxsize=8)
+def _weight_table(side: int, out_size: int, reduction: int) -> tuple[Int64, NDArray[np.float32]]:
+    """How Pillow weighs the pixels of each crop [start, start + length) of `side` pixels.
+
+    Returns where the crops of a length begin, by their start, in the table (crops, out_size, side).
+    """
+    starts = np.arange(side, -1, -1) + 1  # of each length
+    starts[0] = 0
+    first_of_length = np.concatenate(([0], starts.cumsum()[:-1]))
+    table = np.zeros((int(starts.sum()), out_size, side), np.float32)
+    for length in range(1, side + 1):
+        scale = length / out_size
+        stretch = max(scale, 1.0)
+        centre = (np.arange(out_size)[:, None] + 0.5) * scale
+        x = np.abs((np.arange(length) + 0.5 - centre) / stretch)
+        taps = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+        taps[x >= 2] = 0
+        taps /= taps.sum(1, keepdims=True)
+        for start in range(side - length + 1):
+            table[first_of_length[length] + start, :, start : start + length] = taps
+    if reduction == 2:  # ¾ of the pixel's own value and ¼ of the neighbour on its side
+        pixel = np.arange(side)
+        interpolation = np.zeros((side, side // 2 + 2), np.float32)
+        interpolation[pixel, pixel // 2 + 1] = 0.75
+        interpolation[pixel, pixel // 2 + 2 * (pixel % 2)] = 0.25
+        table = table @ interpolation
+    return first_of_length, table

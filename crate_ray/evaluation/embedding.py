@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from crate_ray.config import EmbedConfig, Feature, S3Config, Settings
 from crate_ray.data.arrow import arrow_filesystem
-from crate_ray.data.reader import read_samples
+from crate_ray.data.reader import ShardReader, Unreadable
 from crate_ray.data.shards import load_dataset
 from crate_ray.data.storage import AlreadyExists, NotFound, Storage, open_storage
 from crate_ray.errors import UserError
@@ -95,6 +95,7 @@ class _Encoder:
         self, uri: str, s3: S3Config, description_json: str, weights: Any, feature: Feature, batch_size: int
     ) -> None:
         self._shards, self._batch_size = load_dataset(open_storage(uri, s3)), batch_size
+        self._reader = ShardReader(self._shards)
         description = ModelDescription.model_validate_json(description_json)
         model = build_model(description.model)
         model.load_state_dict(safetensors.torch.load(ray.get(weights)))
@@ -103,7 +104,11 @@ class _Encoder:
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> pa.Table:
         start = int(batch["start"][0])
-        samples = read_samples(self._shards, start, self._batch_size)
+        samples = []
+        for sample in self._reader.read(start, self._batch_size):
+            if isinstance(sample, Unreadable):
+                raise UserError(f"cannot embed sample {sample.key}: {sample.error}")
+            samples.append(sample)
         suffixes = self._shards.manifest.image_suffixes
         encoded = [bytes(next(s.members[x] for x in suffixes if x in s.members)) for s in samples]
         vectors = self._extractor(self._extractor.load(encoded)).numpy()

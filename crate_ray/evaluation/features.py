@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.config import DataConfig, Feature, ModelConfig
-from crate_ray.data.decode import decode_grid, decode_image
+from crate_ray.data.decode import decode_batch
 from crate_ray.data.loader import Batch, evaluation_loader
 from crate_ray.data.shards import ShardSet
-from crate_ray.data.transforms import centre_crop, crop_resize, crop_resize_grid
+from crate_ray.data.transforms import Crops, Int64, centre_crops
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.export import ModelDescription, load_exported
 from crate_ray.training.step import Normalizer
@@ -59,18 +58,16 @@ class FeatureExtractor:
         Each is cut to its largest centre crop with the model's aspect ratio and resized, as in evaluation. Raises
         DecodeError for what is not an image.
         """
-        config = self.description.model
-        is_grid = self.description.kind == "grid"
-        out = torch.empty(
-            len(items), config.channels, *config.image_hw, dtype=torch.float32 if is_grid else torch.uint8
-        )
-        for item, slot in zip(items, out, strict=True):
-            if is_grid:
-                grid = decode_grid(item, config.channels) if isinstance(item, bytes) else np.asarray(item, np.float32)
-                crop_resize_grid(grid, centre_crop(grid.shape[1], grid.shape[2], config.image_hw), slot)
-            else:
-                pixels = decode_image(item, config.channels) if isinstance(item, bytes) else np.asarray(item)
-                crop_resize(pixels, centre_crop(pixels.shape[0], pixels.shape[1], config.image_hw), slot)
+        config, kind = self.description.model, self.description.kind
+        dtype = torch.float32 if kind == "grid" else torch.uint8
+        out = torch.empty(len(items), config.channels, *config.image_hw, dtype=dtype)
+
+        def centre(heights: Int64, widths: Int64) -> Crops:
+            return centre_crops(heights, widths, config.image_hw)
+
+        for error in decode_batch(items, kind, centre, out):
+            if error is not None:
+                raise error
         return out
 
 

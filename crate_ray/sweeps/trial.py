@@ -105,6 +105,9 @@ class _Reporter:
                 self._record.update(objective=self.last_loss, step=step)
                 tune.report({"objective": self.last_loss, "step": step})
 
+    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
+        """The trial's run in MLflow has them."""
+
     def picture(self, step: int, name: str, png: bytes) -> None:
         """Ray Tune has no use for pictures."""
 

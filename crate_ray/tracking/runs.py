@@ -13,6 +13,7 @@ import re
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,13 @@ class RunTracker:
         path = self._folder / "files" / f"{name}-{step:08d}.png"
         path.write_bytes(png)
         self._append({"kind": "file", "path": path.as_posix(), "folder": name, "name": f"step-{step:08d}.png"})
+
+    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
+        """Record keys and causes of unusable samples as an artifact bad_samples/step-<step>-<id>.json."""
+        name = f"step-{step:08d}-{uuid.uuid4().hex[:8]}.json"
+        path = self._folder / "files" / f"bad-{name}"
+        path.write_text(json.dumps(causes, indent=1))
+        self._append({"kind": "file", "path": path.as_posix(), "folder": "bad_samples", "name": name})
 
     def text(self, name: str, content: str) -> None:
         """Record a text file as an artifact."""

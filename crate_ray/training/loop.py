@@ -120,6 +120,7 @@ def train(payload: dict[str, Any]) -> None:
             discard_step(trained, torch.zeros(1, *size, device=device), torch.zeros(1, num_patches, device=device))
         watch, batches = Stopwatch(), iter(loader)
         loss_sum, steps_since_log = torch.zeros((), device=device), 0
+        told: set[str] = set()
         while step < total_steps:
             began = watch.wait_began()
             batch = next(batches)
@@ -156,6 +157,9 @@ def train(payload: dict[str, Any]) -> None:
                 values = {"loss": loss, "lr": lr, "gradient_norm": gradient_norm.item(), "epoch": epoch, **rates}
                 reporter.metrics(step, values)
                 loss_sum, steps_since_log = torch.zeros((), device=device), 0
+                if new := {key: cause for key, cause in list(loader.bad.causes.items()) if key not in told}:
+                    told |= new.keys()
+                    payload["mailbox"].put.remote(("bad_samples", step, new))
             if validation and (step % validate_every == 0 or step == total_steps):
                 loss = validation_loss(model, validation, config, normalizer, autocast, rank, world_size)
                 reporter.metrics(step, {"validation_loss": loss})
@@ -181,10 +185,10 @@ def validation_loss(
     rank: int = 0,
     world_size: int = 1,
 ) -> float:
-    """Mean masked loss over every held-out sample exactly once, each with one fixed mask. A collective call."""
+    """Mean masked loss over every usable held-out sample exactly once, each with one fixed mask. A collective call."""
     device = normalizer.mean.device
     batch_size = min(config.training.micro_batch_size or config.training.batch_size, 256) * world_size
-    total = torch.zeros((), device=device, dtype=torch.float64)
+    total = torch.zeros(2, device=device, dtype=torch.float64)  # sum of losses, number of samples
     model.eval()
     with evaluation_loader(
         validation, config.model, config.data, batch_size=batch_size, rank=rank, world_size=world_size
@@ -195,11 +199,12 @@ def validation_loss(
             noise = probe_noise(batch.samples, config.model.num_patches).to(device)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 output = model(normalizer(batch.images.to(device)), noise)
-            total += output.sample_loss.double().sum()
+            total[0] += output.sample_loss.double().sum()
+            total[1] += len(batch.samples)
     model.train()
     if world_size > 1:
         dist.all_reduce(total)
-    return total.item() / validation.manifest.num_samples
+    return (total[0] / total[1]).item()
 
 
 def _restore(run: Storage, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:

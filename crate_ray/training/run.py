@@ -7,6 +7,7 @@ import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -116,6 +117,8 @@ def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
     folders = {"train": data.train, "validation": data.validation}
     absolute = {name: open_storage(uri, s3).uri for name, uri in folders.items() if uri}
     storage = open_storage(config.storage, s3).uri
+    if data.cache_dir:
+        absolute["cache_dir"] = str(Path(data.cache_dir).expanduser().absolute())
     return config.model_copy(update={"data": data.model_copy(update=absolute), "storage": storage})
 
 
@@ -216,6 +219,8 @@ def _deliver(mailbox: Any, listeners: Sequence[Listener]) -> None:
                 listener.metrics(step, *rest)
             elif kind == "picture":
                 listener.picture(step, *rest)
+            elif kind == "bad_samples":
+                listener.bad_samples(step, *rest)
         if kind == "error":
             # Ray Train would try again, which would not help.
             raise UserError(*rest)

@@ -24,6 +24,9 @@ class Listener(Protocol):
     def picture(self, step: int, name: str, png: bytes) -> None:
         """A picture made after so many steps."""
 
+    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
+        """Samples that a worker could not use and had not told of before: cause by key."""
+
 
 class Stopwatch:
     """Time since the last lap, and the part of it that was spent waiting for data."""

@@ -78,7 +78,24 @@ def test_pack_index_and_repack_in_a_bucket(endpoint: str, tmp_path: Path) -> Non
         again = load_dataset(dataset.storage).manifest
         assert (again.shards_sha256, again.index_sha256) == (manifest.shards_sha256, manifest.index_sha256)
 
-        local = prepare("--source", f"{base}/a", "--output", str(tmp_path), "--shuffle", "false", *to_s3)
+        elsewhere = prepare(
+            "--output", str(tmp_path / "index"), "--shards", f"{base}/a/shard-{{000001..000003}}.tar", *to_s3
+        )
+        assert elsewhere.returncode == 0, elsewhere.stderr
+        assert "1,297 images in 3 shards" in elsewhere.stdout
+        indexed_here = load_dataset(open_storage(str(tmp_path / "index"), S3Config(endpoint_url=endpoint)))
+        assert (indexed_here.manifest.shards_uri, indexed_here.shard_storage.uri) == (f"{base}/a", f"{base}/a")
+        start, end, _ = indexed_here.byte_range(0, 0, 16)
+        data = indexed_here.shard_storage.read(indexed_here.shard_name(0), start, end - start)
+        indexed_here.check(0, start, data)
+        assert len(parse_samples(data)) == 16
+        absent = prepare(
+            "--output", str(tmp_path / "more"), "--shards", f"{base}/a/shard-{{000003..000004}}.tar", *to_s3
+        )
+        assert absent.returncode == 2
+        assert "no shards named shard-000004.tar under" in absent.stderr
+
+        local = prepare("--source", f"{base}/a", "--output", str(tmp_path / "local"), "--shuffle", "false", *to_s3)
         assert local.returncode == 0, local.stderr
         assert "1,797 images in 1 shard " in local.stdout
     finally:

@@ -13,20 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset as wds
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from crate_ray.config import PrepareConfig, S3Config
-from crate_ray.data.packing import Item, Source, index_existing, open_source, pack
+from crate_ray.data.packing import Item, Source, find_shards, index_existing, open_source, pack
 from crate_ray.data.shards import (
+    SHARD_DTYPE,
     DamagedShard,
     Manifest,
+    ShardSet,
+    index_shard,
     load_dataset,
     name_pattern,
     parse_samples,
     read_table,
+    save_dataset,
     split_name,
 )
 from crate_ray.data.storage import Storage, open_storage
@@ -77,6 +82,42 @@ def stock_samples(shard: bytes) -> Samples:
 def stock_read(path: Path) -> Samples:
     dataset = wds.WebDataset(str(path), shardshuffle=False)
     return [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in dataset]
+
+
+def gathered(shard: bytes) -> Samples:
+    """What stock tarfile reads from a shard, hard links included, by webdataset's keys."""
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(fileobj=io.BytesIO(shard)) as tar:
+        for info in tar:
+            if info.isreg() or info.islnk():
+                key, suffix = base_plus_ext(info.name.removeprefix("./"))
+                samples.setdefault(key, {})[suffix.lower()] = tar.extractfile(info).read()  # type: ignore[union-attr]
+    return list(samples.items())
+
+
+def read_shard(dataset: ShardSet, shard: int, stride: int = 7) -> Samples:
+    """All samples of a shard by what the index says: ranges of it, or its table."""
+    name = dataset.shard_name(shard)
+    count = int(dataset.samples[shard])
+    if dataset.has_table(shard):
+        found: list[tuple[str, dict[str, bytes]]] = []
+        for row in dataset.table(shard):
+            key = row["key"].decode()
+            if int(row["sample"]) == len(found):
+                found.append((key, {}))
+            content = dataset.shard_storage.read(name, int(row["offset"]), int(row["size"]))
+            assert xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF == row["digest"]
+            assert found[int(row["sample"])][0] == key
+            found[int(row["sample"])][1][row["suffix"].decode()] = content
+        return found
+    found = []
+    for first in range(0, count, stride):
+        wanted = min(stride, count - first)
+        start, end, covered = dataset.byte_range(shard, first, wanted)
+        data = dataset.shard_storage.read(name, start, end - start)
+        dataset.check(shard, start, data)
+        found += plain(parse_samples(data, name))[first - covered :][:wanted]
+    return found
 
 
 def plain(samples: list[Any]) -> Samples:
@@ -137,17 +178,42 @@ def test_ranges_hold_what_stock_readers_read(
         assert samples[first - covered :][:count] == expected[first : first + count]
 
 
-def _indexed(folder: Path, shard: bytes) -> Any:
-    """The dataset of one shard whose members are no real images."""
-    from crate_ray.data.packing import _index  # its measuring wants real images
-    from crate_ray.data.shards import SHARD_DTYPE, save_dataset
-
-    row, offsets = _index(shard, read_table(shard, "x.tar"))
+def _indexed(folder: Path, shard: bytes) -> ShardSet:
+    """The dataset of one shard whose members are no real images, which packing.index_existing would not take."""
+    row, entries, table = index_shard(shard, read_table(shard, "x.tar"))
+    storage = local(folder)
+    if table is not None:
+        storage.write("x.tar.table.npy", table)
     described = {"kind": "image", "image_suffixes": ("jpg",), "suffixes": ("jpg",), "channels": 3, "num_measured": 1}
     save_dataset(
-        local(folder), ["x.tar"], np.array([row], SHARD_DTYPE), [offsets], **described, mean=(0.5,) * 3, std=(0.5,) * 3
+        storage, ["x.tar"], np.array([row], SHARD_DTYPE), [entries], **described, mean=(0.5,) * 3, std=(0.5,) * 3
     )
-    return load_dataset(local(folder))
+    return load_dataset(storage)
+
+
+@settings(max_examples=60, deadline=None)
+@given(datasets, st.sampled_from(["ustar", "gnu", "pax"]), st.randoms(use_true_random=False), st.booleans())
+def test_members_anywhere_in_a_shard_and_hard_links_are_gathered(
+    tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, list[str]]], writer: str, rng: Any, links: bool
+) -> None:
+    if writer == "ustar":  # cannot hold longer ones
+        names = [(key[:80], suffixes) for key, suffixes in names if len(key.encode()) < 80] or [("a", ["jpg"])]
+    members = [f"{key}.{suffix}" for key, suffixes in names for suffix in suffixes]
+    rng.shuffle(members)
+    file = io.BytesIO()
+    tar_format = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}[writer]
+    with tarfile.open(fileobj=file, mode="w", format=tar_format) as tar:
+        for number, name in enumerate(members):
+            info = tarfile.TarInfo(rng.choice(["", "./"]) + name)
+            content = rng.randbytes(rng.choice([0, 1, 511, 512, 513, 1500]))
+            info.size = len(content)
+            if links and number and rng.random() < 0.3:  # also to a link
+                info.type, info.linkname, info.size = tarfile.LNKTYPE, rng.choice(members[:number]), 0
+            tar.addfile(info, io.BytesIO(content))
+    shard = file.getvalue()
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "x.tar").write_bytes(shard)
+    assert read_shard(_indexed(folder, shard), 0) == gathered(shard)
 
 
 @settings(max_examples=150, deadline=None)
@@ -190,6 +256,60 @@ def test_shards_of_gnu_tar(tmp_path: Path, tar_format: str) -> None:
     assert samples == [(f"class/{i:03d}", {"cls": b"%d" % (i % 7), "png": picture(i)}) for i in range(16, 32)]
 
 
+@pytest.mark.parametrize("tar_format", ["gnu", "posix", "oldgnu", "ustar", "v7"])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_hard_links_and_scattered_samples_of_gnu_tar(tmp_path: Path, tar_format: str, scattered: bool) -> None:
+    source = tmp_path / "source"
+    folder = {"v7": "d", "ustar": "d" * 90}.get(tar_format, "dir-" + "d" * 150)
+    tail = "" if tar_format in ("v7", "ustar") else "n" * 60
+    (source / folder).mkdir(parents=True)
+    names = []
+    for i in range(37):
+        names += [f"./{folder}/{i:03d}{tail}.png", f"./{folder}/{i:03d}{tail}.cls"]
+        if i >= 30:  # the content of an earlier picture under a new name
+            (source / names[-2]).hardlink_to(source / names[2 * (i - 30)])
+        else:
+            (source / names[-2]).write_bytes(picture(i))
+        (source / names[-1]).write_text(str(i % 7))
+    (tmp_path / "out/sub").mkdir(parents=True)
+    for shard, part in (("a.tar", names), ("sub/b.tar", names[20:32])):
+        listed = sorted(part, key=lambda name: (name[-3:], name)) if scattered else part
+        command = ["tar", f"--format={tar_format}", "-cf", str(tmp_path / "out" / shard), "-T", "-"]
+        subprocess.run(command, cwd=source, check=True, input="\n".join(listed), text=True)
+
+    manifest = index_existing(local(tmp_path / "out"))
+    assert (manifest.num_samples, manifest.num_shards, manifest.num_classes) == (43, 2, 7)
+    dataset = load_dataset(local(tmp_path / "out"))
+    found = [read_shard(dataset, shard) for shard in range(2)]
+    assert found == [gathered((tmp_path / "out" / shard).read_bytes()) for shard in ("a.tar", "sub/b.tar")]
+    assert [dataset.has_table(shard) for shard in range(2)] == [True, scattered]
+    pictures = {key: members["png"] for key, members in found[0]}
+    assert pictures == {f"{folder}/{i:03d}{tail}": picture(i if i < 30 else i - 30) for i in range(37)}
+    assert {key: members["cls"] for key, members in found[0]} == {
+        key: b"%d" % (i % 7) for i, key in enumerate(sorted(pictures))
+    }
+
+
+def test_shards_of_stock_webdataset_and_img2dataset(tmp_path: Path) -> None:
+    with wds.ShardWriter(str(tmp_path / "%05d.tar"), maxcount=23, verbose=0) as writer:
+        for i in range(60):
+            details = {"key": f"{i:09d}", "caption": f"a picture of {i}", "status": "success"}
+            writer.write({"__key__": f"{i:09d}", "jpg": picture(i, "JPEG"), "txt": details["caption"], "json": details})
+    for shard in range(3):
+        (tmp_path / f"{shard:05d}_stats.json").write_text('{"count": 23}')
+        (tmp_path / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+    manifest = index_existing(local(tmp_path))
+    assert (manifest.num_samples, manifest.num_shards, manifest.shard_pattern) == (60, 3, "{:05d}.tar")
+    assert (manifest.suffixes, manifest.image_suffixes) == (("jpg", "json", "txt"), ("jpg",))
+    dataset = load_dataset(local(tmp_path))
+    assert dataset.samples.tolist() == [23, 23, 14]
+    stock = stock_read(tmp_path / "{00000..00002}.tar")
+    assert [sample for shard in range(3) for sample in read_shard(dataset, shard)] == stock
+    assert stock[59][1]["txt"] == b"a picture of 59"
+    assert not list(tmp_path.glob("*.table.npy"))
+    assert len(open_source(local(tmp_path)).items) == 60
+
+
 def test_refused_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = [(f"{i}.{s}", b"0") for i in range(3) for s in ("cls", "jpg")]
 
@@ -198,21 +318,22 @@ def test_refused_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
             read_table(shard, "s.tar")
         return str(raised.value)
 
-    message = error(tar_of([*good, ("0.txt", b"")]))
-    assert "sample '0' do not lie together in s.tar ('0.txt' comes apart" in message
-    assert "--source" in message
     assert "two samples named '1' (member './1.jpg' is repeated)" in error(tar_of([*good, ("./1.jpg", b"")]))
     assert "truncated: '2.jpg' should reach to byte" in error(tar_of(good)[: 512 * 11 + 0])
     assert "damaged" in error(b"no tar at all " * 100)
     for data, method in ((b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd")):
         assert f"s.tar is compressed with {method}" in error(data + tar_of(good))
-    for kind, what in ((tarfile.LNKTYPE, "a hard link"), (tarfile.SYMTYPE, "a symbolic link")):
+    for kind, what in (
+        (tarfile.LNKTYPE, "a hard link, 'x.jpg', to 'y.jpg', which is not there"),
+        (tarfile.SYMTYPE, "a symbolic link, 'x.jpg'"),
+        (tarfile.FIFOTYPE, "a named pipe, 'x.jpg'"),
+    ):
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode="w") as tar:
             info = tarfile.TarInfo("x.jpg")
             info.type, info.linkname = kind, "y.jpg"
             tar.addfile(info)
-        assert f"s.tar holds {what}, 'x.jpg'" in error(file.getvalue())
+        assert f"s.tar holds {what}" in error(file.getvalue())
     with (tmp_path / "0.jpg").open("wb") as hole:
         hole.truncate(2**20)
     for tar_format in ("gnu", "posix"):
@@ -265,7 +386,7 @@ def test_manifest_and_files_must_agree(tmp_path: Path) -> None:
     text = storage.read("manifest.json")
     for damage, message in (
         (b"{", "is not a JSON object"),
-        (text.replace(b'"version": 1', b'"version": 2'), "format version 2, this crate-ray reads version 1"),
+        (text.replace(b'"version": 2', b'"version": 1'), "format version 1, this crate-ray reads version 2"),
         (text.replace(b'"kind": "image"', b'"kind": "sound"'), "damaged: kind"),
         (text.replace(b"{:06d}", b"{0.__class__}"), "damaged: shard_pattern"),
     ):
@@ -348,18 +469,120 @@ def test_same_input_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
     assert content["a"] == content["b"] != content["c"]
 
 
-def test_repacking_mends_what_cannot_be_indexed(tmp_path: Path) -> None:
+def test_repacking_puts_samples_together(tmp_path: Path) -> None:
     members = [(f"./{i}.{s}", picture(i) if s == "png" else b"%d" % i) for s in ("cls", "png") for i in range(20)]
     (tmp_path / "x-0.tar").write_bytes(tar_of(members))
-    with pytest.raises(UserError, match="repack"):
-        index_existing(local(tmp_path))
+    index_existing(local(tmp_path))
+    assert (tmp_path / "x-0.tar.table.npy").exists()
     manifest = pack(open_source(local(tmp_path), "x-*.tar"), local(tmp_path / "out"), config(shuffle=False))
     assert stock_read(tmp_path / "out/shard-000000.tar") == [
         (f"{i:06d}", {"cls": b"%d" % i, "png": picture(i)}) for i in range(20)
     ]
     assert manifest.num_classes == 20
+    assert not load_dataset(local(tmp_path / "out")).has_table(0)
     with pytest.raises(UserError, match=r"no shards named y-\*\.tar under"):
         open_source(local(tmp_path), "y-*.tar")
+
+
+def test_tables_of_an_overwritten_index_are_removed(tmp_path: Path) -> None:
+    storage = local(tmp_path)
+    members = [(f"{i}.{s}", picture(i) if s == "png" else b"1") for i in range(3) for s in ("cls", "png")]
+    for name in ("a.tar", "sub/b.tar"):
+        storage.write(name, tar_of(members[::2] + members[1::2]))
+    index_existing(storage)
+    assert sorted(path.name for path in tmp_path.rglob("*.table.npy")) == ["a.tar.table.npy", "b.tar.table.npy"]
+    assert len(open_source(storage).items) == 6, "the tables are no grids"
+    storage.write("sub/b.tar", tar_of(members))
+    storage.write("kitchen.table.npy", b"somebody's grid")
+    index_existing(storage, overwrite=True)
+    assert sorted(path.name for path in tmp_path.rglob("*.table.npy")) == ["a.tar.table.npy", "kitchen.table.npy"]
+    dataset = load_dataset(storage)
+    assert read_shard(dataset, 0) == read_shard(dataset, 1)
+    storage.delete("kitchen.table.npy")
+    pack(open_source(storage), storage, config(overwrite=True))
+    assert not list(tmp_path.rglob("*.table.npy"))
+
+
+@pytest.mark.parametrize(
+    ("shards", "names"),
+    [
+        ("*.tar", ["extra-0.tar", "sub/train-0.tar", "train-08.tar", "train-09.tar", "train-10.tar"]),
+        ("train-*.tar", ["train-08.tar", "train-09.tar", "train-10.tar"]),
+        ("train-{10..08}.tar", ["train-10.tar", "train-09.tar", "train-08.tar"]),
+        ("train-{08..10..2}.tar", ["train-08.tar", "train-10.tar"]),
+        ("{train,extra}-*.tar", ["train-08.tar", "train-09.tar", "train-10.tar", "extra-0.tar"]),
+        ("{train-0{8,9},extra-{0..0}}.tar", ["train-08.tar", "train-09.tar", "extra-0.tar"]),
+        ("train-1?.tar::{sub/train,extra}-0.tar", ["train-10.tar", "sub/train-0.tar", "extra-0.tar"]),
+        ("train-{08..12}.tar", r"no shards named train-11\.tar, train-12\.tar under .* \(2 of the 5 that are named\)"),
+        ("{train,test}-*.tar", r"no shards named test-\*\.tar under"),
+        ("{train,extra-*.tar", r"the braces .* are not closed"),
+        ("old-*.tar", r"no shards named old-\*\.tar .*old-1\.tar\.gz must be decompressed"),
+        ("old-{1..2}.tar", r"no shards named old-1\.tar, .*old-1\.tar\.gz must be decompressed"),
+    ],
+)
+def test_names_of_shards(tmp_path: Path, shards: str, names: list[str] | str) -> None:
+    storage = local(tmp_path)
+    for number in (8, 9, 10):
+        storage.write(f"train-{number:02d}.tar", b"")
+    for name in ("extra-0.tar", "sub/train-0.tar", "._train-08.tar", "old-1.tar.gz", "train-08.json"):
+        storage.write(name, b"")
+    if isinstance(names, list):
+        assert find_shards(storage, shards) == names
+    else:
+        with pytest.raises(UserError, match=names):
+            find_shards(storage, shards)
+
+
+def test_shards_elsewhere_are_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = local(tmp_path / "there")
+    for name in ("a/x-0.tar", "a/x-1.tar", "b/y.tar"):
+        tagged = [(f"{name[0]}{name[4]}-{i}.png", picture(i)) for i in range(20)]
+        elsewhere.write(
+            name, tar_of([*tagged, *((n.replace("png", "cls"), b"1") for n, _ in tagged if name == "b/y.tar")])
+        )
+    before = [(info.key, info.etag) for info in elsewhere.list()]
+    there = str(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    for number, (shards, base, names) in enumerate(
+        [
+            (f"{there}/a/x-{{0..1}}.tar", f"{there}/a", ["x-0.tar", "x-1.tar"]),
+            (f"file://{there}/a/*.tar", f"{there}/a", ["x-0.tar", "x-1.tar"]),
+            (f"{there}/{{b/y,a/x-1}}.tar", there, ["b/y.tar", "a/x-1.tar"]),
+            ("./there/b/../a/x-0.tar", f"{there}/a", ["x-0.tar"]),
+        ]
+    ):
+        output = local(tmp_path / f"index-{number}")
+        manifest = index_existing(output, shards=shards)
+        assert manifest.shards_uri == base
+        dataset = load_dataset(output)
+        assert [dataset.shard_name(shard) for shard in range(manifest.num_shards)] == names
+        for shard, name in enumerate(names):
+            assert read_shard(dataset, shard) == gathered((Path(base) / name).read_bytes())
+            assert dataset.has_table(shard) == (name == "b/y.tar")
+    assert [(info.key, info.etag) for info in elsewhere.list()] == before
+    assert index_existing(elsewhere, shards=f"{there}/a/*.tar").shards_uri == f"{there}/a"
+    assert index_existing(local(tmp_path / "there/a"), shards=f"{there}/a/*.tar").shards_uri is None
+    for shards, message in (
+        (f"{there}/a/x-{{0..2}}.tar", r"no shards named x-2\.tar under .*/there/a \(1 of the 3"),
+        ("s3://{one,other}/x.tar", "in several buckets"),
+        ("http://host/x-{0..1}.tar", "unknown scheme 'http'"),
+        ("s3://*/x.tar", "names no bucket"),
+    ):
+        with pytest.raises(UserError, match=message):
+            index_existing(local(tmp_path / "more"), shards=shards)
+
+
+def test_sizes_are_those_of_upright_pictures(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("jpg", "png", "webp"):
+        Image.new("RGB", (6, 4)).save(tmp_path / f"{kind}.{kind}", exif=exif)
+    Image.new("L", (4, 6)).save(tmp_path / "jpg.mask.png")
+    (tmp_path / "upright.png").write_bytes(picture(0, size=(4, 6)))
+    manifest = pack(open_source(local(tmp_path)), local(tmp_path / "out"), config())
+    assert (manifest.num_samples, manifest.height, manifest.width) == (4, 6, 4)
+    again = index_existing(local(tmp_path / "out"), overwrite=True)
+    assert (again.height, again.width) == (6, 4)
 
 
 def test_overwriting_is_asked_for(tmp_path: Path) -> None:

@@ -8,14 +8,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from crate_ray.config import S3Config
-from crate_ray.data.storage import AlreadyExists, NotFound, Storage, open_storage
+from crate_ray.data import s3_client
+from crate_ray.data.storage import AlreadyExists, NotFound, Replaced, Storage, open_storage
 from crate_ray.errors import UserError
 
 SECRET = "top-secret-key-0123456789"
@@ -50,7 +55,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, endpoint: str) -> St
     return open_storage(f"s3://bucket/{request.node.name}/", S3Config(endpoint_url=endpoint))
 
 
-def test_contract(storage: Storage, tmp_path: Path) -> None:
+def test_contract(storage: Storage, endpoint: str, tmp_path: Path) -> None:
     assert list(storage.list()) == []
     file = tmp_path / "file"
     file.write_bytes(b"from a file" * 1000)
@@ -63,6 +68,9 @@ def test_contract(storage: Storage, tmp_path: Path) -> None:
     assert storage.read("a/1/file", 10_995) == b" file"
     assert storage.read("a/1/file", 10_995, 100) == b" file"
     assert storage.read("b", 0, 0) == storage.read("b", 7, 7) == b""
+    assert storage.read_version("a/1/file", 10_995, 100)[0] == b" file"
+    assert storage.read_version("b", 7, 7) == (b"", storage.read_version("b", 0, 0)[1])
+    (tmp_path / "copy").write_bytes(b"old")
     storage.download("a/1/file", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
 
@@ -72,11 +80,15 @@ def test_contract(storage: Storage, tmp_path: Path) -> None:
     assert [info.key for info in storage.under("a/1").list()] == ["file", "x"]
     assert storage.under("a").under("1").read("x") == b"a/1/x"
     assert storage.under("a").uri == storage.uri + "/a"
+    assert open_storage(str(tmp_path), S3Config(endpoint_url=endpoint)).at(storage.uri).read("b") == b"b"
+    assert storage.at(tmp_path.as_uri()).at(storage.uri).at(f"{storage.uri}/a").read("2") == b"a/2"
 
-    old = {info.key: info.etag for info in storage.list("b")}
+    (old,) = storage.list("b")
+    assert storage.read_version("b", 0, 1) == (b"b", old.etag)
     storage.write("b", b"changed")
-    assert storage.read("b") == b"changed"
-    assert {info.key: info.etag for info in storage.list("b")} != old
+    (new,) = storage.list("b")
+    assert storage.read_version("b", 0, 7) == (b"changed", new.etag)
+    assert new.etag != old.etag
     assert storage.exists("b")
     storage.delete("b")
     storage.delete("b")
@@ -85,6 +97,10 @@ def test_contract(storage: Storage, tmp_path: Path) -> None:
         storage.read("b")
     with pytest.raises(NotFound, match="b does not exist"):
         storage.download("b", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == file.read_bytes()
+    with pytest.raises(UserError, match=r"cannot write .*/nowhere/copy: No such file"):
+        storage.download("a/2", tmp_path / "nowhere/copy")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file", "copy"]
 
 
 def test_if_absent_lets_one_writer_win(storage: Storage, tmp_path: Path) -> None:
@@ -153,10 +169,11 @@ def test_missing_bucket(endpoint: str, tmp_path: Path) -> None:
 
 
 def test_unreachable_endpoint_and_absent_credentials(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    gone = open_storage("s3://bucket", S3Config(endpoint_url=f"http://user:{SECRET}@127.0.0.1:1", max_attempts=1))
+    config = S3Config(endpoint_url=f"http://user:{SECRET}@127.0.0.1:1", max_attempts=1)
+    gone = open_storage("s3://bucket", config)
     with pytest.raises(UserError, match=r"cannot reach the S3 endpoint http://127.0.0.1:1 to read") as error:
         gone.read("key")
-    assert SECRET not in str(error.value)
+    assert SECRET not in str(error.value) + repr(gone) + repr(vars(gone)) + repr(config)
     with pytest.raises(UserError, match="not a valid address"):
         open_storage("s3://bucket", S3Config(endpoint_url="nonsense")).read("key")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -175,6 +192,8 @@ class _Answer(BaseHTTPRequestHandler):
         )
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if text.startswith("version"):
+            self.send_header("ETag", f'"{text}"')
         self.end_headers()
         self.wfile.write(body[: len(body) - held_back])
 
@@ -211,9 +230,70 @@ def test_refusals(answering: tuple[str, list[tuple[int, str, int]]], status: int
     assert SECRET not in str(error.value)
 
 
-def test_read_survives_failures_and_cut_bodies(answering: tuple[str, list[tuple[int, str, int]]]) -> None:
+def test_store_without_ranges(answering: tuple[str, list[tuple[int, str, int]]]) -> None:
     endpoint, answers = answering
-    answers += [(503, "SlowDown", 0), (200, "whole", 2), (200, "whole", 0)]
-    storage = open_storage("s3://bucket", S3Config(endpoint_url=endpoint, max_attempts=3, read_timeout=5))
+    answers += [(503, "SlowDown", 0), (200, "whole", 2), (200, "whole", 0), (200, "whole", 0)]
+    storage = open_storage("s3://bucket", S3Config(endpoint_url=endpoint, max_attempts=3))
     assert storage.read("key") == b"whole"
+    with pytest.raises(UserError, match=f"the store at {endpoint} does not serve parts of objects"):
+        storage.read("key", 1, 2)
     assert not answers
+
+
+def test_object_replaced_on_a_store_that_ignores_conditions(answering: tuple[str, list[tuple[int, str, int]]]) -> None:
+    endpoint, answers = answering
+    answers += [(200, "version 1", 2), (200, "version 2", 0)]
+    with pytest.raises(Replaced, match="s3://bucket/key was replaced"):
+        open_storage("s3://bucket", S3Config(endpoint_url=endpoint)).read("key")
+
+
+def test_server_that_is_no_store_is_given_up_soon(
+    answering: tuple[str, list[tuple[int, str, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client, "_FIRST_CONTACT", 0.3)
+    endpoint, answers = answering
+    answers += [(502, "502", 0)] * 100
+    with pytest.raises(
+        UserError, match=r"cannot read s3://bucket/key at .*: 502 \(HTTP 502\), \d+ attempts in 0 s; the"
+    ):
+        open_storage("s3://bucket", S3Config(endpoint_url=endpoint)).read("key")
+
+
+@given(
+    most=st.integers(1, 60),
+    seconds=st.floats(0, 600),
+    durations=st.lists(st.floats(0, 40), min_size=60, max_size=60),
+    draws=st.randoms(use_true_random=False),
+)
+def test_attempts_keep_their_budget(most: int, seconds: float, durations: list[float], draws: Random) -> None:
+    now = 0.0
+    begins: list[float] = []
+    limits: list[float] = []
+
+    def sleep(duration: float) -> None:
+        nonlocal now
+        assert duration >= 0
+        now += duration
+
+    def uniform(low: float, high: float) -> float:
+        assert low == 0
+        limits.append(high)
+        return draws.uniform(low, high)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3_client, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+        patch.setattr(s3_client, "random", SimpleNamespace(uniform=uniform))
+        attempts = s3_client.Attempts(most, seconds)
+        for duration in durations:
+            begins.append(now)
+            now += duration
+            attempts.failed()
+            if not attempts.wait():
+                break
+    assert limits == [min(20, 0.1 * 2**i) for i in range(len(begins) - 1)]
+    assert attempts.count == len(begins) <= most
+    assert all(begin <= seconds * 1.000001 for begin in begins[2:])
+    # Not given up while there was a reason to go on.
+    assert len(begins) == most or now >= seconds * 0.999999
+    if most > 1 and seconds > 0:
+        assert len(begins) > 1

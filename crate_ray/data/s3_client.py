@@ -1,0 +1,339 @@
+"""A boto3 client whose requests survive what object stores do: the one place where requests are tried again.
+
+botocore's own retries are off: they cover neither a body that stops in the middle nor credentials that come back.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import boto3.session
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConfigParseError,
+    ConnectionError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+    InvalidRegionError,
+    MetadataRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    SSLError,
+    SSOError,
+    TokenRetrievalError,
+)
+from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
+
+from crate_ray.config import S3Config
+from crate_ray.errors import UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken"})
+"""Credentials that were good once; new ones may be on their way."""
+REFUSED = frozenset(
+    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidClientTokenId", "UnrecognizedClientException"}
+)
+"""Credentials that never were good, unless they were exchanged just now."""
+_PASSING = frozenset(
+    {
+        "SlowDown", "ServiceUnavailable", "InternalError", "InternalFailure", "RequestTimeout",
+        "RequestTimeoutException", "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled",
+        "RequestThrottledException", "TooManyRequestsException", "RequestLimitExceeded", "BandwidthLimitExceeded",
+        "PriorRequestNotComplete", "OperationAborted", "ConditionalRequestConflict",
+    }
+)  # fmt: skip
+_PASSING_STATUS = (429, 500, 502, 503, 504)
+
+Failure = Literal["connection", "store", "expired", "refused", "credentials", "lasting"]
+"""Of the connection or a body; of the store, which says itself that it will pass; of expired credentials; of ones that
+are refused; of ones that cannot be found; or a failure that no second attempt mends."""
+_BROKEN_CONNECTION = (HTTPClientError, ConnectionError, HTTPError, IncompleteReadError, ResponseParserError)
+_NO_CREDENTIALS = (
+    NoCredentialsError,
+    PartialCredentialsError,
+    CredentialRetrievalError,
+    MetadataRetrievalError,
+    TokenRetrievalError,
+    ProfileNotFound,
+    ConfigParseError,
+    SSOError,
+)
+_FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
+
+_DELAY = 0.1  # seconds; the upper limit of the first wait, doubled with every further one
+_LONGEST_DELAY = 20.0
+_FIRST_CONTACT = 10.0  # seconds for an endpoint that never answered: more likely a wrong address than an outage
+_WARN_AFTER = 5.0
+_SLOWEST = 1024  # bytes per second; a body that is slower stands still
+
+
+class Attempts:
+    """The budget of one request: attempts and seconds without progress, and the waits between attempts."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.count = 0
+        """Attempts that have failed."""
+        self._most, self._seconds = most, seconds
+        self._begun = self._fruitful = time.monotonic()
+        self._in_vain = 0
+        self._warned = False
+        self.renewed = False
+        """Whether the credentials were read anew because the store refused them."""
+
+    def progressed(self) -> None:
+        """A good part of the answer arrived: the budget is whole again."""
+        self._in_vain, self._fruitful = 0, time.monotonic()
+
+    def failed(self) -> None:
+        """Count an attempt."""
+        self.count += 1
+        self._in_vain += 1
+
+    def wait(self, at_most: float | None = None) -> bool:
+        """Sleep before the next attempt; False, at once, where none is left.
+
+        The last attempt is made when the seconds are over, so that any shorter outage is survived; whatever one
+        attempt takes, there are two.
+        """
+        seconds = self._seconds if at_most is None else min(self._seconds, at_most)
+        left = self._fruitful + seconds - time.monotonic()
+        if self._in_vain >= self._most or seconds == 0 or (left <= 0 and self._in_vain >= 2):
+            return False
+        delay = random.uniform(0, min(_LONGEST_DELAY, _DELAY * 2 ** min(self._in_vain - 1, 30)))
+        time.sleep(max(0.0, min(delay, left)))
+        return True
+
+    def warn(self, what: str, error: Exception) -> None:
+        """Log once that a request is in trouble, when it has been for a while."""
+        if not self._warned and time.monotonic() - self._fruitful > _WARN_AFTER:
+            self._warned = True
+            logger.warning("cannot %s so far: %s, %s; trying again", what, cause(error), self)
+
+    def __str__(self) -> str:
+        plural = "s" if self.count != 1 else ""
+        return f"{self.count} attempt{plural} in {time.monotonic() - self._begun:.0f} s"
+
+
+class RequestFailed(Exception):  # noqa: N818 - what storage.py makes a sentence of
+    """A request that was given up: the last error, and the attempts that were made."""
+
+    def __init__(self, error: Exception, attempts: Attempts) -> None:
+        super().__init__(cause(error))
+        self.error, self.attempts = error, attempts
+
+
+class _Login(NamedTuple):
+    client: Any
+    keys: Any  # access key, secret key and token that the client signed with at first
+
+
+class S3Client:
+    """The connection to one endpoint, made at the first request. Safe to use from several threads."""
+
+    def __init__(self, config: S3Config) -> None:
+        self.config = config
+        self._login: _Login | None = None
+        self._lock = threading.Lock()
+        self.answered = False
+        """Whether the endpoint ever answered as S3 does."""
+
+    def __repr__(self) -> str:
+        return f"S3Client({self.where()})"
+
+    def request(self, what: str, send: Callable[[Any, Attempts], T], *, once: bool = False) -> T:
+        """Result of send(boto3 client, attempts), called again after failures that pass, until the budget is spent.
+
+        send may tell progress to attempts. what ('read s3://...') is for the log.
+
+        Raises:
+            RequestFailed: the budget is spent, or the failure is not one that passes.
+            UserError: the endpoint or region is not a valid one.
+        """
+        attempts = Attempts(1 if once else self.config.max_attempts, self.config.retry_seconds)
+        login = None
+        while True:
+            try:
+                login = self._logged_in()
+                return send(login.client, attempts)
+            except _FAILURES as error:
+                attempts.failed()
+                if isinstance(error, ClientError) and not code(error).isdigit():  # a code comes from S3's own document
+                    self.answered = True
+                if not self._wait(error, login, attempts):
+                    raise RequestFailed(error, attempts) from None
+                attempts.warn(what, error)
+
+    def _wait(self, error: Exception, login: _Login | None, attempts: Attempts) -> bool:
+        """Before another attempt; False where it makes no sense."""
+        failure = failure_of(error)
+        if failure in ("connection", "store"):
+            return attempts.wait(None if self.answered else _FIRST_CONTACT)
+        if failure == "expired":
+            if not attempts.wait():
+                return False
+            self._renew(login)
+            return True
+        if failure == "credentials":  # a file that is being rewritten, or a metadata service that is slow
+            return self.answered and attempts.wait()
+        if failure == "refused" and not attempts.renewed:
+            attempts.renewed = True
+            return self._renew(login) and attempts.wait()
+        return False
+
+    @property
+    def endpoint(self) -> str | None:
+        """Address of the store; None for AWS."""
+        named = (self.config.endpoint_url, os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
+        return next(filter(None, named), None)
+
+    def where(self) -> str:
+        """The endpoint for messages, without a user name and password that might be in it."""
+        if not self.endpoint:
+            return "AWS"
+        parts = urlsplit(self.endpoint)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+    def _logged_in(self) -> _Login:
+        with self._lock:
+            if self._login is None:
+                self._login = self._log_in(boto3.session.Session())
+            return self._login
+
+    def _renew(self, used: _Login | None) -> bool:
+        """Read the credentials anew, unless another thread has; whether they are others than those that were used.
+
+        A session keeps what it read from ~/.aws for ever, so it takes a new one.
+        """
+        with self._lock:
+            if used is None or self._login is not used:
+                return True
+            try:
+                session = boto3.session.Session()
+                keys = _keys(session)
+            except _FAILURES:  # of the file, or of the service that gives credentials out
+                return False
+            if keys is None or keys == used.keys:
+                return False
+            self._login = self._log_in(session)
+            return True
+
+    def _log_in(self, session: boto3.session.Session) -> _Login:
+        region = self.config.region or session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
+        config = Config(
+            connect_timeout=self.config.connect_timeout,
+            read_timeout=self.config.read_timeout,
+            retries={"mode": "standard", "total_max_attempts": 1},
+            # stores other than AWS refuse or garble the checksums that newer SDKs send
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            max_pool_connections=64,
+            s3={"addressing_style": "path"} if self.endpoint else {},
+        )
+        try:
+            client = session.client("s3", endpoint_url=self.endpoint, region_name=region, config=config)
+        except InvalidRegionError:
+            raise UserError(f"{region!r} is not a region; set s3.region or AWS_REGION") from None
+        except ValueError:
+            raise UserError(
+                f"S3 endpoint {self.where()!r} is not a valid address; write it as http://host:port"
+            ) from None
+        client.meta.events.register("before-parse.s3", _check_length)
+        client.meta.events.register("after-call.s3", self._note_answer)
+        return _Login(client, _keys(session))
+
+    def _note_answer(self, http_response: Any, **_: Any) -> None:
+        if http_response.status_code < 300:
+            self.answered = True
+
+
+def _keys(session: boto3.session.Session) -> Any:
+    credentials = session.get_credentials()
+    return credentials and credentials.get_frozen_credentials()
+
+
+def _check_length(response_dict: dict[str, Any], operation_model: Any, **_: Any) -> None:
+    """Refuse a document that was cut short, which botocore takes as it comes: half an error has another meaning."""
+    body, length = response_dict["body"], response_dict["headers"].get("content-length")
+    if isinstance(body, bytes) and length and operation_model.http["method"] != "HEAD" and len(body) != int(length):
+        raise IncompleteReadError(actual_bytes=len(body), expected_bytes=int(length))
+
+
+def whole(answer: dict[str, Any], field: str) -> dict[str, Any]:
+    """An answer, if its document has a field that every whole one has; an empty document is a valid answer to botocore.
+
+    Raises:
+        IncompleteReadError: it has not.
+    """
+    if field not in answer:
+        raise IncompleteReadError(actual_bytes=0, expected_bytes=1)
+    return answer
+
+
+def receive(body: Any, wanted: int, sink: io.BytesIO, read_timeout: float) -> None:
+    """Append exactly `wanted` bytes of a boto3 streaming body to the sink, keeping what came before a failure.
+
+    Raises:
+        IncompleteReadError, ReadTimeoutError, or one of urllib3's: the body ended early, stood still or broke.
+    """
+    got = since = 0
+    begun = time.monotonic()
+    with body as raw:
+        while got < wanted:
+            piece = raw.read1(min(wanted - got, 2**20))
+            if not piece:
+                raise IncompleteReadError(actual_bytes=got, expected_bytes=wanted)
+            sink.write(piece)
+            got += len(piece)
+            now = time.monotonic()
+            if now - begun > read_timeout:  # which otherwise is for a body that brings nothing at all
+                if got - since < _SLOWEST * read_timeout and got < wanted:
+                    raise ReadTimeoutError(endpoint_url="")
+                begun, since = now, got
+
+
+def code(error: ClientError) -> str:
+    """S3's error code."""
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def status(error: ClientError) -> int:
+    """HTTP status; 0 where there is none."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def cause(error: Exception) -> str:
+    """An error in a few words that quote nothing of the request."""
+    if isinstance(error, ClientError):
+        return f"{code(error)} (HTTP {status(error)})"
+    return type(error).__name__
+
+
+def failure_of(error: Exception) -> Failure:
+    """What kind of failure an error is."""
+    if isinstance(error, ClientError):
+        if code(error) in EXPIRED:
+            return "expired"
+        if code(error) in _PASSING or status(error) in _PASSING_STATUS:
+            return "store"
+        return "refused" if code(error) in REFUSED or status(error) == 403 else "lasting"
+    if isinstance(error, _NO_CREDENTIALS):
+        return "credentials"
+    if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "lasting"
+    return "connection" if isinstance(error, _BROKEN_CONNECTION) else "lasting"

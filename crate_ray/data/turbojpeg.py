@@ -1,0 +1,128 @@
+"""Regions of JPEG images by libjpeg-turbo 3, where the machine has it: what lies outside a crop is not decoded.
+
+The wheels of the registries do not export this interface, so the system's library is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import functools
+import os
+import threading
+import weakref
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crate_ray.errors import UserError
+
+LIBRARY_VARIABLE = "CRATE_RAY_TURBOJPEG"
+"""Environment variable with the path of the library; empty: do without one."""
+
+# From turbojpeg.h, TurboJPEG API 3.
+_TJINIT_DECOMPRESS = 1
+_TJPARAM_STOPONWARNING = 0
+_TJPF_RGB, _TJPF_GRAY = 0, 6
+
+
+class Region(NamedTuple):
+    """A rectangle of the image at the scale it is decoded at, in pixels; left lies between two MCUs."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class RegionError(ValueError):
+    """The library did not decode this region: the image is damaged, or of a kind that only decodes as a whole."""
+
+
+class _ScalingFactor(ctypes.Structure):
+    _fields_ = (("num", ctypes.c_int), ("denom", ctypes.c_int))
+
+
+class _CroppingRegion(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int) for name in ("x", "y", "w", "h"))
+
+
+class TurboJpeg:
+    """The library; every thread gets a decompressor of its own."""
+
+    def __init__(self, path: str) -> None:
+        # ctypes lets go of the interpreter during calls of a CDLL, and keeps it during those of a PyDLL.
+        slow, quick = ctypes.CDLL(path), ctypes.PyDLL(path)
+        handle, size, pointer, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
+        self._init, self._init.argtypes, self._init.restype = quick.tj3Init, (integer,), handle
+        self._destroy, self._destroy.argtypes, self._destroy.restype = quick.tj3Destroy, (handle,), None
+        self._set, self._set.argtypes = quick.tj3Set, (handle, integer, integer)
+        self._error, self._error.argtypes, self._error.restype = quick.tj3GetErrorStr, (handle,), ctypes.c_char_p
+        self._header, self._header.argtypes = quick.tj3DecompressHeader, (handle, pointer, size)
+        self._scale, self._scale.argtypes = quick.tj3SetScalingFactor, (handle, _ScalingFactor)
+        self._crop, self._crop.argtypes = quick.tj3SetCroppingRegion, (handle, _CroppingRegion)
+        self._decompress = slow.tj3Decompress8
+        self._decompress.argtypes = (handle, pointer, size, pointer, integer, integer)
+        self._local = threading.local()
+
+    def decode(
+        self, content: bytes | memoryview, region: Region, out: NDArray[np.uint8], channels: int, factor: int = 1
+    ) -> None:
+        """Decode a region of a JPEG at 1/factor of its scale into out, contiguous (height, width, channels).
+
+        Raises RegionError, after the first warning too.
+        """
+        handle = self._handle()
+        source = np.frombuffer(content, np.uint8)  # keeps the address valid
+        address, size = _address(source), len(source)
+        if out.nbytes != region.height * region.width * channels or not out.flags.c_contiguous:
+            raise ValueError(f"a buffer of {out.shape} does not hold {region} with {channels} channels")
+        self._check(handle, self._header(handle, address, size))
+        self._check(handle, self._scale(handle, _ScalingFactor(1, factor)))
+        corner = _CroppingRegion(region.left, region.top, region.width, region.height)
+        self._check(handle, self._crop(handle, corner))
+        pixel_format = _TJPF_GRAY if channels == 1 else _TJPF_RGB
+        self._check(handle, self._decompress(handle, address, size, _address(out), 0, pixel_format))
+
+    def _handle(self) -> int:
+        handle: int | None = getattr(self._local, "handle", None)
+        if handle is None:
+            handle = self._init(_TJINIT_DECOMPRESS)
+            if not handle:
+                raise MemoryError("libjpeg-turbo cannot make a decompressor")
+            self._check(handle, self._set(handle, _TJPARAM_STOPONWARNING, 1))
+            self._local.handle = handle
+            # Not at exit: threads may be decoding then.
+            weakref.finalize(threading.current_thread(), self._destroy, handle).atexit = False
+        return handle
+
+    def _check(self, handle: int, status: int) -> None:
+        if status != 0:
+            raise RegionError((self._error(handle) or b"unknown error").decode("utf-8", "replace"))
+
+
+def _address(array: NDArray[np.uint8]) -> int:
+    address: int = array.__array_interface__["data"][0]  # array.ctypes costs more than all else here
+    return address
+
+
+@functools.cache
+def find_turbojpeg() -> TurboJpeg | None:
+    """The library of the machine, or None where there is none of version 3.
+
+    Raises UserError when the environment names one that cannot be used.
+    """
+    named = os.environ.get(LIBRARY_VARIABLE)
+    path = ctypes.util.find_library("turbojpeg") if named is None else named
+    if not path:
+        return None
+    try:
+        return TurboJpeg(path)
+    except (OSError, AttributeError) as error:  # not a library; of version 2
+        if named is None:
+            return None
+        raise UserError(
+            f"{LIBRARY_VARIABLE} names {path}, which is no libturbojpeg of libjpeg-turbo 3 ({error}): "
+            "name one, or unset the variable"
+        ) from error

@@ -1,0 +1,68 @@
+"""The data benchmark runs both loaders in processes of their own and reports every figure it promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from crate_ray.benchmarks.data_loading import Measurement
+from crate_ray.cli import parse_config
+from crate_ray.config import BenchmarkDataConfig, PrepareConfig
+from crate_ray.data.builtin import shapes_source
+from crate_ray.data.packing import pack
+from crate_ray.data.storage import LocalStorage
+from crate_ray.errors import UserError
+from tests.jobs import environment, job
+
+
+def test_every_figure_of_both_loaders(tmp_path: Path) -> None:
+    shapes, file = tmp_path / "shapes", tmp_path / "figures.json"
+    manifest = pack(
+        shapes_source("all", 60, 48, 0),
+        LocalStorage(shapes),
+        PrepareConfig(source="shapes", output=str(shapes), shard_samples=20),
+    )
+    settings = ["--seconds", "0.3", "--repeats", "1", "--image_size", "32", "--batch_size", "8", "--processes", "1,2"]
+    data = ["--data", f"originals={shapes}", "--data", f"again={shapes}"]
+    done = subprocess.run(
+        [*job("benchmark", "data"), *data, *settings, "--json", str(file)],
+        env=environment(tmp_path), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert "originals" in done.stdout and "webdataset" in done.stdout
+
+    report = json.loads(file.read_text())
+    stock = report["datasets"]["originals"]["webdataset"]["images_per_second"]
+    for found in report["datasets"].values():
+        runs = [Measurement.model_validate(run) for run in found["runs"]]
+        assert [(r.contestant, r.processes) for r in runs] == [("crate_ray", 1), ("webdataset", 1), ("webdataset", 2)]
+        for run in runs:
+            assert run.images_per_second > 0 and run.first_batch_seconds > 0
+            assert run.images_per_second == pytest.approx(run.images_per_second_per_core * report["machine"]["cores"])
+            per_image = manifest.total_bytes / manifest.num_samples
+            assert run.bytes_per_second == pytest.approx(run.images_per_second * per_image)
+        # Two loader processes hold at least one process' libraries more than one does.
+        memory = [run.peak_memory_bytes or 0 for run in runs]
+        assert memory[2] > memory[1] + 2**25 > memory[0] / 4
+        ours, best = found["crate_ray"], found["webdataset"]
+        assert best["images_per_second"] == max(run.images_per_second for run in runs[1:])
+        assert found["ratio_on_same_data"] == pytest.approx(ours["images_per_second"] / best["images_per_second"])
+        assert found["ratio_vs_webdataset"] == pytest.approx(ours["images_per_second"] / stock)
+    assert report["ratio_vs_webdataset"] == report["datasets"]["originals"]["ratio_vs_webdataset"]
+    assert report["settings"]["batch_size"] == 8 and report["machine"]["libraries"]["webdataset"]
+
+
+def test_what_the_user_can_mend_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'a' twice"):
+        parse_config(BenchmarkDataConfig, ["--data", "a=x", "--data", "a=y"])
+    assert parse_config(BenchmarkDataConfig, ["--data", "s3://b/x"]).datasets == {"s3://b/x": "s3://b/x"}
+    for arguments, problem in (
+        (["--data", str(tmp_path / "none")], "no manifest"),
+        (["--data", str(tmp_path), "--json", str(tmp_path / "no" / "folder.json")], "cannot write"),
+    ):
+        done = subprocess.run([*job("benchmark", "data"), *arguments], capture_output=True, text=True, timeout=100)
+        assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,61 @@
+"""The loader for other people's loops works without Ray and MLflow, and its position moves between worker counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from crate_ray.config import PrepareConfig
+from crate_ray.data.builtin import shapes_source
+from crate_ray.data.packing import pack
+from crate_ray.data.storage import LocalStorage
+from crate_ray.data.stream import stream
+from crate_ray.errors import UserError
+
+PROGRAM = """
+import json, sys
+from crate_ray.data.stream import stream
+uri, rank, world, state, count = json.loads(sys.argv[1])
+with stream(uri, batch_size=20, image_size=16, rank=rank, world_size=world, memory_bytes=1, block_samples=8) as batches:
+    if state:
+        batches.load_state_dict(state)
+    steps = iter(batches)
+    keys = [next(steps).keys for _ in range(count)]
+    state = batches.state_dict()
+assert not {"ray", "mlflow"} & set(sys.modules)
+print(json.dumps([keys, state]))
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shapes")
+    pack(shapes_source("all", 150, 16, 0), LocalStorage(folder), PrepareConfig(output="unused", shard_samples=40))
+    return str(folder)
+
+
+def test_processes_of_any_launcher_share_the_batches(dataset: str) -> None:
+    def run(rank: int, world: int, state: object, count: int) -> tuple[list[list[str]], object]:
+        arguments = json.dumps([dataset, rank, world, state, count])
+        done = subprocess.run([sys.executable, "-c", PROGRAM, arguments], capture_output=True, text=True, check=True)
+        keys, state = json.loads(done.stdout)
+        return keys, state
+
+    whole, _ = run(0, 1, None, 9)
+    (left, state), (right, same) = run(0, 2, None, 4), run(1, 2, None, 4)
+    rest, _ = run(0, 1, state, 5)
+    assert state == same
+    assert [*(a + b for a, b in zip(left, right, strict=True)), *rest] == whole
+    assert Path(dataset).is_dir() and len({key for keys in whole[:7] for key in keys}) == 140
+
+
+def test_wrong_use_is_told(dataset: str) -> None:
+    with pytest.raises(ValidationError, match="crop_scael"):
+        stream(dataset, batch_size=8, image_size=16, crop_scael=(0.5, 1))
+    with pytest.raises(UserError, match="batch_size"):
+        stream(dataset, batch_size=1000, image_size=16)
