@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import threading
 import time
 from collections import Counter
@@ -475,6 +476,42 @@ def test_images_of_another_number_of_channels_are_refused(shards: ShardSet) -> N
     model = MODEL.model_copy(update={"channels": 4})
     with pytest.raises(UserError, match="channels"):
         batches(evaluation_loader(shards, model, config(False), batch_size=8))
+
+
+# --- Shards whose samples do not lie together -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_scattered_and_linked_members_are_read_like_others(tmp_path: Path, streamed: bool) -> None:
+    members = [(f"{n:03d}.{suffix}", picture(3 * n) if suffix == "jpg" else str(n % 7).encode())
+               for n in range(60) for suffix in ("jpg", "cls")]  # fmt: skip
+    for folder, order in (("together", members), ("apart", sorted(members, key=lambda m: (m[0][4:], m[0])))):
+        (tmp_path / folder).mkdir()
+        with tarfile.open(tmp_path / folder / "a.tar", "w") as tar:
+            for name, content in order:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                if folder == "apart" and name == "031.cls":  # the same content as that of 003
+                    info.type, info.linkname, info.size = tarfile.LNKTYPE, "003.cls", 0
+                tar.addfile(info, io.BytesIO(content))
+        index_existing(LocalStorage(tmp_path / folder))
+    together, apart = (load_dataset(RecordingStorage(tmp_path / folder)) for folder in ("together", "apart"))
+    assert apart.has_table(0) and not together.has_table(0)
+    order = sample_order(8, 2, 2, num_samples=60)
+    seen = [
+        batches(training_loader(d, order, MODEL, config(streamed, part_bytes=4096), steps=range(6)))
+        for d in (together, apart)
+    ]
+    wanted = {f"{n:03d}": n % 7 for n in range(60)}
+    assert all(wanted[key] == label for b in seen[1] for key, label in zip(b.keys, b.labels.tolist(), strict=True))
+    assert_same(*seen)
+    storage = apart.storage
+    assert isinstance(storage, RecordingStorage) and len(storage.reads) < 60  # neighbours are read together
+    content = bytearray((tmp_path / "apart" / "a.tar").read_bytes())
+    content[content.index(picture(3 * 5)) + 40] ^= 1
+    (tmp_path / "apart" / "a.tar").write_bytes(content)
+    read = ShardReader(apart).read(0, 60)
+    assert [n for n, sample in enumerate(read) if isinstance(sample, Unreadable)] == list(range(INDEX_STRIDE))
 
 
 # --- Cache ----------------------------------------------------------------------------------------------------------
