@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import boto3
+import boto3.session
 import numpy as np
 import pytest
 import torch
@@ -46,7 +46,7 @@ def surroundings(s3_gateway: S3Gateway, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def client(s3_gateway: S3Gateway, surroundings: None) -> Iterator[Any]:
     """A fresh dataset of six shards, and a client past the proxy."""
-    client = boto3.client(
+    client = boto3.session.Session().client(
         "s3",
         endpoint_url=s3_gateway.endpoint,
         region_name="us-east-1",

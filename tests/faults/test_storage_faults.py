@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock, Timer
 from typing import Any
 
-import boto3
+import boto3.session
 import numpy as np
 import pytest
 from botocore.config import Config
@@ -35,7 +35,7 @@ QUICK = {"connect_timeout": 1.0, "read_timeout": 0.4, "retry_seconds": 20.0}
 @pytest.fixture(scope="module")
 def client(s3_gateway: S3Gateway) -> Any:
     """What other programs do, past the proxy."""
-    client = boto3.client(
+    client = boto3.session.Session().client(
         "s3",
         endpoint_url=s3_gateway.endpoint,
         region_name="us-east-1",
@@ -517,10 +517,10 @@ def test_expired_credentials_that_come_back(
 
 def test_expired_credentials_that_stay_so(proxy: FaultProxy, key_file: Callable[..., None]) -> None:
     proxy.plan(ErrorAnswer("ExpiredToken", 400), method=None)
-    told = r"cannot write s3://faults/x: the AWS credentials have expired \(ExpiredToken, \d+ attempts in 1 s\); renew"
+    told = r"cannot write s3://faults/x: the AWS credentials have expired \(ExpiredToken, \d+ attempts in \d s\); renew"
     with pytest.raises(UserError, match=told):
-        reach(proxy, retry_seconds=0.6).write("x", b"")
-    assert len(proxy.exchanges) > 2
+        reach(proxy, retry_seconds=2).write("x", b"")
+    assert len(proxy.exchanges) >= 2
 
 
 def test_wrong_credentials_fail_soon_unless_just_exchanged(
