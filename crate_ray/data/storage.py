@@ -388,9 +388,10 @@ class S3Storage(Storage):
                     raise self._replaced(key) from None
                 answer = client.get_object(**address)
                 answer["Body"].close()
-                if answer["ContentLength"] > start:  # it was not so a moment ago
+                size = answer.get("ContentLength")
+                if size is None or size > start:  # the answer does not tell, or it was not so a moment ago
                     raise IncompleteReadError(actual_bytes=0, expected_bytes=1) from None
-                return _Range(b"", _etag(answer), answer["ContentLength"])
+                return _Range(b"", _etag(answer), size)
             if etag and _etag(answer) != etag:
                 answer["Body"].close()
                 raise self._replaced(key)

@@ -195,7 +195,7 @@ FAULTS: st.SearchStrategy[Fault] = st.one_of(
 
 @given(
     faults=st.lists(FAULTS, max_size=8),
-    start=st.integers(0, 699_999),
+    start=st.integers(0, 700_001),
     length=st.none() | st.integers(0, 300_000),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
