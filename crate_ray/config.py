@@ -302,24 +302,26 @@ class PrepareConfig(Settings):
 class DataConfig(Settings):
     """What to train on, in which order, and how samples become batches."""
 
-    train: str
-    """Local folder or s3://bucket/prefix with the training shards, as written or indexed by jobs/prepare.py."""
+    train: str | Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
+    """Local folder or s3://bucket/prefix with the training shards, as written or indexed by jobs/prepare.py. Or several
+    of them with the share that each has in every batch, in proportion: {s3://data/photos: 3, s3://data/drawings: 1}."""
     validation: str | None = None
     """The same for held-out samples; masked validation loss and pictures come from them."""
     shuffle: bool = True
     """Read in the epoch's pseudo-random order; false keeps the order of the shards."""
     block_samples: PositiveInt | None = None
     """Samples b that are always read together, as one ranged GET. By default 1 for data that fits memory_bytes, else as
-    many as make about 4 MiB."""
+    many as make about 2 MiB."""
     window_blocks: PositiveInt | None = None
     """Blocks g of one lane that are shuffled together. By default as many as buffer_bytes allows."""
     lanes: PositiveInt | None = None
-    """Number L of streams that every batch is drawn from equally; divides the batch size. By default the largest
-    divisor of the batch size that is at most 32."""
+    """Number L of lanes, each in another place of the epoch, that every batch is drawn from equally. By default 32, or
+    what small data or a small batch has room for."""
     memory_bytes: PositiveInt = 2 * 2**30
     """Data up to this many bytes is kept in memory by every worker, and shuffled sample by sample."""
-    buffer_bytes: PositiveInt = 512 * 2**20
-    """Encoded bytes that one worker may hold while streaming, the windows ahead included."""
+    buffer_bytes: PositiveInt = 2**30
+    """Encoded bytes that one worker may hold while streaming, the windows ahead included. The more there are of them,
+    over all workers, the better data is shuffled that lies sorted in its shards."""
     fetch_threads: PositiveInt = 8
     """Concurrent ranged reads per worker."""
     part_bytes: PositiveInt = 8 * 2**20
@@ -393,7 +395,8 @@ class TrainingConfig(Settings):
     steps: PositiveInt | None = None
     """Optimiser steps of the run; set this or epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training data; set this or steps."""
+    """Passes over the training data; set this or steps. Of a mixture: times that so many samples are drawn as its
+    datasets hold together."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast: 'auto' takes bf16 where the device computes in it, else fp32."""
     validate_every: PositiveInt | None = None

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from crate_ray.config import BenchmarkDataConfig, DataConfig, ImageModelConfig, S3Config
 from crate_ray.data.loader import training_loader
+from crate_ray.data.mixture import Mixture
 from crate_ray.data.plan import plan_order
 from crate_ray.data.s3_client import S3Client
 from crate_ray.data.shards import ShardSet, load_dataset
@@ -94,8 +95,9 @@ def our_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]:
     """Batches (B, 3, S, S), uint8, of our loader, epoch after epoch."""
     model = ImageModelConfig(image_size=task.image_size, patch_size=1, channels=_CHANNELS)
     data = DataConfig(train=task.uri, memory_bytes=task.memory_bytes)
-    order = plan_order(shards.manifest, data, batch_size=task.batch_size, seed=0, workers=1)
-    with training_loader(shards, order, model, data, steps=range(2**31)) as loader:
+    mixture = Mixture.of(shards)
+    order = plan_order(mixture, data, batch_size=task.batch_size, seed=0, workers=1)
+    with training_loader(mixture, order, model, data, steps=range(2**31)) as loader:
         yield (batch.images for batch in loader)
 
 

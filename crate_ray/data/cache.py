@@ -100,13 +100,13 @@ class PartCache:
     def _write(self, path: Path, data: bytes) -> None:
         temporary = self.folder / f".new-{os.getpid()}-{path.name}"
         try:
-            with self._usage() as usage:  # room is made and taken before a byte is written: the limit holds at any time
+            with self._usage() as usage:  # until it is written: who makes room must see all that takes room
                 if usage[0] + len(data) > self.max_bytes:
                     usage[0] = self._evict(int(self.max_bytes * _KEEP) - len(data))
+                path.parent.mkdir(exist_ok=True)
+                temporary.write_bytes(data)
+                temporary.replace(path)
                 usage[0] += len(data)
-            path.parent.mkdir(exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
         except OSError:  # a full disk is no reason to stop: the part is used without being kept
             temporary.unlink(missing_ok=True)
 

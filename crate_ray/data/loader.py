@@ -18,16 +18,19 @@ from torch import Tensor
 
 from crate_ray.config import DataConfig, ImageModelConfig
 from crate_ray.data.decode import decode_batch
+from crate_ray.data.mixture import Mixture
 from crate_ray.data.order import (
     STREAM_CROP,
     STREAM_REPLACEMENT,
+    Draw,
     Int64,
     SampleOrder,
+    Window,
     hash64,
     uniform,
     worker_slots,
 )
-from crate_ray.data.reader import Order, ResidentSource, StreamedSource, Unreadable, Window, shard_reader
+from crate_ray.data.reader import MixtureReader, Order, ResidentSource, StreamedSource, Unreadable
 from crate_ray.data.shards import Sample, ShardSet
 from crate_ray.data.transforms import CROP_UNIFORMS, CropRule, Crops, centre_crops, random_crops
 from crate_ray.errors import UserError
@@ -47,22 +50,23 @@ class Batch:
 
     step: int
     """Global step that the batch belongs to."""
-    epoch: int
-    """Epoch of that step."""
+    epochs: Int64
+    """(n,) epoch, of its dataset, in which each sample is drawn."""
     images: Tensor
     """(n, channels, height, width); uint8 for images, float32 for grids, not normalised."""
     samples: Int64
-    """(n,) numbers of the samples in the dataset."""
+    """(n,) numbers of the samples in the dataset; several datasets are numbered through."""
     keys: list[str]
     """Keys of the samples."""
     labels: Int64 | None
-    """(n,) class numbers from the members `cls`; None where not every sample of the dataset has one."""
+    """(n,) class numbers from the members `cls`; None where not every sample has one, and for several datasets."""
 
     def select(self, keep: NDArray[np.bool_]) -> Batch:
         """The samples of the batch where keep, (n,), is true."""
         labels = None if self.labels is None else self.labels[keep]
         keys = [key for key, kept in zip(self.keys, keep, strict=True) if kept]
-        return Batch(self.step, self.epoch, self.images[torch.from_numpy(keep)], self.samples[keep], keys, labels)
+        images = self.images[torch.from_numpy(keep)]
+        return Batch(self.step, self.epochs[keep], images, self.samples[keep], keys, labels)
 
 
 class SequentialOrder:
@@ -81,25 +85,25 @@ class SequentialOrder:
         """Steps that one block lasts for, at least one."""
         return -(-self.block_samples // self.batch_size)
 
-    def epoch_of(self, step: int) -> int:
-        """There is only one pass."""
-        return 0
-
-    def samples(self, step: int, start: int, stop: int) -> Int64:
-        """Sample numbers of slots [start, stop) of a step, those that exist."""
+    def draw(self, step: int, start: int, stop: int) -> Draw:
+        """Samples of slots [start, stop) of a step, those that exist."""
         first = step * self.batch_size
-        return np.arange(min(first + start, self.num_samples), min(first + stop, self.num_samples), dtype=np.int64)
+        low, high = min(first + start, self.num_samples), min(first + stop, self.num_samples)
+        return Draw(np.arange(low, high, dtype=np.int64), np.zeros(high - low, np.int64))
 
     def windows(self, step: int, start: int, stop: int) -> list[Window]:
         """One window is one block."""
-        numbers = self.samples(step, start, stop)
+        numbers = self.draw(step, start, stop).samples
         if not len(numbers):
-            return [(0, 0, step * self.batch_size // self.block_samples)]
-        return [(0, 0, r) for r in range(numbers[0] // self.block_samples, numbers[-1] // self.block_samples + 1)]
+            return [Window(0, 0, step * self.batch_size // self.block_samples)]
+        first, last = numbers[0] // self.block_samples, numbers[-1] // self.block_samples
+        return [Window(0, 0, int(block)) for block in range(first, last + 1)]
 
-    def window_blocks_of(self, epoch: int, lane: int, round_: int) -> Int64:
-        """The window's single block."""
-        return np.array([round_] if round_ * self.block_samples < self.num_samples else [], np.int64)
+    def blocks(self, window: Window) -> list[range]:
+        """The window's single block, if it exists."""
+        first = window.round * self.block_samples
+        block = range(first, min(first + self.block_samples, self.num_samples))
+        return [block] if block else []
 
 
 class BadSamples:
@@ -152,11 +156,11 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        mixture: Mixture,
         order: Order,
         slots: tuple[int, int],
         steps: range,
-        make_crops: Callable[[int, Int64], CropRule],
+        make_crops: Callable[[Draw], CropRule],
         model: ImageModelConfig,
         data: DataConfig,
         replacements: Callable[[int, int, int], Iterator[int]] | None = None,
@@ -164,29 +168,28 @@ class Loader:
         """Start the threads.
 
         Args:
-            shards: the dataset.
+            mixture: the datasets.
             order: which samples a step's slots hold.
             slots: the half-open range of the batch's slots that this worker computes.
             steps: the steps to iterate over.
-            make_crops: crop rule of these samples in an epoch.
+            make_crops: crop rule of the samples that are drawn.
             model: image size and channels.
             data: budgets and threads.
             replacements: numbers to try in the place of (step, slot, sample) when that sample is bad; without it, bad
                 samples are left out of their batch.
         """
-        self._shards, self._order, self._slots, self._stop = shards, order, slots, steps.stop
+        self._mixture, self._order, self._slots, self._stop = mixture, order, slots, steps.stop
         self._make_crops, self._model, self._data, self._replacements = make_crops, model, data, replacements
-        self._reader = shard_reader(shards, data)
-        self.bad = BadSamples(data.max_bad_fraction, shards.storage.uri)
+        self._reader = MixtureReader(mixture, data)
+        self.bad = BadSamples(data.max_bad_fraction, mixture.uri)
         """What could not be used so far."""
-        height, width = shards.manifest.height, shards.manifest.width
-        small = height is not None and width is not None and max(height, width) <= _SMALL_SIDE
-        self._chunk = _SMALL_CHUNK if small else _CHUNK
+        largest = mixture.largest_hw
+        self._chunk = _SMALL_CHUNK if largest is not None and max(largest) <= _SMALL_SIDE else _CHUNK
         self._begin(steps.start)
 
     def _begin(self, step: int) -> None:
         self._step = step
-        resident = self._shards.manifest.total_bytes <= self._data.memory_bytes
+        resident = self._mixture.total_bytes <= self._data.memory_bytes
         source = ResidentSource if resident else StreamedSource
         self._source = source(self._reader, self._order, self._slots, self._data)
         windows = 1 if resident else _WINDOWS_AHEAD * self._order.steps_per_window
@@ -223,16 +226,16 @@ class Loader:
 
     def state_dict(self) -> LoaderState:
         """Position after the last batch that was handed out. It does not depend on the number of workers."""
-        return {"step": self._step, "dataset": self._shards.manifest.digest()}
+        return {"step": self._step, "dataset": self._mixture.digest}
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Go to a position that `state_dict` gave, of a loader on any worker of any number of workers.
 
         Raises UserError where it belongs to another dataset.
         """
-        if state["dataset"] != self._shards.manifest.digest():
+        if state["dataset"] != self._mixture.digest:
             raise UserError(
-                f"the saved position belongs to another dataset than {self._shards.storage.uri} "
+                f"the saved position belongs to another dataset than {self._mixture.uri} "
                 f"(digest {state['dataset'][:12]}); open the dataset it was saved with"
             )
         self.close()
@@ -273,25 +276,25 @@ class Loader:
         try:
             requested = request(self._step, self._step)
             for step in range(self._step, self._stop):
-                numbers, samples = source.take(step)
+                draw, samples = source.take(step)
                 requested = request(requested, step + 1)
-                if not put(self._start_decoding(pool, step, numbers, samples)):
+                if not put(self._start_decoding(pool, step, draw, samples)):
                     return
             put(None)
         except BaseException as error:
             put(error)
 
     def _start_decoding(
-        self, pool: ThreadPoolExecutor, step: int, numbers: Int64, samples: list[Sample | Unreadable]
+        self, pool: ThreadPoolExecutor, step: int, draw: Draw, samples: list[Sample | Unreadable]
     ) -> _Decoding:
-        dtype = torch.float32 if self._shards.manifest.kind == "grid" else torch.uint8
+        dtype = torch.float32 if self._mixture.kind == "grid" else torch.uint8
         shape = (len(samples), self._model.channels, *self._model.image_hw)
-        has_labels = self._shards.manifest.num_classes is not None
+        has_labels = self._mixture.num_classes is not None
         batch = Batch(
             step=step,
-            epoch=self._order.epoch_of(step),
+            epochs=draw.epochs,
             images=torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available()),
-            samples=numbers.copy(),
+            samples=draw.samples,
             keys=[s.key for s in samples],
             labels=np.full(len(samples), -1, np.int64) if has_labels else None,
         )
@@ -315,7 +318,7 @@ class Loader:
         contents: list[bytes | memoryview] = []
         found: list[tuple[str, str] | None] = []
         for i, sample in enumerate(samples, rows.start):
-            content, bad = self._content(sample)
+            content, bad = self._content(int(batch.samples[i]), sample)
             contents.append(content)
             if bad is None and batch.labels is not None:
                 try:
@@ -324,19 +327,19 @@ class Loader:
                 except (KeyError, ValueError):
                     bad = ("no_label", "its member 'cls' is missing or no number")
             found.append(bad)
-        crop = self._make_crops(batch.epoch, batch.samples[rows])
-        kind = self._shards.manifest.kind
+        crop = self._make_crops(Draw(batch.samples[rows], batch.epochs[rows]))
+        kind = self._mixture.kind
         errors = decode_batch(contents, kind, crop, batch.images[rows], max_pixels=self._data.max_pixels)
         return [
             bad or (None if error is None else (error.cause, str(error)))
             for bad, error in zip(found, errors, strict=True)
         ]
 
-    def _content(self, sample: Sample | Unreadable) -> tuple[bytes | memoryview, tuple[str, str] | None]:
+    def _content(self, number: int, sample: Sample | Unreadable) -> tuple[bytes | memoryview, tuple[str, str] | None]:
         """A sample's image or grid."""
         if isinstance(sample, Unreadable):
             return b"", ("damaged_shard", sample.error)
-        suffixes = self._shards.manifest.image_suffixes
+        suffixes = self._mixture.datasets[self._mixture.locate(number)[0]].manifest.image_suffixes
         suffix = next((s for s in suffixes if s in sample.members), None)
         if suffix is None:
             return b"", ("no_image", f"it has no member with a suffix of {list(suffixes)}")
@@ -347,12 +350,12 @@ class Loader:
         assert self._replacements is not None
         bad_key = batch.keys[row]
         for number in self._replacements(batch.step, self._slots[0] + row, int(batch.samples[row])):
-            sample = self._reader.read(number, 1)[0]
+            sample = self._reader.read(range(number, number + 1))[0]
             batch.samples[row], batch.keys[row] = number, sample.key
             if self._try(batch, slice(row, row + 1), [sample])[0] is None:
                 return True
         raise UserError(
-            f"sample {bad_key!r} of {self._shards.storage.uri} is unusable, and so are all that were tried in its "
+            f"sample {bad_key!r} of {self._mixture.uri} is unusable, and so are all that were tried in its "
             "place; pack the good ones again with jobs/prepare.py --source"
         )
 
@@ -367,7 +370,7 @@ class _Decoding:
 
 
 def training_loader(
-    shards: ShardSet,
+    mixture: Mixture,
     order: SampleOrder,
     model: ImageModelConfig,
     data: DataConfig,
@@ -380,9 +383,11 @@ def training_loader(
 
     Works under any launcher: rank and world size are all it needs to know.
     """
+    seed = order.seed
 
-    def make_crops(epoch: int, numbers: Int64) -> CropRule:
-        u: NDArray[np.float64] = uniform(order.seed, STREAM_CROP, epoch, numbers[:, None], np.arange(CROP_UNIFORMS))
+    def make_crops(draw: Draw) -> CropRule:
+        columns = np.arange(CROP_UNIFORMS)
+        u: NDArray[np.float64] = uniform(seed, STREAM_CROP, draw.epochs[:, None], draw.samples[:, None], columns)
 
         def centre(heights: Int64, widths: Int64) -> Crops:
             return centre_crops(heights, widths, model.image_hw)._replace(flip=data.flip & (u[:, -1] < 0.5))
@@ -394,14 +399,16 @@ def training_loader(
 
     def replacements(step: int, slot: int, bad: int) -> Iterator[int]:
         window = order.windows(step, slot, slot + 1)[0]
-        near = order.window_samples(*window)
-        ranked = near[np.argsort(hash64(order.seed, STREAM_REPLACEMENT, window[0], bad, near), kind="stable")]
+        near = order.window_samples(window)
+        ranked = near[np.argsort(hash64(seed, STREAM_REPLACEMENT, window.epoch, bad, near), kind="stable")]
         yield from ranked[ranked != bad][:_REPLACEMENTS_TRIED].tolist()
-        far = hash64(order.seed, STREAM_REPLACEMENT, window[0], bad, np.arange(_REPLACEMENTS_TRIED), 1)
-        yield from (far % np.uint64(order.num_samples)).tolist()
+        dataset, _ = mixture.locate(bad)
+        first, end = mixture.first_sample[dataset : dataset + 2]
+        far = hash64(seed, STREAM_REPLACEMENT, window.epoch, bad, np.arange(_REPLACEMENTS_TRIED), 1)
+        yield from (first + (far % np.uint64(end - first)).astype(np.int64)).tolist()
 
     slots = worker_slots(order.batch_size, rank, world_size)
-    return Loader(shards, order, slots, steps, make_crops, model, data, replacements)
+    return Loader(mixture, order, slots, steps, make_crops, model, data, replacements)
 
 
 def evaluation_loader(
@@ -421,7 +428,7 @@ def evaluation_loader(
     order = SequentialOrder(shards.manifest.num_samples, batch_size, block_samples=256)
     slots = worker_slots(batch_size, rank, world_size)
 
-    def make_crops(epoch: int, numbers: Int64) -> CropRule:
+    def make_crops(draw: Draw) -> CropRule:
         return lambda heights, widths: centre_crops(heights, widths, model.image_hw)
 
-    return Loader(shards, order, slots, range(order.num_steps), make_crops, model, data)
+    return Loader(Mixture.of(shards), order, slots, range(order.num_steps), make_crops, model, data)

@@ -1,18 +1,23 @@
 """Which sample goes where in which step: pure functions of (seed, epoch, step), the same for every number of workers.
 
-The dataset's samples are numbered through and cut into blocks of b. An epoch is a keyed permutation of the blocks,
-laid end to end and dealt to L lanes in windows of g blocks; each window's samples are permuted by their own key. Global
-batch t takes the next B / L samples of every lane; worker w of W computes slots [wB/W, (w+1)B/W). Nothing here depends
-on W, nothing needs memory for more than a window, and a run's position is one integer, the step.
+A dataset's samples are numbered through and cut into blocks of b. An epoch is a keyed permutation of the blocks,
+laid end to end and dealt to L lanes in windows of g blocks; each window's samples are permuted by their own key. The
+dataset's stream takes a sample of each lane in turn. Global batch t takes the next samples of the stream, or of those
+of several datasets by their weights; worker w of W computes slots [wB/W, (w+1)B/W). Nothing here depends on W, nothing
+needs memory for more than a window, and a run's position is one integer, the step.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from crate_ray.config import Settings
 
@@ -78,37 +83,41 @@ def worker_slots(batch_size: int, worker: int, workers: int) -> tuple[int, int]:
     return worker * batch_size // workers, (worker + 1) * batch_size // workers
 
 
-class SampleOrder(Settings):
-    """The order of one run: fixed when the run starts, stored in its checkpoints."""
+class Window(NamedTuple):
+    """A stretch of an epoch whose samples are shuffled together."""
+
+    lane: int
+    """Lanes of several datasets are numbered through."""
+    epoch: int
+    """Epoch of its dataset."""
+    round: int
+    """Number of the window in its lane and epoch."""
+
+
+class Draw(NamedTuple):
+    """Samples of some slots of a batch."""
+
+    samples: Int64
+    """(n,) sample numbers; those of several datasets are numbered through."""
+    epochs: Int64
+    """(n,) epoch, of its dataset, in which each sample is drawn."""
+
+
+class DatasetOrder(Settings):
+    """The order of the samples of one dataset."""
 
     num_samples: PositiveInt
     """Samples in the dataset."""
-    batch_size: PositiveInt
-    """Global batch B."""
     block_samples: PositiveInt
     """Samples b per block."""
     window_blocks: PositiveInt
     """Blocks g per window of a lane."""
     lanes: PositiveInt
-    """Streams L that every batch draws from equally; divides B."""
+    """Number L of lanes that the stream draws from in turn."""
     seed: int
     """Seed of the permutations."""
     shuffle: bool = True
     """False: blocks and windows keep their order."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SampleOrder:
-        if self.batch_size % self.lanes:
-            raise ValueError(
-                f"batch size {self.batch_size} is not a multiple of the {self.lanes} lanes; "
-                "change training.batch_size or data.lanes"
-            )
-        if self.batches_per_epoch < 1:
-            raise ValueError(
-                f"{self.num_samples} samples in blocks of {self.block_samples} over {self.lanes} lanes do not fill one "
-                f"batch of {self.batch_size}; use a smaller training.batch_size, data.lanes or data.block_samples"
-            )
-        return self
 
     @property
     def num_blocks(self) -> int:
@@ -125,48 +134,14 @@ class SampleOrder(Settings):
         return self.num_blocks // (self.lanes * self.window_blocks)
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches T per epoch: what the shortest lane fills wherever the ragged block lies, so that T is a constant."""
+    def drawn_per_epoch(self) -> int:
+        """Most samples that an epoch of the stream can have: L times what the shortest lane holds wherever the ragged
+        block lies, so that it is a constant."""
         tail_blocks = self.num_blocks - self._full_rounds * self.lanes * self.window_blocks
         shortest = (self._full_rounds * self.window_blocks + tail_blocks // self.lanes) * self.block_samples
-        return (shortest - self._deficit) // (self.batch_size // self.lanes)
+        return max(0, shortest - self._deficit) * self.lanes
 
-    @property
-    def steps_per_window(self) -> int:
-        """Steps that one window of a lane lasts for, rounded up."""
-        return -(-self.window_blocks * self.block_samples // (self.batch_size // self.lanes))
-
-    def epoch_of(self, step: int) -> int:
-        """Epoch that global step belongs to."""
-        return step // self.batches_per_epoch
-
-    def samples(self, step: int, start: int = 0, stop: int | None = None) -> Int64:
-        """Sample numbers in slots [start, stop) of the global batch of a step; the whole batch by default."""
-        stop = self.batch_size if stop is None else stop
-        epoch, batch = divmod(step, self.batches_per_epoch)
-        per_lane = self.batch_size // self.lanes
-        parts = []
-        while start < stop:
-            lane, offset = divmod(start, per_lane)
-            count = min(stop - start, per_lane - offset)
-            first = batch * per_lane + offset
-            parts.append(self._lane_slice(epoch, lane, first, first + count))
-            start += count
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-    def windows(self, step: int, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(epoch, lane, round) of every window that slots [start, stop) of a step's batch draw from."""
-        epoch, batch = divmod(step, self.batches_per_epoch)
-        per_lane = self.batch_size // self.lanes
-        found = []
-        for lane in range(start // per_lane, -(-stop // per_lane)):
-            low, high = max(start - lane * per_lane, 0), min(stop - lane * per_lane, per_lane)
-            first = self._round_of(epoch, lane, batch * per_lane + low)
-            last = self._round_of(epoch, lane, batch * per_lane + high - 1)
-            found += [(epoch, lane, r) for r in range(first, last + 1)]
-        return found
-
-    def window_blocks_of(self, epoch: int, lane: int, round_: int) -> Int64:
+    def block_numbers(self, epoch: int, lane: int, round_: int) -> Int64:
         """Numbers of the blocks of one window, in the order in which the epoch's sequence holds them."""
         start, count = self._window_span(lane, round_)
         positions = np.arange(start, start + count, dtype=np.int64)
@@ -178,6 +153,25 @@ class SampleOrder(Settings):
         """Sample numbers of one window, in the order in which the lane hands them out."""
         return _window_samples(self, epoch, lane, round_)
 
+    def round_of(self, epoch: int, lane: int, offset: int) -> int:
+        """Round of the window that holds an offset of a lane."""
+        size = self.window_blocks * self.block_samples
+        ragged_lane, ragged_round = _ragged_window(self, epoch)
+        if lane == ragged_lane and offset >= (ragged_round + 1) * size - self._deficit:
+            offset += self._deficit
+        return min(offset // size, self._full_rounds)
+
+    def lane_samples(self, epoch: int, lane: int, start: int, stop: int) -> Int64:
+        """Samples at offsets [start, stop) of a lane."""
+        parts = []
+        while start < stop:
+            round_ = self.round_of(epoch, lane, start)
+            offset = start - self._window_start(epoch, lane, round_)
+            part = self.window_samples(epoch, lane, round_)[offset : offset + stop - start]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts)
+
     def _window_span(self, lane: int, round_: int) -> tuple[int, int]:
         """First position in the epoch's block sequence, and number of blocks, of a window."""
         lanes, g, rounds = self.lanes, self.window_blocks, self._full_rounds
@@ -187,30 +181,150 @@ class SampleOrder(Settings):
         first, last = lane * tail // lanes, (lane + 1) * tail // lanes
         return rounds * lanes * g + first, last - first
 
-    def _round_of(self, epoch: int, lane: int, offset: int) -> int:
-        """Round of the window that holds an offset of a lane's stream."""
-        size = self.window_blocks * self.block_samples
-        ragged_lane, ragged_round = _ragged_window(self, epoch)
-        if lane == ragged_lane and offset >= (ragged_round + 1) * size - self._deficit:
-            offset += self._deficit
-        return min(offset // size, self._full_rounds)
-
     def _window_start(self, epoch: int, lane: int, round_: int) -> int:
-        """Offset in a lane's stream at which a window begins."""
+        """Offset in a lane at which a window begins."""
         start = round_ * self.window_blocks * self.block_samples
         ragged_lane, ragged_round = _ragged_window(self, epoch)
         return start - self._deficit if lane == ragged_lane and round_ > ragged_round else start
 
-    def _lane_slice(self, epoch: int, lane: int, start: int, stop: int) -> Int64:
-        """Samples at offsets [start, stop) of a lane's stream."""
-        parts = []
-        while start < stop:
-            round_ = self._round_of(epoch, lane, start)
-            offset = start - self._window_start(epoch, lane, round_)
-            part = self.window_samples(epoch, lane, round_)[offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts)
+
+class _Stretch(NamedTuple):
+    """Slots of a batch that lie one after the other in a lane."""
+
+    dataset: int
+    epoch: int
+    lane: int
+    start: int
+    stop: int
+
+
+class SampleOrder(Settings):
+    """The order of one run: fixed when the run starts, stored in its checkpoints."""
+
+    batch_size: PositiveInt
+    """Global batch B."""
+    datasets: tuple[DatasetOrder, ...] = Field(min_length=1)
+    """Order of each dataset."""
+    weights: tuple[PositiveInt, ...] = (1,)
+    """Shares of the datasets, in proportion."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleOrder:
+        if len(self.weights) != len(self.datasets):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.datasets)} datasets")
+        least = self.batch_size if len(self.datasets) == 1 else 1
+        for dataset in self.datasets:
+            if dataset.drawn_per_epoch < least:
+                raise ValueError(
+                    f"{dataset.num_samples} samples in blocks of {dataset.block_samples} over {dataset.lanes} lanes do "
+                    f"not fill one batch of {self.batch_size}; use a smaller training.batch_size, data.lanes or "
+                    "data.block_samples"
+                )
+        return self
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run's randomness."""
+        return self.datasets[0].seed
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all datasets."""
+        return sum(dataset.num_samples for dataset in self.datasets)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches T per epoch; of several datasets, batches that draw as many samples as they have together."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].drawn_per_epoch // self.batch_size
+        return max(1, self.num_samples // self.batch_size)
+
+    @property
+    def steps_per_window(self) -> int:
+        """Steps that one window of a lane lasts for, rounded up; the least of all datasets."""
+        drawn = zip(self.datasets, self.weights, strict=True)
+        return min(
+            -(-d.window_blocks * d.block_samples * d.lanes * sum(self.weights) // (self.batch_size * weight))
+            for d, weight in drawn
+        )
+
+    @cached_property
+    def first_sample(self) -> tuple[int, ...]:
+        """Number of the first sample of each dataset, and at the end the number of all."""
+        return tuple(accumulate((dataset.num_samples for dataset in self.datasets), initial=0))
+
+    @cached_property
+    def _first_lane(self) -> tuple[int, ...]:
+        return tuple(accumulate((dataset.lanes for dataset in self.datasets), initial=0))
+
+    def drawn_before(self, step: int) -> list[int]:
+        """Samples that each dataset has given before a step.
+
+        Of the tB samples before step t, a dataset takes the share of its weight, rounded down, in what the datasets
+        before it leave. So the numbers add up, none ever falls, and each is within one of its exact share of the rest.
+        """
+        left, weight_left = step * self.batch_size, sum(self.weights)
+        counts = []
+        for weight in self.weights:
+            counts.append(left * weight // weight_left)
+            left, weight_left = left - counts[-1], weight_left - weight
+        return counts
+
+    def draw(self, step: int, start: int = 0, stop: int | None = None) -> Draw:
+        """Samples in slots [start, stop) of the global batch of a step; the whole batch by default."""
+        stretches = list(self._stretches(step, start, self.batch_size if stop is None else stop))
+        samples = [
+            self.first_sample[s.dataset] + self.datasets[s.dataset].lane_samples(s.epoch, s.lane, s.start, s.stop)
+            for s in stretches
+        ]
+        epochs = np.repeat([s.epoch for s in stretches], [s.stop - s.start for s in stretches])
+        return Draw(np.concatenate(samples) if samples else np.empty(0, np.int64), epochs.astype(np.int64))
+
+    def windows(self, step: int, start: int, stop: int) -> list[Window]:
+        """Every window that slots [start, stop) of a step's batch draw from."""
+        found = []
+        for dataset, epoch, lane, first, last in self._stretches(step, start, stop):
+            order = self.datasets[dataset]
+            rounds = range(order.round_of(epoch, lane, first), order.round_of(epoch, lane, last - 1) + 1)
+            found += [Window(self._first_lane[dataset] + lane, epoch, round_) for round_ in rounds]
+        return found
+
+    def blocks(self, window: Window) -> list[range]:
+        """Sample numbers of each block of a window."""
+        dataset, lane = self._dataset_of(window)
+        order, first = self.datasets[dataset], self.first_sample[dataset]
+        starts = order.block_numbers(window.epoch, lane, window.round) * order.block_samples
+        return [range(first + s, first + min(s + order.block_samples, order.num_samples)) for s in starts.tolist()]
+
+    def window_samples(self, window: Window) -> Int64:
+        """Sample numbers of a window, in the order in which its lane hands them out."""
+        dataset, lane = self._dataset_of(window)
+        samples = self.datasets[dataset].window_samples(window.epoch, lane, window.round)
+        return self.first_sample[dataset] + samples
+
+    def _dataset_of(self, window: Window) -> tuple[int, int]:
+        """Dataset of a window, and its lane's number there."""
+        dataset = bisect_right(self._first_lane, window.lane) - 1
+        return dataset, window.lane - self._first_lane[dataset]
+
+    def _stretches(self, step: int, start: int, stop: int) -> Iterator[_Stretch]:
+        """What slots [start, stop) of a step's batch consist of: slots of a batch are in the order of datasets, epochs,
+        lanes and offsets."""
+        before, after = self.drawn_before(step), self.drawn_before(step + 1)
+        for number, order in enumerate(self.datasets):
+            whole_batches = self.batch_size if len(self.datasets) == 1 else 1
+            per_epoch = order.drawn_per_epoch // whole_batches * whole_batches
+            position = before[number]
+            while position < after[number]:
+                epoch, first = divmod(position, per_epoch)
+                last = min(first + after[number] - position, per_epoch)
+                for lane in range(order.lanes):
+                    low, high = -((lane - first) // order.lanes), -((lane - last) // order.lanes)
+                    taken = range(low, high)[max(start, 0) : max(stop, 0)]
+                    if taken:
+                        yield _Stretch(number, epoch, lane, taken.start, taken.stop)
+                    start, stop = start - (high - low), stop - (high - low)
+                position += last - first
 
 
 def _key(*parts: int) -> int:
@@ -218,7 +332,7 @@ def _key(*parts: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _ragged_window(order: SampleOrder, epoch: int) -> tuple[int, int]:
+def _ragged_window(order: DatasetOrder, epoch: int) -> tuple[int, int]:
     """Lane and round that the last block, the only one that may be short, falls into."""
     last, lanes, g = order.num_blocks - 1, order.lanes, order.window_blocks
     position = last
@@ -234,8 +348,8 @@ def _ragged_window(order: SampleOrder, epoch: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _window_samples(order: SampleOrder, epoch: int, lane: int, round_: int) -> Int64:
-    blocks, b = order.window_blocks_of(epoch, lane, round_), order.block_samples
+def _window_samples(order: DatasetOrder, epoch: int, lane: int, round_: int) -> Int64:
+    blocks, b = order.block_numbers(epoch, lane, round_), order.block_samples
     samples = (blocks[:, None] * b + np.arange(b)).ravel()
     samples = samples[samples < order.num_samples]
     if order.shuffle:

@@ -3,45 +3,68 @@
 from __future__ import annotations
 
 from crate_ray.config import DataConfig
-from crate_ray.data.order import SampleOrder
+from crate_ray.data.mixture import Mixture
+from crate_ray.data.order import DatasetOrder, SampleOrder, hash64
 from crate_ray.data.shards import INDEX_STRIDE, Manifest
 from crate_ray.errors import UserError
 
-_BLOCK_BYTES = 4 * 2**20  # one ranged GET: long against the request's latency, short against the buffer
+_BLOCK_BYTES = 2 * 2**20  # one ranged GET: long against the request's latency, short against the buffer
 _MAX_LANES = 32
+_WINDOWS_HELD = 2.25  # in the buffer, per lane: the current one and the next, whose samples may be larger than most
 _BLOCKS_PER_LANE = 20  # at least: up to one block of each lane is left out of an epoch
 
 
-def plan_order(manifest: Manifest, data: DataConfig, *, batch_size: int, seed: int, workers: int) -> SampleOrder:
+def plan_order(mixture: Mixture, data: DataConfig, *, batch_size: int, seed: int, workers: int) -> SampleOrder:
     """Order settings of a new run: b, g and L from the config, or from its byte budgets where it leaves them open.
 
-    Parameters: the dataset; the global batch; the number of workers that start the run,
-    whose buffers hold lanes owned × g × b × sample bytes, twice for the window ahead.
-    Raises UserError when a batch cannot be drawn: too few samples, or a batch size that the lanes do not divide.
+    Parameters: the datasets; the global batch; the number of workers that start the run,
+    whose buffers hold lanes owned × g × b × sample bytes, twice for the window ahead, and some room.
+    Raises UserError when a batch cannot be drawn: too few samples.
     """
-    num_samples = manifest.num_samples
-    sample_bytes = max(manifest.total_bytes / num_samples, 1.0)
-    resident = manifest.total_bytes <= data.memory_bytes
-    block = data.block_samples or (
-        1 if resident else max(int(_BLOCK_BYTES / sample_bytes) // INDEX_STRIDE, 1) * INDEX_STRIDE
-    )
-    num_blocks = -(-num_samples // block)
-    most_lanes = max(1, min(_MAX_LANES, num_blocks // _BLOCKS_PER_LANE)) if data.shuffle else 1
-    lanes = data.lanes or max(n for n in range(1, most_lanes + 1) if batch_size % n == 0)
-    window = data.window_blocks
-    if window is None:
-        owned = min(lanes, -(-lanes // workers) + 1)
-        budget = 4096 // block if resident else int(data.buffer_bytes / (2 * owned * block * sample_bytes))
-        window = max(1, min(budget, num_blocks // lanes))
+    resident = mixture.total_bytes <= data.memory_bytes
+    total = sum(mixture.weights)
     try:
         return SampleOrder(
-            num_samples=num_samples,
             batch_size=batch_size,
-            block_samples=block,
-            window_blocks=window,
-            lanes=lanes,
-            seed=seed,
-            shuffle=data.shuffle,
+            datasets=tuple(
+                _plan_dataset(
+                    dataset.manifest,
+                    data,
+                    resident=resident,
+                    drawn=batch_size * weight / total,
+                    buffer_bytes=data.buffer_bytes * weight / total,
+                    seed=int(hash64(seed, number)[0]) if number else seed,
+                    workers=workers,
+                )
+                for number, (dataset, weight) in enumerate(zip(mixture.datasets, mixture.weights, strict=True))
+            ),
+            weights=mixture.weights,
         )
     except ValueError as error:
         raise UserError(str(error).split("Value error, ")[-1].split(" [type=")[0]) from None
+
+
+def _plan_dataset(
+    manifest: Manifest, data: DataConfig, *, resident: bool, drawn: float, buffer_bytes: float, seed: int, workers: int
+) -> DatasetOrder:
+    """Order of one dataset, of which each batch draws so many samples, and a worker's buffer holds so many bytes."""
+    sample_bytes = max(manifest.total_bytes / manifest.num_samples, 1.0)
+    block = data.block_samples or (
+        1 if resident else max(int(_BLOCK_BYTES / sample_bytes) // INDEX_STRIDE, 1) * INDEX_STRIDE
+    )
+    num_blocks = -(-manifest.num_samples // block)
+    most_lanes = min(_MAX_LANES, num_blocks // _BLOCKS_PER_LANE, int(drawn)) if data.shuffle else 1
+    lanes = data.lanes or max(1, most_lanes)
+    window = data.window_blocks
+    if window is None:
+        owned = min(lanes, -(-lanes // workers) + 1)
+        budget = 4096 // block if resident else int(buffer_bytes / (_WINDOWS_HELD * owned * block * sample_bytes))
+        window = max(1, min(budget, num_blocks // lanes))
+    return DatasetOrder(
+        num_samples=manifest.num_samples,
+        block_samples=block,
+        window_blocks=window,
+        lanes=lanes,
+        seed=seed,
+        shuffle=data.shuffle,
+    )

@@ -10,8 +10,9 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -21,14 +22,12 @@ from numpy.typing import NDArray
 
 from crate_ray.config import DataConfig
 from crate_ray.data.cache import PartCache
-from crate_ray.data.order import Int64
+from crate_ray.data.mixture import Mixture
+from crate_ray.data.order import Draw, Int64, Window
 from crate_ray.data.shards import INDEX_STRIDE, DamagedShard, Sample, ShardSet, parse_samples
 from crate_ray.data.storage import Replaced
 
 logger = logging.getLogger(__name__)
-
-Window = tuple[int, int, int]
-"""(epoch, lane, round)"""
 
 _CHECKED_READS = 3  # of bytes whose digest is wrong: they may have changed on the way
 _JOIN_GAP = 64 * 2**10  # members closer together than this are read in one request
@@ -46,24 +45,17 @@ class Order(Protocol):
     """What a source asks of an order: SampleOrder for training, SequentialOrder for evaluation."""
 
     @property
-    def block_samples(self) -> int:
-        """Samples per block."""
-
-    @property
     def steps_per_window(self) -> int:
         """Steps that one window of a lane lasts for."""
 
-    def epoch_of(self, step: int) -> int:
-        """Epoch of a step."""
-
-    def samples(self, step: int, start: int, stop: int) -> Int64:
-        """Sample numbers of slots [start, stop) of a step."""
+    def draw(self, step: int, start: int, stop: int) -> Draw:
+        """Samples of slots [start, stop) of a step."""
 
     def windows(self, step: int, start: int, stop: int) -> list[Window]:
         """Windows that these slots draw from."""
 
-    def window_blocks_of(self, epoch: int, lane: int, round_: int) -> Int64:
-        """Blocks of a window."""
+    def blocks(self, window: Window) -> list[range]:
+        """Sample numbers of each block of a window."""
 
 
 class ShardReader:
@@ -204,81 +196,118 @@ class _Check(Protocol):
         """Raise DamagedShard for wrong bytes."""
 
 
-def shard_reader(shards: ShardSet, data: DataConfig) -> ShardReader:
-    """Reader with the disk cache that the settings name."""
-    return ShardReader(shards, PartCache(Path(data.cache_dir), data.cache_bytes) if data.cache_dir else None)
+class MixtureReader:
+    """Reads samples of a mixture by number."""
+
+    def __init__(self, mixture: Mixture, data: DataConfig) -> None:
+        cache = PartCache(Path(data.cache_dir), data.cache_bytes) if data.cache_dir else None
+        self.mixture = mixture
+        self._readers = [ShardReader(dataset, cache) for dataset in mixture.datasets]
+        self._part_bytes = data.part_bytes
+
+    def read(self, samples: range) -> list[Sample | Unreadable]:
+        """Consecutive samples of one dataset. Raises as `ShardReader.read` does."""
+        dataset, first = self.mixture.locate(samples.start)
+        return self._readers[dataset].read(first, len(samples))
+
+    def num_bytes(self, samples: range) -> int:
+        """Bytes that `read` of these samples fetches, nearly."""
+        dataset, first = self.mixture.locate(samples.start)
+        return self._readers[dataset].num_bytes(first, len(samples))
+
+    def parts(self, samples: range) -> list[range]:
+        """What to read in one request each, of consecutive samples of one dataset."""
+        manifest = self.mixture.datasets[self.mixture.locate(samples.start)[0]].manifest
+        # A multiple of what an entry of the index covers.
+        mean = manifest.total_bytes / manifest.num_samples
+        size = max(1, int(self._part_bytes / mean / INDEX_STRIDE)) * INDEX_STRIDE
+        return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+    def all_parts(self) -> list[range]:
+        """The same of the whole mixture, shard by shard."""
+        return [
+            part
+            for begin, dataset in zip(self.mixture.first_sample, self.mixture.datasets, strict=False)
+            for first, last in pairwise(dataset.first_sample.tolist())
+            for part in self.parts(range(begin + first, begin + last))
+        ]
 
 
-def _samples_per_part(shards: ShardSet, part_bytes: int) -> int:
-    """Samples to read in one request, a multiple of what an entry of the index covers."""
-    mean = shards.manifest.total_bytes / shards.manifest.num_samples
-    return max(1, int(part_bytes / mean / INDEX_STRIDE)) * INDEX_STRIDE
+@dataclass
+class _Part:
+    """Consecutive samples that are read together."""
+
+    content: Future[list[Sample | Unreadable]]
+    windows: int = 1
+    """Windows that hold it: the end of one epoch and the begin of the next can share a block."""
 
 
 class StreamedSource:
     """Blocks of the worker's lanes, fetched by threads as many windows ahead as the buffer holds, dropped when used."""
 
-    def __init__(self, reader: ShardReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
+    def __init__(self, reader: MixtureReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
         self._reader, self._order, self._slots = reader, order, slots
         self._buffer_bytes, self._held = data.buffer_bytes, 0
-        self._part = min(order.block_samples, _samples_per_part(reader.shards, data.part_bytes))
         self._pool = ThreadPoolExecutor(data.fetch_threads, "fetch")
-        self._windows: dict[Window, tuple[list[int], int]] = {}  # blocks, bytes
-        self._parts: dict[tuple[int, int, int], Future[list[Sample | Unreadable]]] = {}  # (epoch, block, part of it)
+        self._windows: dict[Window, tuple[list[range], int]] = {}  # parts, bytes
+        self._parts: dict[int, _Part] = {}  # by first sample
+        self._starts = np.empty(0, np.int64)  # of the parts, in order
 
     def request(self, step: int) -> bool:
         """Start fetching what a step needs, as far as the buffer has room; returns at once, whether all is on its way.
 
-        There is always room for each lane's current window and the next.
+        There is always room for each lane's current window.
         """
         for window in self._order.windows(step, *self._slots):
             if window not in self._windows:
                 blocks, size = self._size(window)
-                ahead = sum(lane == window[1] for _, lane, _ in self._windows)
-                if ahead >= 2 and self._held + size > self._buffer_bytes:
+                is_ahead = any(held.lane == window.lane for held in self._windows)
+                if is_ahead and self._held + size > self._buffer_bytes:
                     return False
                 self._fetch(window, blocks, size)
         return True
 
-    def take(self, step: int) -> tuple[Int64, list[Sample | Unreadable]]:
+    def take(self, step: int) -> tuple[Draw, list[Sample | Unreadable]]:
         """Numbers and encoded samples of a step's slots; waits for what has not arrived. Steps follow each other."""
-        needed = self._order.windows(step, *self._slots)
-        for window in needed:
+        for window in self._order.windows(step, *self._slots):
             if window not in self._windows:
                 self._fetch(window, *self._size(window))
-        numbers = self._order.samples(step, *self._slots)
-        epoch, size, part = self._order.epoch_of(step), self._order.block_samples, self._part
-        samples = []
-        for number in numbers.tolist():
-            block, rest = divmod(number, size)
-            samples.append(self._parts[epoch, block, rest // part].result()[rest % part])
+        draw = self._order.draw(step, *self._slots)
+        owners = np.searchsorted(self._starts, draw.samples, "right") - 1
+        loaded = {part: self._parts[self._starts[part]].content.result() for part in np.unique(owners).tolist()}
+        places = zip(owners.tolist(), (draw.samples - self._starts[owners]).tolist(), strict=True)
+        samples = [loaded[part][i] for part, i in places]
         self._drop_before(self._order.windows(step + 1, *self._slots))
-        return numbers, samples
+        return draw, samples
 
-    def _size(self, window: Window) -> tuple[list[int], int]:
-        blocks = self._order.window_blocks_of(*window).tolist()
-        size = self._order.block_samples
-        return blocks, sum(self._reader.num_bytes(block * size, size) for block in blocks)
+    def _size(self, window: Window) -> tuple[list[range], int]:
+        blocks = self._order.blocks(window)
+        return blocks, sum(map(self._reader.num_bytes, blocks))
 
-    def _fetch(self, window: Window, blocks: list[int], num_bytes: int) -> None:
-        self._windows[window] = (blocks, num_bytes)
+    def _fetch(self, window: Window, blocks: list[range], num_bytes: int) -> None:
+        parts = [part for block in blocks for part in self._reader.parts(block)]
+        self._windows[window] = (parts, num_bytes)
         self._held += num_bytes
-        size = self._order.block_samples
-        for block in blocks:
-            for i, first in enumerate(range(0, size, self._part)):
-                count = min(self._part, size - first)
-                self._parts[window[0], block, i] = self._pool.submit(self._reader.read, block * size + first, count)
+        for part in parts:
+            held = self._parts.get(part.start)
+            if held is None:
+                self._parts[part.start] = _Part(self._pool.submit(self._reader.read, part))
+            else:
+                held.windows += 1
+        self._starts = np.sort(np.fromiter(self._parts, np.int64))
 
     def _drop_before(self, needed: Iterable[Window]) -> None:
-        current: dict[int, tuple[int, int]] = {}
-        for epoch, lane, round_ in needed:
-            current[lane] = min(current.get(lane, (epoch, round_)), (epoch, round_))
-        for window in [w for w in self._windows if w[1] in current and (w[0], w[2]) < current[w[1]]]:
-            blocks, num_bytes = self._windows.pop(window)
+        current: dict[int, Window] = {}
+        for window in needed:
+            current[window.lane] = min(current.get(window.lane, window), window)
+        for window in [w for w in self._windows if w.lane in current and w < current[w.lane]]:
+            parts, num_bytes = self._windows.pop(window)
             self._held -= num_bytes
-            for block in blocks:
-                for i in range(-(-self._order.block_samples // self._part)):
-                    del self._parts[window[0], block, i]
+            for part in parts:
+                self._parts[part.start].windows -= 1
+                if not self._parts[part.start].windows:
+                    del self._parts[part.start]
+            self._starts = np.sort(np.fromiter(self._parts, np.int64))
 
     def close(self) -> None:
         """Stop fetching."""
@@ -288,36 +317,38 @@ class StreamedSource:
 class ResidentSource:
     """Parts of shards, each fetched once by threads and kept: for data that fits memory."""
 
-    def __init__(self, reader: ShardReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
+    def __init__(self, reader: MixtureReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
         self._reader, self._order, self._slots = reader, order, slots
-        self._part = _samples_per_part(reader.shards, data.part_bytes)
         self._pool = ThreadPoolExecutor(data.fetch_threads, "fetch")
-        self._loaded: dict[tuple[int, int], Future[list[Sample | Unreadable]]] = {}  # (shard, part of it)
+        self._parts = reader.all_parts()
+        self._starts = np.array([part.start for part in self._parts])
+        self._loaded: dict[int, Future[list[Sample | Unreadable]]] = {}  # by number of the part
 
     def request(self, step: int) -> bool:
         """Start fetching the parts that a step needs; returns at once, always True."""
-        self._places(self._order.samples(step, *self._slots))
+        self._begin(self._parts_of(self._order.draw(step, *self._slots).samples))
         return True
 
-    def take(self, step: int) -> tuple[Int64, list[Sample | Unreadable]]:
+    def take(self, step: int) -> tuple[Draw, list[Sample | Unreadable]]:
         """Numbers and encoded samples of a step's slots; waits for what has not arrived."""
-        numbers = self._order.samples(step, *self._slots)
-        return numbers, [part.result()[i] for part, i in self._places(numbers)]
+        draw = self._order.draw(step, *self._slots)
+        owners = self._parts_of(draw.samples)
+        loaded = {part: future.result() for part, future in self._begin(owners)}
+        places = zip(owners.tolist(), (draw.samples - self._starts[owners]).tolist(), strict=True)
+        return draw, [loaded[part][i] for part, i in places]
 
-    def _places(self, numbers: Int64) -> list[tuple[Future[list[Sample | Unreadable]], int]]:
-        """The part that each sample lies in, and its place there; parts that are not there yet are begun."""
-        first_sample = self._reader.shards.first_sample
-        owners = np.searchsorted(first_sample, numbers, "right") - 1
-        parts, rest = np.divmod(numbers - first_sample[owners], self._part)
-        out = []
-        for shard, part, i in zip(owners.tolist(), parts.tolist(), rest.tolist(), strict=True):
-            future = self._loaded.get((shard, part))
+    def _parts_of(self, numbers: Int64) -> Int64:
+        return np.searchsorted(self._starts, numbers, "right") - 1
+
+    def _begin(self, owners: Int64) -> list[tuple[int, Future[list[Sample | Unreadable]]]]:
+        """These parts; those that are not there yet are begun."""
+        begun = []
+        for part in np.unique(owners).tolist():
+            future = self._loaded.get(part)
             if future is None:
-                begin = int(first_sample[shard]) + part * self._part
-                count = min(self._part, int(first_sample[shard + 1]) - begin)
-                future = self._loaded[shard, part] = self._pool.submit(self._reader.read, begin, count)
-            out.append((future, i))
-        return out
+                future = self._loaded[part] = self._pool.submit(self._reader.read, self._parts[part])
+            begun.append((part, future))
+        return begun
 
     def close(self) -> None:
         """Stop fetching."""

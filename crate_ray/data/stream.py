@@ -12,15 +12,14 @@ from typing import Any
 
 from crate_ray.config import DataConfig, ImageModelConfig, S3Config
 from crate_ray.data.loader import Loader, training_loader
+from crate_ray.data.mixture import open_mixture
 from crate_ray.data.plan import plan_order
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import open_storage
 
 _FOREVER = 2**62
 
 
 def stream(
-    train: str,
+    train: str | dict[str, float],
     *,
     batch_size: int,
     image_size: int | tuple[int, int],
@@ -36,7 +35,8 @@ def stream(
     """Augmented training batches of one worker; together the workers see the same batches whatever their number.
 
     Args:
-        train: local folder or s3://bucket/prefix, prepared by jobs/prepare.py.
+        train: local folder or s3://bucket/prefix, prepared by jobs/prepare.py; or several with their shares of every
+            batch, {"s3://data/photos": 3, "s3://data/drawings": 1}.
         batch_size: samples per step over all workers; worker w gets slots [w·B/W, (w+1)·B/W).
         image_size: pixels of the side, or (height, width).
         channels: 3 for RGB, 1 for grayscale, any number for grids.
@@ -54,8 +54,8 @@ def stream(
         pydantic.ValidationError: an unknown or wrong setting.
     """
     config = DataConfig(train=train, **data)
-    shards = load_dataset(open_storage(train, s3 or S3Config()))
-    order = plan_order(shards.manifest, config, batch_size=batch_size, seed=seed, workers=planned_workers or 1)
+    mixture = open_mixture(config.train, s3 or S3Config())
+    order = plan_order(mixture, config, batch_size=batch_size, seed=seed, workers=planned_workers or 1)
     image = ImageModelConfig(image_size=image_size, patch_size=1, channels=channels, mask_ratio=0)
     end = _FOREVER if steps is None else steps
-    return training_loader(shards, order, image, config, steps=range(end), rank=rank, world_size=world_size)
+    return training_loader(mixture, order, image, config, steps=range(end), rank=rank, world_size=world_size)

@@ -13,7 +13,6 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from crate_ray.cli import merge
 from crate_ray.config import SweepConfig
 from crate_ray.data.arrow import arrow_filesystem
 from crate_ray.data.shards import load_dataset
@@ -48,7 +47,7 @@ def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
     shared = shared_values(sweep)
     data = open_run(trial_config(sweep, shared, {}, "check")).config.data
     addresses = {"train": data.train, "validation": data.validation}
-    shared = merge(shared, {"data": {name: uri for name, uri in addresses.items() if uri}})
+    shared = {**shared, "data": {**shared["data"], **{name: uri for name, uri in addresses.items() if uri}}}
     if sweep.probe:
         probe = {name: open_storage(getattr(sweep.probe, name), s3) for name in ("train", "test")}
         for storage in probe.values():

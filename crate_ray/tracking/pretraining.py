@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mlflow.entities import Dataset
 
+from crate_ray.data.shards import ShardSet
 from crate_ray.tracking.runs import RunTracker, flatten, spool_folder
 from crate_ray.training.export import DESCRIPTION_FILE, export_run
 from crate_ray.training.run import Run
@@ -27,10 +28,12 @@ def track(run: Run, extra_tags: Mapping[str, str] | None = None) -> Iterator[Run
     """Follow a run in MLflow: RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED."""
     config = run.config
     tags = source_tags("pretrain") | dict(extra_tags or {})
-    params = flatten(config.model_dump(mode="json")) | flatten(
-        {"order": run.record.order.model_dump(mode="json"), "total_steps": run.total_steps}
-    )
-    tracker = RunTracker(config.tracking, run.record.run_key, config.name, params, tags, _lineage(run))
+    orders = [order.model_dump(mode="json") for order in run.record.order.datasets]
+    order = orders[0] if len(orders) == 1 else {str(number): part for number, part in enumerate(orders)}
+    params = flatten(config.model_dump(mode="json")) | flatten({"order": order, "total_steps": run.total_steps})
+    shares = [weight / sum(run.mixture.weights) for weight in run.mixture.weights]
+    lineage = list(map(_lineage, run.mixture.datasets, shares))
+    tracker = RunTracker(config.tracking, run.record.run_key, config.name, params, tags, lineage)
     tracker.text("environment.txt", environment())
     try:
         yield tracker
@@ -90,14 +93,14 @@ def environment() -> str:
     return "\n".join([f"python=={platform.python_version()}", f"# {platform.platform()}", *packages]) + "\n"
 
 
-def _lineage(run: Run) -> Dataset:
-    manifest, uri = run.dataset.manifest, run.config.data.train
+def _lineage(dataset: ShardSet, share: float) -> Dataset:
+    manifest, uri = dataset.manifest, dataset.storage.uri
     profile = manifest.model_dump(
         mode="json", include={"num_samples", "num_shards", "total_bytes", "kind", "num_classes"}
-    )
+    ) | {"share": share}
     return Dataset(
         name="/".join(uri.rstrip("/").split("/")[-2:]),
-        digest=run.record.dataset[:32],
+        digest=manifest.digest()[:32],
         source_type="s3" if uri.startswith("s3://") else "local",
         source=json.dumps({"uri": uri, "manifest": f"{uri}/manifest.json"}),
         profile=json.dumps(profile),

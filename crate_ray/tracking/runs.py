@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,10 @@ class RunTracker:
         name: str,
         params: dict[str, str],
         tags: dict[str, str],
-        dataset: Dataset | None = None,
+        datasets: Sequence[Dataset] = (),
     ) -> None:
         self._uri, self._experiment, self._key, self._name = tracking_uri(tracking), tracking.experiment, key, name
-        self._params, self._tags, self._dataset = params, tags, dataset
+        self._params, self._tags, self._datasets = params, tags, datasets
         self.run_id = ""
         self._folder = spool_folder(key)
         (self._folder / "files").mkdir(parents=True, exist_ok=True)
@@ -203,9 +203,9 @@ class RunTracker:
         params = [Param(name, value[:6000]) for name, value in self._params.items() if name not in known]
         for i in range(0, len(params), 100):
             client.log_batch(run.info.run_id, params=params[i : i + 100])
-        if self._dataset:
+        if self._datasets:
             context = [InputTag("mlflow.data.context", "training")]
-            client.log_inputs(run.info.run_id, [DatasetInput(self._dataset, context)])
+            client.log_inputs(run.info.run_id, [DatasetInput(dataset, context) for dataset in self._datasets])
         client.set_tag(run.info.run_id, _DESCRIBED_TAG, "true")
         self.run_id = run.info.run_id
         return client

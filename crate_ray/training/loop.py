@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crate_ray.config import PretrainConfig
 from crate_ray.data.loader import evaluation_loader, training_loader
+from crate_ray.data.mixture import open_mixture
 from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
@@ -81,10 +82,10 @@ def train(payload: dict[str, Any]) -> None:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
     run = open_storage(config.storage, config.s3).under(config.name)
-    shards = load_dataset(open_storage(config.data.train, config.s3))
+    mixture = open_mixture(config.data.train, config.s3)
     validation = load_dataset(open_storage(config.data.validation, config.s3)) if config.data.validation else None
-    if shards.manifest.digest() != record.dataset:
-        raise UserError(f"the dataset at {config.data.train} changed while the run was starting; start it again")
+    if mixture.digest != record.dataset:
+        raise UserError(f"the dataset at {mixture.uri} changed while the run was starting; start it again")
 
     torch.manual_seed(config.seed)
     model: MaskedAutoencoder = build_model(config.model).to(device)
@@ -101,12 +102,12 @@ def train(payload: dict[str, Any]) -> None:
     validate_every = config.training.validate_every or total_steps
     picture_every = config.tracking.picture_every
     if rank == 0 and picture_every:
-        probe = _probe_batch(validation or shards, config)
+        probe = _probe_batch(validation or mixture.datasets[0], config)
         if step == 0:
             reporter.picture(step, probe, model, normalizer, num_patches)
 
     loader = training_loader(
-        shards,
+        mixture,
         record.order,
         config.model,
         config.data,
@@ -127,7 +128,7 @@ def train(payload: dict[str, Any]) -> None:
             watch.wait_ended(began)
 
             images = normalizer(batch.images.to(device, non_blocking=True))
-            noise = mask_noise(record.order.seed, batch.epoch, batch.samples, num_patches).to(device)
+            noise = mask_noise(record.order.seed, batch.epochs, batch.samples, num_patches).to(device)
             lr = learning_rate(step, total_steps, config.optim, config.training.batch_size)
             part_sum, gradient_norm = train_step(
                 trained,

@@ -17,8 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crate_ray.config import PretrainConfig
 from crate_ray.data.arrow import arrow_filesystem
+from crate_ray.data.mixture import Mixture, open_mixture
 from crate_ray.data.plan import plan_order
-from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.shards import load_dataset
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
 from crate_ray.training.checkpoint import RunRecord, newest_valid, read_record, write_record
@@ -38,7 +39,7 @@ class Run:
     record: RunRecord
     storage: Storage
     """Folder of the run."""
-    dataset: ShardSet
+    mixture: Mixture
     """Training data."""
     total_steps: int
     """Steps that the run has when it is finished."""
@@ -64,58 +65,63 @@ def open_run(config: PretrainConfig) -> Run:
             "lower scaling.workers or raise training.batch_size"
         )
     config = _with_absolute_paths(config)
-    shards = load_dataset(open_storage(config.data.train, config.s3))
-    manifest = shards.manifest
-    for uri in filter(None, (config.data.train, config.data.validation)):
-        other = load_dataset(open_storage(uri, config.s3)).manifest
+    mixture = open_mixture(config.data.train, config.s3)
+    held_out = [load_dataset(open_storage(config.data.validation, config.s3))] if config.data.validation else []
+    for dataset in (*mixture.datasets, *held_out):
+        other = dataset.manifest
         if (other.kind == "grid" and other.channels != config.model.channels) or config.model.channels not in (1, 3):
             raise UserError(
-                f"the model has {config.model.channels} channels, the samples of {uri} have {other.channels}; "
-                "set model.channels"
+                f"the model has {config.model.channels} channels, the samples of {dataset.storage.uri} have "
+                f"{other.channels}; set model.channels"
             )
     order = plan_order(
-        manifest,
+        mixture,
         config.data,
         batch_size=training.batch_size,
         seed=config.seed,
         workers=config.scaling.workers,
     )
-    mean, std = config.data.mean or manifest.mean, config.data.std or manifest.std
+    mean, std = config.data.mean or mixture.mean_std[0], config.data.std or mixture.mean_std[1]
     channels = config.model.channels
     if len(mean) == len(std) == 1:
         mean, std = mean * channels, std * channels
-    elif channels == 1 and manifest.kind == "image" and not config.data.mean:
+    elif channels == 1 and mixture.kind == "image" and not config.data.mean:
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     if len(mean) != channels or len(std) != channels:
         raise UserError(f"data.mean and data.std need {channels} numbers each, one per channel of the model")
     storage = open_storage(config.storage, config.s3).under(config.name)
     newest = next(newest_valid(storage), None)
     record = read_record(storage)
-    if record is None or not (newest or _same_run(record, config, manifest.digest())):
+    if record is None or not (newest or _same_run(record, config, mixture.digest)):
         record = RunRecord(
             run_key=uuid.uuid4().hex,
             config=config,
-            dataset=manifest.digest(),
+            dataset=mixture.digest,
             order=order,
-            kind=manifest.kind,
+            kind=mixture.kind,
             mean=mean,
             std=std,
             threads=config.scaling.cpus_per_worker or 0,
         )
-    elif difference := _difference(record, config, manifest.digest()):
+    elif difference := _difference(record, config, mixture.digest):
         raise UserError(
             f"run {config.name!r} at {config.storage} was begun with {difference}; "
             "choose another --name for a new run, or the settings it was begun with to resume it"
         )
     total_steps = training.steps or math.ceil((training.epochs or 0) * record.order.batches_per_epoch)
-    return Run(config, record, storage, shards, total_steps, newest[0].step if newest else 0)
+    return Run(config, record, storage, mixture, total_steps, newest[0].step if newest else 0)
 
 
 def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
     """The same settings with local folders made absolute: workers have other working directories."""
     data, s3 = config.data, config.s3
-    folders = {"train": data.train, "validation": data.validation}
-    absolute = {name: open_storage(uri, s3).uri for name, uri in folders.items() if uri}
+    absolute: dict[str, Any] = {}
+    if isinstance(data.train, str):
+        absolute["train"] = open_storage(data.train, s3).uri
+    else:
+        absolute["train"] = {open_storage(uri, s3).uri: weight for uri, weight in data.train.items()}
+    if data.validation:
+        absolute["validation"] = open_storage(data.validation, s3).uri
     storage = open_storage(config.storage, s3).uri
     if data.cache_dir:
         absolute["cache_dir"] = str(Path(data.cache_dir).expanduser().absolute())

@@ -62,9 +62,12 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
 
-def mask_noise(seed: int, epoch: int, samples: Int64, num_patches: int) -> Tensor:
-    """Noise that decides the masks, (n, num_patches) float32 in [0, 1): a function of (seed, epoch, sample) only."""
-    noise = uniform(seed, STREAM_MASK, epoch, samples[:, None], np.arange(num_patches))
+def mask_noise(seed: int, epochs: Int64, samples: Int64, num_patches: int) -> Tensor:
+    """Noise that decides the masks, (n, num_patches) float32 in [0, 1): a function of (seed, epoch, sample) only.
+
+    Epochs and samples: (n,) each.
+    """
+    noise = uniform(seed, STREAM_MASK, epochs[:, None], samples[:, None], np.arange(num_patches))
     return torch.from_numpy(noise.astype(np.float32))
 
 

@@ -225,7 +225,7 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
     assert "bucket 'nowhere' does not exist" in error(data__train="s3://nowhere/digits")
     assert "no manifest at s3://data/nothing; run jobs/prepare.py" in error(data__train="s3://data/nothing")
     assert "image height 8 is not divisible by patch height 3" in error(model__patch_size=3)
-    assert "batch size 64 is not a multiple of the 5 lanes" in error(name="new", data__lanes=5)
+    assert "do not fill one batch of 64" in error(name="new", data__lanes=1000)
     assert "100 workers are more than the 64 samples of a batch" in error(scaling__workers=100)
     assert "was begun with another dataset" in error(data__train="s3://data/digits-test")
     assert "was begun with another model (model.sparsity_lambda was 0.5, is 0.1)" in error(model__sparsity_lambda=0.1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from crate_ray.config import CrateMAEConfig, OptimConfig, PretrainConfig, ViTMAEConfig
-from crate_ray.data.order import SampleOrder
+from crate_ray.data.order import DatasetOrder, SampleOrder
 from crate_ray.data.storage import LocalStorage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
@@ -47,7 +47,9 @@ RECORD = RunRecord(
     ),
     dataset="4567",
     kind="image",
-    order=SampleOrder(num_samples=40, batch_size=4, block_samples=1, window_blocks=8, lanes=2, seed=3),
+    order=SampleOrder(
+        batch_size=4, datasets=(DatasetOrder(num_samples=40, block_samples=1, window_blocks=8, lanes=2, seed=3),)
+    ),
     mean=(0.1, 0.2, 0.3),
     std=(1.0, 2.0, 3.0),
     threads=1,

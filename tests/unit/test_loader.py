@@ -25,15 +25,18 @@ import webdataset as wds
 from PIL import Image
 from torch import Tensor
 
-from crate_ray.config import CrateMAEConfig, DataConfig, PrepareConfig
+from crate_ray.config import CrateMAEConfig, DataConfig, PrepareConfig, S3Config
 from crate_ray.data import loader as loader_module
 from crate_ray.data.cache import PartCache
 from crate_ray.data.decode import decode_batch
+from crate_ray.data.indexing import index_existing
 from crate_ray.data.loader import Batch, Loader, evaluation_loader, training_loader
-from crate_ray.data.order import STREAM_CROP, SampleOrder, uniform
-from crate_ray.data.packing import Item, Source, index_existing, pack
-from crate_ray.data.reader import ShardReader, StreamedSource, Unreadable, Window
+from crate_ray.data.mixture import Mixture, open_mixture
+from crate_ray.data.order import STREAM_CROP, DatasetOrder, SampleOrder, uniform
+from crate_ray.data.packing import pack
+from crate_ray.data.reader import ShardReader, StreamedSource, Unreadable
 from crate_ray.data.shards import INDEX_STRIDE, ShardSet, load_dataset
+from crate_ray.data.sources import Item, Source
 from crate_ray.data.storage import LocalStorage, Replaced
 from crate_ray.data.transforms import CROP_UNIFORMS, random_crops
 from crate_ray.errors import UserError
@@ -99,12 +102,23 @@ def config(streamed: bool, **values: Any) -> DataConfig:
     return DataConfig(**{**options, "memory_bytes": 1 if streamed else 2**30, **values})
 
 
-def sample_order(block: int = 16, window: int = 1, lanes: int = 4, **values: Any) -> SampleOrder:
-    options = {"num_samples": SAMPLES, "batch_size": BATCH, "seed": 5}
-    return SampleOrder(**{**options, "block_samples": block, "window_blocks": window, "lanes": lanes, **values})
+def sample_order(
+    block: int = 16, window: int = 1, lanes: int = 4, batch_size: int = BATCH, **values: Any
+) -> SampleOrder:
+    sizes = {"block_samples": block, "window_blocks": window, "lanes": lanes}
+    dataset = DatasetOrder(**{"num_samples": SAMPLES, "seed": 5, **sizes, **values})
+    return SampleOrder(batch_size=batch_size, datasets=(dataset,))
 
 
-ORDERS = [sample_order(), sample_order(7, 2, 5), sample_order(1, 40, 1), sample_order(16, 2, 2, shuffle=False)]
+ORDERS = [sample_order(), sample_order(7, 2, 3), sample_order(1, 40, 1), sample_order(16, 2, 2, shuffle=False)]
+
+
+def name(order: SampleOrder) -> str:
+    return " ".join(f"b{d.block_samples} g{d.window_blocks} L{d.lanes}" for d in order.datasets)
+
+
+def train_on(data: ShardSet | Mixture, order: SampleOrder, model: Any, settings: DataConfig, **place: Any) -> Loader:
+    return training_loader(data if isinstance(data, Mixture) else Mixture.of(data), order, model, settings, **place)
 
 
 def batches(loader: Loader) -> list[Batch]:
@@ -112,19 +126,22 @@ def batches(loader: Loader) -> list[Batch]:
         return list(loader)
 
 
-def load(shards: ShardSet, order: SampleOrder, streamed: bool, steps: range, rank: int = 0, world: int = 1) -> Any:
-    return batches(training_loader(shards, order, MODEL, config(streamed), steps=steps, rank=rank, world_size=world))
+def load(
+    shards: ShardSet | Mixture, order: SampleOrder, streamed: bool, steps: range, rank: int = 0, world: int = 1
+) -> Any:
+    return batches(train_on(shards, order, MODEL, config(streamed), steps=steps, rank=rank, world_size=world))
 
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
-    assert [(b.step, b.epoch, b.keys) for b in left] == [(b.step, b.epoch, b.keys) for b in right]
+    assert [(b.step, b.keys) for b in left] == [(b.step, b.keys) for b in right]
     for a, b in zip(left, right, strict=True):
         assert np.array_equal(a.samples, b.samples) and torch.equal(a.images, b.images)
+        assert np.array_equal(a.epochs, b.epochs)
         assert a.labels is not None and b.labels is not None and np.array_equal(a.labels, b.labels)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"b{o.block_samples} g{o.window_blocks} L{o.lanes}")
+@pytest.mark.parametrize("order", ORDERS, ids=name)
 def test_global_batches_are_the_same_for_every_number_of_workers(
     shards: ShardSet, stock: list[tuple[str, bytes, int]], order: SampleOrder, streamed: bool
 ) -> None:
@@ -132,8 +149,8 @@ def test_global_batches_are_the_same_for_every_number_of_workers(
     whole = load(shards, order, streamed, steps)
     assert [b.step for b in whole] == list(steps)
     for batch in whole:
-        assert batch.epoch == order.epoch_of(batch.step)
-        assert np.array_equal(batch.samples, order.samples(batch.step))
+        assert np.array_equal(batch.epochs, [batch.step // order.batches_per_epoch] * BATCH)
+        assert np.array_equal(batch.samples, order.draw(batch.step).samples)
         assert batch.images.shape == (BATCH, 3, 16, 12) and batch.images.dtype == torch.uint8
         assert [(k, n) for k, n in zip(batch.keys, batch.labels, strict=True)] == [
             (stock[s][0], stock[s][2]) for s in batch.samples
@@ -173,7 +190,7 @@ def test_a_loader_can_start_at_any_step(shards: ShardSet, streamed: bool) -> Non
         assert_same(load(shards, order, streamed, range(start, stop), rank=1, world=3), whole[start:])
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"b{o.block_samples} g{o.window_blocks} L{o.lanes}")
+@pytest.mark.parametrize("order", ORDERS, ids=name)
 def test_resident_and_streamed_data_give_the_same_batches(shards: ShardSet, order: SampleOrder) -> None:
     steps = range(order.batches_per_epoch + 2)
     assert_same(load(shards, order, True, steps, 1, 2), load(shards, order, False, steps, 1, 2))
@@ -184,10 +201,10 @@ def test_crop_scale_one_keeps_the_largest_centre(shards: ShardSet) -> None:
     still = config(False, crop_scale=(1, 1), flip=False)
     mirrored = config(False, crop_scale=(1, 1))
     plain = {k: i for b in batches(evaluation_loader(shards, MODEL, still, batch_size=50)) for k, i in rows(b)}
-    for batch in batches(training_loader(shards, order, MODEL, still, steps=steps)):
+    for batch in batches(train_on(shards, order, MODEL, still, steps=steps)):
         assert all(torch.equal(image, plain[key]) for key, image in rows(batch))
     flips = 0
-    for batch in batches(training_loader(shards, order, MODEL, mirrored, steps=steps)):
+    for batch in batches(train_on(shards, order, MODEL, mirrored, steps=steps)):
         for key, image in rows(batch):
             is_flipped = torch.equal(image, plain[key].flip(-1))
             assert is_flipped or torch.equal(image, plain[key])
@@ -236,6 +253,77 @@ def test_grids_are_loaded_as_float_without_labels(tmp_path: Path) -> None:
     assert sorted(map(np.sum, batch.images.numpy())) == sorted(map(np.sum, grids))
 
 
+# --- Mixtures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(shards: ShardSet, with_bad: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """A good dataset, one with bad samples, and one whose pictures are not its first image member by another's rule."""
+    annotated = pack_items(
+        tmp_path_factory.mktemp("annotated"), lambda n: {"jpg": picture(3 * n), "mask.png": picture(3 * n)}, 30
+    )
+    return Mixture((shards, with_bad, annotated), (5, 3, 1))
+
+
+MIXED = SampleOrder(
+    batch_size=BATCH,
+    datasets=(
+        DatasetOrder(num_samples=SAMPLES, block_samples=16, window_blocks=2, lanes=3, seed=5),
+        DatasetOrder(num_samples=80, block_samples=7, window_blocks=2, lanes=4, seed=6),
+        DatasetOrder(num_samples=30, block_samples=1, window_blocks=30, lanes=1, seed=7),
+    ),
+    weights=(5, 3, 1),
+)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_mixed_datasets_give_the_same_batches_for_every_number_of_workers(mixture: Mixture, streamed: bool) -> None:
+    steps = range(40)  # several epochs of the second dataset
+    data = config(streamed, max_bad_fraction=0.2)
+    whole = batches(train_on(mixture, MIXED, MODEL, data, steps=steps))
+    drawn = np.concatenate([b.samples for b in whole])
+    asked = np.concatenate([MIXED.draw(step).samples for step in steps])
+    bad = np.isin(asked, [SAMPLES + n for n in BAD])
+    assert bad.any() and np.array_equal(drawn[~bad], asked[~bad])
+    assert ((drawn[bad] >= SAMPLES) & (drawn[bad] < SAMPLES + 80)).all()  # replaced by others of the same dataset
+    counts = np.histogram(drawn, mixture.first_sample)[0]
+    assert np.abs(counts - len(drawn) * np.array([5, 3, 1]) / 9).max() < 2
+    assert whole[-1].epochs.max() >= 3 and whole[-1].epochs.min() <= 2 and whole[0].labels is None
+    keys = {n: key for b in whole for n, key in zip(b.samples.tolist(), b.keys, strict=True)}
+    assert all(int(keys[n]) == n - SAMPLES for n in keys if SAMPLES <= n < SAMPLES + 80)
+    for world in (2, 3):
+        ranks = [
+            batches(train_on(mixture, MIXED, MODEL, data, steps=steps, rank=rank, world_size=world))
+            for rank in range(world)
+        ]
+        for batch, *parts in zip(whole, *ranks, strict=True):
+            assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+            assert [key for part in parts for key in part.keys] == batch.keys
+    start = batches(train_on(mixture, MIXED, MODEL, data, steps=range(23, 40)))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(start, whole[23:], strict=True))
+
+
+def test_a_mixture_is_opened_by_its_weights(mixture: Mixture, tmp_path: Path) -> None:
+    first, second, _ = (dataset.storage.uri for dataset in mixture.datasets)
+    opened = open_mixture({first: 0.75, second: 0.25}, S3Config())
+    assert opened.weights == (3, 1) and opened.num_samples == SAMPLES + 80
+    (mean, std), parts = opened.mean_std, [dataset.manifest for dataset in opened.datasets]
+    assert mean == pytest.approx([0.75 * a + 0.25 * b for a, b in zip(parts[0].mean, parts[1].mean, strict=True)])
+    squares = [0.75 * (parts[0].std[c] ** 2 + parts[0].mean[c] ** 2) + 0.25 * (parts[1].std[c] ** 2
+               + parts[1].mean[c] ** 2) for c in range(3)]  # fmt: skip
+    assert std == pytest.approx([(s - m**2) ** 0.5 for s, m in zip(squares, mean, strict=True)])
+    assert len({opened.digest, open_mixture({first: 2, second: 1}, S3Config()).digest, parts[0].digest()}) == 3
+    grids = pack_items(tmp_path, lambda n: {"npy": npy(np.zeros((3, 8, 8), np.float32))}, 4)
+    with pytest.raises(UserError, match="only alike ones can be mixed"):
+        open_mixture({first: 1, grids.storage.uri: 1}, S3Config())
+
+
+def npy(array: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 # --- Reading --------------------------------------------------------------------------------------------------------
 
 
@@ -252,46 +340,50 @@ def test_streaming_reads_every_byte_at_most_once_an_epoch(shards: ShardSet, worl
         for (name, start, length), (next_name, next_start, _) in pairwise(ranges):
             assert name != next_name or start + length <= next_start
         if world == 1:  # one read for a block that lies in one shard
-            assert len(ranges) <= order.num_blocks
+            assert len(ranges) <= order.datasets[0].num_blocks
         else:  # a worker reads its lanes alone
             assert sum(length for *_, length in ranges) < 0.6 * shards.manifest.total_bytes
 
 
 @pytest.mark.parametrize(("window", "batch_size"), [(1, 12), (2, 12), (1, 30), (3, 3)])
-def test_streaming_holds_the_current_and_the_next_window_of_a_lane(
+def test_streaming_holds_what_is_needed_and_ahead_only_what_the_buffer_has_room_for(
     shards: ShardSet, window: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: list[int] = []
+    held: list[tuple[int, int]] = []
     requested_late: list[int] = []
 
     class Watched(StreamedSource):
         def request(self, step: int) -> bool:
             done = super().request(step)
-            held.append(self.most_held())
+            self.note()
             return done
 
         def take(self, step: int) -> Any:
-            before = set(self._windows)
-            taken = super().take(step)
-            held.append(self.most_held())
-            if not before.issuperset(order.windows(step, *self._slots)):
+            needed = set(order.windows(step, *self._slots))
+            if not needed.issubset(self._windows):
                 requested_late.append(step)
+            taken = super().take(step)
+            self.note()
             return taken
 
-        def most_held(self) -> int:
-            windows: list[Window] = list(self._windows)
-            assert len(self._parts) == sum(len(blocks) for blocks, _ in self._windows.values())
+        def note(self) -> None:
+            assert {part.start for parts, _ in self._windows.values() for part in parts} == set(self._parts)
             assert self._held == sum(size for _, size in self._windows.values())
-            return max(Counter(lane for _, lane, _ in windows).values(), default=0)
+            held.append((self._held, max(Counter(window.lane for window in self._windows).values(), default=0)))
 
     monkeypatch.setattr(loader_module, "StreamedSource", Watched)
-    order = sample_order(16, window, 3, batch_size=batch_size)
-    for buffer_bytes, most in ((1, 2), (2**30, 3)):
+    order = sample_order(16, window, 3, batch_size)
+    windows = 3 * window * 16 * shards.manifest.total_bytes / SAMPLES  # one of each lane
+    for buffer_bytes, most in ((1, 2), (int(3 * windows), 5), (2**30, 20)):
         held.clear()
+        requested_late.clear()
         data = config(True, buffer_bytes=buffer_bytes)
-        batches(training_loader(shards, order, MODEL, data, steps=range(2 * order.batches_per_epoch)))
-        assert (max(held) == 2) if most == 2 else (max(held) >= 3)  # with room, several windows ahead
-        assert not requested_late  # all were on their way before they were needed
+        batches(train_on(shards, order, MODEL, data, steps=range(2 * order.batches_per_epoch)))
+        assert buffer_bytes == 1 or not requested_late
+        assert max(lane for _, lane in held) <= most
+        if most == 5:
+            assert max(size for size, _ in held) <= buffer_bytes
+    assert max(lane for _, lane in held) >= 3  # with room, several windows ahead
 
 
 def loader_threads() -> list[str]:
@@ -309,11 +401,11 @@ def assert_no_threads() -> None:
 def test_closing_early_or_late_leaves_no_threads(shards: ShardSet, streamed: bool) -> None:
     assert_no_threads()
     order = sample_order()
-    with training_loader(shards, order, MODEL, config(streamed), steps=range(10**6)) as loader:
+    with train_on(shards, order, MODEL, config(streamed), steps=range(10**6)) as loader:
         batch = next(iter(loader))
         assert batch.step == 0 and loader_threads()
     assert_no_threads()
-    training_loader(shards, order, MODEL, config(streamed), steps=range(10**6)).close()  # before the first batch
+    train_on(shards, order, MODEL, config(streamed), steps=range(10**6)).close()  # before the first batch
     assert_no_threads()
     load(shards, order, streamed, range(2))
     assert_no_threads()
@@ -329,7 +421,7 @@ def test_a_slow_consumer_bounds_what_is_prepared(shards: ShardSet, monkeypatch: 
             decode_batch(contents, *args, **options),
         )[1],
     )
-    with training_loader(shards, sample_order(), MODEL, config(True), steps=range(1000)) as loader:
+    with train_on(shards, sample_order(), MODEL, config(True), steps=range(1000)) as loader:
         next(iter(loader))
         # The one taken, prefetch_batches of three in the queue, and one that waits for its place there.
         deadline = time.monotonic() + 5
@@ -350,7 +442,7 @@ def test_a_saved_position_continues_on_another_number_of_workers(shards: ShardSe
     state = None
     for world, count in ((2, 4), (3, 5), (1, 4)):
         loaders = [
-            training_loader(shards, order, MODEL, config(streamed), steps=range(stop), rank=rank, world_size=world)
+            train_on(shards, order, MODEL, config(streamed), steps=range(stop), rank=rank, world_size=world)
             for rank in range(world)
         ]
         if state is not None:
@@ -368,7 +460,7 @@ def test_a_saved_position_continues_on_another_number_of_workers(shards: ShardSe
 
 
 def test_a_loader_that_is_used_up_gives_nothing_more(shards: ShardSet, tmp_path: Path) -> None:
-    with training_loader(shards, sample_order(), MODEL, config(False), steps=range(3)) as loader:
+    with train_on(shards, sample_order(), MODEL, config(False), steps=range(3)) as loader:
         assert [b.step for b in loader] == [0, 1, 2] and list(loader) == []
         loader.load_state_dict({**loader.state_dict(), "step": 1})
         assert [b.step for b in loader] == [1, 2]
@@ -398,14 +490,14 @@ def with_bad(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return load_dataset(LocalStorage(folder))
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda o: f"b{o.block_samples} g{o.window_blocks} L{o.lanes}")
+@pytest.mark.parametrize("order", ORDERS, ids=name)
 def test_bad_samples_are_replaced_alike_on_every_number_of_workers(with_bad: ShardSet, order: SampleOrder) -> None:
-    order = order.model_copy(update={"num_samples": 80})
+    order = SampleOrder(batch_size=BATCH, datasets=(order.datasets[0].model_copy(update={"num_samples": 80}),))
     steps = range(6 * order.batches_per_epoch)
     data = config(True, max_bad_fraction=0.2)
-    alone = training_loader(with_bad, order, MODEL, data, steps=steps)
+    alone = train_on(with_bad, order, MODEL, data, steps=steps)
     whole = batches(alone)
-    asked = np.concatenate([order.samples(step) for step in steps])
+    asked = np.concatenate([order.draw(step).samples for step in steps])
     bad = np.isin(asked, list(BAD))
     used = np.concatenate([b.samples for b in whole])
     assert bad.sum() > 8 and np.array_equal(used[~bad], asked[~bad]) and not np.isin(used, list(BAD)).any()
@@ -415,7 +507,7 @@ def test_bad_samples_are_replaced_alike_on_every_number_of_workers(with_bad: Sha
         assert batch.labels is not None
         assert [int(key) for key in batch.keys] == batch.samples.tolist() == batch.labels.tolist()
     ranks = [
-        training_loader(with_bad, order, MODEL, config(False, max_bad_fraction=0.2), steps=steps, rank=r, world_size=3)
+        train_on(with_bad, order, MODEL, config(False, max_bad_fraction=0.2), steps=steps, rank=r, world_size=3)
         for r in range(3)
     ]
     for batch, *parts in zip(whole, *map(batches, ranks), strict=True):
@@ -499,8 +591,7 @@ def test_scattered_and_linked_members_are_read_like_others(tmp_path: Path, strea
     assert apart.has_table(0) and not together.has_table(0)
     order = sample_order(8, 2, 2, num_samples=60)
     seen = [
-        batches(training_loader(d, order, MODEL, config(streamed, part_bytes=4096), steps=range(6)))
-        for d in (together, apart)
+        batches(train_on(d, order, MODEL, config(streamed, part_bytes=4096), steps=range(6))) for d in (together, apart)
     ]
     wanted = {f"{n:03d}": n % 7 for n in range(60)}
     assert all(wanted[key] == label for b in seen[1] for key, label in zip(b.keys, b.labels.tolist(), strict=True))
@@ -526,7 +617,7 @@ def test_a_cache_on_disk_is_shared_checked_and_limited(shards: ShardSet, tmp_pat
 
     def read() -> list[Batch]:
         storage.reads.clear()
-        return batches(training_loader(shards, order, MODEL, data, steps=steps))
+        return batches(train_on(shards, order, MODEL, data, steps=steps))
 
     assert_same(read(), plain)
     assert storage.reads

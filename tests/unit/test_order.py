@@ -1,6 +1,8 @@
 """Properties of the data order: a permutation, independent of the workers, unbiased, addressed by one integer."""
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,26 +10,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crate_ray.config import DataConfig
-from crate_ray.data.order import SampleOrder, hash64, permute, uniform, worker_slots
+from crate_ray.data.mixture import Mixture, whole_weights
+from crate_ray.data.order import DatasetOrder, SampleOrder, hash64, permute, uniform, worker_slots
 from crate_ray.data.plan import plan_order
-from crate_ray.data.shards import Manifest
+from crate_ray.data.shards import Manifest, ShardSet
+from crate_ray.data.storage import LocalStorage
 from crate_ray.errors import UserError
 
 
 @st.composite
-def orders(draw: st.DrawFn) -> SampleOrder:
-    lanes = draw(st.integers(1, 6))
-    per_lane, block, window = draw(st.integers(1, 9)), draw(st.integers(1, 7)), draw(st.integers(1, 5))
-    least = lanes * (per_lane + block) * 2
-    return SampleOrder(
+def dataset_orders(draw: st.DrawFn, batch_size: int) -> DatasetOrder:
+    lanes, block, window = draw(st.integers(1, 6)), draw(st.integers(1, 7)), draw(st.integers(1, 5))
+    least = lanes * block * 2 + batch_size + lanes
+    return DatasetOrder(
         num_samples=draw(st.integers(least, least + 300)),
-        batch_size=lanes * per_lane,
         block_samples=block,
         window_blocks=window,
         lanes=lanes,
         seed=draw(st.integers(0, 2**63)),
         shuffle=draw(st.booleans()),
     )
+
+
+@st.composite
+def orders(draw: st.DrawFn, most_datasets: int = 3) -> SampleOrder:
+    batch_size = draw(st.integers(1, 40))
+    datasets = draw(st.lists(dataset_orders(batch_size), min_size=1, max_size=most_datasets))
+    weights = draw(st.lists(st.integers(1, 50), min_size=len(datasets), max_size=len(datasets)))
+    return SampleOrder(batch_size=batch_size, datasets=tuple(datasets), weights=tuple(weights))
+
+
+def one_dataset(batch_size: int, **values: Any) -> SampleOrder:
+    return SampleOrder(batch_size=batch_size, datasets=(DatasetOrder(**values),))
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -60,27 +74,59 @@ def test_hash_is_fixed_for_ever() -> None:
     assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.01 and abs(np.corrcoef(u[1:], u[:-1])[0, 1]) < 0.03
 
 
-@given(orders(), st.integers(0, 3))
+@given(orders(most_datasets=1), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_every_sample_at_most_once_per_epoch(order: SampleOrder, epoch: int) -> None:
     steps = range(epoch * order.batches_per_epoch, (epoch + 1) * order.batches_per_epoch)
-    batches = [order.samples(t) for t in steps]
-    assert all(len(batch) == order.batch_size for batch in batches)
-    seen = np.concatenate(batches)
+    batches = [order.draw(t) for t in steps]
+    assert all(len(batch.samples) == order.batch_size for batch in batches)
+    assert all((batch.epochs == epoch).all() for batch in batches)
+    seen = np.concatenate([batch.samples for batch in batches])
     assert len(np.unique(seen)) == len(seen) and seen.min() >= 0 and seen.max() < order.num_samples
     # Left out: less than a batch, a ragged block for each lane, and a block for each lane of the last round.
-    assert order.num_samples - len(seen) < order.batch_size + 2 * order.lanes * order.block_samples
+    lanes, block = order.datasets[0].lanes, order.datasets[0].block_samples
+    assert order.num_samples - len(seen) < order.batch_size + 2 * lanes * block
 
 
-@given(orders(), st.integers(0, 100), st.integers(1, 40))
+@given(orders(), st.integers(0, 100))
 @settings(max_examples=150, deadline=None)
-def test_global_batch_is_the_same_for_every_number_of_workers(order: SampleOrder, step: int, workers: int) -> None:
+def test_datasets_are_drawn_by_weight_and_each_epoch_of_one_has_its_samples_once(
+    order: SampleOrder, start: int
+) -> None:
+    steps = range(start, start + 30)
+    drawn = [order.draw(t) for t in steps]
+    samples = np.concatenate([d.samples for d in drawn])
+    epochs = np.concatenate([d.epochs for d in drawn])
+    total = sum(order.weights)
+    for number, (dataset, weight) in enumerate(zip(order.datasets, order.weights, strict=True)):
+        first, end = order.first_sample[number : number + 2]
+        own = (samples >= first) & (samples < end)
+        pairs = np.stack([epochs[own], samples[own]])
+        assert len(np.unique(pairs, axis=1).T) == own.sum()  # no sample twice in an epoch of its dataset
+        assert (np.diff(np.concatenate([d.epochs[(d.samples >= first) & (d.samples < end)] for d in drawn])) >= 0).all()
+        # The share of every stretch of steps is exact but for the rounding of this dataset and those before it.
+        assert abs(own.sum() - 30 * order.batch_size * weight / total) <= 2 * (number + 1)
+        assert order.drawn_before(start + 30)[number] - order.drawn_before(start)[number] == own.sum()
+        if order.drawn_before(start)[number] == 0 and own.sum() >= dataset.drawn_per_epoch and len(order.datasets) > 1:
+            assert (epochs[own] == 0).sum() == dataset.drawn_per_epoch
+    assert sum(order.drawn_before(start)) == start * order.batch_size
+
+
+@given(orders(), st.integers(0, 100), st.integers(1, 40), st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_global_batch_is_the_same_for_every_number_of_workers(
+    order: SampleOrder, step: int, workers: int, micro_batch: int
+) -> None:
     workers = min(workers, order.batch_size)
     slots = [worker_slots(order.batch_size, w, workers) for w in range(workers)]
     sizes = [stop - start for start, stop in slots]
     assert max(sizes) - min(sizes) <= 1
-    parts = [order.samples(step, *span) for span in slots]
-    assert np.array_equal(np.concatenate(parts), order.samples(step))
+    # Each worker draws its slots in one piece, or micro-batch by micro-batch.
+    whole = order.draw(step)
+    for pieces in (slots, [(i, min(i + micro_batch, e)) for b, e in slots for i in range(b, e, micro_batch)]):
+        parts = [order.draw(step, *span) for span in pieces]
+        assert np.array_equal(np.concatenate([part.samples for part in parts]), whole.samples)
+        assert np.array_equal(np.concatenate([part.epochs for part in parts]), whole.epochs)
 
 
 @given(orders(), st.integers(0, 60), st.integers(1, 5))
@@ -89,15 +135,17 @@ def test_windows_name_where_a_workers_samples_come_from(order: SampleOrder, step
     workers = min(workers, order.batch_size)
     for worker in range(workers):
         span = worker_slots(order.batch_size, worker, workers)
-        blocks = np.concatenate([order.window_blocks_of(*window) for window in order.windows(step, *span)])
-        assert set(order.samples(step, *span) // order.block_samples) <= set(blocks)
+        windows = order.windows(step, *span)
+        named = {sample for window in windows for block in order.blocks(window) for sample in block}
+        assert set(order.draw(step, *span).samples.tolist()) <= named
+        assert named == {sample for window in windows for sample in order.window_samples(window).tolist()}
 
 
 @pytest.mark.parametrize(("samples", "block"), [(103, 1), (103, 4), (104, 4)])
 def test_leftovers_favour_no_sample(samples: int, block: int) -> None:
-    order = SampleOrder(num_samples=samples, batch_size=12, block_samples=block, window_blocks=3, lanes=3, seed=7)
+    order = one_dataset(12, num_samples=samples, block_samples=block, window_blocks=3, lanes=3, seed=7)
     epochs = 200
-    used = Counter(s for t in range(epochs * order.batches_per_epoch) for s in order.samples(t).tolist())
+    used = Counter(s for t in range(epochs * order.batches_per_epoch) for s in order.draw(t).samples.tolist())
     counts = np.array([used[s] for s in range(samples)])
     share = counts.mean() / epochs
     assert share < 1  # some are left out, or there is nothing to test
@@ -106,29 +154,36 @@ def test_leftovers_favour_no_sample(samples: int, block: int) -> None:
 
 
 def test_epochs_and_seeds_differ_and_blocks_mix() -> None:
-    order = SampleOrder(num_samples=4000, batch_size=40, block_samples=5, window_blocks=4, lanes=8, seed=1)
-    first, again = order.samples(0), order.samples(order.batches_per_epoch)
+    sizes = {"num_samples": 4000, "block_samples": 5, "window_blocks": 4, "lanes": 8}
+    order = one_dataset(40, **sizes, seed=1)
+    first, again = order.draw(0).samples, order.draw(order.batches_per_epoch).samples
     assert len(np.intersect1d(first, again)) < 10
-    assert len(np.intersect1d(first, order.model_copy(update={"seed": 2}).samples(0))) < 10
+    assert len(np.intersect1d(first, one_dataset(40, **sizes, seed=2).draw(0).samples)) < 10
     assert len(np.unique(first // 5)) > 15
 
 
-def dataset(num_samples: int, total_bytes: int) -> Manifest:
+def mixture(num_samples: int, total_bytes: int) -> Mixture:
     described = {"kind": "image", "image_suffixes": ("jpg",), "suffixes": ("jpg",), "channels": 3}
     measured = {"mean": (0.5,), "std": (0.2,), "num_measured": 1, "shards_sha256": "", "index_sha256": ""}
-    return Manifest(num_samples=num_samples, num_shards=1, total_bytes=total_bytes, **described, **measured)
+    manifest = Manifest(num_samples=num_samples, num_shards=1, total_bytes=total_bytes, **described, **measured)
+    return Mixture.of(ShardSet(LocalStorage(Path("unused")), manifest, np.empty(0), np.empty(0)))
 
 
 def test_planned_order_fits_budgets_and_explains_what_does_not_fit() -> None:
     data = DataConfig(train="x", memory_bytes=1, buffer_bytes=64 * 2**20)
-    order = plan_order(dataset(1_281_167, 140 * 2**30), data, batch_size=4096, seed=0, workers=8)
-    sample_bytes = 140 * 2**30 / 1_281_167
-    owned = order.lanes // 8 + 1
-    assert 2 * owned * order.window_blocks * order.block_samples * sample_bytes <= 64 * 2**20
-    assert order.block_samples % 16 == 0 and order.batches_per_epoch >= 310
-    small = plan_order(dataset(1000, 10**6), DataConfig(train="x"), batch_size=64, seed=0, workers=2)
-    assert small.block_samples == 1 and small.batches_per_epoch == 15
-    with pytest.raises(UserError, match="batch size 64 is not a multiple of the 3 lanes"):
-        plan_order(dataset(1000, 10**6), DataConfig(train="x", lanes=3), batch_size=64, seed=0, workers=2)
+    order = plan_order(mixture(1_281_167, 140 * 2**30), data, batch_size=4096, seed=0, workers=8)
+    dataset, sample_bytes = order.datasets[0], 140 * 2**30 / 1_281_167
+    owned = dataset.lanes // 8 + 1
+    assert 2 * owned * dataset.window_blocks * dataset.block_samples * sample_bytes <= 64 * 2**20
+    assert dataset.block_samples % 16 == 0 and order.batches_per_epoch >= 310
+    small = plan_order(mixture(1000, 10**6), DataConfig(train="x"), batch_size=64, seed=0, workers=2)
+    assert small.datasets[0].block_samples == 1 and small.batches_per_epoch == 15
+    uneven = plan_order(mixture(1000, 10**6), DataConfig(train="x", lanes=3), batch_size=64, seed=0, workers=2)
+    assert uneven.datasets[0].lanes == 3 and uneven.batches_per_epoch == 15
     with pytest.raises(UserError, match="do not fill one batch of 64"):
-        plan_order(dataset(50, 10**6), DataConfig(train="x"), batch_size=64, seed=0, workers=2)
+        plan_order(mixture(50, 10**6), DataConfig(train="x"), batch_size=64, seed=0, workers=2)
+
+
+def test_weights_are_the_decimals_that_were_written() -> None:
+    assert whole_weights((0.7, 0.3)) == (7, 3) and whole_weights((2, 1.0, 0.001)) == (2000, 1000, 1)
+    assert whole_weights((1e-3, 1e-3)) == (1, 1)

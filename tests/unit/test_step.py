@@ -50,7 +50,7 @@ def model64(config: CrateMAEConfig | ViTMAEConfig = CONFIG) -> MaskedAutoencoder
 def batch64(size: int) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(1)
     images = torch.randn(size, 3, 8, 8, generator=random, dtype=torch.float64)
-    return images, mask_noise(0, 0, np.arange(size), CONFIG.num_patches)
+    return images, mask_noise(0, np.zeros(size, int), np.arange(size), CONFIG.num_patches)
 
 
 def gradients(model: torch.nn.Module) -> list[Tensor]:
@@ -297,14 +297,15 @@ def test_biases_norms_and_tokens_do_not_decay(config: CrateMAEConfig | ViTMAECon
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=9), st.integers(0, 2**63), st.integers(0, 10**4))
 @settings(max_examples=50, deadline=None)
 def test_mask_noise_is_the_samples_own(samples: list[int], seed: int, epoch: int) -> None:
-    together = mask_noise(seed, epoch, np.array(samples), 12)
+    epochs = np.full(len(samples), epoch)
+    together = mask_noise(seed, epochs, np.array(samples), 12)
     assert together.dtype == torch.float32 and together.shape == (len(samples), 12)
-    alone = torch.cat([mask_noise(seed, epoch, np.array([sample]), 12) for sample in samples])
+    alone = torch.cat([mask_noise(seed, epochs[:1], np.array([sample]), 12) for sample in samples])
     assert torch.equal(together, alone)
     assert torch.equal(probe_noise(np.array(samples), 12)[-1:], probe_noise(np.array(samples[-1:]), 12))
     for other in (
-        mask_noise(seed + 1, epoch, np.array(samples), 12),
-        mask_noise(seed, epoch + 1, np.array(samples), 12),
+        mask_noise(seed + 1, epochs, np.array(samples), 12),
+        mask_noise(seed, epochs + 1, np.array(samples), 12),
     ):
         assert not (other == together).any()
 
@@ -312,7 +313,7 @@ def test_mask_noise_is_the_samples_own(samples: list[int], seed: int, epoch: int
 def test_mask_noise_is_uniform_and_every_patch_is_masked_equally_often() -> None:
     from scipy.stats import kstest  # here, as the second process need not wait for it
 
-    noise = mask_noise(3, 7, np.arange(2000), 16)
+    noise = mask_noise(3, np.full(2000, 7), np.arange(2000), 16)
     assert 0 <= noise.min() and noise.max() <= 1
     assert kstest(noise.numpy().ravel(), "uniform").pvalue > 1e-3
     correlation = np.corrcoef(noise.numpy().T)[~np.eye(16, dtype=bool)]

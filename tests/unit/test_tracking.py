@@ -20,7 +20,8 @@ from mlflow.entities import Dataset, Run
 from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, TrackingConfig
-from crate_ray.data.packing import Item, Source, pack
+from crate_ray.data.packing import pack
+from crate_ray.data.sources import Item, Source
 from crate_ray.data.storage import LocalStorage
 from crate_ray.evaluation.features import FeatureExtractor
 from crate_ray.models import build_model
@@ -50,7 +51,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tracker(uri: str, key: str, **values: Any) -> RunTracker:
-    options: dict[str, Any] = {"params": PARAMS, "tags": {"kind": "test"}, "dataset": LINEAGE, **values}
+    options: dict[str, Any] = {"params": PARAMS, "tags": {"kind": "test"}, "datasets": [LINEAGE], **values}
     return RunTracker(TrackingConfig(uri=uri, experiment="tests"), key, f"run {key}", **options)
 
 
@@ -273,7 +274,10 @@ def test_a_pretraining_run_records_settings_and_lineage_but_no_secret(
         found = find(uri, key, "secrets")
         assert found.info.status == status
     assert found.data.params["model.dim"] == "16" and found.data.params["training.batch_size"] == "4"
-    assert found.data.params["order.lanes"] == str(run.record.order.lanes) and found.data.params["total_steps"] == "3"
+    assert (
+        found.data.params["order.lanes"] == str(run.record.order.datasets[0].lanes)
+        and found.data.params["total_steps"] == "3"
+    )
     assert len(found.data.tags["mlflow.source.git.commit"]) in (40, 7)
     (source_entity,) = found.inputs.dataset_inputs
     assert source_entity.dataset.name.endswith("/set") and source_entity.dataset.digest == run.record.dataset[:32]
