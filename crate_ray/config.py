@@ -302,7 +302,7 @@ class PrepareConfig(Settings):
 class DataConfig(Settings):
     """What to train on, in which order, and how samples become batches."""
 
-    train: str | Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)]
+    train: Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)] | str
     """Local folder or s3://bucket/prefix with the training shards, as written or indexed by jobs/prepare.py. Or several
     of them with the share that each has in every batch, in proportion: {s3://data/photos: 3, s3://data/drawings: 1}."""
     validation: str | None = None
@@ -336,6 +336,9 @@ class DataConfig(Settings):
     """Images with more pixels than this count as unreadable: they may be decompression bombs."""
     decode_threads: PositiveInt | None = None
     """Threads that decode and augment, per worker; by default the CPUs of the worker."""
+    decode_device: Literal["cpu", "cuda"] = "cpu"
+    """Where JPEGs are decoded: 'cuda' decodes and crops on the GPU that trains (nvJPEG; needs a torchvision that fits
+    torch), for hosts whose CPUs cannot keep up. Pixels differ a little from the CPU's."""
     prefetch_batches: PositiveInt = 4
     """Batches to have decoded ahead of the training step."""
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
@@ -709,3 +712,26 @@ def _named(entry: str) -> tuple[str, str]:
     """Name and address; an address without a name is its own."""
     match = _NAMED.fullmatch(entry)
     return (match[1], match[2]) if match else (entry, entry)
+
+
+class BenchmarkOrderConfig(Settings):
+    """Measure what planning costs on very large data, and how well shards that are sorted by class are mixed."""
+
+    num_shards: PositiveInt = 1_000_000
+    """Shards of the synthetic dataset that is planned for; its index takes some hundred MB of the temporary folder."""
+    shard_samples: PositiveInt = 1000
+    """Samples per shard."""
+    sample_bytes: Annotated[int, Field(ge=512)] = 110 * 2**10
+    """Mean size of a sample in bytes."""
+    classes: PositiveInt = 1000
+    """Classes of the sorted dataset."""
+    class_samples: PositiveInt = 1281
+    """Samples of each class."""
+    batch_size: PositiveInt = 4096
+    """Global batch."""
+    workers: PositiveInt = 8
+    """Workers of the run."""
+    buffer_bytes: PositiveInt = 2**30
+    """data.buffer_bytes of each worker."""
+    json_file: Annotated[str | None, Field(alias="json")] = None
+    """File to write every figure to, as JSON."""

@@ -6,11 +6,8 @@ Each contestant runs in a fresh process, `python -m crate_ray.benchmarks.data_lo
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import math
-import multiprocessing
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -18,7 +15,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +24,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from crate_ray.benchmarks.machine import describe_machine, peak_memory
 from crate_ray.config import BenchmarkDataConfig, DataConfig, ImageModelConfig, S3Config
 from crate_ray.data.loader import training_loader
 from crate_ray.data.mixture import Mixture
@@ -35,14 +32,12 @@ from crate_ray.data.plan import plan_order
 from crate_ray.data.s3_client import S3Client
 from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import open_storage
-from crate_ray.data.turbojpeg import find_turbojpeg
 from crate_ray.errors import UserError
 
 Contestant = Literal["crate_ray", "webdataset"]
 _CHANNELS = 3
 _SHUFFLE_BUFFER = 1000  # samples; what webdataset's documentation takes
 _STARTING_SECONDS = 300.0  # for imports and the first batch of the slowest store
-_LIBRARIES = ("crate-ray", "torch", "webdataset", "pillow", "simplejpeg", "numpy", "boto3")
 
 
 class Task(BaseModel):
@@ -182,7 +177,7 @@ def measure(task: Task) -> Measurement:
         start, images = time.perf_counter(), 0
         while (end := time.perf_counter()) < start + task.seconds or not images:
             images += len(next(batches))
-        memory = _peak_memory()
+        memory = peak_memory()
     rate = images / (end - start)
     return Measurement(
         contestant=task.contestant,
@@ -193,19 +188,6 @@ def measure(task: Task) -> Measurement:
         first_batch_seconds=first - began,
         peak_memory_bytes=memory,
     )
-
-
-def _peak_memory() -> int | None:
-    """Largest resident size of this process plus those of its children, by the kernel's own records, in bytes."""
-    # Not getrusage: its maximum survives exec, and so is the parent's where that was larger.
-    total = 0
-    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
-        try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            return None
-        total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    return total
 
 
 def main() -> None:
@@ -307,22 +289,6 @@ def compare(config: BenchmarkDataConfig) -> dict[str, Any]:
 
 def _fastest(runs: list[Measurement], contestant: str) -> Measurement:
     return max((r for r in runs if r.contestant == contestant), key=lambda r: r.images_per_second)
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores that may be used, versions, whether libjpeg-turbo 3 is used."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "libjpeg_turbo_3": find_turbojpeg() is not None,
-    }
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ What nvJPEG does not read, or might read otherwise, goes through the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +24,8 @@ def decode_batch_cuda(
 
     Bytes that are damaged in the middle of a complete JPEG may go unnoticed here.
 
-    Raises UserError where there is no such device, or no torchvision that fits torch.
+    Needs what `check_nvjpeg` checks.
     """
-    decode_jpeg = _nvjpeg(out)
     if kind == "grid":
         return _through_cpu(encoded, kind, crop, out, np.arange(len(encoded)), max_pixels)
     sizes, plain = np.ones((len(encoded), 2), np.int64), np.zeros(len(encoded), np.bool_)
@@ -40,7 +38,7 @@ def decode_batch_cuda(
     crops = crop(sizes[:, 0], sizes[:, 1])
     on_device = np.flatnonzero(plain)
     try:
-        pictures = decode_jpeg([encoded[i] for i in on_device.tolist()]) if len(on_device) else []
+        pictures = _nvjpeg(out, [encoded[i] for i in on_device.tolist()]) if len(on_device) else []
     except RuntimeError:  # one of them is damaged, nobody knows which
         pictures, on_device, plain = [], on_device[:0], np.zeros_like(plain)
     for i, picture in zip(on_device.tolist(), pictures, strict=True):
@@ -70,23 +68,25 @@ def _through_cpu(
     return errors
 
 
-def _nvjpeg(out: Tensor) -> Any:
-    """The function from contents to decoded pictures on out's device, (C, height, width) uint8 each."""
-    if out.device.type != "cuda":
+def _nvjpeg(out: Tensor, contents: Sequence[bytes | memoryview]) -> list[Tensor]:
+    """Decoded pictures on out's device, (C, height, width) uint8 each."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    mode = ImageReadMode.GRAY if out.shape[1] == 1 else ImageReadMode.RGB
+    tensors = [torch.from_numpy(np.frombuffer(content, np.uint8).copy()) for content in contents]
+    return list(decode_jpeg(tensors, mode=mode, device=out.device))
+
+
+def check_nvjpeg(device: torch.device) -> None:
+    """Raise UserError where decode_batch_cuda cannot work: no CUDA device, or no torchvision that fits torch."""
+    if device.type != "cuda":
         raise UserError(
-            f"decoding on the GPU needs a CUDA device, not {out.device}: decode on the CPU, or use a machine with a GPU"
+            f"data.decode_device 'cuda' needs a CUDA device, not {device}: set it to 'cpu', or use a machine with a GPU"
         )
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
+        import torchvision.io  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:  # missing, or built for another torch
         raise UserError(
-            f"decoding on the GPU needs torchvision, which cannot be imported ({error}): "
-            "install the torchvision that belongs to this torch, or decode on the CPU"
+            f"data.decode_device 'cuda' needs torchvision, which cannot be imported ({error}): "
+            "install the torchvision that belongs to this torch, or set it to 'cpu'"
         ) from error
-    mode = ImageReadMode.GRAY if out.shape[1] == 1 else ImageReadMode.RGB
-
-    def decode(contents: Sequence[bytes | memoryview]) -> list[Tensor]:
-        tensors = [torch.from_numpy(np.frombuffer(content, np.uint8).copy()) for content in contents]
-        return list(decode_jpeg(tensors, mode=mode, device=out.device))
-
-    return decode

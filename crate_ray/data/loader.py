@@ -18,6 +18,8 @@ from torch import Tensor
 
 from crate_ray.config import DataConfig, ImageModelConfig
 from crate_ray.data.decode import decode_batch
+from crate_ray.data.decode_cuda import check_nvjpeg, decode_batch_cuda
+from crate_ray.data.device import DeviceFeed
 from crate_ray.data.mixture import Mixture
 from crate_ray.data.order import (
     STREAM_CROP,
@@ -40,6 +42,7 @@ _SMALL_CHUNK = 128  # of images that are decoded and resized together
 _SMALL_SIDE = 64
 _WINDOWS_AHEAD = 8  # the buffer's bytes are the limit; this one bounds the planning
 _REPORTED_BAD = 10_000
+_CPU = torch.device("cpu")
 _JUDGED_SAMPLES = 1000  # the share of bad samples is taken of at least so many
 _REPLACEMENTS_TRIED = 64
 
@@ -53,7 +56,7 @@ class Batch:
     epochs: Int64
     """(n,) epoch, of its dataset, in which each sample is drawn."""
     images: Tensor
-    """(n, channels, height, width); uint8 for images, float32 for grids, not normalised."""
+    """(n, channels, height, width), on the loader's device; uint8 for images, float32 for grids, not normalised."""
     samples: Int64
     """(n,) numbers of the samples in the dataset; several datasets are numbered through."""
     keys: list[str]
@@ -163,6 +166,7 @@ class Loader:
         make_crops: Callable[[Draw], CropRule],
         model: ImageModelConfig,
         data: DataConfig,
+        device: torch.device,
         replacements: Callable[[int, int, int], Iterator[int]] | None = None,
     ) -> None:
         """Start the threads.
@@ -175,12 +179,17 @@ class Loader:
             make_crops: crop rule of the samples that are drawn.
             model: image size and channels.
             data: budgets and threads.
+            device: where batches are to be.
             replacements: numbers to try in the place of (step, slot, sample) when that sample is bad; without it, bad
                 samples are left out of their batch.
         """
         self._mixture, self._order, self._slots, self._stop = mixture, order, slots, steps.stop
         self._make_crops, self._model, self._data, self._replacements = make_crops, model, data, replacements
         self._reader = MixtureReader(mixture, data)
+        self._feed = DeviceFeed(device)
+        self._on_device = data.decode_device == "cuda"
+        if self._on_device:
+            check_nvjpeg(device)
         self.bad = BadSamples(data.max_bad_fraction, mixture.uri)
         """What could not be used so far."""
         largest = mixture.largest_hw
@@ -216,7 +225,9 @@ class Loader:
             for part in item.parts:
                 part.result()
             self._step = item.batch.step + 1
-            yield item.batch.select(item.usable) if not item.usable.all() else item.batch
+            batch = item.batch if item.usable.all() else item.batch.select(item.usable)
+            batch.images = self._feed.hand_over(batch.images)
+            yield batch
 
     def __enter__(self) -> Loader:
         return self
@@ -288,12 +299,13 @@ class Loader:
         self, pool: ThreadPoolExecutor, step: int, draw: Draw, samples: list[Sample | Unreadable]
     ) -> _Decoding:
         dtype = torch.float32 if self._mixture.kind == "grid" else torch.uint8
+        place = {"device": self._feed.device} if self._on_device else {"pin_memory": self._feed.device.type == "cuda"}
         shape = (len(samples), self._model.channels, *self._model.image_hw)
         has_labels = self._mixture.num_classes is not None
         batch = Batch(
             step=step,
             epochs=draw.epochs,
-            images=torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available()),
+            images=torch.empty(shape, dtype=dtype, **place),
             samples=draw.samples,
             keys=[s.key for s in samples],
             labels=np.full(len(samples), -1, np.int64) if has_labels else None,
@@ -329,7 +341,9 @@ class Loader:
             found.append(bad)
         crop = self._make_crops(Draw(batch.samples[rows], batch.epochs[rows]))
         kind = self._mixture.kind
-        errors = decode_batch(contents, kind, crop, batch.images[rows], max_pixels=self._data.max_pixels)
+        decode = decode_batch_cuda if self._on_device else decode_batch
+        with self._feed.queue():
+            errors = decode(contents, kind, crop, batch.images[rows], max_pixels=self._data.max_pixels)
         return [
             bad or (None if error is None else (error.cause, str(error)))
             for bad, error in zip(found, errors, strict=True)
@@ -378,6 +392,7 @@ def training_loader(
     steps: range,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device = _CPU,
 ) -> Loader:
     """Augmented batches of the run's steps for one worker: slots [rank·B/W, (rank+1)·B/W) of every global batch.
 
@@ -408,7 +423,7 @@ def training_loader(
         yield from (first + (far % np.uint64(end - first)).astype(np.int64)).tolist()
 
     slots = worker_slots(order.batch_size, rank, world_size)
-    return Loader(mixture, order, slots, steps, make_crops, model, data, replacements)
+    return Loader(mixture, order, slots, steps, make_crops, model, data, device, replacements)
 
 
 def evaluation_loader(
@@ -419,6 +434,7 @@ def evaluation_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device = _CPU,
 ) -> Loader:
     """Every sample exactly once, centre-cropped and resized; batch t holds samples tB .. (t+1)B, shared by the workers.
 
@@ -431,4 +447,4 @@ def evaluation_loader(
     def make_crops(draw: Draw) -> CropRule:
         return lambda heights, widths: centre_crops(heights, widths, model.image_hw)
 
-    return Loader(Mixture.of(shards), order, slots, range(order.num_steps), make_crops, model, data)
+    return Loader(Mixture.of(shards), order, slots, range(order.num_steps), make_crops, model, data, device)

@@ -9,6 +9,7 @@ from crate_ray.data.shards import INDEX_STRIDE, Manifest
 from crate_ray.errors import UserError
 
 _BLOCK_BYTES = 2 * 2**20  # one ranged GET: long against the request's latency, short against the buffer
+_LEAST_WINDOW_BLOCKS = 8  # smaller blocks, rather than fewer to a window: what is close together mixes worst
 _MAX_LANES = 32
 _WINDOWS_HELD = 2.25  # in the buffer, per lane: the current one and the next, whose samples may be larger than most
 _BLOCKS_PER_LANE = 20  # at least: up to one block of each lane is left out of an epoch
@@ -49,15 +50,17 @@ def _plan_dataset(
 ) -> DatasetOrder:
     """Order of one dataset, of which each batch draws so many samples, and a worker's buffer holds so many bytes."""
     sample_bytes = max(manifest.total_bytes / manifest.num_samples, 1.0)
-    block = data.block_samples or (
-        1 if resident else max(int(_BLOCK_BYTES / sample_bytes) // INDEX_STRIDE, 1) * INDEX_STRIDE
-    )
+    block = data.block_samples
+    if block is None:
+        room = buffer_bytes / (_WINDOWS_HELD * min(_MAX_LANES, _MAX_LANES // workers + 2) * _LEAST_WINDOW_BLOCKS)
+        strides = int(min(_BLOCK_BYTES, room) / sample_bytes) // INDEX_STRIDE
+        block = 1 if resident else max(strides, 1) * INDEX_STRIDE
     num_blocks = -(-manifest.num_samples // block)
     most_lanes = min(_MAX_LANES, num_blocks // _BLOCKS_PER_LANE, int(drawn)) if data.shuffle else 1
     lanes = data.lanes or max(1, most_lanes)
     window = data.window_blocks
     if window is None:
-        owned = min(lanes, -(-lanes // workers) + 1)
+        owned = lanes // workers if lanes % workers == 0 else min(lanes, lanes // workers + 2)
         budget = 4096 // block if resident else int(buffer_bytes / (_WINDOWS_HELD * owned * block * sample_bytes))
         window = max(1, min(budget, num_blocks // lanes))
     return DatasetOrder(

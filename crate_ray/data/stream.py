@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from crate_ray.config import DataConfig, ImageModelConfig, S3Config
 from crate_ray.data.loader import Loader, training_loader
 from crate_ray.data.mixture import open_mixture
@@ -28,6 +30,7 @@ def stream(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    device: str | torch.device = "cpu",
     planned_workers: int | None = None,
     s3: S3Config | None = None,
     **data: Any,
@@ -44,6 +47,7 @@ def stream(
         seed: of order and augmentation.
         rank: this worker, from 0.
         world_size: number of workers.
+        device: where batches are to be; they arrive there ahead of use.
         planned_workers: number of workers that the sizes of windows are planned for; the order depends on it where data
             is larger than memory_bytes, so keep it when a run goes on with another number of workers. Default: 1.
         s3: object storage.
@@ -58,4 +62,13 @@ def stream(
     order = plan_order(mixture, config, batch_size=batch_size, seed=seed, workers=planned_workers or 1)
     image = ImageModelConfig(image_size=image_size, patch_size=1, channels=channels, mask_ratio=0)
     end = _FOREVER if steps is None else steps
-    return training_loader(mixture, order, image, config, steps=range(end), rank=rank, world_size=world_size)
+    return training_loader(
+        mixture,
+        order,
+        image,
+        config,
+        steps=range(end),
+        rank=rank,
+        world_size=world_size,
+        device=torch.device(device),
+    )

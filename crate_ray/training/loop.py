@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crate_ray.config import PretrainConfig
 from crate_ray.data.loader import evaluation_loader, training_loader
 from crate_ray.data.mixture import open_mixture
+from crate_ray.data.order import worker_slots
 from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
@@ -49,7 +50,7 @@ from crate_ray.training.step import (
     probe_noise,
     train_step,
 )
-from crate_ray.training.telemetry import Stopwatch, reconstruction_picture
+from crate_ray.training.telemetry import KEYS_DIGEST_RANGE, Stopwatch, keys_digest, reconstruction_picture
 
 logger = logging.getLogger(__name__)
 _PICTURE_SAMPLES = 8
@@ -114,7 +115,9 @@ def train(payload: dict[str, Any]) -> None:
         steps=range(step, total_steps),
         rank=rank,
         world_size=world_size,
+        device=device,
     )
+    first_slot, _ = worker_slots(config.training.batch_size, rank, world_size)
     with loader:
         if world_size > 1 and step < total_steps:
             size = (config.model.channels, *config.model.image_hw)
@@ -127,7 +130,7 @@ def train(payload: dict[str, Any]) -> None:
             batch = next(batches)
             watch.wait_ended(began)
 
-            images = normalizer(batch.images.to(device, non_blocking=True))
+            images = normalizer(batch.images)
             noise = mask_noise(record.order.seed, batch.epochs, batch.samples, num_patches).to(device)
             lr = learning_rate(step, total_steps, config.optim, config.training.batch_size)
             part_sum, gradient_norm = train_step(
@@ -146,8 +149,10 @@ def train(payload: dict[str, Any]) -> None:
             step, steps_since_log = step + 1, steps_since_log + 1
 
             if step % config.tracking.log_every == 0 or step == total_steps:
+                digest = torch.tensor(keys_digest(batch.keys, first_slot), device=device)
                 if world_size > 1:
                     dist.all_reduce(loss_sum)
+                    dist.all_reduce(digest)
                 loss = loss_sum.item() / (steps_since_log * config.training.batch_size)
                 if not torch.isfinite(loss_sum):
                     raise UserError(
@@ -156,6 +161,7 @@ def train(payload: dict[str, Any]) -> None:
                 rates = watch.lap(steps_since_log, config.training.batch_size)
                 epoch = step / record.order.batches_per_epoch
                 values = {"loss": loss, "lr": lr, "gradient_norm": gradient_norm.item(), "epoch": epoch, **rates}
+                values["batch_digest"] = float(digest.item() % KEYS_DIGEST_RANGE)
                 reporter.metrics(step, values)
                 loss_sum, steps_since_log = torch.zeros((), device=device), 0
                 if new := {key: cause for key, cause in list(loader.bad.causes.items()) if key not in told}:
@@ -192,14 +198,14 @@ def validation_loss(
     total = torch.zeros(2, device=device, dtype=torch.float64)  # sum of losses, number of samples
     model.eval()
     with evaluation_loader(
-        validation, config.model, config.data, batch_size=batch_size, rank=rank, world_size=world_size
+        validation, config.model, config.data, batch_size=batch_size, rank=rank, world_size=world_size, device=device
     ) as loader:
         for batch in loader:
             if not len(batch.samples):
                 continue
             noise = probe_noise(batch.samples, config.model.num_patches).to(device)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                output = model(normalizer(batch.images.to(device)), noise)
+                output = model(normalizer(batch.images), noise)
             total[0] += output.sample_loss.double().sum()
             total[1] += len(batch.samples)
     model.train()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +28,21 @@ class Listener(Protocol):
 
     def bad_samples(self, step: int, causes: dict[str, str]) -> None:
         """Samples that a worker could not use and had not told of before: cause by key."""
+
+
+KEYS_DIGEST_RANGE = 2**48  # a float, as which metrics travel, holds these exactly
+
+
+def keys_digest(keys: Sequence[str], first_slot: int) -> int:
+    """A worker's part of the digest of a global batch: which sample is in which slot.
+
+    The sum of all workers' parts, modulo KEYS_DIGEST_RANGE, is the same for every number of workers.
+    """
+    parts = (
+        xxhash.xxh3_64_intdigest(key.encode(errors="surrogateescape"), slot)
+        for slot, key in enumerate(keys, first_slot)
+    )
+    return sum(parts) % KEYS_DIGEST_RANGE
 
 
 class Stopwatch:

@@ -56,6 +56,22 @@ def test_every_figure_of_both_loaders(tmp_path: Path) -> None:
     assert report["settings"]["batch_size"] == 8 and report["machine"]["libraries"]["webdataset"]
 
 
+def test_the_order_benchmark_measures_planning_and_mixing(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    sizes = {"num_shards": 2000, "shard_samples": 50, "sample_bytes": 2048, "classes": 60, "class_samples": 200}
+    settings = {**sizes, "batch_size": 64, "workers": 4, "buffer_bytes": 2**23, "json": file}
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command = [*job("benchmark", "order"), *arguments]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "100,000 samples in 2,000 shards" in done.stdout, done.stderr
+    report = json.loads(file.read_text())
+    assert 0 < report["planning"]["plan_seconds"] < 60 and report["planning"]["window_bytes"] > 0
+    found = report["distinct_classes"]
+    # The workers hold more than the whole set of 12,000 samples; stock reads 16 shards at a time.
+    assert found["stock"] <= found["ours"] and abs(found["ours"] - found["uniform"]) < 5
+    assert found["uniform"] == pytest.approx(60 * (1 - (1 - 1 / 60) ** 64), rel=0.1)
+
+
 def test_what_the_user_can_mend_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'a' twice"):
         parse_config(BenchmarkDataConfig, ["--data", "a=x", "--data", "a=y"])

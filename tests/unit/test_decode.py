@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from crate_ray.data.decode import DecodeError, Kind, decode_batch, read_image_header
-from crate_ray.data.decode_cuda import decode_batch_cuda
+from crate_ray.data.decode_cuda import check_nvjpeg, decode_batch_cuda
 from crate_ray.data.order import uniform
 from crate_ray.data.packing import measure_image
 from crate_ray.data.transforms import CROP_UNIFORMS, Crops, Int64, centre_crops, random_crops
@@ -582,9 +582,8 @@ def test_regions_outside_of_the_image_are_refused() -> None:
 
 
 def test_decoding_on_a_gpu_that_is_not_there_is_an_error_of_the_user() -> None:
-    out = torch.empty(1, 3, 8, 8, dtype=torch.uint8)
-    with pytest.raises(UserError, match="needs a CUDA device, not cpu: decode on the CPU, or use a machine with a GPU"):
-        decode_batch_cuda([JPEG], "image", lambda h, w: centre_crops(h, w, (8, 8)), out)
+    with pytest.raises(UserError, match="needs a CUDA device, not cpu: set it to 'cpu', or use a machine with a GPU"):
+        check_nvjpeg(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -1,0 +1,43 @@
+"""What benchmark figures depend on, and the memory that a process took."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from crate_ray.data.turbojpeg import find_turbojpeg
+
+_LIBRARIES = ("crate-ray", "torch", "webdataset", "pillow", "simplejpeg", "numpy", "boto3")
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on: processor, cores that may be used, versions, whether libjpeg-turbo 3 is used."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "libjpeg_turbo_3": find_turbojpeg() is not None,
+    }
+
+
+def peak_memory() -> int | None:
+    """Largest resident size of this process plus those of its children, by the kernel's own records, in bytes."""
+    # Not getrusage: its maximum survives exec, and so is the parent's where that was larger.
+    total = 0
+    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except OSError:
+            return None
+        total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return total

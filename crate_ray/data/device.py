@@ -1,0 +1,40 @@
+"""From the loader's threads to the device that trains, beside the work that is queued there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class DeviceFeed:
+    """Copies (or decodes) batches on a CUDA stream of its own, so that they arrive while earlier steps still compute.
+
+    On other devices it does nothing but the copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def queue(self) -> Iterator[None]:
+        """Inside, the calling thread queues its work on the stream of the batches to come."""
+        with torch.cuda.stream(self._stream):  # None: nothing happens
+            yield
+
+    def hand_over(self, images: Tensor) -> Tensor:
+        """The batch on the device, for the caller's stream, which waits for it; the caller does not.
+
+        Args:
+            images: in pinned memory, or filled inside `queue`.
+        """
+        with self.queue():
+            images = images.to(self.device, non_blocking=True)
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            images.record_stream(current)  # its memory is free again when the caller's stream is done with it
+        return images
