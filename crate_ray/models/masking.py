@@ -197,6 +197,21 @@ class MaskedAutoencoder(nn.Module):
         decoder_positions = sincos_positions(decoder_dim, config.grid_hw) if self.visible_only else None
         self.register_buffer("decoder_positions_1ND", decoder_positions, persistent=False)
 
+    def embed(self, images_BCHW: Tensor, noise_BN: Tensor | None = None) -> tuple[Tensor, Masking | None]:
+        """Tokens (B, T, D) that the first encoder layer gets, of whole images or, with noise, of masked ones; the mask.
+
+        Parameters and errors are those of `encode`.
+        """
+        self._check_images(images_BCHW)
+        x_BND = self.patch_embed(images_BCHW).flatten(2).transpose(1, 2)
+        masking = None if noise_BN is None else random_masking(noise_BN, self.num_visible)
+        if masking is not None and not self.visible_only:
+            x_BND = torch.where(masking.removed.unsqueeze(-1), self.mask_token, x_BND)
+        x_BND = x_BND + self.positions_1ND
+        if masking is not None and self.visible_only:
+            x_BND = take_tokens(x_BND, masking.visible)
+        return torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1), masking
+
     def encode(
         self,
         images_BCHW: Tensor,
@@ -222,16 +237,7 @@ class MaskedAutoencoder(nn.Module):
         UserError
             If the images have another size or number of channels.
         """
-        self._check_images(images_BCHW)
-        x_BND = self.patch_embed(images_BCHW).flatten(2).transpose(1, 2)
-        masking = None if noise_BN is None else random_masking(noise_BN, self.num_visible)
-        if masking is not None and not self.visible_only:
-            x_BND = torch.where(masking.removed.unsqueeze(-1), self.mask_token, x_BND)
-        x_BND = x_BND + self.positions_1ND
-        if masking is not None and self.visible_only:
-            x_BND = take_tokens(x_BND, masking.visible)
-        z_BTD = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
-
+        z_BTD, masking = self.embed(images_BCHW, noise_BN)
         layers: list[Tensor] = []
         attention: list[Tensor] = []
         keys: list[Tensor] = []
