@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -293,8 +293,17 @@ class PrepareConfig(Settings):
     """Pack the samples in a random order (fixed by seed), so that neighbours in a shard are unrelated."""
     seed: int = 0
     """Seed of the packing order and of the procedural set."""
+    max_side: Annotated[PositiveInt | None, Field(validation_alias=AliasChoices("max_side", "max-side"))] = None
+    """Largest shortest side in pixels: while packing, an image whose shortest side is longer is encoded anew with this
+    shortest side (antialiased, upright, without metadata), its mask.png with it. Smaller ones stay byte for byte. By
+    default nothing is encoded anew. Usual are 256 to 480."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 90
+    """Quality of JPEGs and WebPs that max_side encodes anew, 1 to 100; PNGs stay PNGs."""
     overwrite: bool = False
-    """Replace a dataset that is already under output."""
+    """Replace a dataset, or the beginning of another one, that is already under output."""
+    lease_seconds: Annotated[float, Field(ge=1)] = 30.0
+    """One process at a time writes to an output. One that was killed keeps it for so many seconds; they must be longer
+    than any stall of the machine or the store."""
     s3: S3Config = S3Config()
     """Object storage."""
 

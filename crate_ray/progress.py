@@ -70,6 +70,51 @@ class ProgressDisplay:
         """Pictures go to MLflow."""
 
 
+class CountDisplay:
+    """How far a count has come: of samples that are packed, of shards that are indexed. Use as a context manager."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._console = Console(stderr=True)
+        self._began = self._printed = time.monotonic()
+        self._live: Progress | None = None
+        if self._console.is_terminal:
+            self._live = Progress(
+                TextColumn(title),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[values]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._live.add_task("", total=total, values="")
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, done: int, images: int, bad: int) -> None:
+        """Show the count, and of the images of this run how many were good and bad so far."""
+        now = time.monotonic()
+        text = f"{images / max(now - self._began, 1e-3):,.0f} images/s" + (f", {bad:,} bad" if bad else "")
+        if self._live:
+            self._live.update(self._task, completed=done, values=text)
+        elif now - self._printed >= _PLAIN_SECONDS:
+            self._printed = now
+            self._console.print(f"{self._title} {done:,}/{self._total:,}  {text}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def console() -> Console:
     """Standard output for tables: as wide as the terminal, and wide enough for a log."""
     return Console(width=None if sys.stdout.isatty() else 180)

@@ -7,7 +7,9 @@ import shlex
 from crate_ray.cli import run_job
 from crate_ray.config import PrepareConfig
 from crate_ray.data.builtin import digits_source, shapes_source
-from crate_ray.data.packing import Source, index_existing, is_address, open_source, pack
+from crate_ray.data.indexing import index_existing
+from crate_ray.data.packing import pack
+from crate_ray.data.sources import Source, is_address, open_source
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 
@@ -16,7 +18,11 @@ def main(config: PrepareConfig) -> None:
     """Write the dataset and say what was written and what to do next."""
     output = open_storage(config.output, config.s3)
     if config.source is None:
-        manifest = index_existing(output, shards=config.shards, overwrite=config.overwrite)
+        if config.max_side is not None:
+            raise UserError("max_side encodes images anew while they are packed; name them with --source")
+        manifest = index_existing(
+            output, shards=config.shards, overwrite=config.overwrite, lease_seconds=config.lease_seconds
+        )
     else:
         manifest = pack(find_source(config, output.uri), output, config)
     size = "varying size" if manifest.height is None else f"{manifest.height}×{manifest.width}"

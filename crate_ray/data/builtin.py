@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crate_ray.data.packing import Item, Source
+from crate_ray.data.sources import Item, Source, size_in_tar
 
 Split = Literal["all", "train", "test"]
 Float = NDArray[np.float64]
+
+_DIGIT_BYTES = 123  # of a PNG, about
+_SHAPES_BYTES_PER_PIXEL = 1.1  # of a JPEG, about
 
 SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "star", "cross")
 
@@ -48,7 +51,7 @@ def digits_source(split: Split = "all") -> Source:
     items = []
     for number, (picture, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
         if _in_split(seen[label], split):
-            items.append(Item(f"digit {number}", partial(_digit, picture, label)))
+            items.append(Item(f"digit {number}", partial(_digit, picture, label), size_in_tar(_DIGIT_BYTES, 1)))
         seen[label] += 1
     return Source(items, tuple(str(digit) for digit in range(10)))
 
@@ -73,7 +76,12 @@ def shapes_source(split: Split, num_samples: int, image_size: int, seed: int) ->
         seed: seed of the set.
     """
     numbers = [number for number in range(num_samples) if _in_split(number, split)]
-    items = [Item(f"shapes {number}", partial(_shapes_members, seed, number, image_size)) for number in numbers]
+    size = size_in_tar(round(_SHAPES_BYTES_PER_PIXEL * image_size**2), image_size**2 // 20, 1)
+    version = f"seed {seed}, {image_size} pixels"
+    items = [
+        Item(f"shapes {number}", partial(_shapes_members, seed, number, image_size), size, version)
+        for number in numbers
+    ]
     return Source(items, SHAPE_CLASSES)
 
 

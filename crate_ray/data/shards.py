@@ -275,7 +275,7 @@ def index_shard(buffer: Buffer, rows: Sequence[TableRow]) -> ShardIndex:
     view = memoryview(buffer)
     sha256 = np.frombuffer(hashlib.sha256(view).digest(), np.uint8)
     starts = [row.start for row in rows]
-    together = all(
+    together = not rows or all(
         row.plain and all(row.start < offset <= after for offset, _ in row.members.values())
         for row, after in zip(rows, [*starts[1:], len(view)], strict=True)
     )

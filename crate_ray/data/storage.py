@@ -5,6 +5,7 @@ Every failure that a user can mend is a UserError of one sentence; no message ho
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import shutil
@@ -56,7 +57,7 @@ class AlreadyExists(UserError):  # noqa: N818
 
 
 class Replaced(UserError):  # noqa: N818
-    """Another object has taken the name while it was read."""
+    """Another object has, or has taken, the name of the one that was meant."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,19 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def write(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> None:
+    def write(self, key: str, data: bytes | Path, *, if_absent: bool = False, if_match: str | None = None) -> None:
         """Write an object from bytes or from a local file; it appears whole or not at all.
+
+        Args:
+            key: its name.
+            data: its content.
+            if_absent: only where there is no such object.
+            if_match: only in the place of the object that has this ETag. In a local folder that holds among those who
+                write with if_match.
 
         Raises:
             AlreadyExists: if_absent, and the object exists.
+            Replaced: if_match, and the object has another ETag or is gone.
         """
 
     @abstractmethod
@@ -189,7 +198,7 @@ class LocalStorage(Storage):
             status = os.fstat(file.fileno())  # of the file that was read, whatever has the name by now
             return data, f"{status.st_mtime_ns}-{status.st_size}"
 
-    def write(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> None:
+    def write(self, key: str, data: bytes | Path, *, if_absent: bool = False, if_match: str | None = None) -> None:
         path = self.local_path(key)
         temporary = path.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}")
         with self._errors("write", key):
@@ -205,6 +214,12 @@ class LocalStorage(Storage):
                     os.fsync(file.fileno())
                 if if_absent:
                     path.hardlink_to(temporary)
+                elif if_match is not None:
+                    with _locked(path.parent):
+                        status = path.stat() if path.exists() else None
+                        if status is None or f"{status.st_mtime_ns}-{status.st_size}" != if_match:
+                            raise Replaced(f"{self.uri}/{key} is not the object that it was")
+                        temporary.replace(path)
                 else:
                     temporary.replace(path)
             finally:
@@ -299,13 +314,15 @@ class S3Storage(Storage):
         found = self._fetch(key, start, max(1, length))
         return found.data[: max(0, length)], found.etag
 
-    def write(self, key: str, data: bytes | Path, *, if_absent: bool = False) -> None:
+    def write(self, key: str, data: bytes | Path, *, if_absent: bool = False, if_match: str | None = None) -> None:
         size = data.stat().st_size if isinstance(data, Path) else len(data)
         # Some stores (Ceph 16, for one) ignore the condition on a multipart upload; on a single PUT they keep it.
-        if size > (_SINGLE_PUT_BYTES if if_absent else _MULTIPART_BYTES):
+        if if_match is not None:
+            self._put_in_place(key, data, if_match)
+        elif size > (_SINGLE_PUT_BYTES if if_absent else _MULTIPART_BYTES):
             self._put_parts(key, data, size, if_absent)
         else:
-            self._put(key, data, if_absent)
+            self._put(key, data, {"IfNoneMatch": "*"} if if_absent else {})
 
     def download(self, key: str, path: Path) -> None:
         with _arriving(path) as file:
@@ -418,9 +435,9 @@ class S3Storage(Storage):
         answer["Body"].close()
         raise UserError(f"the store at {self._s3.where()} does not serve parts of objects; use one that does")
 
-    def _put(self, key: str, data: bytes | Path, if_absent: bool) -> None:
+    def _put(self, key: str, data: bytes | Path, condition: dict[str, str]) -> None:
         writer = uuid.uuid4().hex
-        options: dict[str, Any] = {"IfNoneMatch": "*", "Metadata": {_WRITER: writer}} if if_absent else {}
+        options: dict[str, Any] = {**condition, "Metadata": {_WRITER: writer}} if condition else {}
 
         def send(client: Any, attempts: Attempts) -> None:
             try:
@@ -431,6 +448,20 @@ class S3Storage(Storage):
                     raise
 
         self._request("write", key, send)
+
+    def _put_in_place(self, key: str, data: bytes | Path, etag: str) -> None:
+        # HTTP quotes ETags; some stores (Ceph 16, for one) compare what stands in a PUT's condition as it is.
+        for condition in (f'"{etag}"', etag):
+            try:
+                self._put(key, data, {"IfMatch": condition})
+                return
+            except (AlreadyExists, NotFound):
+                try:
+                    if self.read_version(key, 0, 1)[1] != etag:
+                        break
+                except NotFound:
+                    break
+        raise Replaced(f"{self.uri}/{key} is not the object that it was")
 
     def _put_parts(self, key: str, data: bytes | Path, size: int, if_absent: bool) -> None:
         address = {"Bucket": self.bucket, "Key": self._name(key)}
@@ -582,6 +613,17 @@ def _arriving(path: Path) -> Iterator[Any]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that do the same out of a folder; the lock of a process that dies is gone with it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

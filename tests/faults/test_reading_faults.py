@@ -17,7 +17,8 @@ from PIL import Image
 
 from crate_ray.config import PrepareConfig, S3Config
 from crate_ray.data.loader import Batch
-from crate_ray.data.packing import Item, Source, pack
+from crate_ray.data.packing import pack
+from crate_ray.data.sources import Item, Source
 from crate_ray.data.storage import open_storage
 from crate_ray.data.stream import stream
 from crate_ray.errors import UserError

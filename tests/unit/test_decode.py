@@ -25,8 +25,8 @@ from PIL import Image, ImageOps
 
 from crate_ray.data.decode import DecodeError, Kind, decode_batch, read_image_header
 from crate_ray.data.decode_cuda import check_nvjpeg, decode_batch_cuda
+from crate_ray.data.measure import measure_image
 from crate_ray.data.order import uniform
-from crate_ray.data.packing import measure_image
 from crate_ray.data.transforms import CROP_UNIFORMS, Crops, Int64, centre_crops, random_crops
 from crate_ray.data.turbojpeg import LIBRARY_VARIABLE, Region, RegionError, find_turbojpeg
 from crate_ray.errors import UserError

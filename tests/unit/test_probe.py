@@ -11,8 +11,9 @@ from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, PrepareConfig, ProbeConfig
 from crate_ray.data.builtin import digits_source
-from crate_ray.data.packing import open_source, pack
+from crate_ray.data.packing import pack
 from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.sources import open_source
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.evaluation.features import iterate_dataset

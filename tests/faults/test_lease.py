@@ -1,0 +1,167 @@
+"""One writer at a time, on a folder and on a real S3 gateway: real processes, killed and stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import pytest
+
+from crate_ray.config import S3Config
+from crate_ray.data.lease import Lease
+from crate_ray.data.storage import AlreadyExists, NotFound, Replaced, Storage, open_storage
+from crate_ray.errors import UserError
+
+KEY = "run/driver.lease"
+SECONDS = 3.0
+
+HOLDER = """
+import sys, time
+from crate_ray.config import S3Config
+from crate_ray.data.lease import Lease
+from crate_ray.data.storage import open_storage
+from crate_ray.errors import UserError
+uri, endpoint, key, seconds = sys.argv[1:]
+storage = open_storage(uri, S3Config(endpoint_url=endpoint or None))
+with Lease(storage, key, "run 'x'", lease_seconds=float(seconds)) as lease:
+    print("held", flush=True)
+    while True:
+        time.sleep(0.05)
+        try:
+            lease.check()
+        except UserError as error:
+            print(error, flush=True)
+            break
+"""
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    if request.param == "folder":
+        return open_storage(str(tmp_path), S3Config())
+    gateway = request.getfixturevalue("s3_gateway")
+    for name, value in gateway.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"lease-{uuid.uuid4().hex[:12]}"
+    session = boto3.session.Session()
+    session.client("s3", endpoint_url=gateway.endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
+    return open_storage(f"s3://{bucket}/some/prefix", S3Config(endpoint_url=gateway.endpoint))
+
+
+def holder(storage: Storage) -> subprocess.Popen[str]:
+    """A process that has taken the lease."""
+    endpoint = getattr(getattr(storage, "config", None), "endpoint_url", "") or ""
+    command = [sys.executable, "-c", HOLDER, storage.uri, endpoint, KEY, str(SECONDS)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def lease(storage: Storage, seconds: float = SECONDS) -> Lease:
+    return Lease(storage, KEY, "run 'x'", lease_seconds=seconds)
+
+
+def test_store_honours_conditions(storage: Storage) -> None:
+    with pytest.raises(Replaced):
+        storage.write("a", b"0", if_match="0" * 32)
+    storage.write("a", b"1", if_absent=True)
+    with pytest.raises(AlreadyExists):
+        storage.write("a", b"2", if_absent=True)
+    first = storage.read_version("a", 0, 9)[1]
+    storage.write("a", b"three", if_match=first)
+    with pytest.raises(Replaced):
+        storage.write("a", b"4", if_match=first)
+    data, etag = storage.read_version("a", 0, 9)
+    assert data == b"three"
+    start = threading.Barrier(8)
+
+    def write(number: int) -> bool:
+        start.wait()
+        try:
+            storage.write("a", b"by %d" % number, if_match=etag)
+        except Replaced:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(write, range(8)))
+    assert sum(won) == 1
+    assert storage.read("a") == b"by %d" % won.index(True)
+
+
+def test_second_is_refused_and_a_killed_one_followed(storage: Storage) -> None:
+    process = holder(storage)
+    try:
+        begun = time.monotonic()
+        with (
+            pytest.raises(UserError, match=rf"run 'x' is in use by process {process.pid} on .*since 20.* UTC"),
+            lease(storage),
+        ):
+            pass
+        assert time.monotonic() - begun < SECONDS
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        begun = time.monotonic()
+        with lease(storage) as ours:
+            assert SECONDS * 0.9 < time.monotonic() - begun < SECONDS * 2
+            ours.check()
+        with pytest.raises(NotFound):
+            storage.read(KEY)
+        begun = time.monotonic()
+        with lease(storage):  # it was given back, so nobody waits
+            assert time.monotonic() - begun < SECONDS / 2
+    finally:
+        process.kill()
+
+
+def test_one_that_was_stopped_for_too_long_learns_that_it_lost(storage: Storage) -> None:
+    process = holder(storage)
+    try:
+        process.send_signal(signal.SIGSTOP)
+        with lease(storage) as ours:
+            process.send_signal(signal.SIGCONT)
+            assert process.stdout is not None
+            message = process.stdout.readline()
+            assert f"run 'x' has been taken over by process {os.getpid()} on " in message
+            assert process.wait(10) == 0
+            time.sleep(SECONDS / 2)
+            ours.check()  # the loser did not remove what is ours
+            assert b"run 'x'" in storage.read(KEY)
+    finally:
+        process.kill()
+
+
+def test_one_of_many_follows_a_dead_one(storage: Storage) -> None:
+    process = holder(storage)
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    inside = []
+    over = threading.Event()
+
+    def contend(number: int) -> str:
+        try:
+            with lease(storage) as ours:
+                inside.append(number)
+                over.wait(20)
+                ours.check()
+                return "held"
+        except UserError as error:
+            if len(refused := [*refusals, number]) == 5:
+                over.set()
+            refusals[:] = refused
+            return str(error)
+
+    refusals: list[int] = []
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(contend, range(6)))
+    assert answers.count("held") == 1 and len(inside) == 1
+    assert all("is in use by" in answer for answer in answers if answer != "held")

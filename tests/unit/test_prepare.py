@@ -1,0 +1,401 @@
+"""Packing goes on where it was cut off, never shows half a dataset, and shrinks pictures as training would."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import tarfile
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from crate_ray.config import PrepareConfig
+from crate_ray.data.decode import decode_batch
+from crate_ray.data.indexing import index_existing
+from crate_ray.data.packing import pack
+from crate_ray.data.shards import MANIFEST_NAME, ShardSet, load_dataset, parse_samples
+from crate_ray.data.shrink import shrink_image, shrink_mask, shrunk_size
+from crate_ray.data.sources import Item, Source, open_source, size_in_tar
+from crate_ray.data.storage import LocalStorage
+from crate_ray.data.transforms import Crops
+from crate_ray.errors import UserError
+
+IMAGENET = Path(__file__).parents[3] / "shared/data/imagenet-samples"
+
+
+def config(**values: Any) -> PrepareConfig:
+    return PrepareConfig(**{"output": "unused", "shard_samples": 10, **values})
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((3, 4), number % 251, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a dataset."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stored(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Members of all samples of a dataset by key."""
+    dataset = load_dataset(LocalStorage(folder))
+    return {
+        key: {suffix: bytes(content) for suffix, content in members.items()}
+        for shard in range(dataset.manifest.num_shards)
+        for key, members in parse_samples((folder / dataset.shard_name(shard)).read_bytes())
+    }
+
+
+# --- Plan and resume ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=60), st.integers(1, 20), st.integers(512, 20_000))
+def test_shards_begin_where_the_limits_say(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], shard_samples: int, shard_bytes: int
+) -> None:
+    folder = tmp_path_factory.mktemp("packed")
+    sizes = [size_in_tar(len(png(0)), size) for size in sizes]
+
+    def load(number: int) -> dict[str, bytes]:
+        image = png(0)
+        return {"png": image, "txt": bytes(sizes[number] - 1024 - len(image) - -len(image) % 512)}
+
+    items = [Item(str(number), partial(load, number), size) for number, size in enumerate(sizes)]
+    limits = {"shard_samples": shard_samples, "shard_bytes": shard_bytes}
+    pack(Source(items), LocalStorage(folder), config(shuffle=False, **limits))
+    dataset = load_dataset(LocalStorage(folder))
+    first = dataset.first_sample.tolist()
+    for number, (begin, end) in enumerate(pairwise(first)):
+        assert 1 <= end - begin <= shard_samples
+        assert sum(sizes[begin : end - 1]) < shard_bytes
+        full = end - begin == shard_samples or sum(sizes[begin:end]) >= shard_bytes
+        assert full or number == len(first) - 2
+    assert first[-1] == len(sizes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(fails=st.lists(st.integers(0, 63), max_size=4, unique=True), bad=st.sets(st.integers(0, 63), max_size=30))
+def test_resumed_packing_gives_the_same_files_and_repeats_no_finished_shard(
+    tmp_path_factory: pytest.TempPathFactory, fails: list[int], bad: set[int]
+) -> None:
+    loads: Counter[int] = Counter()
+    to_fail: set[int] = set()
+
+    def load(number: int) -> dict[str, bytes]:
+        loads[number] += 1
+        if number in to_fail:
+            raise ConnectionError
+        return {"png": b"broken" if number in bad else png(number), "cls": b"%d" % (number % 5)}
+
+    source = Source([Item(str(number), partial(load, number), 2048) for number in range(64)])
+    undisturbed, folder = tmp_path_factory.mktemp("undisturbed"), tmp_path_factory.mktemp("resumed")
+    pack(source, LocalStorage(undisturbed), config())
+    order = np.argsort(np.random.Philox(key=0).random_raw(64), kind="stable").tolist()
+    done: set[int] = set()
+    before: dict[str, int] = {}
+    for number in [*(number for number in fails if number != order[0]), -1]:
+        to_fail = {number}
+        loads.clear()
+        try:
+            pack(source, LocalStorage(folder), config())
+        except ConnectionError:
+            assert not (folder / MANIFEST_NAME).exists()
+            with pytest.raises(UserError, match=r"was not finished, of other samples or with other .*--overwrite"):
+                pack(source, LocalStorage(folder), config(shard_samples=11))
+            with pytest.raises(UserError, match="was not finished|no shards named"):
+                index_existing(LocalStorage(folder))
+        repeated = {sample for shard in done for sample in order[10 * shard : 10 * shard + 10]} & set(loads)
+        assert repeated <= {order[0]}, "which tells whether there are images or grids"
+        assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())
+        if (folder / MANIFEST_NAME).exists():
+            break
+        done = {int(path.stem) for path in (folder / ".packing").glob("0*.json")}
+        before = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.tar")}
+        assert len(done) >= len(before)
+    assert tree(folder) == tree(undisturbed)
+    assert load_dataset(LocalStorage(folder)).manifest.num_samples == 64 - len(bad)
+    assert set(stored(folder)) == {f"{i:06d}" for i, number in enumerate(order) if number not in bad}
+
+
+def test_shard_of_bad_samples_only_is_left_out(tmp_path: Path) -> None:
+    items = [
+        Item(str(number), partial(dict, png=b"broken" if 10 <= number < 20 else png(number))) for number in range(35)
+    ]
+    manifest = pack(Source(items), LocalStorage(tmp_path), config(shuffle=False))
+    dataset = load_dataset(LocalStorage(tmp_path))
+    assert dataset.names == ("shard-000000.tar", "shard-000002.tar", "shard-000003.tar")
+    assert (manifest.num_samples, dataset.samples.tolist()) == (25, [10, 10, 5])
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == list(dataset.names)
+
+
+class WatchedStorage(LocalStorage):
+    """A folder that is looked at after every change, as a reader might."""
+
+    seen: list[str | None]
+    fail_at = -1
+
+    def write(self, key: str, data: bytes | Path, **conditions: Any) -> None:
+        if len(self.seen) == self.fail_at:
+            raise ConnectionError
+        super().write(key, data, **conditions)
+        self.look()
+
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        self.look()
+
+    def look(self) -> None:
+        """A manifest that is there describes what is there."""
+        digest = None
+        if self.exists(MANIFEST_NAME):
+            dataset = load_dataset(self)
+            digest = dataset.manifest.digest()
+            check(dataset)
+        self.seen.append(digest)
+
+
+def check(dataset: ShardSet) -> None:
+    for shard in range(dataset.manifest.num_shards):
+        content = dataset.shard_storage.read(dataset.shard_name(shard))
+        assert hashlib.sha256(content).digest() == dataset.shards["sha256"][shard].tobytes()
+        if dataset.has_table(shard):
+            dataset.table(shard)
+
+
+@pytest.mark.parametrize("what", ["pack", "index"])
+def test_manifest_describes_what_is_there_at_every_moment(tmp_path: Path, what: str) -> None:
+    def source(count: int) -> Source:
+        return Source([Item(str(number), partial(dict, png=png(count + number)), 1024) for number in range(count)])
+
+    def change(storage: LocalStorage) -> str:
+        if what == "pack":
+            return pack(source(25), storage, config(overwrite=True, lease_seconds=1)).digest()
+        return index_existing(storage, shards="{b,a,shard-000001}.tar", overwrite=True, lease_seconds=1).digest()
+
+    original = tmp_path / "original"
+    old = pack(source(45), LocalStorage(original), config()).digest()
+    scattered = io.BytesIO()
+    names = [(f"{number}.{suffix}", suffix) for suffix in ("cls", "png") for number in range(3)]
+    with tarfile.open(fileobj=scattered, mode="w") as tar:
+        for name, suffix in names:
+            info = tarfile.TarInfo(name)
+            content = png(1) if suffix == "png" else b"1"
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    for name in ("a.tar", "b.tar"):
+        (original / name).write_bytes(scattered.getvalue())
+
+    def fresh(name: str) -> WatchedStorage:
+        shutil.copytree(original, tmp_path / name)
+        storage = WatchedStorage(tmp_path / name)
+        storage.seen = []
+        return storage
+
+    whole = fresh("whole")
+    new = change(whole)
+    shown = [digest for digest, after in pairwise([*whole.seen, "end"]) if digest != after]
+    assert shown[:1] + [digest for digest in shown[1:] if digest] == [old, new]
+    expected = tree(tmp_path / "whole")
+    for fail_at in range(1, len(whole.seen), 3):
+        storage = fresh(f"fail-{fail_at}")
+        storage.fail_at = fail_at
+        try:
+            change(storage)
+        except ConnectionError:
+            storage.fail_at = -1
+            assert change(storage) == new
+        assert tree(tmp_path / f"fail-{fail_at}") == expected
+
+
+def test_index_in_parallel_is_that_of_one_shard_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source([Item(str(n), partial(dict, png=png(n), cls=b"%d" % (n % 7)), 2048) for n in range(300)])
+    pack(source, LocalStorage(tmp_path / "a"), config())
+    packed = tree(tmp_path / "a")
+    index_existing(LocalStorage(tmp_path / "a"), overwrite=True)
+    parallel = tree(tmp_path / "a")
+    monkeypatch.setattr("crate_ray.data.indexing.THREADS", 1)
+    index_existing(LocalStorage(tmp_path / "a"), overwrite=True)
+    assert tree(tmp_path / "a") == parallel
+    assert {n: c for n, c in parallel.items() if n != MANIFEST_NAME} == {
+        n: c for n, c in packed.items() if n != MANIFEST_NAME
+    }
+
+
+# --- Smaller pictures -----------------------------------------------------------------------------------------------
+
+
+def smooth(height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
+    """A picture whose corners differ, so that its orientation can be seen."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    planes = [
+        127 + 90 * np.sin(5 * x + i) * np.cos(4 * y + 0.3 * i) + 30 * x * (i + 1) - 20 * y for i in range(channels)
+    ]
+    return np.clip(np.stack(planes, -1), 0, 255).astype(np.uint8).squeeze()
+
+
+def encoded(pixels: NDArray[np.uint8], kind: str, mode: str | None = None, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def psnr(first: NDArray[Any], second: NDArray[Any]) -> float:
+    return float(10 * np.log10(255**2 / max(np.mean((first.astype(float) - second.astype(float)) ** 2), 1e-9)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(20, 200), st.integers(20, 200), st.integers(8, 120), st.integers(1, 8),
+    st.sampled_from(["JPEG", "PNG", "WEBP"]), st.sampled_from(["RGB", "L"]),
+)  # fmt: skip
+def test_shrunk_pictures_are_upright_and_look_like_pillows(
+    height: int, width: int, max_side: int, orientation: int, kind: str, mode: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if kind == "WEBP":
+        mode = "RGB"
+    content = encoded(smooth(height, width), kind, mode, exif=exif, **({} if kind == "PNG" else {"quality": 95}))
+    shrunk = shrink_image(content, max_side, 95)
+    mask = encoded((smooth(height, width, 1) > 127).astype(np.uint8) * 255, "PNG", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    if min(height, width) <= max_side:
+        assert shrunk is None and shrink_mask(mask, max_side) == mask
+        return
+    assert shrunk is not None
+    image = Image.open(io.BytesIO(shrunk.content))
+    size = shrunk_size(upright.height, upright.width, max_side)
+    assert min(size) == max_side and abs(max(size) - max(height, width) * max_side / min(height, width)) <= 0.5
+    assert (image.format, image.mode, image.size[::-1]) == (kind, mode, size) == (shrunk.kind, mode, shrunk.size)
+    assert image.getexif().get(0x0112, 1) == 1
+    expected = upright.resize(size[::-1], Image.Resampling.BICUBIC)
+    assert psnr(np.asarray(image), np.asarray(expected)) > (25 if max_side < 16 else 30)
+    small = Image.open(io.BytesIO(shrink_mask(mask, max_side)))
+    assert small.size == image.size and set(np.unique(np.asarray(small))) <= {0, 255}
+    lone = ImageOps.exif_transpose(Image.open(io.BytesIO(mask))).resize(size[::-1], Image.Resampling.NEAREST)
+    assert np.mean(np.asarray(small) != np.asarray(lone)) < 0.1, "the same but for where halves are rounded to"
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "LA", "RGBA", "I;16", "1"])
+def test_other_colours_are_taken_as_training_takes_them(mode: str) -> None:
+    pixels = smooth(120, 160, 3)
+    kind = "JPEG" if mode == "CMYK" else "PNG"
+    if mode == "I;16":
+        content = io.BytesIO()
+        Image.fromarray(smooth(120, 160, 1).astype(np.uint16) * 257).save(content, "PNG")
+        original = content.getvalue()
+    else:
+        original = encoded(pixels, kind, mode, **({"quality": 98} if kind == "JPEG" else {}))
+    shrunk = shrink_image(original, 60, 98)
+    assert shrunk is not None and shrunk.kind == kind
+
+    def decoded(content: bytes) -> NDArray[np.uint8]:
+        out = torch.zeros(1, 3, 60, 80, dtype=torch.uint8)
+        errors = decode_batch([content], "image", whole, out)
+        assert errors == [None]
+        return out.numpy()
+
+    assert psnr(decoded(original), decoded(shrunk.content)) > 33
+
+
+def whole(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Crops:
+    zeros = np.zeros_like(heights)
+    return Crops(zeros, zeros, heights, widths, np.zeros(len(heights), bool))
+
+
+def test_packing_shrinks_pictures_and_masks_and_keeps_small_ones(tmp_path: Path) -> None:
+    files = {
+        "a.jpg": encoded(smooth(100, 150), "JPEG", quality=95),
+        "a.mask.png": encoded((smooth(100, 150, 1) > 127).astype(np.uint8) * 255, "PNG"),
+        "b.png": encoded(smooth(150, 100), "PNG"),
+        "small.jpg": encoded(smooth(50, 400), "JPEG"),
+        "wrong.jpg": encoded(smooth(100, 100), "JPEG"),
+        "wrong.mask.png": encoded(smooth(50, 100, 1), "PNG"),
+        "cut.jpg": encoded(smooth(300, 300), "JPEG")[:3000],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out"
+    manifest = pack(open_source(LocalStorage(tmp_path)), LocalStorage(out), config(shuffle=False, max_side=50))
+    samples = stored(out)
+    assert list(samples) == ["000000", "000001", "000003"], "the truncated one and that of the wrong mask are left out"
+    assert manifest.num_samples == 3
+    assert samples["000003"] == {"jpg": files["small.jpg"]}
+    sizes = {k: {s: Image.open(io.BytesIO(c)).size for s, c in m.items()} for k, m in samples.items()}
+    assert sizes == {
+        "000000": {"jpg": (75, 50), "mask.png": (75, 50)},
+        "000001": {"png": (50, 75)},
+        "000003": {"jpg": (400, 50)},
+    }
+    assert index_existing(LocalStorage(out), overwrite=True).num_measured == 3
+    np.save(tmp_path / "0.npy", np.zeros((2, 3)))
+    for name in files:
+        (tmp_path / name).unlink()
+    shutil.rmtree(out)
+    grids = open_source(LocalStorage(tmp_path))
+    with pytest.raises(UserError, match=r"max_side is for images, but .*0\.npy is a \.npy grid"):
+        pack(grids, LocalStorage(out), config(max_side=50))
+
+
+def test_shards_of_shrunk_pictures_have_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    for number in range(60):
+        picture = Image.fromarray(noise.integers(0, 255, (16, 16, 3), np.uint8)).resize((240, 240))
+        picture.save(tmp_path / f"{number:02d}.jpg", quality=95)
+    limits = {"shard_samples": 1000, "shard_bytes": 40_000, "max_side": 60}
+    pack(open_source(LocalStorage(tmp_path)), LocalStorage(tmp_path / "out"), config(**limits))
+    sizes = load_dataset(LocalStorage(tmp_path / "out")).bytes
+    assert len(sizes) > 2
+    assert all(30_000 < size < 60_000 for size in sizes[:-1])
+
+
+@pytest.mark.skipif(not IMAGENET.is_dir(), reason="the ImageNet samples are not here")
+def test_training_sees_nearly_the_same_of_shrunk_photographs() -> None:
+    """Shrunk to 256, then decoded to 224: against Pillow alone, in the same two steps and in one."""
+    same, lost = [], []
+    for shard in sorted(IMAGENET.glob("*.tar"))[:1]:
+        for sample in parse_samples(shard.read_bytes())[:40]:
+            content = bytes(sample.members["jpg"])
+            shrunk = shrink_image(content, 256, 90)
+            if shrunk is None:
+                continue
+            photograph = Image.open(io.BytesIO(content)).convert("RGB")
+            height, width = shrunk_size(photograph.height, photograph.width, 256)
+            smaller = photograph.resize((width, height), Image.Resampling.BICUBIC)
+            pillows = Image.open(io.BytesIO(encoded(np.asarray(smaller), "JPEG", quality=90)))
+            out = torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+            assert decode_batch([shrunk.content], "image", centre, out) == [None]
+            ours = out.numpy()[0].transpose(1, 2, 0)
+            same.append(psnr(ours, centre_of(pillows)))
+            lost.append(psnr(centre_of(pillows), centre_of(photograph)) - psnr(ours, centre_of(photograph)))
+    assert len(same) > 10
+    assert np.mean(same) > 40 and min(same) > 35
+    assert np.mean(lost) < 0.05 and max(lost) < 0.3
+
+
+def centre(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Crops:
+    sides = np.minimum(heights, widths)
+    return Crops((heights - sides) // 2, (widths - sides) // 2, sides, sides, np.zeros(len(heights), bool))
+
+
+def centre_of(image: Image.Image) -> NDArray[np.uint8]:
+    """The largest square of a picture at 224 pixels, by Pillow alone."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((224, 224), Image.Resampling.BICUBIC))
