@@ -1,4 +1,4 @@
-"""Speed and memory of our loader and of stock webdataset, on the same shards, to the same batches.
+"""Speed and memory of our loader, of stock webdataset and of others, on the same shards, to the same batches.
 
 Each contestant runs in a fresh process, `python -m crate_ray.benchmarks.data_loading`: task in, measurement out, JSON.
 """
@@ -6,9 +6,7 @@ Each contestant runs in a fresh process, `python -m crate_ray.benchmarks.data_lo
 from __future__ import annotations
 
 import functools
-import math
 import os
-import random
 import subprocess
 import sys
 import time
@@ -17,26 +15,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import webdataset as wds
-from numpy.typing import NDArray
-from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from crate_ray.benchmarks.machine import describe_machine, peak_memory
+from crate_ray.benchmarks.other_loaders import (
+    Unavailable,
+    converted_for_litdata,
+    litdata_batches,
+    random_box,
+    random_resized_crop,
+    spdl_batches,
+)
 from crate_ray.config import BenchmarkDataConfig, DataConfig, ImageModelConfig, S3Config
+from crate_ray.data.decode import DecodeError, read_image_header, skim_jpeg
 from crate_ray.data.loader import training_loader
 from crate_ray.data.mixture import Mixture
 from crate_ray.data.plan import plan_order
+from crate_ray.data.reader import MixtureReader
 from crate_ray.data.s3_client import S3Client
-from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.shards import Sample, ShardSet, load_dataset
 from crate_ray.data.storage import open_storage
+from crate_ray.data.transforms import small_side
 from crate_ray.errors import UserError
 
-Contestant = Literal["crate_ray", "webdataset"]
+Contestant = Literal["crate_ray", "webdataset", "spdl", "litdata"]
 _CHANNELS = 3
 _SHUFFLE_BUFFER = 1000  # samples; what webdataset's documentation takes
+_FLOOR_IMAGES = 240
+_FLOOR_PASSES = 3
 _STARTING_SECONDS = 300.0  # for imports and the first batch of the slowest store
 
 
@@ -47,13 +55,15 @@ class Task(BaseModel):
 
     contestant: Contestant
     processes: int
-    """Loader processes of webdataset; our loader has threads in one process."""
+    """Loader processes of webdataset and LitData; our loader and spdl have threads in one process."""
     uri: str
     image_size: int
     batch_size: int
     seconds: float
     memory_bytes: int
     s3: S3Config
+    converted: str | None = None
+    """Folder with the dataset in LitData's format."""
 
 
 class Measurement(BaseModel):
@@ -76,9 +86,11 @@ class Measurement(BaseModel):
 
 
 class Answer(BaseModel):
-    """What a contestant's process prints: one of the two."""
+    """What a contestant's process prints: one of the three."""
 
     measurement: Measurement | None = None
+    unavailable: str | None = None
+    """Why this contestant does not work here."""
     error: str | None = None
 
 
@@ -98,13 +110,11 @@ def our_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]:
 
 @contextmanager
 def webdataset_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]:
-    """The same of webdataset, Pillow and WebLoader. Shards are resampled, so that every process has one at any time."""
-    wds.gopen_schemes["s3"] = functools.partial(_open_object, task.s3)  # stock webdataset starts programs to read S3
+    """The same of webdataset, Pillow and WebLoader."""
     suffixes = shards.manifest.image_suffixes
     crop = functools.partial(random_resized_crop, size=task.image_size)
     dataset = (
-        wds.WebDataset(_shard_urls(shards), resampled=True, shardshuffle=False, nodesplitter=None)
-        .shuffle(_SHUFFLE_BUFFER)
+        _encoded_samples(shards, task)
         .decode("pilrgb", only=list(suffixes))
         .to_tuple(";".join(suffixes))
         .map_tuple(crop)
@@ -113,24 +123,38 @@ def webdataset_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor
     yield (batch[0] for batch in wds.WebLoader(dataset, batch_size=None, num_workers=task.processes))
 
 
-def random_resized_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Crop, resize (bicubic) and mirror as torchvision does by default of the loader: (3, size, size), uint8."""
-    (low, high), ratio = DataConfig.model_fields["crop_scale"].default, DataConfig.model_fields["crop_ratio"].default
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * random.uniform(low, high)
-        aspect = math.exp(random.uniform(*map(math.log, ratio)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = random.randint(0, width - w), random.randint(0, height - h)
-            break
-    else:
-        w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
-        left, top = (width - w) // 2, (height - h) // 2
-    image = image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
-    if random.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image).transpose(2, 0, 1)
+def _encoded_samples(shards: ShardSet, task: Task) -> wds.WebDataset:
+    """Samples as webdataset shuffles them. Shards are resampled, so that every process has one at any time."""
+    wds.gopen_schemes["s3"] = functools.partial(_open_object, task.s3)  # stock webdataset starts programs to read S3
+    urls = _shard_urls(shards)
+    return wds.WebDataset(urls, resampled=True, shardshuffle=False, nodesplitter=None).shuffle(_SHUFFLE_BUFFER)
+
+
+@contextmanager
+def _spdl_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]:
+    encoded = _encoded_samples(shards, task).to_tuple(";".join(shards.manifest.image_suffixes))
+    with spdl_batches((content for (content,) in encoded), task.image_size, task.batch_size) as batches:
+        yield batches
+
+
+@contextmanager
+def _litdata_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]:
+    assert task.converted is not None
+    with litdata_batches(task.converted, task.image_size, task.batch_size, task.processes) as batches:
+        yield batches
+
+
+@contextmanager
+def _prepared(task: Task) -> Iterator[Task]:
+    """The task, with its dataset in the contestant's own format, which is not part of what is measured."""
+    if task.contestant != "litdata":
+        yield task
+        return
+    shards = load_dataset(open_storage(task.uri, task.s3))
+    if shards.shard_storage.local_path(shards.shard_name(0)) is None:
+        raise Unavailable("LitData reads its own format only, and the dataset is converted on local disk, not in S3")
+    with converted_for_litdata(_shard_urls(shards), shards.manifest.image_suffixes) as folder:
+        yield task.model_copy(update={"converted": folder})
 
 
 def _shard_urls(shards: ShardSet) -> list[str]:
@@ -149,7 +173,12 @@ def _client(s3: S3Config) -> S3Client:
     return S3Client(s3)
 
 
-_BATCHES = {"crate_ray": our_batches, "webdataset": webdataset_batches}
+_BATCHES = {
+    "crate_ray": our_batches,
+    "webdataset": webdataset_batches,
+    "spdl": _spdl_batches,
+    "litdata": _litdata_batches,
+}
 
 
 # --- In the contestant's process ------------------------------------------------------------------------------------
@@ -158,7 +187,9 @@ _BATCHES = {"crate_ray": our_batches, "webdataset": webdataset_batches}
 def measure(task: Task) -> Measurement:
     """Load batches for a while. Batches of the first moments are not counted: some were prepared with the first one.
 
-    Raises UserError when the dataset cannot be read, or does not hold images.
+    Raises:
+        UserError: the dataset cannot be read, or does not hold images.
+        Unavailable: the contestant does not work on this machine.
     """
     began = time.perf_counter()
     shards = load_dataset(open_storage(task.uri, task.s3))
@@ -195,7 +226,10 @@ def main() -> None:
     # More processes than cores are one of the things to measure.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     try:
-        answer = Answer(measurement=measure(Task.model_validate_json(sys.stdin.read())))
+        with _prepared(Task.model_validate_json(sys.stdin.read())) as task:
+            answer = Answer(measurement=measure(task))
+    except Unavailable as reason:
+        answer = Answer(unavailable=str(reason))
     except UserError as error:
         answer = Answer(error=str(error))
     print(answer.model_dump_json())
@@ -207,7 +241,7 @@ def main() -> None:
 def run_contestant(task: Task) -> Measurement:
     """Measure a contestant in a process of its own.
 
-    Raises UserError as `measure` does, and when no batch arrives for minutes.
+    Raises UserError and Unavailable as `measure` does, and UserError when no batch arrives for minutes.
     """
     try:
         done = subprocess.run(
@@ -225,14 +259,17 @@ def run_contestant(task: Task) -> Measurement:
     if done.returncode != 0:
         raise RuntimeError(f"the process of {task.contestant} ended with status {done.returncode}")
     answer = Answer.model_validate_json(done.stdout.splitlines()[-1])
+    if answer.unavailable is not None:
+        raise Unavailable(answer.unavailable)
     if answer.measurement is None:
         raise UserError(str(answer.error))
     return answer.measurement
 
 
 def contestants(config: BenchmarkDataConfig, uri: str) -> list[Task]:
-    """Our loader, and webdataset with each number of processes."""
+    """Our loader, webdataset with each number of processes, spdl, and LitData with each number of processes."""
     runs: list[tuple[Contestant, int]] = [("crate_ray", 1), *(("webdataset", n) for n in config.processes)]
+    runs += [("spdl", 1), *(("litdata", n) for n in config.processes)]
     return [
         Task(
             contestant=contestant,
@@ -252,31 +289,46 @@ def compare(config: BenchmarkDataConfig) -> dict[str, Any]:
     """Measure all contestants on all datasets, one after the other, and all of that `repeats` times.
 
     Returns:
-        Plain data: machine, settings and, by dataset, every run, the fastest of each contestant (of webdataset with
-        any number of processes), and our images/s divided by webdataset's: `ratio_on_same_data`, and
-        `ratio_vs_webdataset`, where webdataset reads the first of the datasets. The first one's is at the top, too.
+        Plain data: machine, settings and, by dataset, every run, the fastest of each contestant (with any number of
+        processes), and our images/s divided by webdataset's: `ratio_on_same_data`, and `ratio_vs_webdataset`, where
+        webdataset reads the first of the datasets. The first one's is at the top, too. `floor_images_per_second` is
+        what `entropy_floor` finds, `share_of_floor` our part of it; `unavailable` says why a contestant has no runs.
 
     Raises:
         UserError: a dataset cannot be read, or does not hold images.
     """
     runs: dict[str, list[Measurement]] = {name: [] for name in config.datasets}
+    floors: dict[str, float | None] = {}
+    unavailable: dict[str, dict[str, str]] = {name: {} for name in config.datasets}
     sizes = {}
     for name, uri in config.datasets.items():
         manifest = load_dataset(open_storage(uri, config.s3)).manifest
         sizes[name] = {"uri": uri, "num_samples": manifest.num_samples, "total_bytes": manifest.total_bytes}
     for _ in range(config.repeats):
         for name, uri in config.datasets.items():
-            runs[name] += map(run_contestant, contestants(config, uri))
+            for task in contestants(config, uri):
+                if task.contestant in unavailable[name]:
+                    continue
+                try:
+                    runs[name].append(run_contestant(task))
+                except Unavailable as reason:
+                    unavailable[name][task.contestant] = str(reason)
+            floor = entropy_floor(load_dataset(open_storage(uri, config.s3)), config.image_size)
+            floors[name] = None if floor is None else max(floor, floors.get(name) or 0.0)
 
-    best = {name: {who: _fastest(found, who) for who in _BATCHES} for name, found in runs.items()}
+    best = {name: _fastest(found) for name, found in runs.items()}
     stock = next(iter(best.values()))["webdataset"].images_per_second
     datasets = {}
     for name, found in best.items():
-        ours = found["crate_ray"].images_per_second
+        ours, floor = found["crate_ray"].images_per_second, floors[name]
+        measured: dict[str, Any] = {who: measurement.model_dump() for who, measurement in found.items()}
         datasets[name] = sizes[name] | {
-            **{who: measurement.model_dump() for who, measurement in found.items()},
+            **measured,
             "ratio_on_same_data": ours / found["webdataset"].images_per_second,
             "ratio_vs_webdataset": ours / stock,
+            "floor_images_per_second": floor,
+            "share_of_floor": None if floor is None else ours / floor,
+            "unavailable": unavailable[name],
             "runs": [run.model_dump() for run in runs[name]],
         }
     return {
@@ -287,8 +339,44 @@ def compare(config: BenchmarkDataConfig) -> dict[str, Any]:
     }
 
 
-def _fastest(runs: list[Measurement], contestant: str) -> Measurement:
-    return max((r for r in runs if r.contestant == contestant), key=lambda r: r.images_per_second)
+def _fastest(runs: list[Measurement]) -> dict[Contestant, Measurement]:
+    """The fastest run of each contestant that has one."""
+    fastest: dict[Contestant, Measurement] = {}
+    for run in sorted(runs, key=lambda run: run.images_per_second):
+        fastest[run.contestant] = run
+    return fastest
+
+
+def entropy_floor(shards: ShardSet, image_size: int) -> float | None:
+    """Images/s of all cores that only decode each JPEG's Huffman codes down to the last row of a random crop.
+
+    No decoder can do without that; none of the steps that follow is in it. Measured in one thread, times the cores.
+    None for images that are decoded together, or that are no JPEGs.
+    """
+    mixture = Mixture.of(shards)
+    reader = MixtureReader(mixture, DataConfig(train=shards.storage.uri))
+    numbers = range(min(_FLOOR_IMAGES, mixture.num_samples))
+    members = [sample.members for sample in reader.read(numbers) if isinstance(sample, Sample)]
+    contents = [bytes(m[s]) for m in members for s in shards.manifest.image_suffixes if s in m]
+    todo = []
+    for content in contents:
+        try:
+            header = read_image_header(content)
+            skim_jpeg(content, 1)
+        except DecodeError:
+            continue
+        if small_side(header.height, header.width, (image_size, image_size)) is None:
+            _, top, _, height = random_box(header.width, header.height)
+            todo.append((content, top + height))
+    if 2 * len(todo) < len(contents) or not todo:
+        return None
+    seconds = []
+    for _ in range(_FLOOR_PASSES):
+        began = time.perf_counter()
+        for content, rows in todo:
+            skim_jpeg(content, rows)
+        seconds.append(time.perf_counter() - began)
+    return len(os.sched_getaffinity(0)) * len(todo) / min(seconds)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from crate_ray.data.turbojpeg import find_turbojpeg
 
-_LIBRARIES = ("crate-ray", "torch", "webdataset", "pillow", "simplejpeg", "numpy", "boto3")
+_LIBRARIES = ("crate-ray", "torch", "webdataset", "pillow", "simplejpeg", "numpy", "boto3", "spdl", "litdata")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -25,9 +25,13 @@ def describe_machine() -> dict[str, Any]:
         "cpu": model or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "libraries": {name: importlib.metadata.version(name) for name in filter(_installed, _LIBRARIES)},
         "libjpeg_turbo_3": find_turbojpeg() is not None,
     }
+
+
+def _installed(name: str) -> bool:
+    return any(importlib.metadata.distributions(name=name))
 
 
 def peak_memory() -> int | None:

@@ -63,6 +63,10 @@ _REDUCED_CROP = 1.5
 """A crop decoded at a reduced scale is at least so many times as large as the output."""
 _REDUCED_PIXELS = 2**18
 """Smaller crops are not reduced: the resize that takes fractions of pixels costs more than is won."""
+_COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBX"}
+"""simplejpeg's names by channels."""
+_DECODED = {1: 1, 3: 4}
+"""Channels that large JPEGs are decoded to: resize_image is faster with a fourth one."""
 _MAX_NPY_HEADER = 10_000
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = Orientation()
@@ -111,6 +115,10 @@ def decode_batch(
         The error of each member that cannot be used, whose slot stays undefined; None for the others.
     """
     channels, out_hw = int(out.shape[1]), (int(out.shape[2]), int(out.shape[3]))
+    if kind == "image" and (alike := _open_alike(encoded, channels, max_pixels)) is not None:
+        side = small_side(alike[1].height, alike[1].width, out_hw)
+        if side is not None:
+            return _decode_alike(*alike, crop, side, out)
     members: list[_Member | None] = []
     errors: list[DecodeError | None] = []
     member: _Member | None = None
@@ -166,6 +174,17 @@ def read_image_header(content: bytes | memoryview, *, max_pixels: int = MAX_PIXE
         and content[member.frame + 10] != ord("R")
     )
     return ImageHeader(*member.hw, is_plain)
+
+
+def skim_jpeg(content: bytes | memoryview, rows: int) -> None:
+    """Decode what codes the first rows of a JPEG and throw it away: what a crop that ends there takes at the least.
+
+    Huffman codes can only be read from the beginning. Raises DecodeError for what is not a JPEG of 8 bits.
+    """
+    member = _open(content, "image", 3, MAX_PIXELS)
+    if not isinstance(member, _Jpeg):
+        raise DecodeError("not a JPEG of 8 bits", "not_an_image")
+    member.skim(rows)
 
 
 class _Crop(NamedTuple):
@@ -236,6 +255,35 @@ def _check_pixels(height: int, width: int, max_pixels: int) -> None:
         raise DecodeError(f"{width}×{height} pixels are more than the limit of {max_pixels}", "too_large")
 
 
+def _open_alike(
+    encoded: Sequence[bytes | memoryview | NDArray[Any]], channels: int, max_pixels: int
+) -> tuple[list[bytes], Layout] | None:
+    """Small JPEGs that all have the header of the first, as those of a dataset often do; None for others."""
+    if not len(encoded) or any(isinstance(content, np.ndarray) or len(content) >= _SMALL_BYTES for content in encoded):
+        return None
+    try:
+        first = _open(encoded[0], "image", channels, max_pixels)
+    except DecodeError:
+        return None
+    layout = first.layout if isinstance(first, _Jpeg) else None
+    if layout is None:
+        return None
+    contents = [bytes(content) for content in encoded]
+    return (contents, layout) if all(map(layout.fits, contents)) else None
+
+
+def _decode_alike(
+    contents: Sequence[bytes], layout: Layout, crop: CropRule, side: int, out: Tensor
+) -> list[DecodeError | None]:
+    """decode_batch of small JPEGs of one layout."""
+    n = len(contents)
+    crops = crop(np.full(n, layout.height), np.full(n, layout.width))
+    resized = scratch("resized", tuple(out.shape), np.float32)
+    damaged = resize_stacked(contents, [layout] * n, crops, side, resized)
+    _round_into(out, slice(None), resized)
+    return [_damaged(damaged[i]) if i in damaged else None for i in range(n)]
+
+
 def _decode_small(
     members: Sequence[_Member | None],
     rows: Int64,
@@ -253,7 +301,7 @@ def _decode_small(
     if layouts:
         damaged = resize_stacked([bytes(member.content) for member in jpegs], layouts, crops, side, resized)
         for i, cause in damaged.items():
-            errors[numbers[i]] = DecodeError(f"the JPEG is damaged: {cause}", "damaged")
+            errors[numbers[i]] = _damaged(cause)
     else:
         squares = scratch("squares", (len(numbers), channels, side, side), np.float32)
         squares[...] = 0  # what lies outside of an image has no weight, but must be finite
@@ -265,11 +313,15 @@ def _decode_small(
             except DecodeError as error:
                 errors[i] = error
         SmallResize.of(crops, side, (out.shape[2], out.shape[3]))(squares, resized)
+    _round_into(out, slice(None) if len(numbers) == len(out) else rows, resized)
+
+
+def _round_into(out: Tensor, rows: slice | Int64, resized: NDArray[np.float32]) -> None:
+    """Store resized images or grids in rows of a batch; what was resized is overwritten."""
     if out.dtype == torch.uint8:
         resized += 0.5
         np.clip(resized, 0, 255, out=resized)
-    target = out.numpy()
-    target[slice(None) if len(numbers) == len(target) else rows] = resized
+    out.numpy()[rows] = resized
 
 
 # --- JPEG -----------------------------------------------------------------------------------------------------------
@@ -313,7 +365,7 @@ class _Jpeg(NamedTuple):
         box = None
         if factor > 1:
             box = Box(top / factor - region.top, left / factor - region.left, height / factor, width / factor)
-        pixels = self._region(region, factor, out_CHW.shape[0])
+        pixels = self._region(region, factor, _DECODED[out_CHW.shape[0]])
         resize_image(pixels, out_CHW, orientation.mirrored() if flip else orientation, box)
 
     def _region(self, region: Region, factor: int, channels: int) -> NDArray[np.uint8]:
@@ -341,19 +393,33 @@ class _Jpeg(NamedTuple):
                 return None
             return pixels[:, margin:]
         # Two rows more: interpolated chroma looks at its neighbours.
-        height = -(-((region.top + region.height) * factor + 2) // mcu_height) * mcu_height
-        if height >= self.height or not self._can_be_cut():
+        rows = -(-((region.top + region.height) * factor + 2) // mcu_height) * mcu_height
+        if rows >= self.height or not self._can_be_cut():
             return None
+        first = self._first_rows(rows, factor, channels)
+        if first is None:
+            return None
+        return first[region.top : region.top + region.height, region.left : region.left + region.width]
+
+    def skim(self, rows: int) -> None:
+        """Decode what codes the first rows, and as little else as possible: no colours, of 8×8 pixels one."""
+        height = self._mcu()[0]
+        rows = -(-rows // height) * height
+        if rows >= self.height or not self._can_be_cut() or self._first_rows(rows, 8, 1) is None:
+            self._all(8, 1)
+
+    def _first_rows(self, rows: int, factor: int, channels: int) -> NDArray[np.uint8] | None:
+        """A multiple of the MCU's rows, fewer than all, of a JPEG that can be cut; None where something is wrong."""
         cut = bytearray(self.content)
-        cut[self.frame + 5 : self.frame + 7] = height.to_bytes(2, "big")
-        pixels = np.empty((-(-height // factor), -(-self.width // factor), channels), np.uint8)
+        cut[self.frame + 5 : self.frame + 7] = rows.to_bytes(2, "big")
+        pixels = np.empty((-(-rows // factor), -(-self.width // factor), channels), np.uint8)
         try:
             _decode_jpeg(cut, factor, pixels)
         except ValueError as error:
             # Its last row is decoded when the decoder finds that the file goes on. It reports the first oddity only.
             if not str(error).endswith("extraneous bytes before marker 0xd9"):
                 return None
-        return pixels[region.top : region.top + region.height, region.left : region.left + region.width]
+        return pixels
 
     def _all(self, factor: int, channels: int) -> NDArray[np.uint8]:
         """All of the image, strictly."""
@@ -361,7 +427,7 @@ class _Jpeg(NamedTuple):
         try:
             _decode_jpeg(self.content, factor, pixels)
         except ValueError as error:
-            raise DecodeError(f"the JPEG is damaged: {error}", "damaged") from None
+            raise _damaged(str(error)) from None
         return pixels
 
     def _mcu(self) -> tuple[int, int]:
@@ -385,9 +451,13 @@ class _Jpeg(NamedTuple):
                 return False
 
 
+def _damaged(cause: str) -> DecodeError:
+    return DecodeError(f"the JPEG is damaged: {cause}", "damaged")
+
+
 def _decode_jpeg(content: bytes | bytearray | memoryview, factor: int, out: NDArray[np.uint8]) -> None:
     """Decode a JPEG at 1/factor of its scale. Raises ValueError, for warnings too."""
-    colours = "GRAY" if out.shape[2] == 1 else "RGB"
+    colours = _COLOURS[out.shape[2]]
     if factor == 1:
         simplejpeg.decode_jpeg(content, colours, buffer=out)
     else:

@@ -37,7 +37,7 @@ from crate_ray.data.shards import Sample, ShardSet
 from crate_ray.data.transforms import CROP_UNIFORMS, CropRule, Crops, centre_crops, random_crops
 from crate_ray.errors import UserError
 
-_CHUNK = 16  # samples per decoding task: long enough to hide a task's cost, short enough to share a batch out
+_CHUNK = 32  # samples per decoding task: long enough to hide a task's cost, short enough to share a batch out
 _SMALL_CHUNK = 128  # of images that are decoded and resized together
 _SMALL_SIDE = 64
 _WINDOWS_AHEAD = 8  # the buffer's bytes are the limit; this one bounds the planning
@@ -192,6 +192,7 @@ class Loader:
             check_nvjpeg(device)
         self.bad = BadSamples(data.max_bad_fraction, mixture.uri)
         """What could not be used so far."""
+        self._suffixes = [dataset.manifest.image_suffixes for dataset in mixture.datasets]
         largest = mixture.largest_hw
         self._chunk = _SMALL_CHUNK if largest is not None and max(largest) <= _SMALL_SIDE else _CHUNK
         self._begin(steps.start)
@@ -328,17 +329,22 @@ class Loader:
     def _try(self, batch: Batch, rows: slice, samples: Sequence[Sample | Unreadable]) -> list[tuple[str, str] | None]:
         """Decode samples into rows of a batch; cause and error of those that cannot be used."""
         contents: list[bytes | memoryview] = []
+        labels: list[int] = []
         found: list[tuple[str, str] | None] = []
-        for i, sample in enumerate(samples, rows.start):
-            content, bad = self._content(int(batch.samples[i]), sample)
+        for number, sample in zip(batch.samples[rows].tolist(), samples, strict=True):
+            content, bad = self._content(number, sample)
             contents.append(content)
-            if bad is None and batch.labels is not None:
-                try:
-                    assert isinstance(sample, Sample)
-                    batch.labels[i] = int(bytes(sample.members["cls"]))
-                except (KeyError, ValueError):
-                    bad = ("no_label", "its member 'cls' is missing or no number")
+            if batch.labels is not None:
+                label = -1
+                if bad is None:
+                    try:
+                        label = int(bytes(sample.members["cls"]))  # type: ignore[union-attr]
+                    except (KeyError, ValueError):
+                        bad = ("no_label", "its member 'cls' is missing or no number")
+                labels.append(label)
             found.append(bad)
+        if batch.labels is not None:
+            batch.labels[rows] = labels
         crop = self._make_crops(Draw(batch.samples[rows], batch.epochs[rows]))
         kind = self._mixture.kind
         decode = decode_batch_cuda if self._on_device else decode_batch
@@ -353,11 +359,11 @@ class Loader:
         """A sample's image or grid."""
         if isinstance(sample, Unreadable):
             return b"", ("damaged_shard", sample.error)
-        suffixes = self._mixture.datasets[self._mixture.locate(number)[0]].manifest.image_suffixes
-        suffix = next((s for s in suffixes if s in sample.members), None)
-        if suffix is None:
-            return b"", ("no_image", f"it has no member with a suffix of {list(suffixes)}")
-        return sample.members[suffix], None
+        suffixes = self._suffixes[self._mixture.locate(number)[0] if len(self._suffixes) > 1 else 0]
+        for suffix in suffixes:
+            if suffix in sample.members:
+                return sample.members[suffix], None
+        return b"", ("no_image", f"it has no member with a suffix of {list(suffixes)}")
 
     def _replace(self, batch: Batch, row: int) -> bool:
         """Put another sample in the place of a bad one, the same on whichever worker has it."""

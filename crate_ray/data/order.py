@@ -103,7 +103,18 @@ class Draw(NamedTuple):
     """(n,) epoch, of its dataset, in which each sample is drawn."""
 
 
-class DatasetOrder(Settings):
+class _OrderSettings(Settings):
+    """Settings that are keys of caches, looked up for every batch: hashed once."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, name) for name in type(self).model_fields))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class DatasetOrder(_OrderSettings):
     """The order of the samples of one dataset."""
 
     num_samples: PositiveInt
@@ -198,7 +209,7 @@ class _Stretch(NamedTuple):
     stop: int
 
 
-class SampleOrder(Settings):
+class SampleOrder(_OrderSettings):
     """The order of one run: fixed when the run starts, stored in its checkpoints."""
 
     batch_size: PositiveInt

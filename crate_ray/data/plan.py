@@ -56,7 +56,8 @@ def _plan_dataset(
         strides = int(min(_BLOCK_BYTES, room) / sample_bytes) // INDEX_STRIDE
         block = 1 if resident else max(strides, 1) * INDEX_STRIDE
     num_blocks = -(-manifest.num_samples // block)
-    most_lanes = min(_MAX_LANES, num_blocks // _BLOCKS_PER_LANE, int(drawn)) if data.shuffle else 1
+    # What is in memory is shuffled sample by sample: lanes have nothing to add.
+    most_lanes = min(_MAX_LANES, num_blocks // _BLOCKS_PER_LANE, int(drawn)) if data.shuffle and not resident else 1
     lanes = data.lanes or max(1, most_lanes)
     window = data.window_blocks
     if window is None:

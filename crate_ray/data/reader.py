@@ -41,6 +41,9 @@ class Unreadable(NamedTuple):
     error: str
 
 
+_ABSENT = Unreadable("", "not read yet")
+
+
 class Order(Protocol):
     """What a source asks of an order: SampleOrder for training, SequentialOrder for evaluation."""
 
@@ -252,6 +255,7 @@ class StreamedSource:
         self._windows: dict[Window, tuple[list[range], int]] = {}  # parts, bytes
         self._parts: dict[int, _Part] = {}  # by first sample
         self._starts = np.empty(0, np.int64)  # of the parts, in order
+        self._size = lru_cache(maxsize=64)(self._measure)  # asked again at every step until there is room
 
     def request(self, step: int) -> bool:
         """Start fetching what a step needs, as far as the buffer has room; returns at once, whether all is on its way.
@@ -280,7 +284,8 @@ class StreamedSource:
         self._drop_before(self._order.windows(step + 1, *self._slots))
         return draw, samples
 
-    def _size(self, window: Window) -> tuple[list[range], int]:
+    def _measure(self, window: Window) -> tuple[list[range], int]:
+        """Blocks of a window, and their bytes."""
         blocks = self._order.blocks(window)
         return blocks, sum(map(self._reader.num_bytes, blocks))
 
@@ -322,33 +327,34 @@ class ResidentSource:
         self._pool = ThreadPoolExecutor(data.fetch_threads, "fetch")
         self._parts = reader.all_parts()
         self._starts = np.array([part.start for part in self._parts])
-        self._loaded: dict[int, Future[list[Sample | Unreadable]]] = {}  # by number of the part
+        self._loading: dict[int, Future[list[Sample | Unreadable]]] = {}  # by number of the part
+        self._samples: list[Sample | Unreadable] = [_ABSENT] * self._parts[-1].stop  # by number
+        self._missing = set(range(len(self._parts)))  # not in there yet
 
     def request(self, step: int) -> bool:
         """Start fetching the parts that a step needs; returns at once, always True."""
-        self._begin(self._parts_of(self._order.draw(step, *self._slots).samples))
+        if self._missing:
+            self._begin(self._order.draw(step, *self._slots).samples)
         return True
 
     def take(self, step: int) -> tuple[Draw, list[Sample | Unreadable]]:
         """Numbers and encoded samples of a step's slots; waits for what has not arrived."""
         draw = self._order.draw(step, *self._slots)
-        owners = self._parts_of(draw.samples)
-        loaded = {part: future.result() for part, future in self._begin(owners)}
-        places = zip(owners.tolist(), (draw.samples - self._starts[owners]).tolist(), strict=True)
-        return draw, [loaded[part][i] for part, i in places]
+        if self._missing:
+            for part in self._begin(draw.samples):
+                span = self._parts[part]
+                self._samples[span.start : span.stop] = self._loading.pop(part).result()
+                self._missing.remove(part)
+        return draw, [self._samples[number] for number in draw.samples.tolist()]
 
-    def _parts_of(self, numbers: Int64) -> Int64:
-        return np.searchsorted(self._starts, numbers, "right") - 1
-
-    def _begin(self, owners: Int64) -> list[tuple[int, Future[list[Sample | Unreadable]]]]:
-        """These parts; those that are not there yet are begun."""
-        begun = []
-        for part in np.unique(owners).tolist():
-            future = self._loaded.get(part)
-            if future is None:
-                future = self._loaded[part] = self._pool.submit(self._reader.read, self._parts[part])
-            begun.append((part, future))
-        return begun
+    def _begin(self, numbers: Int64) -> list[int]:
+        """The parts with these samples that are not there yet; they are begun."""
+        parts = np.unique(np.searchsorted(self._starts, numbers, "right") - 1).tolist()
+        missing = [part for part in parts if part in self._missing]
+        for part in missing:
+            if part not in self._loading:
+                self._loading[part] = self._pool.submit(self._reader.read, self._parts[part])
+        return missing
 
     def close(self) -> None:
         """Stop fetching."""

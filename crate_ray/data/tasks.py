@@ -38,7 +38,8 @@ def wants_cluster(shards: int, samples: int, size: int) -> bool:
         samples: of all of them; 0 if not known.
         size: bytes to read and write, about.
     """
-    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address != "local" and not address.startswith("http"):  # that is where jobs are submitted to, not a cluster
         return True
     import ray  # takes a second
 

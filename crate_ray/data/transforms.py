@@ -59,6 +59,11 @@ class Orientation(NamedTuple):
         return self._replace(flip_horizontal=not self.flip_horizontal)
 
 
+_UPRIGHT = Orientation()
+_CHANNEL_BITS = np.array([0, 8, 16], np.uint32)[:, None, None]
+"""Where the channels are in a word of little-endian bytes."""
+
+
 class Box(NamedTuple):
     """A rectangle in pixels, with fractions."""
 
@@ -143,26 +148,49 @@ def resize_image(
     """Resize an image (antialiased bicubic, uint8) into a slot of the batch, made upright.
 
     Args:
-        pixels_HWC: what was cut out of the image, as it is stored.
+        pixels_HWC: what was cut out of the image, as it is stored: luma, RGB, or RGB and a fourth channel that is
+            ignored. The latter is the fastest: torch resizes words of four bytes.
         out_CHW: the slot.
         orientation: from the stored to the wanted picture.
         box: the part of the pixels to sample, where it is not all of them.
     """
-    size = _stored_hw(out_CHW, orientation)
+    size, channels = _stored_hw(out_CHW, orientation), pixels_HWC.shape[2]
     if box is not None:  # torch samples whole pixels only
-        mode, pixels = ("L", pixels_HWC[:, :, 0]) if pixels_HWC.shape[2] == 1 else ("RGB", pixels_HWC)
-        image = Image.frombuffer(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
+        mode, stored_as = ("L", "L") if channels == 1 else ("RGB", "RGBX" if channels == 4 else "RGB")
+        shape, pixels = pixels_HWC.shape[1::-1], np.ascontiguousarray(pixels_HWC)
+        image = Image.frombuffer(mode, shape, pixels, "raw", stored_as, 0, 1)
         corners = (box.left, box.top, box.left + box.width, box.top + box.height)
         resized = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, corners))
-        resized_CHW = resized.reshape(*size, -1).transpose(2, 0, 1)
+        resized_HWC = resized.reshape(*size, -1)
+    elif pixels_HWC.shape[:2] == size:
+        resized_HWC = pixels_HWC
     else:
         # Otherwise torch copies it, as below.
         pixels_HWC = np.require(pixels_HWC, requirements=("C", "W"))
         source_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-        if pixels_HWC.shape[:2] != size:
-            source_CHW = F.interpolate(source_CHW[None], size=size, mode="bicubic", antialias=True)[0]
-        resized_CHW = source_CHW.numpy()
+        if channels == 4:  # as words again, which interpolate does not offer
+            resized_HWC = scratch("resized words", (*size, 4), np.uint8)
+            out_1CHW = torch.from_numpy(resized_HWC).permute(2, 0, 1)[None]
+            torch.ops.aten._upsample_bicubic2d_aa.out(source_CHW[None], size, False, None, None, out=out_1CHW)
+        else:
+            resized_1CHW = F.interpolate(source_CHW[None], size=size, mode="bicubic", antialias=True)
+            resized_HWC = resized_1CHW[0].permute(1, 2, 0).numpy()
+    if resized_HWC.shape[2] == 4:
+        if orientation is None or orientation == _UPRIGHT:
+            _split(resized_HWC, out_CHW.numpy())
+            return
+        resized_CHW = scratch("stored planes", (3, *size), np.uint8)
+        _split(resized_HWC, resized_CHW)
+    else:
+        resized_CHW = resized_HWC.transpose(2, 0, 1)
     _put(resized_CHW, orientation, out_CHW)
+
+
+def _split(pixels_HW4: NDArray[np.uint8], out_3HW: NDArray[np.uint8]) -> None:
+    """The first three channels as planes."""
+    # Word by word: byte by byte, it takes three times as long. In one call: after each, threads wait for each other.
+    words = pixels_HW4.view("<u4")[:, :, 0]
+    np.right_shift(words, _CHANNEL_BITS, out=out_3HW, dtype=np.uint32, casting="unsafe")
 
 
 def resize_grid(grid_CHW: NDArray[np.float32], out_CHW: Tensor, flip: bool = False) -> None:

@@ -24,7 +24,8 @@ LIBRARY_VARIABLE = "CRATE_RAY_TURBOJPEG"
 # From turbojpeg.h, TurboJPEG API 3.
 _TJINIT_DECOMPRESS = 1
 _TJPARAM_STOPONWARNING = 0
-_TJPF_RGB, _TJPF_GRAY = 0, 6
+_PIXEL_FORMATS = {1: 6, 3: 0, 4: 2}
+"""TJPF_GRAY, TJPF_RGB, TJPF_RGBX by channels."""
 
 
 class Region(NamedTuple):
@@ -71,6 +72,7 @@ class TurboJpeg:
     ) -> None:
         """Decode a region of a JPEG at 1/factor of its scale into out, contiguous (height, width, channels).
 
+        Channels are 1 (luma), 3 (RGB) or 4 (RGB, and one without meaning).
         Raises RegionError, after the first warning too.
         """
         handle = self._handle()
@@ -82,8 +84,7 @@ class TurboJpeg:
         self._check(handle, self._scale(handle, _ScalingFactor(1, factor)))
         corner = _CroppingRegion(region.left, region.top, region.width, region.height)
         self._check(handle, self._crop(handle, corner))
-        pixel_format = _TJPF_GRAY if channels == 1 else _TJPF_RGB
-        self._check(handle, self._decompress(handle, address, size, _address(out), 0, pixel_format))
+        self._check(handle, self._decompress(handle, address, size, _address(out), 0, _PIXEL_FORMATS[channels]))
 
     def _handle(self) -> int:
         handle: int | None = getattr(self._local, "handle", None)
