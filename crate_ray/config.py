@@ -325,7 +325,7 @@ class DataConfig(Settings):
     """Blocks g of one lane that are shuffled together. By default as many as buffer_bytes allows."""
     lanes: PositiveInt | None = None
     """Number L of lanes, each in another place of the epoch, that every batch is drawn from equally. By default 32, or
-    what small data or a small batch has room for."""
+    what small data or a small batch has room for; 1 for data that fits memory_bytes, which needs none."""
     memory_bytes: PositiveInt = 2 * 2**30
     """Data up to this many bytes is kept in memory by every worker, and shuffled sample by sample."""
     buffer_bytes: PositiveInt = 2**30
@@ -411,6 +411,12 @@ class TrainingConfig(Settings):
     datasets hold together."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast: 'auto' takes bf16 where the device computes in it, else fp32."""
+    compile: Literal["auto", "layers", "off"] = "auto"
+    """Compile the model's 'layers' with torch.compile, which takes up to a minute when a run starts and needs a C++
+    compiler on the CPU; 'auto' does on a GPU. Where it fails, training goes on without and says so."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer for the backward pass and compute the layer twice: a fraction of the memory for
+    a third more time. The numbers stay the same."""
     validate_every: PositiveInt | None = None
     """Steps between validations on all held-out samples (and once at the end); only at the end by default."""
 
@@ -424,14 +430,50 @@ class TrainingConfig(Settings):
 class ScalingConfig(Settings):
     """The Ray Train worker group."""
 
-    workers: PositiveInt = 1
-    """Number of training processes."""
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Number of training processes. Or the least and the most of them, such as [2, 8]: the run takes what the cluster
+    has, and goes on from its newest checkpoint with another number when nodes come or go. Batches stay the same."""
+    resize_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds between two looks for nodes that came, where workers is a range."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How workers share a model: 'ddp', each holds all of it; 'fsdp' (FSDP2), each holds and updates an equal part of
+    weights, gradients and optimiser state, and layers are gathered as they are needed: for models that do not fit.
+    'auto' is ddp. A run may go on with another one."""
     gpu: bool | None = None
     """One GPU per worker; by default where the cluster has GPUs for all of them."""
     cpus_per_worker: PositiveInt | None = None
     """CPUs that each worker reserves and computes on; by default an equal share of the cluster's."""
+    hang_seconds: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds without a step after which the run ends with an error that names the worker to blame."""
+    preemption_seconds: Annotated[float, Field(gt=0)] | None = 10.0
+    """Seconds between looks for a notice that a node will be taken away: a checkpoint is saved then. null: never."""
+    lease_seconds: Annotated[float, Field(ge=1)] = 15.0
+    """One driver at a time works on a run. One that was killed keeps it for so many seconds."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures to recover from before the run ends with an error; -1 for any number."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_number_is_fixed(cls, value: Any) -> Any:
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"workers {self.min_workers} to {self.max_workers} is no range; give the smaller number first"
+            )
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Least number of workers."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """Largest number of workers."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class CheckpointConfig(Settings):
@@ -441,6 +483,11 @@ class CheckpointConfig(Settings):
     """Steps between checkpoints; there is always one at the end."""
     keep_last: PositiveInt = 2
     """Number of newest checkpoints to keep."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Number of checkpoints with the least validation loss to keep besides; there is a validation before each
+    checkpoint then."""
+    keep_every_hours: Annotated[float, Field(gt=0)] | None = None
+    """Keep one checkpoint for each so many hours of the run besides, the first one included."""
 
 
 class TrackingConfig(Settings):
@@ -476,6 +523,10 @@ class PretrainConfig(Settings):
     """Local folder or s3://bucket/prefix for checkpoints and results; with several nodes one that all reach."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, data order, augmentation and masks."""
+    init_from: Annotated[str | None, Field(validation_alias=AliasChoices("init_from", "init-from"))] = None
+    """Start from these weights (nothing else of theirs; the run begins at step 0): a run's folder, local or on S3, for
+    its newest checkpoint, or with @step for that of a step; models:/<name>@<alias> or runs:/<id> in MLflow; the folder
+    of an exported model; or a checkpoint file of the published code (.pth, .pt, .bin, .safetensors)."""
     model: ModelConfig = CrateMAEConfig()
     """The model."""
     data: DataConfig
@@ -498,6 +549,12 @@ class PretrainConfig(Settings):
     def _default_architecture(cls, value: Any) -> Any:
         return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value
 
+    @model_validator(mode="after")
+    def _check_keep_best(self) -> Self:
+        if self.checkpoint.keep_best and not self.data.validation:
+            raise ValueError("checkpoint.keep_best goes by the validation loss; set data.validation")
+        return self
+
 
 # --- Evaluation -----------------------------------------------------------------------------------------------------
 
@@ -512,24 +569,79 @@ class ProbeConfig(Settings):
     test: str
     """The same for the samples that its accuracy is measured on."""
     feature: Feature = "mean"
-    """'mean' of the encoder's patch tokens, or its CLS token 'cls'; both after the last norm."""
+    """'mean' of the encoder's patch tokens, or its CLS token 'cls'."""
+    layer: PositiveInt | None = None
+    """Encoder layer 1 … L whose output tokens the feature is taken from; by default after the encoder's last norm."""
+    solver: Literal["auto", "sklearn", "torch"] = "auto"
+    """Who fits: scikit-learn in memory, or L-BFGS on torch, which reads the features in batches from disk and uses a
+    GPU where there is one. 'auto' takes torch for features of more than 1 GiB."""
     max_samples: PositiveInt = 10_000
     """Most samples of either dataset to use, spread evenly over it."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the untrained encoder and of the split that the strength is chosen on."""
+    """Seed of the untrained encoder and of the split that the strength and the layer are chosen on."""
 
 
 class EvaluateConfig(Settings):
-    """Measure what a pretrained encoder learned: linear probe, next to the untrained encoder and raw pixels."""
+    """Measure what a pretrained encoder learned, next to controls, and write a report: one HTML page and JSON.
+
+    Give any of probe, data and masks; what needs data that is not given is left out of the report.
+    """
 
     model: str
-    """Folder of a run or of an exported model (local or S3), runs:/<MLflow run>, or models:/<name>@<alias>."""
-    probe: ProbeConfig
-    """The probe."""
+    """Folder of a run (its newest checkpoint; <run>@<step> for another), of a checkpoint or of an exported model (local
+    or S3), runs:/<MLflow run>, models:/<name>@<alias>, or a file with a published checkpoint (.pth, .safetensors)."""
+    baseline: str | None = None
+    """Another model, given like model, to be measured beside it, such as a ViT-MAE of the same data."""
+    probe: ProbeConfig | None = None
+    """Labelled datasets, for linear probe and k-NN."""
+    all_layers: bool = True
+    """Probe the features of every layer too, and report the one that is best on a part of the training samples."""
+    data: str | None = None
+    """Local folder or s3://bucket/prefix of held-out shards, for reconstruction and the structure of the layers."""
+    masks: str | None = None
+    """The same of shards whose samples have a mask of the foreground (`mask.png`), for attention and segmentation."""
+    max_images: Annotated[int, Field(ge=2)] = 512
+    """Most samples of data and of masks to use, spread evenly over them."""
+    mask_ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
+        0.5,
+        0.6,
+        0.7,
+        0.75,
+        0.8,
+        0.9,
+        0.95,
+    )
+    """Shares of hidden patches that reconstruction is measured at."""
+    knn_neighbours: PositiveInt = 20
+    """Neighbours that vote in k-NN (DINO: 20)."""
+    knn_temperature: Annotated[float, Field(gt=0)] = 0.07
+    """Temperature τ of their weights exp(cosine / τ) (DINO: 0.07)."""
+    attention_mass: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of an attention map's mass that is kept as foreground (DINO: 0.6)."""
+    output: str | None = None
+    """Local folder or s3://bucket/prefix of the report; by default `evaluation` in the model's folder, or in the
+    working directory for models that are not in a folder."""
+    workers: PositiveInt | None = None
+    """Encoders that work at the same time on features, each on one CPU or one GPU; by default one on each."""
+    gpu: bool | None = None
+    """Compute on GPUs; by default where the cluster has any."""
+    features_dir: str | None = None
+    """Local folder that keeps features, by their content; by default in the user's cache."""
+    features_bytes: PositiveInt = 20 * 2**30
+    """Size limit of features_dir; what was used longest ago makes room."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow; results go to the run that trained the model, where it is known there."""
+    """MLflow; the report goes to the run that trained the model, where it is known there."""
     s3: S3Config = S3Config()
     """Object storage."""
+
+    @model_validator(mode="after")
+    def _check_data(self) -> Self:
+        if self.probe is None and self.data is None and self.masks is None:
+            raise ValueError(
+                "there is nothing to measure on; give --probe.train and --probe.test (labelled shards), --data "
+                "(held-out shards) or --masks (shards with mask.png)"
+            )
+        return self
 
 
 # --- Sweeps ---------------------------------------------------------------------------------------------------------
@@ -674,7 +786,7 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
 class BenchmarkDataConfig(Settings):
-    """Measure our loader and stock webdataset on the same shards, with the same output."""
+    """Measure our loader, stock webdataset and, where installed, spdl and LitData, with the same output."""
 
     data: Annotated[tuple[str, ...], Field(min_length=1)]
     """Datasets of images as jobs/prepare.py leaves them: a local folder or s3://bucket/prefix, or several as
@@ -688,7 +800,7 @@ class BenchmarkDataConfig(Settings):
     repeats: PositiveInt = 3
     """Measurements of each loader, in turns; the fastest counts."""
     processes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4)
-    """Numbers of loader processes that webdataset is measured with; the fastest counts."""
+    """Numbers of loader processes that webdataset and LitData are measured with; the fastest counts."""
     memory_bytes: PositiveInt = 2 * 2**30
     """Our loader keeps data up to this many bytes in memory, as in training; 1 makes it stream."""
     json_file: Annotated[str | None, Field(alias="json")] = None
@@ -742,5 +854,70 @@ class BenchmarkOrderConfig(Settings):
     """Workers of the run."""
     buffer_bytes: PositiveInt = 2**30
     """data.buffer_bytes of each worker."""
+    json_file: Annotated[str | None, Field(alias="json")] = None
+    """File to write every figure to, as JSON."""
+
+
+class BenchmarkScalingConfig(Settings):
+    """Estimate how a model trains on 8 to 512 GPUs, from the bytes that a step moves. The defaults are H100 nodes."""
+
+    model: ModelConfig = CrateMAEConfig(preset="base")
+    """The model, as for pretraining."""
+    batch_size: PositiveInt = 4096
+    """Global batch; the GPUs share it."""
+    gpus: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 16, 32, 64, 128, 256, 512)
+    """Numbers of GPUs."""
+    peak_flops: Annotated[float, Field(gt=0)] = 989e12
+    """Peak of one GPU in FLOP/s, bf16 without sparsity (H100 SXM)."""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the peak that the computation alone reaches, as jobs/benchmark.py train measures it."""
+    gpus_per_node: PositiveInt = 8
+    """GPUs of a node."""
+    gpu_bytes_per_second: Annotated[float, Field(gt=0)] = 450e9
+    """Bandwidth of a GPU's links within the node, one direction (NVLink 4)."""
+    node_bytes_per_second: Annotated[float, Field(gt=0)] = 400e9
+    """Bandwidth of a node's network, one direction (8 ports of 400 Gbit/s)."""
+    latency_seconds: Annotated[float, Field(ge=0)] = 10e-6
+    """Latency of one hop between nodes."""
+    json_file: Annotated[str | None, Field(alias="json")] = None
+    """File to write every figure to, as JSON."""
+
+
+Contestant = Literal["crate_mae", "plain", "vit_mae", "vit_mae_matched"]
+
+
+class BenchmarkTrainConfig(Settings):
+    """Measure training: CRATE-MAE, its equations written out plainly, and ViT-MAE, each in a process of its own."""
+
+    presets: Annotated[tuple[PresetName, ...], Field(min_length=1)] | None = None
+    """Sizes of the models. By default all on a GPU, tiny and small on a CPU."""
+    precisions: Annotated[tuple[Literal["bf16", "fp32"], ...], Field(min_length=1)] = ("bf16", "fp32")
+    """Autocast to bf16, and plain fp32."""
+    contestants: Annotated[tuple[Contestant, ...], Field(min_length=1)] = (
+        "crate_mae", "plain", "vit_mae", "vit_mae_matched",
+    )  # fmt: skip
+    """'crate_mae' as we train it, 'plain' for the same function as its equations read, 'vit_mae' of the same width,
+    depth and heads, 'vit_mae_matched' of as many parameters."""
+    image_size: PositiveInt = 224
+    """Side of the images in pixels; a multiple of 16."""
+    batch_size: PositiveInt | None = None
+    """Images per step. By default 128 on a GPU, 8 on a CPU."""
+    image_sizes: tuple[PositiveInt, ...] = (224, 448, 672, 896)
+    """Sides at which time and memory are measured, for the first preset and precision; none to leave that out."""
+    image_sizes_batch: PositiveInt | None = None
+    """Images per step for that. By default 8 on a GPU, 1 on a CPU."""
+    seconds: Annotated[float, Field(gt=0)] = 4.0
+    """Duration of each measurement in seconds, after two steps to warm up; at least three steps."""
+    repeats: PositiveInt = 1
+    """Measurements of each contestant, in turns; the fastest counts."""
+    compile: bool = True
+    """Compile the layers of all but 'plain'."""
+    activation_checkpointing: bool = False
+    """Train all but 'plain' with training.activation_checkpointing."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; 'auto' takes a GPU where there is one."""
+    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    """FLOP/s that count as 100 % in bf16. By default what the GPU's maker states, or, on a CPU or an unknown GPU, the
+    rate of a large matrix product; fp32 is always measured."""
     json_file: Annotated[str | None, Field(alias="json")] = None
     """File to write every figure to, as JSON."""

@@ -1,39 +1,93 @@
-"""Measure what an encoder learned: python jobs/evaluate.py --model demo/runs/digits --probe.train … --probe.test …"""
+"""Measure what a model learned: python jobs/evaluate.py --model runs/mine --probe.train … --probe.test … --data …"""
 
 from __future__ import annotations
 
+import re
+import tempfile
+import time
+from pathlib import Path
+
 from mlflow import MlflowClient
-from rich.table import Table
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 
 from crate_ray.cli import run_job
 from crate_ray.config import EvaluateConfig
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import open_storage
-from crate_ray.evaluation.probe import probe
+from crate_ray.data.storage import Storage, open_storage
+from crate_ray.evaluation.evaluate import evaluate
+from crate_ray.evaluation.report import HTML_FILE, JSON_FILE, Report, render
+from crate_ray.evaluation.subject import PUBLISHED_SUFFIXES, Subject, find_checkpoint, load_checkpoint, load_file
 from crate_ray.progress import console
 from crate_ray.tracking.registry import find_run, load_described
 from crate_ray.tracking.runs import tracking_uri
 
-ROWS = {"encoder": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
+FOLDER = "evaluation"
 
 
 def main(config: EvaluateConfig) -> None:
-    """Fit the probes, show them, and add them to the run that trained the model."""
-    train, test = (load_dataset(open_storage(uri, config.s3)) for uri in (config.probe.train, config.probe.test))
-    model, description = load_described(config.model, config.tracking, config.s3)
-    report = probe(model, description, train, test, config.probe)
-    table = Table(title=f"linear probe, {report.train_samples:,} training and {report.test_samples:,} test samples")
-    for heading in ("features", "accuracy", "± (95 %)", "C"):
-        table.add_column(heading, justify="left" if heading == "features" else "right")
-    for name, score in report.scores().items():
-        cells = f"{score.accuracy:.1%}", f"{score.half_width:.1%}", f"{score.strength:g}"
-        table.add_row(ROWS[name], *cells)
-    console().print(table)
+    """Measure, write the report, log it, and say where it is and what it says."""
+    out = console()
+    trained = load_subject("trained", config.model, config)
+    baseline = load_subject("baseline", config.baseline, config) if config.baseline else None
+    report, images = evaluate(config, trained, baseline, lambda what: out.print(f"measuring {what}", highlight=False))
+    for section, sentences in report.conclusions.items():
+        out.print(f"\n{section}", style="bold")
+        for sentence in sentences:
+            out.print(f"  {sentence}", highlight=False, markup=False)
+    output = report_storage(config)
+    files = {JSON_FILE: report.to_json(), HTML_FILE: render(report, images)}
+    for name, content in files.items():
+        output.write(name, content)
+    run_id = log(report, files, trained, config)
+    print(f"\nreport     {output.uri}/{HTML_FILE}")
+    print(f"MLflow run {run_id or 'none: MLflow does not know the run that trained this model'}")
+
+
+def load_subject(name: str, reference: str, config: EvaluateConfig) -> Subject:
+    """The model behind a reference."""
+    if is_file(reference):
+        return Subject(name, *load_file(reference, config.s3))
+    if found := find_checkpoint(reference, config.s3):
+        return Subject(name, *load_checkpoint(*found))
+    return Subject(name, *load_described(reference, config.tracking, config.s3))
+
+
+def report_storage(config: EvaluateConfig) -> Storage:
+    """Where the report goes: beside the model where that is a folder."""
+    if config.output:
+        return open_storage(config.output, config.s3)
+    if config.model.startswith(("models:/", "runs:/")) or is_file(config.model):
+        name = re.sub(r"[^\w.-]+", "-", config.model).strip("-.")
+        return open_storage(f"{FOLDER}/{name}", config.s3)
+    if found := find_checkpoint(config.model, config.s3):
+        run, step = found
+        return run.under(f"{FOLDER}/step-{step:08d}")
+    return open_storage(config.model, config.s3).under(FOLDER)
+
+
+def is_file(reference: str) -> bool:
+    """Whether a reference is to a published checkpoint's file."""
+    return Path(reference).suffix in PUBLISHED_SUFFIXES and not Path(reference).is_dir()
+
+
+def log(report: Report, files: dict[str, bytes], trained: Subject, config: EvaluateConfig) -> str | None:
+    """Add main numbers and report to the MLflow run that trained the model; its id, None where there is none."""
     client = MlflowClient(tracking_uri(config.tracking))
-    run_id = find_run(client, description.run_key) if description.run_key else None
-    if run_id:
-        for name, value in report.metrics().items():
-            client.log_metric(run_id, name, value, step=description.step)
+    run_key, step = trained.description.run_key, trained.description.step
+    try:
+        run_id = find_run(client, run_key) if run_key else None
+        if run_id is None:
+            return None
+        now = int(time.time() * 1000)
+        client.log_batch(run_id, metrics=[Metric(n, v, now, step) for n, v in report.metrics().items()])
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            client.log_artifacts(run_id, folder, FOLDER)
+    except MlflowException as error:
+        print(f"MLflow did not take the report, which is complete without it: {str(error).splitlines()[0]}")
+        return None
+    return run_id
 
 
 if __name__ == "__main__":

@@ -1,69 +1,72 @@
-"""Linear probe: how linearly an encoder's features separate classes, next to the controls that give it a meaning."""
+"""Linear probe: how linearly an encoder's features separate classes."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+from threadpoolctl import threadpool_limits
 
-from crate_ray.config import ProbeConfig
+from crate_ray.config import ProbeConfig, Settings
 from crate_ray.data.shards import ShardSet
 from crate_ray.errors import UserError
-from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
-from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.evaluation.features import FeatureExtractor, Tap, iterate_dataset
+from crate_ray.evaluation.intervals import Estimate, share
+from crate_ray.evaluation.torch_probe import fit_path
+from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.export import ModelDescription
+
+Solver = Literal["sklearn", "torch"]
 
 _STRENGTHS = tuple(10.0**k for k in range(-4, 2))  # scikit-learn's C, the inverse of the L2 penalty
 _ITERATIONS = 150
-_PIXEL_SIDE = 16
+_COMPARED_STRENGTHS, _COMPARED_ITERATIONS = (1e-3, 1e-2, 1e-1, 1.0), 50  # enough to tell layers apart
+_HELD_OUT = 0.2
+_IN_MEMORY_BYTES = 2**30
+_SMALL_BYTES = 2**25  # of features: their products are so short that threads spend their time waiting for each other
 
 
-@dataclass(frozen=True)
-class ProbeScore:
+class ProbeScore(Settings):
     """Test accuracy of one set of features."""
 
     accuracy: float
     """Share of test samples classified correctly."""
-    half_width: float
-    """Half of the 95 % confidence interval (normal approximation of the binomial)."""
+    interval: Estimate
+    """The same with Wilson's 95 % confidence interval."""
     strength: float
     """Chosen inverse L2 strength C."""
+    solver: Solver
+    """What fitted it."""
 
 
-@dataclass(frozen=True)
-class ProbeReport:
-    """The encoder's score and the two controls."""
+class Split(NamedTuple):
+    """Rows of the training samples: those that candidates are fitted on, and those they are compared on."""
 
-    encoder: ProbeScore
-    """Features of the trained encoder."""
-    untrained: ProbeScore
-    """The same architecture with fresh weights."""
-    pixels: ProbeScore
-    """The input itself, averaged down to 16 × 16 where it is larger."""
-    train_samples: int
-    """Samples the probe was fitted on."""
-    test_samples: int
-    """Samples the accuracy was measured on."""
+    fit: NDArray[np.int64]
+    held_out: NDArray[np.int64]
 
-    def scores(self) -> dict[str, ProbeScore]:
-        """The three scores by name."""
-        return {"encoder": self.encoder, "untrained": self.untrained, "pixels": self.pixels}
 
-    def metrics(self) -> dict[str, float]:
-        """The accuracies by name, for MLflow."""
-        return {f"probe_accuracy_{name}": score.accuracy for name, score in self.scores().items()}
+def split_rows(labels: NDArray[np.int64], seed: int) -> Split:
+    """A fifth of the rows held out, each class in proportion where it has two samples or more."""
+    counts = np.bincount(labels)
+    stratify = labels if counts[counts > 0].min() > 1 and len(labels) * _HELD_OUT >= (counts > 0).sum() else None
+    fit, held_out = train_test_split(np.arange(len(labels)), test_size=_HELD_OUT, random_state=seed, stratify=stratify)
+    return Split(np.sort(fit), np.sort(held_out))
+
+
+def choose_solver(wanted: Literal["auto", "sklearn", "torch"], features: NDArray[np.float32]) -> Solver:
+    """scikit-learn while the features fit memory several times over."""
+    if wanted != "auto":
+        return wanted
+    return "sklearn" if features.nbytes <= _IN_MEMORY_BYTES else "torch"
 
 
 def fit_probe(
@@ -72,83 +75,98 @@ def fit_probe(
     test_x: NDArray[np.float32],
     test_y: NDArray[np.int64],
     seed: int = 0,
+    solver: Solver = "sklearn",
 ) -> ProbeScore:
     """Logistic regression on standardised features (n, d), labels (n,).
 
     The strength is the one with the best accuracy on a fifth of the training samples, over a logarithmic grid; the
     probe is then fitted on all of them. Test samples choose nothing.
     """
-    warnings.filterwarnings("ignore", category=ConvergenceWarning)  # at weak penalties; the grid has stronger ones
-    counts = np.bincount(train_y)
-    balanced = train_y if counts[counts > 0].min() > 1 else None  # a class of one cannot be split
-    split = train_test_split(train_x, train_y, test_size=0.2, random_state=seed, stratify=balanced)
-    fit_x, held_x, fit_y, held_y = split
-    scores = [_pipeline(c).fit(fit_x, fit_y).score(held_x, held_y) for c in _STRENGTHS]
-    best = _STRENGTHS[int(np.argmax(scores))]
-    accuracy = float(_pipeline(best).fit(train_x, train_y).score(test_x, test_y))
-    return ProbeScore(accuracy, 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(test_y)), best)
+    rows = split_rows(train_y, seed)
+    held_x, held_y = train_x[rows.held_out], train_y[rows.held_out]
+    held = [
+        float((predicted == held_y).mean())
+        for predicted in _predictions(train_x[rows.fit], train_y[rows.fit], held_x, _STRENGTHS, solver)
+    ]
+    best = _STRENGTHS[int(np.argmax(held))]
+    (predicted,) = _predictions(train_x, train_y, test_x, (best,), solver)
+    interval = share(int((predicted == test_y).sum()), len(test_y))
+    return ProbeScore(accuracy=interval.value, interval=interval, strength=best, solver=solver)
 
 
-def _pipeline(strength: float) -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_ITERATIONS))
+def held_out_accuracy(train_x: NDArray[np.float32], train_y: NDArray[np.int64], rows: Split) -> float:
+    """Best accuracy over the grid of strengths on the held-out training samples: what layers are compared by.
+
+    Always by the torch solver, which goes along the grid of strengths without starting anew.
+    """
+    held_x, held_y = train_x[rows.held_out], train_y[rows.held_out]
+    predictions = _predictions(
+        train_x[rows.fit], train_y[rows.fit], held_x, _COMPARED_STRENGTHS, "torch", _COMPARED_ITERATIONS
+    )
+    return max(float((predicted == held_y).mean()) for predicted in predictions)
 
 
 def probe_encoder(
     model: MaskedAutoencoder, description: ModelDescription, train: ShardSet, test: ShardSet, config: ProbeConfig
 ) -> ProbeScore:
-    """Score of one encoder on labelled datasets, without the controls.
+    """Score of one encoder on labelled datasets, in this process and without the controls.
 
     Raises UserError when a dataset has no labels, or labels that the other has not.
     """
-    extract = FeatureExtractor(model, description, config.feature)
-    return _score(extract, description, train, test, config)
+    extract = FeatureExtractor(model, description)
+    tap = Tap(config.feature, config.layer)
+    train_x, train_y = _features(extract, tap, description, train, config)
+    test_x, test_y = _features(extract, tap, description, test, config)
+    check_labels(train_y, test_y, train.storage.uri, test.storage.uri)
+    return fit_probe(train_x, train_y, test_x, test_y, config.seed, choose_solver(config.solver, train_x))
 
 
-def probe(
-    model: MaskedAutoencoder, description: ModelDescription, train: ShardSet, test: ShardSet, config: ProbeConfig
-) -> ProbeReport:
-    """Score of an encoder and of the controls: fresh weights (of a fixed seed), and raw pixels."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        fresh = build_model(description.model)
-    return ProbeReport(
-        encoder=probe_encoder(model, description, train, test, config),
-        untrained=probe_encoder(fresh, description, train, test, config),
-        pixels=_score(_pixels, description, train, test, config),
-        train_samples=min(train.manifest.num_samples, config.max_samples),
-        test_samples=min(test.manifest.num_samples, config.max_samples),
-    )
-
-
-def _score(
-    extract: Callable[[Tensor], Tensor],
-    description: ModelDescription,
-    train: ShardSet,
-    test: ShardSet,
-    config: ProbeConfig,
-) -> ProbeScore:
-    train_x, train_y = _features(extract, description, train, config)
-    test_x, test_y = _features(extract, description, test, config)
+def check_labels(train_y: NDArray[np.int64], test_y: NDArray[np.int64], train_uri: str, test_uri: str) -> None:
+    """Raise UserError unless labels (n,), −1 for none, are such that a classifier can be fitted and tested."""
+    for labels, uri in ((train_y, train_uri), (test_y, test_uri)):
+        if not len(labels):
+            raise UserError(f"{uri} has no samples; a probe needs some")
+        if labels.min() < 0:
+            raise UserError(f"{uri} has samples without a label (member 'cls'); a probe needs labels")
     if unknown := set(test_y.tolist()) - set(train_y.tolist()):
-        raise UserError(f"{test.storage.uri} has classes that {train.storage.uri} lacks, such as {min(unknown)}")
+        raise UserError(f"{test_uri} has classes that {train_uri} lacks, such as {min(unknown)}")
     if len(set(train_y.tolist())) < 2:
-        raise UserError(f"{train.storage.uri} has only one class; a probe needs at least two")
-    return fit_probe(train_x, train_y, test_x, test_y, config.seed)
+        raise UserError(f"{train_uri} has only one class; a probe needs at least two")
+    if len(train_y) < 10:
+        raise UserError(f"{train_uri} has {len(train_y)} samples; a probe needs at least ten")
+
+
+def _predictions(
+    train_x: NDArray[np.float32],
+    train_y: NDArray[np.int64],
+    test_x: NDArray[np.float32],
+    strengths: tuple[float, ...],
+    solver: Solver,
+    iterations: int = _ITERATIONS,
+) -> list[NDArray[np.int64]]:
+    """Predicted classes of the test samples for each of the strengths, which rise."""
+    with threadpool_limits(1 if train_x.nbytes <= _SMALL_BYTES else None), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # at weak penalties; the grid has stronger ones
+        if solver == "torch":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            classes = int(train_y.max()) + 1
+            path = fit_path(train_x, train_y, strengths, num_classes=classes, max_iterations=iterations, device=device)
+            return [fitted.predict(test_x) for fitted in path]
+        return [
+            make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=iterations))
+            .fit(train_x, train_y)
+            .predict(test_x)
+            for strength in strengths
+        ]
 
 
 def _features(
-    extract: Callable[[Tensor], Tensor], description: ModelDescription, shards: ShardSet, config: ProbeConfig
+    extract: FeatureExtractor, tap: Tap, description: ModelDescription, shards: ShardSet, config: ProbeConfig
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     features, labels = [], []
     for batch in iterate_dataset(shards, description.model, config.max_samples):
         if batch.labels is None:
             raise UserError(f"{shards.storage.uri} has samples without a label (member 'cls'); a probe needs labels")
-        features.append(extract(batch.images).numpy())
+        features.append(extract.pooled(batch.images, [tap])[0].numpy())
         labels.append(batch.labels)
     return np.concatenate(features), np.concatenate(labels)
-
-
-def _pixels(images_BCHW: Tensor) -> Tensor:
-    height, width = images_BCHW.shape[2:]
-    small = (min(height, _PIXEL_SIDE), min(width, _PIXEL_SIDE))
-    return F.adaptive_avg_pool2d(images_BCHW.float(), small).flatten(1)

@@ -42,10 +42,19 @@ def rate_reduction(z_TD: Tensor, codebook_KPD: Tensor, epsilon: float = EPSILON)
 
 
 def effective_rank(x_TP: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007), (...,): from 1 to min(T, P)."""
-    values = torch.linalg.svdvals(x_TP.double())
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007), (...,): from 1 to min(T, P).
+
+    Singular values are roots of the smaller Gram matrix's eigenvalues: several times faster than a decomposition of
+    the tokens, and exact to about 1e-8 of the largest.
+    """
+    values = torch.linalg.eigvalsh(_gram(x_TP.double())).clamp_min(0).sqrt()
     share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     return torch.special.entr(share).sum(-1).exp()
+
+
+def orthonormal_bases(codebook_KPD: Tensor) -> Tensor:
+    """Orthonormal rows that span the same subspaces as a codebook's, (K, P, D) float64; P is at most D."""
+    return torch.linalg.qr(codebook_KPD.double().transpose(-1, -2)).Q.transpose(-1, -2)
 
 
 def coherence(codebook_KPD: Tensor) -> Tensor:
@@ -53,15 +62,19 @@ def coherence(codebook_KPD: Tensor) -> Tensor:
 
     The codebook's rows need not be orthonormal; each subspace is taken as their span. The diagonal is 1.
     """
-    basis_KDP = torch.linalg.qr(codebook_KPD.double().transpose(-1, -2)).Q
+    basis_KDP = orthonormal_bases(codebook_KPD).transpose(-1, -2)
     cosines_KKPP = basis_KDP.unsqueeze(1).transpose(-1, -2) @ basis_KDP.unsqueeze(0)
     return torch.linalg.matrix_norm(cosines_KKPP, ord=2).clamp(max=1.0)
 
 
-def _half_logdet(x_TP: Tensor, scale: float) -> Tensor:
-    x_TP = x_TP.double()
+def _gram(x_TP: Tensor) -> Tensor:
+    """XᵀX or XXᵀ, whichever is smaller; their eigenvalues are the same but for zeros."""
     tall = x_TP.shape[-2] > x_TP.shape[-1]
-    gram = x_TP.transpose(-1, -2) @ x_TP if tall else x_TP @ x_TP.transpose(-1, -2)
+    return x_TP.transpose(-1, -2) @ x_TP if tall else x_TP @ x_TP.transpose(-1, -2)
+
+
+def _half_logdet(x_TP: Tensor, scale: float) -> Tensor:
+    gram = _gram(x_TP.double())
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # By Cholesky: the matrix is symmetric and its eigenvalues are at least 1.
     return torch.linalg.cholesky(identity + scale * gram).diagonal(dim1=-2, dim2=-1).log().sum(-1)

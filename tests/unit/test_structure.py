@@ -9,17 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_ray.config import CrateMAEConfig
-from crate_ray.models import CrateMAE
+from crate_ray.config import CrateMAEConfig, ViTMAEConfig
+from crate_ray.models import CrateMAE, ViTMAE, build_model
 from crate_ray.structure.coding_rate import (
     codebook_rates,
     coding_rate,
     coherence,
     effective_rank,
+    orthonormal_bases,
     project,
     rate_reduction,
 )
-from crate_ray.structure.layerwise import measure_layers
+from crate_ray.structure.layerwise import measure_codebooks, measure_layers, measure_undoing, view_layer
 from crate_ray.structure.sparsity import gini, zero_share
 
 
@@ -105,3 +106,93 @@ def test_layers_are_measured_where_they_act() -> None:
     codebook = last.mssa.subspaces.reshape(2, 8, 16)  # type: ignore[union-attr, operator]
     assert torch.allclose(found.rate_after[2], codebook_rates(project(tokens, codebook)).sum(-1))
     assert found.means()["gini"] == pytest.approx(found.gini.mean(1).tolist())
+
+
+def test_effective_rank_is_the_entropy_of_singular_values() -> None:
+    x = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = torch.linalg.svdvals(x)
+    share = values / values.sum(-1, keepdim=True)
+    expected = torch.exp(-(share * share.log()).sum(-1))
+    assert torch.allclose(effective_rank(x), expected)
+    assert torch.allclose(effective_rank(x.mT), expected)
+
+
+def test_forms_of_the_rate_agree_where_scales_are_one() -> None:
+    config = CrateMAEConfig(image_size=16, patch_size=4, dim=16, depth=2, num_subspaces=2)
+    torch.manual_seed(0)
+    model = CrateMAE(config).double().eval()
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model.encoder:
+            subspaces = layer.mssa.subspaces  # type: ignore[union-attr]
+            bases = orthonormal_bases(subspaces.unflatten(0, (2, 8)))  # type: ignore[operator]
+            subspaces.copy_(bases.flatten(0, 1))  # type: ignore[operator]
+    plain = measure_layers(model, images)
+    assert torch.allclose(plain.rate_after, plain.rate_after_span)
+    assert torch.allclose(plain.rate_reduction, plain.rate - plain.rate_after)
+    with torch.no_grad():
+        for layer in model.encoder:
+            layer.mssa.subspaces.mul_(1.7)  # type: ignore[union-attr, operator]
+    seen = measure_layers(model, images)
+    assert (seen.rate_before[0] > plain.rate_before[0]).all()
+    assert torch.allclose(seen.rate_before_span[0], plain.rate_before_span[0])  # the first layer's input is the same
+    largest, means = measure_codebooks(model)
+    assert largest == pytest.approx([coherence(view_layer(x).codebook)[0, 1].item() for x in model.encoder])
+    assert means == pytest.approx(largest)  # of one pair
+    assert (seen.below_01 >= seen.zero_share).all() and (seen.below_1 >= seen.below_01).all()
+
+
+def test_a_transformer_is_measured_by_its_keys() -> None:
+    torch.manual_seed(0)
+    model = ViTMAE(ViTMAEConfig(image_size=16, patch_size=4, dim=16, depth=2, num_heads=4)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("qkv.bias"):
+                parameter.normal_()
+    images = torch.randn(3, 3, 16, 16)
+    found = measure_layers(model, images)
+    encoded = model.encode(images, return_layers=True, return_keys=True)
+    assert encoded.keys is not None and encoded.layers is not None
+    layer = model.encoder[1]
+    bias = layer.qkv.bias.chunk(3)[1]  # type: ignore[union-attr, operator]
+    keys = (encoded.keys[1] - bias).unflatten(-1, (4, 4)).transpose(1, 2)
+    assert torch.allclose(found.rate_before[1], codebook_rates(keys).sum(-1), rtol=1e-4)
+    half, out = view_layer(layer).halves(encoded.layers[0])
+    assert torch.equal(out, encoded.layers[1])
+    mlp = layer.mlp_output(torch.nn.functional.gelu(layer.mlp_input(layer.mlp_norm(half))))  # type: ignore[union-attr, operator]
+    assert torch.allclose(half + mlp, out, atol=1e-6)
+
+
+class Replay(torch.nn.Module):
+    """A decoder layer that gives tokens it was told, whatever it is given."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.tokens
+
+
+def test_a_decoder_that_undoes_the_encoder_has_no_error() -> None:
+    torch.manual_seed(0)
+    model = build_model(CrateMAEConfig(image_size=16, patch_size=4, dim=16, depth=3, num_subspaces=2)).eval()
+    images = torch.randn(4, 3, 16, 16)
+    layers = model.encode(images, return_layers=True).layers
+    assert layers is not None
+    before = [model.embed(images)[0], *layers[:-1]]
+    random = torch.randn_like(before[0])
+    model.decoder = torch.nn.ModuleList([Replay(before[2]), Replay(-3 * before[1]), Replay(random)])
+    found = measure_undoing(model, images)
+    assert found is not None
+    assert found.relative[0].max() < 1e-6 and found.scaled[:2].max() < 1e-3  # a root of what is lost to rounding
+    assert torch.allclose(found.relative[1], torch.full((4,), 4.0, dtype=torch.float64))
+    assert found.scaled[2].min() > 0.9
+    assert torch.allclose(
+        found.relative[2],
+        (random - before[0]).flatten(1).norm(dim=1).double() / before[0].flatten(1).norm(dim=1),
+        rtol=1e-5,
+    )
+    assert (found.other_image[:2] > 0.01).all()
+    vit = ViTMAEConfig(image_size=16, patch_size=4, dim=16, depth=2, num_heads=2, decoder_depth=1)
+    assert measure_undoing(build_model(vit).eval(), images) is None

@@ -1,0 +1,211 @@
+"""How well classes can be read from features: linear probe and k-NN, of each encoder, each layer, and of raw pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
+from crate_ray.data.shards import ShardSet
+from crate_ray.evaluation.extraction import Extraction
+from crate_ray.evaluation.feature_cache import FeatureSet
+from crate_ray.evaluation.features import Tap, all_taps
+from crate_ray.evaluation.intervals import Estimate, share
+from crate_ray.evaluation.knn import knn_predict
+from crate_ray.evaluation.probe import (
+    ProbeScore,
+    Split,
+    check_labels,
+    choose_solver,
+    fit_probe,
+    held_out_accuracy,
+    split_rows,
+)
+from crate_ray.evaluation.subject import Subject, check_input
+
+PIXELS = "raw pixels"
+
+
+class LayerScore(Settings):
+    """Accuracy of one feature of one layer on held-out training samples; it chooses, and reports nothing."""
+
+    feature: Feature
+    """Mean of patch tokens, or CLS token."""
+    layer: int | None
+    """Layer 1 … L; None after the last norm."""
+    linear: float
+    """Linear probe."""
+    knn: float
+    """k-NN."""
+
+
+class FeatureScores(Settings):
+    """Test accuracies of one set of features."""
+
+    source: str
+    """Which features."""
+    linear: ProbeScore
+    """Linear probe."""
+    knn: Estimate
+    """k-NN: share classified correctly."""
+
+
+class EncoderScores(Settings):
+    """What was measured of one encoder, or of raw pixels."""
+
+    title: str
+    """What it is."""
+    standard: FeatureScores
+    """The feature that was asked for."""
+    chosen_linear: FeatureScores | None = None
+    """The feature and layer that are best for the linear probe on held-out training samples."""
+    chosen_knn: FeatureScores | None = None
+    """The same for k-NN."""
+    layers: tuple[LayerScore, ...] = ()
+    """Held-out accuracy of every feature and layer."""
+
+
+class Classification(Settings):
+    """Linear probes and k-NN on two labelled datasets."""
+
+    train: str
+    """What they were fitted on."""
+    test: str
+    """What accuracies were measured on."""
+    train_samples: int
+    """Samples of the first."""
+    test_samples: int
+    """Samples of the second."""
+    num_classes: int
+    """Classes that occur."""
+    majority: Estimate
+    """Accuracy of always answering the training set's most frequent class."""
+    neighbours: int
+    """k of k-NN."""
+    temperature: float
+    """τ of k-NN."""
+    encoders: dict[str, EncoderScores]
+    """By name: 'trained', 'untrained', 'baseline', 'pixels'."""
+
+    def metrics(self) -> dict[str, float]:
+        """Test accuracies for MLflow: of the feature that was asked for and, with `_best`, of the chosen layer."""
+        out = {}
+        for name, scores in self.encoders.items():
+            name = "encoder" if name == "trained" else name
+            out[f"probe_accuracy_{name}"] = scores.standard.linear.accuracy
+            out[f"knn_accuracy_{name}"] = scores.standard.knn.value
+            if scores.chosen_linear and scores.chosen_knn:
+                out[f"probe_accuracy_best_{name}"] = scores.chosen_linear.linear.accuracy
+                out[f"knn_accuracy_best_{name}"] = scores.chosen_knn.knn.value
+        return out
+
+
+def classify(
+    subjects: Sequence[Subject],
+    train: ShardSet,
+    test: ShardSet,
+    config: EvaluateConfig,
+    probe: ProbeConfig,
+    extraction: Extraction,
+) -> Classification:
+    """Linear probes and k-NN of encoders and of raw pixels.
+
+    Raises UserError when a dataset has no labels, or labels that the other has not.
+    """
+    for shards in (train, test):
+        check_input(subjects[0].description, shards.manifest, shards.storage.uri)
+    datasets = (train, test)
+    standard = Tap(probe.feature, probe.layer)
+    encoders: dict[str, EncoderScores] = {}
+    train_pixels, test_pixels = (
+        extraction.pixels(subjects[0].description, shards, probe.max_samples) for shards in datasets
+    )
+    train_y, test_y = train_pixels.labels, test_pixels.labels
+    check_labels(train_y, test_y, train.storage.uri, test.storage.uri)
+    rows = split_rows(train_y, probe.seed)
+    for subject in subjects:
+        taps = list(dict.fromkeys([standard, *(all_taps(len(subject.model.encoder)) if config.all_layers else [])]))
+        fitted, tested = (extraction.encoder(subject, shards, taps, probe.max_samples) for shards in datasets)
+        encoders[subject.name] = _encoder_scores(subject.title, taps, fitted, tested, rows, config, probe)
+    encoders["pixels"] = EncoderScores(title=PIXELS, standard=_scores(PIXELS, train_pixels, test_pixels, config, probe))
+    most_frequent = int(np.bincount(train_y).argmax())
+    return Classification(
+        train=train.storage.uri,
+        test=test.storage.uri,
+        train_samples=len(train_y),
+        test_samples=len(test_y),
+        num_classes=len(np.unique(train_y)),
+        majority=share(int((test_y == most_frequent).sum()), len(test_y)),
+        neighbours=config.knn_neighbours,
+        temperature=config.knn_temperature,
+        encoders=encoders,
+    )
+
+
+def _encoder_scores(
+    title: str,
+    taps: list[Tap],
+    train: list[FeatureSet],
+    test: list[FeatureSet],
+    rows: Split,
+    config: EvaluateConfig,
+    probe: ProbeConfig,
+) -> EncoderScores:
+    scored: dict[int, FeatureScores] = {}
+
+    def scores(i: int) -> FeatureScores:
+        if i not in scored:
+            scored[i] = _scores(str(taps[i]), train[i], test[i], config, probe)
+        return scored[i]
+
+    if len(taps) == 1:
+        return EncoderScores(title=title, standard=scores(0))
+    layers = [
+        LayerScore(
+            feature=tap.feature,
+            layer=tap.layer,
+            linear=held_out_accuracy(part.features, part.labels, rows),
+            knn=_knn_held_out(part, rows, config),
+        )
+        for tap, part in zip(taps, train, strict=True)
+    ]
+    return EncoderScores(
+        title=title,
+        standard=scores(0),
+        chosen_linear=scores(max(range(len(taps)), key=lambda i: layers[i].linear)),
+        chosen_knn=scores(max(range(len(taps)), key=lambda i: layers[i].knn)),
+        layers=tuple(layers),
+    )
+
+
+def _scores(
+    source: str, train: FeatureSet, test: FeatureSet, config: EvaluateConfig, probe: ProbeConfig
+) -> FeatureScores:
+    solver = choose_solver(probe.solver, train.features)
+    linear = fit_probe(train.features, train.labels, test.features, test.labels, probe.seed, solver)
+    predicted = _knn(train.features, train.labels, test.features, config)
+    return FeatureScores(
+        source=source, linear=linear, knn=share(int((predicted == test.labels).sum()), len(test.labels))
+    )
+
+
+def _knn_held_out(train: FeatureSet, rows: Split, config: EvaluateConfig) -> float:
+    fitted, held = train.features[rows.fit], train.features[rows.held_out]
+    return float((_knn(fitted, train.labels[rows.fit], held, config) == train.labels[rows.held_out]).mean())
+
+
+def _knn(
+    train_x: NDArray[np.float32], train_y: NDArray[np.int64], test_x: NDArray[np.float32], config: EvaluateConfig
+) -> NDArray[np.int64]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return knn_predict(
+        train_x,
+        train_y,
+        test_x,
+        neighbours=config.knn_neighbours,
+        temperature=config.knn_temperature,
+        device=device,
+    )

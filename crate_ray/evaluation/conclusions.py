@@ -1,0 +1,221 @@
+"""What the numbers say, in plain sentences: which differences hold beyond their intervals, and which do not."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from crate_ray.evaluation.classification import Classification, FeatureScores
+from crate_ray.evaluation.intervals import Estimate
+from crate_ray.evaluation.layers import EncoderStructure, Structure, Trend
+from crate_ray.evaluation.reconstruction import VISIBLE_MEAN, Reconstruction
+from crate_ray.evaluation.segmentation import Segmentation
+
+
+def on_classification(result: Classification) -> list[str]:
+    """The trained encoder's accuracy against each control, and where in the encoder classes are read best."""
+    scores = result.encoders
+    own = scores["trained"].standard
+    said = [
+        f"A linear probe on the {own.source} is right on {_percent(own.linear.interval)} of "
+        f"{result.test_samples:,} test samples, k-NN on {_percent(own.knn)}."
+    ]
+    for name, other in scores.items():
+        if name != "trained":
+            said.append(
+                f"Against {_the(other.title)} ({other.standard.linear.accuracy:.1%} and {other.standard.knn.value:.1%})"
+                f" the probe is {_points(own.linear.interval, other.standard.linear.interval)} and k-NN "
+                f"{_points(own.knn, other.standard.knn)}."
+            )
+    best = scores["trained"].chosen_linear
+    if best is not None and best.source != own.source:
+        said.append(f"Chosen on held-out training samples, the best probe is on the {_with_accuracy(best)}.")
+        if (fresh := scores["untrained"].chosen_linear) is not None:
+            said.append(
+                f"The untrained encoder's best is on the {_with_accuracy(fresh)}: at its best layer the trained one is "
+                f"{_points(best.linear.interval, fresh.linear.interval)}."
+            )
+    elif best is not None:
+        said.append("No other layer or feature did better on held-out training samples.")
+    return said
+
+
+def on_reconstruction(result: Reconstruction) -> list[str]:
+    """The trained model against the controls at the share that it was trained with, and at the extremes."""
+    trained = result.predictors["trained"]
+    nearest = min(range(len(trained.ratios)), key=lambda i: abs(trained.ratios[i].mask_ratio - result.mask_ratio))
+    at = trained.ratios[nearest]
+    said = [
+        f"With {at.mask_ratio:.0%} of the patches hidden, hidden pixels are predicted with a PSNR of "
+        f"{at.psnr.value:.2f} dB" + (f" and the whole picture has an SSIM of {at.ssim.value:.3f}." if at.ssim else ".")
+    ]
+    for name, other in result.predictors.items():
+        if name != "trained":
+            theirs = other.ratios[nearest]
+            gain = at.psnr.value - theirs.psnr.value
+            said.append(
+                f"That is {abs(gain):.2f} dB {'better' if gain > 0 else 'worse'} than {_the(other.title)} "
+                f"({theirs.psnr.value:.2f} dB){'' if _apart(at.psnr, theirs.psnr) else ' (within the intervals)'}."
+            )
+    if len(trained.ratios) > 1:
+        first, last = trained.ratios[0], trained.ratios[-1]
+        said.append(
+            f"From {first.mask_ratio:.0%} to {last.mask_ratio:.0%} hidden the PSNR goes from {first.psnr.value:.2f} to "
+            f"{last.psnr.value:.2f} dB."
+        )
+    if trained.given_patch_statistics:
+        said.append(
+            "The model predicts patches up to their mean and variance, and its pixels are shown with the true ones: "
+            "PSNR and SSIM flatter it against predictors of plain pixels, such as the mean of the visible ones; the "
+            "normalised error does not, for models of the same targets."
+        )
+    if VISIBLE_MEAN in result.predictors and at.normalised_mse is not None:
+        said.append(
+            f"Its normalised error is {at.normalised_mse.value:.3f}; 1 is what the mean of each true patch would reach."
+        )
+    return said
+
+
+def on_structure(result: Structure) -> list[str]:
+    """Whether R^c falls and sparsity rises from layer to layer, in the trained model and in the controls."""
+    own = result.encoders["trained"]
+    if next(iter(own.trends.values())).steps < 1:
+        return ["The encoder has one layer: nothing goes from layer to layer."]
+    said = [
+        _trend_sentence("R^c against the layer's codebook, on tokens as attention sees them,", own, "rate_after"),
+        _trend_sentence(
+            "Against orthonormal bases of the codebook, free of learned scales, R^c", own, "rate_after_span"
+        ),
+        _trend_sentence("On tokens without the norm R^c", own, "rate_after_raw"),
+        _trend_sentence("The share of zeros", own, "zero_share", percent=True),
+        _trend_sentence("The Gini index", own, "gini"),
+        f"The attention step lowers R^c of its own layer in {own.compressing_layers} of "
+        f"{len(own.coherence_mean)} layers ({own.compressing_layers_span} against orthonormal bases).",
+    ]
+    compression = _claim(own, "rate_after", "rate_after_span", "falls")
+    sparsity = _claim(own, "zero_share", "gini", "rises")
+    said.append(
+        "The paper says that R^c falls and sparsity rises layer by layer. Here R^c "
+        f"{compression}, and sparsity {sparsity}."
+    )
+    for name, other in result.encoders.items():
+        if name != "trained":
+            trends = other.trends
+            said.append(
+                f"In the {other.title} (codebook: {other.codebook}) R^c {trends['rate_after'].verdict} "
+                f"({_spearman(trends['rate_after'])}) and the share of zeros {trends['zero_share'].verdict} "
+                f"({trends['zero_share'].first:.1%} to {trends['zero_share'].last:.1%})."
+            )
+    if (fresh := result.encoders.get("untrained")) is not None:
+        alike = [
+            words
+            for name, words in (("rate_after", "R^c"), ("zero_share", "the share of zeros"))
+            if own.trends[name].verdict == fresh.trends[name].verdict != "has no clear trend"
+        ]
+        if alike:
+            said.append(
+                f"The trend of {' and '.join(alike)} has the same direction without any training: it shows the "
+                "architecture at work, and by itself nothing that was learned."
+            )
+    if own.undoing is not None:
+        errors = own.undoing["scaled"]
+        other_image = sum(e.value for e in own.undoing["other_image"]) / len(errors)
+        average = sum(e.value for e in errors) / len(errors)
+        said.append(
+            f"Decoder layers come within a relative error of {average:.2f} on average (best scale) of the tokens that "
+            f"they are to undo, against {other_image:.2f} for another image's tokens; 0 would be exact."
+        )
+    return said
+
+
+def on_segmentation(result: Segmentation) -> list[str]:
+    """The best maps against the controls and against the untrained encoder."""
+    own = result.encoders["trained"].scores
+    head, component = own["best_head"], own["best_component"]
+    best = max((head, component), key=lambda score: score.chosen_on or 0)
+    said = [
+        f"{_capital(head.title)}: Jaccard index {_plain(head.jaccard)}.",
+        f"{_capital(own['mean_head'].title)}: {_plain(own['mean_head'].jaccard)}.",
+        f"{_capital(component.title)}: {_plain(component.jaccard)}.",
+    ]
+    for name in ("everything", "centre", "random", "colours"):
+        control = result.controls[name]
+        said.append(f"{_capital(control.title)}: {_plain(control.jaccard)}; {_versus(best.jaccard, control.jaccard)}.")
+    for name, other in result.encoders.items():
+        if name != "trained":
+            theirs = max(
+                (other.scores["best_head"], other.scores["best_component"]), key=lambda score: score.chosen_on or 0
+            )
+            said.append(
+                f"The {other.title}'s best ({theirs.title}): {_plain(theirs.jaccard)}; "
+                f"{_versus(best.jaccard, theirs.jaccard)}."
+            )
+    said.append(f"No choice of whole patches could exceed {result.controls['grid'].jaccard.value:.3f}.")
+    return said
+
+
+def _claim(encoder: EncoderStructure, first: str, second: str, direction: Literal["falls", "rises"]) -> str:
+    """Whether two measures of the same thing go in a direction, at every step or on the whole."""
+    trends = encoder.trends[first], encoder.trends[second]
+    holds = [trend.verdict == direction for trend in trends]
+    if not any(holds):
+        return {"falls": "does not fall", "rises": "does not rise"}[direction]
+    if not all(holds):
+        return f"{direction} by one of its two measures only"
+    every = all((trend.falls if direction == "falls" else trend.rises) == trend.steps for trend in trends)
+    return f"{direction} at every step" if every else f"{direction} on the whole, but not at every step"
+
+
+def _trend_sentence(what: str, encoder: EncoderStructure, name: str, percent: bool = False) -> str:
+    trend = encoder.trends[name]
+    numbers = f"{trend.first:.1%} to {trend.last:.1%}" if percent else f"{trend.first:.3g} to {trend.last:.3g}"
+    return (
+        f"{what} {trend.verdict}: {numbers} from the first layer to the last, falling in {trend.falls} and rising in "
+        f"{trend.rises} of {trend.steps} steps ({_spearman(trend)})."
+    )
+
+
+def _spearman(trend: Trend) -> str:
+    if trend.spearman is None:
+        return f"slope {trend.slope.value:.3g} a layer [{trend.slope.low:.3g}, {trend.slope.high:.3g}]"
+    rho = trend.spearman
+    return (
+        f"Spearman {rho.value:+.2f} [{rho.low:+.2f}, {rho.high:+.2f}], slope {trend.slope.value:.3g} a layer "
+        f"[{trend.slope.low:.3g}, {trend.slope.high:.3g}]"
+    )
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
+
+
+def _plain(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _apart(one: Estimate, other: Estimate) -> bool:
+    return one.low > other.high or one.high < other.low
+
+
+def _points(one: Estimate, other: Estimate) -> str:
+    """Difference in percentage points, and whether the intervals overlap."""
+    gain = 100 * (one.value - other.value)
+    words = f"{abs(gain):.1f} points {'better' if gain >= 0 else 'worse'}"
+    return words if _apart(one, other) else f"{words} (within the intervals)"
+
+
+def _versus(one: Estimate, other: Estimate) -> str:
+    gain = one.value - other.value
+    words = f"the trained model's best is {abs(gain):.3f} {'above' if gain >= 0 else 'below'} it"
+    return words if _apart(one, other) else f"{words} (within the intervals)"
+
+
+def _with_accuracy(scores: FeatureScores) -> str:
+    return f"{scores.source}, with {_percent(scores.linear.interval)}"
+
+
+def _the(title: str) -> str:
+    return title if title.startswith("raw") else f"the {title}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,127 @@
+"""From models and datasets to a report: which section needs which data, in which order things are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from crate_ray.config import EvaluateConfig
+from crate_ray.data.loader import Batch
+from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.storage import open_storage
+from crate_ray.errors import UserError
+from crate_ray.evaluation import conclusions, figures
+from crate_ray.evaluation.classification import classify
+from crate_ray.evaluation.extraction import Extraction
+from crate_ray.evaluation.feature_cache import FeatureCache, default_folder
+from crate_ray.evaluation.features import iterate_dataset
+from crate_ray.evaluation.figures import Image
+from crate_ray.evaluation.layers import measure_structure
+from crate_ray.evaluation.reconstruction import measure_reconstruction
+from crate_ray.evaluation.report import ModelFacts, Report, charts, describe
+from crate_ray.evaluation.segmentation import measure_segmentation
+from crate_ray.evaluation.subject import Subject, check_input
+from crate_ray.structure.coding_rate import EPSILON
+
+
+def evaluate(
+    config: EvaluateConfig, trained: Subject, baseline: Subject | None, say: Callable[[str], None]
+) -> tuple[Report, dict[str, list[Image]]]:
+    """Measure all sections that there is data for; the report, and its figures by section.
+
+    Datasets are opened before anything is measured. Features are computed by Ray, which is started where the cache
+    lacks any; the rest runs in this process, on a GPU where it has one.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and config.gpu is not False else "cpu")
+    subjects = _subjects(config, trained, baseline)
+    probe = config.probe
+    labelled = [_open(uri, config) for uri in (probe.train, probe.test)] if probe else None
+    held_out = _open(config.data, config) if config.data else None
+    masked = _open(config.masks, config) if config.masks else None
+    loaded = _load(held_out, trained, config) if held_out else []
+    extra: dict[str, list[Image]] = {}
+    said: dict[str, list[str]] = {}
+
+    classification = reconstruction = structure = segmentation = None
+    if probe and labelled:
+        say("linear probe and k-NN")
+        cache = FeatureCache(Path(config.features_dir or default_folder()), config.features_bytes)
+        extraction = Extraction(cache, config.s3, config.workers, config.gpu)
+        classification = classify(subjects, labelled[0], labelled[1], config, probe, extraction)
+        said["classification"] = conclusions.on_classification(classification)
+    if held_out:
+        uri = held_out.storage.uri
+        say("reconstruction")
+        reconstruction, pictures = measure_reconstruction(subjects, loaded, config.mask_ratios, uri, device)
+        extra["reconstruction"] = [figures.reconstruction_pictures(pictures)]
+        said["reconstruction"] = conclusions.on_reconstruction(reconstruction)
+        say("structure of the layers")
+        structure = measure_structure(subjects, loaded, uri, EPSILON, device)
+        said["structure"] = conclusions.on_structure(structure)
+    if masked:
+        say("attention and segmentation")
+        seed = probe.seed if probe else 0
+        segmentation, examples = measure_segmentation(
+            subjects, masked, config.max_images, config.attention_mass, seed, device
+        )
+        extra["segmentation"] = [figures.foreground_pictures(examples)]
+        said["segmentation"] = conclusions.on_segmentation(segmentation)
+
+    created, version, settings = describe(config)
+    report = Report(
+        created=created,
+        version=version,
+        model=ModelFacts.of(trained, config.model),
+        baseline=ModelFacts.of(baseline, config.baseline or "") if baseline else None,
+        settings=settings,
+        left_out=_left_out(config),
+        classification=classification,
+        reconstruction=reconstruction,
+        structure=structure,
+        segmentation=segmentation,
+        conclusions=said,
+    )
+    drawn = charts(report)
+    return report, {section: drawn[section] + extra.get(section, []) for section in drawn}
+
+
+def _subjects(config: EvaluateConfig, trained: Subject, baseline: Subject | None) -> list[Subject]:
+    if baseline is not None:
+        ours, theirs = trained.description.model, baseline.description.model
+        if (ours.image_hw, ours.channels, trained.description.kind) != (
+            theirs.image_hw,
+            theirs.channels,
+            baseline.description.kind,
+        ):
+            raise UserError(
+                f"the baseline takes {theirs.channels} × {theirs.image_hw} {baseline.description.kind}s, the model "
+                f"{ours.channels} × {ours.image_hw} {trained.description.kind}s; give a baseline of the same input"
+            )
+    seed = config.probe.seed if config.probe else 0
+    return [trained, *([baseline] if baseline else []), trained.untrained(seed)]
+
+
+def _open(uri: str, config: EvaluateConfig) -> ShardSet:
+    return load_dataset(open_storage(uri, config.s3))
+
+
+def _load(shards: ShardSet, subject: Subject, config: EvaluateConfig) -> list[Batch]:
+    uri = shards.storage.uri
+    check_input(subject.description, shards.manifest, uri)
+    loaded = list(iterate_dataset(shards, subject.description.model, config.max_images))
+    if sum(len(batch.keys) for batch in loaded) < 2:
+        raise UserError(f"{uri} has fewer than two usable samples; --data needs at least two")
+    return loaded
+
+
+def _left_out(config: EvaluateConfig) -> dict[str, str]:
+    out = {}
+    if config.probe is None:
+        out["linear probe and k-NN"] = "no labelled datasets (--probe.train, --probe.test)"
+    if config.data is None:
+        out["reconstruction, structure of the layers"] = "no held-out dataset (--data)"
+    if config.masks is None:
+        out["attention and segmentation"] = "no dataset with masks (--masks)"
+    return out

@@ -1,0 +1,39 @@
+"""Weighted k-nearest-neighbour classification by cosine: what features are worth without fitting anything."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+_SIMILARITIES = 2**24  # numbers of one block of the similarity matrix
+
+
+def knn_predict(
+    train_x_ND: NDArray[np.float32],
+    train_y_N: NDArray[np.int64],
+    test_x_MD: NDArray[np.float32],
+    *,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+    device: torch.device | str = "cpu",
+) -> NDArray[np.int64]:
+    """Class (M,) with the largest sum of exp(cosine / τ) over the k most similar training samples.
+
+    k and τ are those of DINO (arXiv 2104.14294) and of instance discrimination (arXiv 1805.01978). Training features
+    of length one are held in memory, test features are read in blocks.
+    """
+    train = F.normalize(torch.from_numpy(np.array(train_x_ND, np.float32)).to(device), dim=1)
+    labels = torch.from_numpy(train_y_N).to(device)
+    neighbours, classes = min(neighbours, len(train)), int(train_y_N.max()) + 1
+    rows = max(1, _SIMILARITIES // len(train))
+    found = []
+    for start in range(0, len(test_x_MD), rows):
+        test = torch.from_numpy(np.array(test_x_MD[start : start + rows], np.float32)).to(device)
+        cosine, nearest = (F.normalize(test, dim=1) @ train.T).topk(neighbours, dim=1)
+        # Weights relative to the nearest one's: exp(1 / τ) leaves float32's range for a small τ.
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(test), classes, device=device).scatter_add_(1, labels[nearest], weight)
+        found.append(votes.argmax(1).cpu())
+    return torch.cat(found).numpy() if found else np.empty(0, np.int64)

@@ -1,0 +1,185 @@
+"""Whether layers do what the derivation says, on held-out images: rates, sparsity, codebooks, and their undoing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from crate_ray.config import Settings
+from crate_ray.data.loader import Batch
+from crate_ray.evaluation.intervals import Estimate, bootstrap, mean
+from crate_ray.evaluation.subject import Subject
+from crate_ray.models import CrateMAE
+from crate_ray.structure.layerwise import (
+    LayerMeasures,
+    UndoErrors,
+    batches,
+    measure_codebooks,
+    measure_layers,
+    measure_undoing,
+    view_layer,
+)
+
+_BATCH = 32
+_TREND_MEASURES = ("rate_after", "rate_after_span", "rate_after_raw", "rate_reduction", "zero_share", "gini")
+
+
+class Trend(Settings):
+    """How a measure goes from the first layer to the last."""
+
+    first: float
+    """Mean over images at the first layer."""
+    last: float
+    """Mean over images at the last layer."""
+    falls: int
+    """Steps from a layer to the next in which the mean falls."""
+    rises: int
+    """Steps in which it rises."""
+    steps: int
+    """Steps there are."""
+    spearman: Estimate | None
+    """Rank correlation of the mean curve with the layer's number; the interval resamples the images. None where the
+    curve is flat or there are fewer than three layers."""
+    slope: Estimate
+    """Least-squares change per layer, with the same interval."""
+
+    @property
+    def verdict(self) -> Literal["falls", "rises", "has no clear trend"]:
+        """A direction where it holds for the slope's whole interval and for most of the steps."""
+        if self.slope.high < 0 and self.falls > self.steps / 2:
+            return "falls"
+        if self.slope.low > 0 and self.rises > self.steps / 2:
+            return "rises"
+        return "has no clear trend"
+
+
+class EncoderStructure(Settings):
+    """Measures of the layers of one model; lists go from the first layer to the last."""
+
+    title: str
+    """What it is."""
+    codebook: str
+    """What was taken for the codebook."""
+    subspace_dim: int
+    """p."""
+    num_subspaces: int
+    """K."""
+    measures: dict[str, tuple[Estimate, ...]]
+    """Means over images by measure; see structure.layerwise.LayerMeasures."""
+    trends: dict[str, Trend]
+    """Of some of the measures."""
+    compressing_layers: int
+    """Layers whose attention step lowers R^c against their own codebook, on the mean over images."""
+    compressing_layers_span: int
+    """The same against orthonormal bases of the codebook."""
+    coherence_largest: tuple[float, ...]
+    """Largest |cosine| between directions of two subspaces of a layer: 0 orthogonal, 1 where they meet."""
+    coherence_mean: tuple[float, ...]
+    """Mean over pairs of subspaces of the largest cosine of each."""
+    undoing: dict[str, tuple[Estimate, ...]] | None
+    """Errors of decoder layers, see structure.layerwise.UndoErrors, first decoder layer first; None where decoder and
+    encoder layers have no counterparts."""
+
+
+class Structure(Settings):
+    """What layers do to whole held-out images."""
+
+    data: str
+    """The dataset."""
+    images: int
+    """Images measured."""
+    epsilon: float
+    """Distortion ε of the rates."""
+    encoders: dict[str, EncoderStructure]
+    """By name: 'trained', 'untrained', 'baseline'."""
+
+    def metrics(self) -> dict[str, float]:
+        """The trained model's trends for MLflow."""
+        out = {}
+        for name, trend in self.encoders["trained"].trends.items():
+            out[f"structure_{name}_first"], out[f"structure_{name}_last"] = trend.first, trend.last
+        return out
+
+
+def measure_structure(
+    subjects: Sequence[Subject], loaded: Sequence[Batch], uri: str, epsilon: float, device: torch.device
+) -> Structure:
+    """Measure every encoder on loaded images, whole ones."""
+    images = torch.cat([batch.images for batch in loaded])
+    return Structure(
+        data=uri,
+        images=len(images),
+        epsilon=epsilon,
+        encoders={subject.name: _measure(subject, images, epsilon, device) for subject in subjects},
+    )
+
+
+def trend(values_LB: NDArray[np.float64]) -> Trend:
+    """Trend over L layers of values on B images, (L, B)."""
+    curve = values_LB.mean(1)
+    layers = np.arange(1, len(curve) + 1)
+    steps = np.diff(curve)
+
+    def slope(curves_RL: NDArray[np.float64]) -> NDArray[np.float64]:
+        centred = layers - layers.mean()
+        return curves_RL @ centred / max((centred**2).sum(), 1.0)
+
+    def rank_correlation(curves_RL: NDArray[np.float64]) -> NDArray[np.float64]:
+        ranks_RL = rankdata(curves_RL, axis=1)
+        ranks_RL -= ranks_RL.mean(1, keepdims=True)
+        centred = layers - layers.mean()
+        norms = np.sqrt((ranks_RL**2).sum(1) * (centred**2).sum())
+        return ranks_RL @ centred / np.where(norms > 0, norms, 1)  # a flat curve correlates with nothing
+
+    return Trend(
+        first=float(curve[0]),
+        last=float(curve[-1]),
+        falls=int((steps < 0).sum()),
+        rises=int((steps > 0).sum()),
+        steps=len(steps),
+        spearman=bootstrap(values_LB, rank_correlation) if len(curve) > 2 and np.ptp(curve) > 0 else None,
+        slope=bootstrap(values_LB, slope),
+    )
+
+
+def _measure(subject: Subject, images: torch.Tensor, epsilon: float, device: torch.device) -> EncoderStructure:
+    model, normalizer = subject.model.to(device), subject.normalizer(device)
+    measured: list[LayerMeasures] = []
+    undone: list[UndoErrors] = []
+    for part in batches(images, _BATCH):
+        normalised = normalizer(part.to(device))
+        measured.append(measure_layers(model, normalised, epsilon=epsilon))
+        if len(part) > 1 and (errors := measure_undoing(model, normalised)) is not None:
+            undone.append(errors)
+    model.cpu()
+    layers = vars(LayerMeasures.concatenate(measured))
+    largest, means = measure_codebooks(model)
+    heads, size, _ = view_layer(model.encoder[0]).codebook.shape
+    return EncoderStructure(
+        title=subject.title,
+        codebook="its own codebook U" if isinstance(model, CrateMAE) else "its key projection, biases left out",
+        subspace_dim=size,
+        num_subspaces=heads,
+        measures={name: tuple(mean(row) for row in values.numpy()) for name, values in layers.items()},
+        trends={name: trend(layers[name].numpy()) for name in _TREND_MEASURES},
+        compressing_layers=int((layers["rate_after"].mean(1) < layers["rate_before"].mean(1)).sum()),
+        compressing_layers_span=int((layers["rate_after_span"].mean(1) < layers["rate_before_span"].mean(1)).sum()),
+        coherence_largest=tuple(largest),
+        coherence_mean=tuple(means),
+        undoing=_undoing(undone),
+    )
+
+
+def _undoing(parts: list[UndoErrors]) -> dict[str, tuple[Estimate, ...]] | None:
+    if not parts:
+        return None
+    return {
+        field.name: tuple(mean(row) for row in torch.cat([getattr(part, field.name) for part in parts], 1).numpy())
+        for field in dataclasses.fields(UndoErrors)
+    }

@@ -1,0 +1,290 @@
+"""How well hidden patches are predicted on held-out images: errors by share of hidden patches, next to controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crate_ray.config import Settings
+from crate_ray.data.loader import Batch
+from crate_ray.evaluation.intervals import Estimate, mean
+from crate_ray.evaluation.subject import Subject
+from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.models.masking import patch_statistics, random_masking
+from crate_ray.training.step import probe_noise
+
+VISIBLE_MEAN = "visible"
+_BATCH = 64
+_PICTURES = 8
+_PICTURE_RATIOS = (0.5, 0.75, 0.9)
+_SSIM_WINDOW = 7
+_FLAT = 0.01
+
+
+class RatioErrors(Settings):
+    """Errors at one share of hidden patches; means over images with intervals."""
+
+    mask_ratio: float
+    """Share of hidden patches that was asked for."""
+    hidden_patches: int
+    """Patches that were hidden."""
+    normalised_mse: Estimate | None
+    """Squared error in units of each true patch's own variance (MAE's normalised targets), over the hidden patches that
+    are not flat (standard deviation above 0.01 on the scale 0 to 1); None where all are."""
+    pixel_mse: Estimate
+    """Squared error over hidden patches, of pixels on the scale 0 to 1 (of grids: of their range over the images)."""
+    psnr: Estimate
+    """Peak signal-to-noise ratio over hidden patches in dB."""
+    ssim: Estimate | None
+    """Structural similarity of the whole picture, its visible patches as they are, in windows of 7 × 7 pixels or what
+    the picture has; None below 3 × 3."""
+
+
+class Predictor(Settings):
+    """What was measured of one model or control."""
+
+    title: str
+    """What it is."""
+    given_patch_statistics: bool
+    """Whether pixels have the true patch's mean and variance, which a model of normalised targets does not predict."""
+    ratios: tuple[RatioErrors, ...]
+    """By rising share of hidden patches."""
+
+
+class Reconstruction(Settings):
+    """Errors of prediction on one held-out dataset."""
+
+    data: str
+    """The dataset."""
+    images: int
+    """Images measured, the same masks for every model."""
+    mask_ratio: float
+    """Share of hidden patches that the model was trained with."""
+    skipped_ratios: tuple[float, ...]
+    """Shares that would leave no patch visible."""
+    predictors: dict[str, Predictor]
+    """By name: 'trained', 'untrained', 'baseline', 'visible' (the mean of the visible pixels)."""
+
+    def metrics(self) -> dict[str, float]:
+        """The trained model's errors for MLflow."""
+        return {
+            f"reconstruction_{name}_{round(100 * errors.mask_ratio)}": estimate.value
+            for errors in self.predictors["trained"].ratios
+            for name in ("normalised_mse", "psnr", "ssim")
+            if (estimate := getattr(errors, name)) is not None
+        }
+
+
+class Pictures(NamedTuple):
+    """Images of the trained model for a figure, (B, channels, H, W) on the scale 0 to 1."""
+
+    original: Tensor
+    """What was held out."""
+    rows: list[tuple[float, Tensor, Tensor]]
+    """Share of hidden patches; the visible part, hidden patches grey; the prediction in its place."""
+
+
+class _Errors(NamedTuple):
+    """(B,) each."""
+
+    normalised_mse: NDArray[np.float64]
+    pixel_mse: NDArray[np.float64]
+    psnr: NDArray[np.float64]
+    ssim: NDArray[np.float64]
+
+
+def measure_reconstruction(
+    subjects: Sequence[Subject], batches: Sequence[Batch], ratios: Sequence[float], uri: str, device: torch.device
+) -> tuple[Reconstruction, Pictures]:
+    """Errors of models on loaded images, and pictures of the first one's predictions.
+
+    Masks are a function of the sample, nested in each other from ratio to ratio.
+    """
+    subject = subjects[0]
+    num_patches = subject.description.model.num_patches
+    possible = sorted({ratio for ratio in ratios if int(num_patches * (1 - ratio)) >= 1})
+    images = torch.cat([batch.images for batch in batches])
+    noise = probe_noise(np.concatenate([batch.samples for batch in batches]), num_patches)
+    scale = _scale(images)
+    predictors = {}
+    for who in subjects:
+        model_of = _with_ratio(who, device)
+        predictors[who.name] = Predictor(
+            title=who.title,
+            given_patch_statistics=who.model.norm_pix_loss,
+            ratios=tuple(_measure(model_of(ratio), who, images, noise, ratio, scale, device) for ratio in possible),
+        )
+    predictors[VISIBLE_MEAN] = Predictor(
+        title="mean of the visible pixels",
+        given_patch_statistics=False,
+        ratios=tuple(_measure(None, subject, images, noise, ratio, scale, device) for ratio in possible),
+    )
+    result = Reconstruction(
+        data=uri,
+        images=len(images),
+        mask_ratio=subject.description.model.mask_ratio,
+        skipped_ratios=tuple(sorted(set(ratios) - set(possible))),
+        predictors=predictors,
+    )
+    return result, _pictures(subject, images[:_PICTURES], noise[:_PICTURES], possible, scale, device)
+
+
+def _scale(images_BCHW: Tensor) -> tuple[float, float]:
+    """What black and white stand for, in loaded values on the scale of `Normalizer.undo`."""
+    if images_BCHW.dtype == torch.uint8:
+        return 0.0, 1.0
+    low, high = float(images_BCHW.min()), float(images_BCHW.max())
+    return low, high if high > low else low + 1
+
+
+def _with_ratio(subject: Subject, device: torch.device) -> Callable[[float], MaskedAutoencoder]:
+    def build(ratio: float) -> MaskedAutoencoder:
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(subject.description.model.model_copy(update={"mask_ratio": ratio}))
+        model.load_state_dict(subject.model.state_dict())
+        return model.to(device).eval()
+
+    return build
+
+
+def _measure(
+    model: MaskedAutoencoder | None,
+    subject: Subject,
+    images: Tensor,
+    noise: Tensor,
+    ratio: float,
+    scale: tuple[float, float],
+    device: torch.device,
+) -> RatioErrors:
+    parts = [
+        _errors(model, subject, images[i : i + _BATCH], noise[i : i + _BATCH], ratio, scale, device)
+        for i in range(0, len(images), _BATCH)
+    ]
+    errors = _Errors(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    num_patches = subject.description.model.num_patches
+    return RatioErrors(
+        mask_ratio=ratio,
+        hidden_patches=num_patches - int(num_patches * (1 - ratio)),
+        normalised_mse=_mean_of_known(errors.normalised_mse),
+        pixel_mse=mean(errors.pixel_mse),
+        psnr=mean(errors.psnr),
+        ssim=_mean_of_known(errors.ssim),
+    )
+
+
+@torch.no_grad()
+def _errors(
+    model: MaskedAutoencoder | None,
+    subject: Subject,
+    images: Tensor,
+    noise_BN: Tensor,
+    ratio: float,
+    scale: tuple[float, float],
+    device: torch.device,
+) -> _Errors:
+    original, composed, removed_BN = _complete(model, subject, images, noise_BN, ratio, scale, device)
+    # In pictures, predictions beyond black and white count as such.
+    shown = composed.clamp(0, 1)
+    patchify = subject.model.patchify
+    true_BNX = patchify(original)
+    _, std_BN1 = patch_statistics(true_BNX)
+    error_BN = (patchify(composed) - true_BNX).square().mean(-1) / std_BN1.squeeze(-1).square()
+    uneven_BN = removed_BN & (std_BN1.squeeze(-1) > _FLAT)
+    pixel_B = ((patchify(shown) - true_BNX).square().mean(-1) * removed_BN).sum(1).double() / removed_BN.sum(1)
+    ssim_B = structural_similarity(original, shown)
+    return _Errors(
+        ((error_BN * uneven_BN).sum(1).double() / uneven_BN.sum(1)).numpy(),  # not a number where all are flat
+        pixel_B.numpy(),
+        (-10 * pixel_B.clamp_min(1e-10).log10()).numpy(),
+        np.full(len(pixel_B), np.nan) if ssim_B is None else ssim_B.numpy(),
+    )
+
+
+def _mean_of_known(values: NDArray[np.float64]) -> Estimate | None:
+    known = values[np.isfinite(values)]
+    return mean(known) if len(known) > 1 else None
+
+
+@torch.no_grad()
+def _complete(
+    model: MaskedAutoencoder | None,
+    subject: Subject,
+    images: Tensor,
+    noise_BN: Tensor,
+    ratio: float,
+    scale: tuple[float, float],
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Originals and completed images (B, channels, H, W) on the scale 0 to 1, and which patches were hidden, (B, N)."""
+    normalizer = subject.normalizer(device)
+    normalised = normalizer(images.to(device))
+
+    def unit(values: Tensor) -> Tensor:
+        return (normalizer.undo(values) - scale[0]) / (scale[1] - scale[0])
+
+    original = unit(normalised)
+    if model is None:
+        removed_BN = random_masking(noise_BN.to(device), int(noise_BN.shape[1] * (1 - ratio))).removed
+        shown = _mask_image(subject.model, ~removed_BN)
+        filled = (original * shown).sum((2, 3), keepdim=True) / shown.sum((2, 3), keepdim=True)
+        composed = torch.where(shown, original, filled)
+    else:
+        output = model(normalised, noise_BN.to(device))
+        removed_BN = output.mask.bool()
+        predicted = unit(model.reconstruct(output.prediction.float(), normalised))
+        composed = torch.where(_mask_image(model, removed_BN), predicted, original)
+    return original.cpu(), composed.cpu(), removed_BN.cpu()
+
+
+def _mask_image(model: MaskedAutoencoder, patches_BN: Tensor) -> Tensor:
+    """Chosen patches as chosen pixels, (B, 1, H, W)."""
+    patch_h, patch_w = model.patch_hw
+    return patches_BN.unflatten(1, model.grid_hw).repeat_interleave(patch_h, 1).repeat_interleave(patch_w, 2)[:, None]
+
+
+def structural_similarity(a_BCHW: Tensor, b_BCHW: Tensor, window: int = _SSIM_WINDOW) -> Tensor | None:
+    """Structural similarity of images on the scale 0 to 1, (B,) float64 (Wang et al. 2004); None for too small ones.
+
+    As scikit-image computes it by default: uniform windows of 7 × 7, or the largest odd side that fits, within the
+    picture, unbiased covariances, mean over places and channels; of all images at once, some 20 times as fast.
+    """
+    side = min(window, *a_BCHW.shape[2:])
+    side -= 1 - side % 2
+    if side < 3:
+        return None
+    a, b = a_BCHW.double(), b_BCHW.double()
+
+    def smooth(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, side, stride=1)
+
+    unbiased = side**2 / (side**2 - 1)
+    mean_a, mean_b = smooth(a), smooth(b)
+    var_a, var_b = (unbiased * (smooth(x * x) - m * m) for x, m in ((a, mean_a), (b, mean_b)))
+    covariance = unbiased * (smooth(a * b) - mean_a * mean_b)
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+
+
+def _pictures(
+    subject: Subject,
+    images: Tensor,
+    noise: Tensor,
+    ratios: Sequence[float],
+    scale: tuple[float, float],
+    device: torch.device,
+) -> Pictures:
+    chosen = [ratio for ratio in _PICTURE_RATIOS if ratio in ratios] or list(ratios[:1])
+    model_of, rows = _with_ratio(subject, device), []
+    original = torch.empty(0)
+    for ratio in chosen:
+        original, composed, removed_BN = _complete(model_of(ratio), subject, images, noise, ratio, scale, device)
+        grey = torch.where(_mask_image(subject.model, removed_BN), 0.5, original)
+        rows.append((ratio, grey, composed.clamp(0, 1)))
+    return Pictures(original, rows)

@@ -1,0 +1,289 @@
+"""Whether attention and keys find the foreground, measured on ground-truth masks next to controls that see no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+
+from crate_ray.config import Settings
+from crate_ray.data.shards import ShardSet
+from crate_ray.evaluation.intervals import Estimate, mean
+from crate_ray.evaluation.masks import (
+    MaskedImages,
+    above_otsu,
+    coverage,
+    jaccard,
+    keep_mass,
+    load_masked,
+    orient,
+    to_float_image,
+    upsample,
+)
+from crate_ray.evaluation.subject import Subject, check_input
+from crate_ray.structure.attention import patch_maps
+
+_BATCH = 32
+_COMPONENTS = 3
+_PICTURES = 6
+_RADII = (0.3, 0.45, 0.6, 0.75, 0.9)
+_COLOUR_SIDE = 64
+
+Threshold = Callable[[NDArray[np.float32]], NDArray[np.bool_]]
+
+
+class MapScore(Settings):
+    """Jaccard index (IoU) of one way to a foreground."""
+
+    title: str
+    """Which map, and how it became a foreground."""
+    jaccard: Estimate
+    """Mean over the images of the test half."""
+    chosen_on: float | None = None
+    """Mean over the images of the validation half, where that half chose among candidates."""
+    candidates: int = 1
+    """Candidates it was chosen from."""
+
+
+class EncoderSegmentation(Settings):
+    """What was measured of one model."""
+
+    title: str
+    """What it is."""
+    scores: dict[str, MapScore]
+    """By name: 'best_head', 'best_last_head', 'mean_head', 'average_map', 'best_component'."""
+    heads: tuple[tuple[float, ...], ...]
+    """Mean Jaccard on the validation half, layer by layer and head by head, at the mass threshold."""
+
+
+class Segmentation(Settings):
+    """Foregrounds from attention and keys against masks."""
+
+    data: str
+    """The dataset."""
+    images: int
+    """Images measured, both halves."""
+    test_images: int
+    """Images of the test half; the others choose heads, components and radii."""
+    skipped: int
+    """Samples left out."""
+    foreground: Estimate
+    """Mean share of foreground."""
+    mass: float
+    """Share of an attention map's mass that is kept."""
+    grid: tuple[int, int]
+    """Patches down and across: no map is finer."""
+    encoders: dict[str, EncoderSegmentation]
+    """By name: 'trained', 'untrained', 'baseline'."""
+    controls: dict[str, MapScore]
+    """By name: 'everything', 'centre', 'random', 'colours', and 'grid', the best that whole patches could do."""
+
+    def metrics(self) -> dict[str, float]:
+        """Jaccard of the trained model and of the controls for MLflow."""
+        own = {f"segmentation_{n}": s.jaccard.value for n, s in self.encoders["trained"].scores.items()}
+        return own | {f"segmentation_control_{n}": s.jaccard.value for n, s in self.controls.items()}
+
+
+class Example(NamedTuple):
+    """Pictures of one image for a figure."""
+
+    image: NDArray[np.float32]
+    """(H, W, channels) on the scale 0 to 1."""
+    mask: NDArray[np.bool_]
+    """(H, W)"""
+    attention: NDArray[np.float32]
+    """Attention of the trained model's best head, (h, w)."""
+    attention_found: NDArray[np.bool_]
+    """(h, w)"""
+    component: NDArray[np.float32]
+    """Its best component, turned, (h, w)."""
+    component_found: NDArray[np.bool_]
+    """(h, w)"""
+
+
+class _Halves(NamedTuple):
+    """Rows of the images that choose, and of those that are reported."""
+
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+class _Found(NamedTuple):
+    scores: EncoderSegmentation
+    attention: NDArray[np.float32]
+    """Of the best head, (B, h, w)."""
+    attention_found: NDArray[np.bool_]
+    """(B, h, w)"""
+    component: NDArray[np.float32]
+    """The best one, turned, (B, h, w)."""
+    component_found: NDArray[np.bool_]
+    """(B, h, w)"""
+
+
+def measure_segmentation(
+    subjects: Sequence[Subject], shards: ShardSet, max_images: int, mass: float, seed: int, device: torch.device
+) -> tuple[Segmentation, list[Example]]:
+    """Jaccard of maps of encoders and of controls, and pictures of the first encoder's maps.
+
+    Raises UserError when the dataset has no masks.
+    """
+    first = subjects[0]
+    check_input(first.description, shards.manifest, shards.storage.uri)
+    loaded = load_masked(shards, first.description, max_images)
+    shuffled = np.random.default_rng(seed).permutation(len(loaded.masks))
+    halves = _Halves(np.sort(shuffled[: len(shuffled) // 2]), np.sort(shuffled[len(shuffled) // 2 :]))
+    found = {subject.name: _measure(subject, loaded, halves, mass, device) for subject in subjects}
+    grid_hw = first.description.model.grid_hw
+    result = Segmentation(
+        data=shards.storage.uri,
+        images=len(loaded.masks),
+        test_images=len(halves.test),
+        skipped=loaded.skipped,
+        foreground=mean(loaded.masks.mean((1, 2))),
+        mass=mass,
+        grid=grid_hw,
+        encoders={name: one.scores for name, one in found.items()},
+        controls=_controls(loaded, halves, grid_hw, mass, seed),
+    )
+    return result, _examples(found[first.name], loaded, halves.test[:_PICTURES])
+
+
+def _measure(subject: Subject, loaded: MaskedImages, halves: _Halves, mass: float, device: torch.device) -> _Found:
+    model, normalizer = subject.model.to(device), subject.normalizer(device)
+    parts = [patch_maps(model, normalizer(part.to(device)), _COMPONENTS) for part in loaded.images.split(_BATCH)]
+    model.cpu()
+    attention = torch.cat([part.attention for part in parts]).numpy()  # (B, L, K, h, w)
+    components = orient(torch.cat([part.components for part in parts]).numpy())  # (B, M, h, w)
+    batch, depth, heads = attention.shape[:3]
+    masks = loaded.masks[:, None]
+
+    def by_mass(maps: NDArray[np.float32]) -> NDArray[np.bool_]:
+        return _threshold(maps, lambda flat: keep_mass(flat, mass))
+
+    every = attention.reshape(batch, depth * heads, *attention.shape[3:])
+    heads_by_mass, heads_by_otsu = by_mass(every), _threshold(every, above_otsu)  # (B, L·K, h, w)
+    components_found = _threshold(components, above_otsu)
+    iou_mass = jaccard(upsample(heads_by_mass, masks.shape[2:]), masks)  # (B, L·K)
+    iou_otsu = jaccard(upsample(heads_by_otsu, masks.shape[2:]), masks)
+    iou_component = jaccard(upsample(components_found, masks.shape[2:]), masks)
+    average = attention[:, -1].mean(1, keepdims=True)
+    iou_average = jaccard(upsample(by_mass(average), masks.shape[2:]), masks)[:, 0]
+
+    per_head = [f"layer {i // heads + 1}, head {i % heads + 1}" for i in range(depth * heads)]
+    kept, otsu = f"{mass:.0%} of the mass", "Otsu threshold"
+    last = slice((depth - 1) * heads, depth * heads)
+    candidates = np.concatenate([iou_mass, iou_otsu], 1)
+    titles = [f"{name}, {kept}" for name in per_head] + [f"{name}, {otsu}" for name in per_head]
+    best_head, winner = _choose("best head of all layers", candidates, titles, halves)
+    best_last, _ = _choose("best head of the last layer", iou_mass[:, last], titles[last], halves)
+    names = [f"component {i + 1}, {otsu}" for i in range(iou_component.shape[1])]
+    best_component, component = _choose("best component of the last keys", iou_component, names, halves)
+    scores = {
+        "best_head": best_head,
+        "best_last_head": best_last,
+        "mean_head": MapScore(
+            title=f"a head of the last layer on average, {kept}",
+            jaccard=mean(iou_mass[halves.test, last].mean(1)),
+        ),
+        "average_map": MapScore(
+            title=f"average attention of the last layer's heads, {kept}", jaccard=mean(iou_average[halves.test])
+        ),
+        "best_component": best_component,
+    }
+    on_validation = iou_mass[halves.validation].mean(0).reshape(depth, heads)
+    summary = EncoderSegmentation(
+        title=subject.title, scores=scores, heads=tuple(tuple(row) for row in on_validation.tolist())
+    )
+    head = winner % (depth * heads)
+    heads_found = heads_by_mass if winner < depth * heads else heads_by_otsu
+    return _Found(
+        summary, every[:, head], heads_found[:, head], components[:, component], components_found[:, component]
+    )
+
+
+def _choose(what: str, iou_BM: NDArray[np.float64], titles: list[str], halves: _Halves) -> tuple[MapScore, int]:
+    """The candidate with the best mean on the validation half, measured on the other."""
+    on_validation = iou_BM[halves.validation].mean(0)
+    best = int(on_validation.argmax())
+    score = MapScore(
+        title=f"{what}: {titles[best]}",
+        jaccard=mean(iou_BM[halves.test, best]),
+        chosen_on=float(on_validation[best]),
+        candidates=len(titles),
+    )
+    return score, best
+
+
+def _threshold(maps_Xhw: NDArray[np.float32], threshold: Threshold) -> NDArray[np.bool_]:
+    shape = maps_Xhw.shape
+    return threshold(maps_Xhw.reshape(*shape[:-2], -1)).reshape(shape)
+
+
+def _controls(
+    loaded: MaskedImages, halves: _Halves, grid_hw: tuple[int, int], mass: float, seed: int
+) -> dict[str, MapScore]:
+    masks = loaded.masks
+    out_hw = masks.shape[1:]
+
+    def score(title: str, found_BHW: NDArray[np.bool_]) -> MapScore:
+        return MapScore(title=title, jaccard=mean(jaccard(found_BHW, masks)[halves.test]))
+
+    y, x = np.meshgrid(*((np.arange(side) + 0.5) / side * 2 - 1 for side in out_hw), indexing="ij")
+    discs = np.stack([np.broadcast_to(np.hypot(x, y) <= radius, masks.shape) for radius in _RADII], 1)
+    centre, _ = _choose(
+        "centre prior", jaccard(discs, masks[:, None]), [f"disc of radius {r} of half the side" for r in _RADII], halves
+    )
+    noise = np.random.default_rng(seed).random((len(masks), *grid_hw), np.float32)
+    random = upsample(_threshold(noise, lambda flat: keep_mass(flat, mass)), (out_hw[0], out_hw[1]))
+    return {
+        "everything": score("everything is foreground", np.ones_like(masks)),
+        "centre": centre,
+        "random": score(f"random maps, {mass:.0%} of the mass", random),
+        "colours": score("k-means of the colours, two clusters", _colour_clusters(loaded, seed)),
+        "grid": score("best choice of whole patches, from the masks", _best_patches(masks, grid_hw)),
+    }
+
+
+def _best_patches(masks_BHW: NDArray[np.bool_], grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """The patches with the largest Jaccard index: the k with most foreground, for the k that is best."""
+    share_BN = coverage(masks_BHW, grid_hw).reshape(len(masks_BHW), -1)
+    order_BN = np.argsort(-share_BN, 1, kind="stable")
+    both_BN = np.take_along_axis(share_BN, order_BN, 1).cumsum(1)
+    size_N = np.arange(1, share_BN.shape[1] + 1)
+    best_B = (both_BN / (size_N + both_BN[:, -1:] - both_BN)).argmax(1)
+    kept = np.zeros(share_BN.shape, bool)
+    np.put_along_axis(kept, order_BN, size_N <= best_B[:, None] + 1, 1)
+    return upsample(kept.reshape(-1, *grid_hw), (masks_BHW.shape[1], masks_BHW.shape[2]))
+
+
+def _colour_clusters(loaded: MaskedImages, seed: int) -> NDArray[np.bool_]:
+    """Of two clusters of colours in each image, the one that the border has less of."""
+    out = np.zeros_like(loaded.masks)
+    pixels = to_float_image(loaded.images)
+    step = max(1, -(-max(pixels.shape[1:3]) // _COLOUR_SIDE))  # fitted on every step-th pixel
+    for i, image in enumerate(pixels):
+        channels = image.shape[-1]
+        kmeans = KMeans(2, n_init=1, random_state=seed).fit(image[::step, ::step].reshape(-1, channels))
+        cluster = kmeans.predict(np.ascontiguousarray(image.reshape(-1, channels))).reshape(image.shape[:2])
+        turned = orient(cluster.astype(np.float32))
+        out[i] = turned > turned.mean()
+    return out
+
+
+def _examples(found: _Found, loaded: MaskedImages, rows: NDArray[np.int64]) -> list[Example]:
+    images = to_float_image(loaded.images)
+    return [
+        Example(
+            images[row],
+            loaded.masks[row],
+            found.attention[row],
+            found.attention_found[row],
+            found.component[row],
+            found.component_found[row],
+        )
+        for row in rows.tolist()
+    ]

@@ -1,0 +1,102 @@
+"""Logistic regression on torch: the objective of scikit-learn's, for features that need not fit memory.
+
+Each evaluation of the objective is one pass over batches of the (memory-mapped) features, on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+_BATCH_BYTES = 2**26
+
+
+class LinearProbe(NamedTuple):
+    """A fitted classifier of standardised features; D features, C classes."""
+
+    weight: Tensor
+    """Directions of the classes, (C, D)."""
+    bias: Tensor
+    """Their offsets, (C,)."""
+    mean: Tensor
+    """Mean of the features it was fitted on, (D,)."""
+    std: Tensor
+    """Their standard deviation, (D,); 1 where it is 0."""
+
+    def predict(self, x_ND: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Class of each row, (N,)."""
+        device = self.weight.device
+        parts = [
+            F.linear((part.to(device) - self.mean) / self.std, self.weight, self.bias).argmax(1).cpu()
+            for part, _ in _batches(x_ND, None)
+        ]
+        return torch.cat(parts).numpy() if parts else np.empty(0, np.int64)
+
+
+def fit_path(
+    x_ND: NDArray[np.float32],
+    y_N: NDArray[np.int64],
+    strengths: Sequence[float],
+    *,
+    num_classes: int,
+    max_iterations: int = 150,
+    device: torch.device | str = "cpu",
+) -> Iterator[LinearProbe]:
+    """A probe for each inverse L2 strength C, each begun where the one before ended: give them in rising order.
+
+    Minimises C Σ_n cross-entropy + ½ ‖W‖² (scikit-learn's objective, the bias is not penalised), divided by C N, with
+    L-BFGS over all samples, not over random batches: the result depends on no learning rate and no seed.
+    """
+    mean_D, std_D = (value.to(device) for value in _statistics(x_ND))
+    weight_CD = torch.zeros(num_classes, x_ND.shape[1], device=device, requires_grad=True)
+    bias_C = torch.zeros(num_classes, device=device, requires_grad=True)
+    count = len(x_ND)
+    for strength in strengths:
+        optimizer = torch.optim.LBFGS(
+            [weight_CD, bias_C],
+            max_iter=max_iterations,
+            tolerance_grad=1e-5,
+            tolerance_change=1e-8,
+            line_search_fn="strong_wolfe",
+        )
+
+        def objective(optimizer: torch.optim.LBFGS = optimizer, strength: float = strength) -> Tensor:
+            optimizer.zero_grad()
+            total = weight_CD.square().sum() / (2 * strength * count)
+            total.backward()
+            total = total.detach()
+            for part, labels in _batches(x_ND, y_N):
+                logits = F.linear((part.to(device) - mean_D) / std_D, weight_CD, bias_C)
+                loss = F.cross_entropy(logits, labels.to(device), reduction="sum") / count
+                loss.backward()
+                total += loss.detach()
+            return total
+
+        optimizer.step(objective)
+        yield LinearProbe(weight_CD.detach().clone(), bias_C.detach().clone(), mean_D, std_D)
+
+
+def _batches(x_ND: NDArray[np.float32], y_N: NDArray[np.int64] | None) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = max(1, _BATCH_BYTES // (4 * max(1, x_ND.shape[1])))
+    for start in range(0, len(x_ND), rows):
+        # A copy: torch does not take read-only memory maps.
+        x = torch.from_numpy(np.array(x_ND[start : start + rows], np.float32))
+        yield x, torch.empty(0) if y_N is None else torch.from_numpy(y_N[start : start + rows])
+
+
+def _statistics(x_ND: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    total = torch.zeros(x_ND.shape[1], dtype=torch.float64)
+    for part, _ in _batches(x_ND, None):
+        total += part.double().sum(0)
+    mean_D = total / len(x_ND)
+    squares = torch.zeros_like(total)
+    for part, _ in _batches(x_ND, None):
+        squares += (part.double() - mean_D).square().sum(0)
+    std_D = (squares / len(x_ND)).sqrt()
+    return mean_D.float(), torch.where(std_D > 0, std_D, 1).float()

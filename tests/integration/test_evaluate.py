@@ -1,0 +1,121 @@
+"""The evaluation job as people run it: Ray tasks for features, their cache, the report, and the run in MLflow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_ray.config import CrateMAEConfig, S3Config
+from crate_ray.data.shards import load_dataset
+from crate_ray.data.storage import open_storage
+from crate_ray.evaluation.extraction import Extraction
+from crate_ray.evaluation.feature_cache import FeatureCache
+from crate_ray.evaluation.features import FeatureExtractor, Tap, iterate_dataset
+from crate_ray.evaluation.subject import Subject
+from crate_ray.models import build_model
+from crate_ray.tracking.runs import RUN_KEY_TAG
+from crate_ray.training.export import ModelDescription, export_model, load_exported
+from tests.jobs import environment, job
+
+MODEL = CrateMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_subspaces=2)
+NO_CLUSTER = {"RAY_ADDRESS": "http://127.0.0.1:1"}  # refused at once by a job that needs Ray
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shapes for training and test, a model with random weights, and the MLflow run that it says it comes from."""
+    path = tmp_path_factory.mktemp("evaluate")
+    for split in ("train", "test"):
+        run(path, "prepare", "--source", "shapes", "--num_samples", "200", "--image_size", "40", "--split", split,
+            "--output", split)  # fmt: skip
+    torch.manual_seed(0)
+    manifest = load_dataset(open_storage(str(path / "train"), S3Config())).manifest
+    description = ModelDescription(
+        model=MODEL, mean=manifest.mean, std=manifest.std, kind="image", run_key="key-1", step=30
+    )
+    export_model(path / "model", build_model(MODEL).state_dict(), description)
+    client = mlflow.MlflowClient(f"sqlite:///{path}/mlflow.db")
+    experiment = client.create_experiment("it", artifact_location=(path / "artifacts").as_uri())
+    client.create_run(experiment, tags={RUN_KEY_TAG: "key-1"})
+    return path
+
+
+def run(path: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a job in a folder to its end."""
+    env = environment(path) | variables
+    done = subprocess.run(job(name, *arguments), cwd=path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 or variables, done.stdout + done.stderr
+    return done
+
+
+def test_report_features_cache_and_mlflow(folder: Path) -> None:
+    settings = ["--model", "model", "--probe.train", "train", "--probe.test", "test", "--data", "test",
+                "--masks", "test", "--max_images", "24", "--tracking.uri", f"sqlite:///{folder}/mlflow.db"]  # fmt: skip
+    said = run(folder, "evaluate", *settings).stdout
+    page = folder / "model" / "evaluation" / "report.html"
+    assert f"report     {page}" in said
+    first = json.loads(page.with_name("report.json").read_text())
+    assert not first["left_out"] and first["classification"]["test_samples"] == 40
+    assert set(first["classification"]["encoders"]) == {"trained", "untrained", "pixels"}
+    assert len(first["classification"]["encoders"]["trained"]["layers"]) == 6
+    assert first["structure"]["images"] <= 24 and len(first["segmentation"]["encoders"]) == 2
+    assert page.read_text().count("data:image/") == 10
+
+    # MLflow has the numbers and the page.
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("it")
+    assert experiment is not None
+    (record,) = client.search_runs([experiment.experiment_id])
+    probe = first["classification"]["encoders"]["trained"]["standard"]["linear"]
+    assert record.data.metrics["probe_accuracy_encoder"] == probe["accuracy"]
+    logged = {f.path for f in client.list_artifacts(record.info.run_id, "evaluation")}
+    assert logged == {"evaluation/report.html", "evaluation/report.json"}
+
+    # Ray's tasks computed what this process computes.
+    model, description = load_exported(folder / "model")
+    shards = load_dataset(open_storage(str(folder / "test"), S3Config()))
+    cache = FeatureCache(folder / "cache" / "crate-ray" / "features", 2**30)
+    taps = [Tap("cls", 1), Tap("mean", None)]
+    kept = Extraction(cache, S3Config()).encoder(Subject("trained", model, description), shards, taps, 10_000)
+    extract = FeatureExtractor(model, description)
+    batches = list(iterate_dataset(shards, MODEL))
+    for i, found in enumerate(kept):
+        own = np.concatenate([extract.pooled(batch.images, taps)[i].numpy() for batch in batches])
+        assert np.abs(found.features - own).max() < 1e-5
+        assert np.array_equal(found.labels, np.concatenate([batch.labels for batch in batches]))
+
+    # A second evaluation needs no Ray: it reads the cache, and finds the same. Other weights are not in it.
+    run(folder, "evaluate", *settings, "--output", "again", **NO_CLUSTER)
+    second = json.loads((folder / "again" / "report.json").read_text())
+    assert second["classification"] == first["classification"] and second["structure"] == first["structure"]
+    with torch.no_grad():
+        model.encoder_norm.bias[0] += 0.1
+    export_model(folder / "other", model.state_dict(), description)
+    refused = run(folder, "evaluate", *settings, "--model", "other", **NO_CLUSTER)
+    assert refused.returncode == 2 and refused.stderr.count("error: RAY_ADDRESS is http") == 1
+
+
+def test_samples_that_cannot_be_decoded_are_left_out_or_stop_the_job(folder: Path) -> None:
+    pictures = folder / "pictures"
+    for label in ("a", "b"):
+        (pictures / label).mkdir(parents=True)
+    model = ["--model", "model", "--all_layers", "false", "--tracking.uri", f"sqlite:///{folder}/mlflow.db"]
+    random = np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(pictures / "ab"[i % 2] / f"{i}.png")
+    run(folder, "prepare", "--source", "pictures", "--output", "packed")
+    shard = folder / "packed" / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"IDAT")
+    content[at + 40 : at + 60] = bytes(20)
+    shard.write_bytes(bytes(content))
+    refused = run(folder, "evaluate", *model, "--probe.train", "packed", "--probe.test", "packed", RAY_ADDRESS="local")
+    assert refused.returncode == 2
+    assert "of 40 samples of" in refused.stderr and "are unusable" in refused.stderr

@@ -1,0 +1,386 @@
+"""Evaluation against closed forms and libraries: intervals, probes, features, their cache, reconstruction, masks."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import spearmanr
+from skimage.filters import threshold_otsu
+from skimage.metrics import structural_similarity as reference_ssim
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from crate_ray.config import CrateMAEConfig, EvaluateConfig, PrepareConfig, S3Config, ViTMAEConfig
+from crate_ray.data.builtin import shapes_source
+from crate_ray.data.decode import decode_batch
+from crate_ray.data.packing import pack
+from crate_ray.data.reader import ShardReader
+from crate_ray.data.shards import ShardSet, load_dataset
+from crate_ray.data.storage import open_storage
+from crate_ray.data.transforms import centre_crops
+from crate_ray.errors import UserError
+from crate_ray.evaluation import masks
+from crate_ray.evaluation.evaluate import evaluate
+from crate_ray.evaluation.extraction import read_samples
+from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache
+from crate_ray.evaluation.features import Tap, all_taps, iterate_dataset, pooled_features
+from crate_ray.evaluation.intervals import bootstrap, mean, share
+from crate_ray.evaluation.knn import knn_predict
+from crate_ray.evaluation.layers import trend
+from crate_ray.evaluation.probe import fit_probe
+from crate_ray.evaluation.reconstruction import measure_reconstruction, structural_similarity
+from crate_ray.evaluation.report import Report, render
+from crate_ray.evaluation.segmentation import measure_segmentation
+from crate_ray.evaluation.subject import Subject, find_checkpoint, load_file
+from crate_ray.evaluation.torch_probe import fit_path
+from crate_ray.models import CrateMAE, build_model, export_published
+from crate_ray.structure.attention import key_components, patch_maps
+from crate_ray.training.export import ModelDescription
+from crate_ray.training.step import Normalizer, probe_noise
+
+SMALL = CrateMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_subspaces=2, norm_pix_loss=True)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    config = PrepareConfig(source="shapes", output=str(tmp_path_factory.mktemp("shapes")))
+    storage = open_storage(config.output, config.s3)
+    pack(shapes_source("all", 40, 48, 0), storage, config)
+    return load_dataset(storage)
+
+
+def subject(shards: ShardSet, model: CrateMAEConfig | ViTMAEConfig = SMALL, name: str = "trained") -> Subject:
+    torch.manual_seed(0)
+    manifest = shards.manifest
+    description = ModelDescription(model=model, mean=manifest.mean, std=manifest.std, kind="image")
+    return Subject(name, build_model(model).eval(), description)
+
+
+# --- Intervals ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5000), st.data())
+@settings(max_examples=60, deadline=None)
+def test_wilson_interval_solves_its_equation(trials: int, data: st.DataObject) -> None:
+    successes = data.draw(st.integers(0, trials))
+    found = share(successes, trials)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    for end in (found.low, found.high):  # the ends are where the score test just rejects
+        distance = (found.value - end) ** 2 * trials
+        assert distance == pytest.approx(1.959963984540054**2 * end * (1 - end), abs=1e-6)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    random = np.random.default_rng(0)
+    shares = [share(int(k), 200) for k in random.binomial(200, 0.93, 1000)]
+    assert 0.93 < np.mean([s.low <= 0.93 <= s.high for s in shares]) < 0.97
+    means = [mean(random.normal(3, 2, 60)) for _ in range(1000)]
+    assert 0.925 < np.mean([m.low <= 3 <= m.high for m in means]) < 0.97
+    slopes = []
+    for seed in range(200):
+        curves = np.arange(5)[:, None] * 0.3 + np.random.default_rng(seed).normal(0, 1, (5, 60))
+        found = bootstrap(curves, lambda c: c @ (np.arange(5) - 2) / 10, draws=300)
+        slopes.append(found.low <= 0.3 <= found.high)
+    assert 0.88 < np.mean(slopes) < 0.99
+
+
+def test_trends_are_rank_correlation_and_slope_of_the_mean_curve() -> None:
+    random = np.random.default_rng(1)
+    values = np.array([5, 4, 4.5, 2, 1])[:, None] + random.normal(0, 0.1, (5, 40))
+    found = trend(values)
+    assert found.spearman is not None
+    assert found.spearman.value == pytest.approx(spearmanr(np.arange(5), values.mean(1)).statistic)
+    assert found.slope.value == pytest.approx(np.polyfit(np.arange(5), values.mean(1), 1)[0])
+    assert (found.falls, found.rises, found.steps, found.verdict) == (3, 1, 4, "falls")
+    assert trend(-values).verdict == "rises"
+    assert trend(random.normal(0, 1, (6, 40))).verdict == "has no clear trend"
+    flat = trend(np.zeros((4, 10)))
+    assert flat.spearman is None and flat.verdict == "has no clear trend"
+
+
+# --- Probes ---------------------------------------------------------------------------------------------------------
+
+
+def test_torch_probe_agrees_with_scikit_learn_on_digits() -> None:
+    x, y = load_digits(return_X_y=True)
+    x, y = x.astype(np.float32), y.astype(np.int64)
+    theirs = fit_probe(x[:1200], y[:1200], x[1200:], y[1200:])
+    ours = fit_probe(x[:1200], y[:1200], x[1200:], y[1200:], solver="torch")
+    assert theirs.accuracy > 0.88
+    assert theirs.interval.low <= ours.accuracy <= theirs.interval.high
+    assert ours.interval == share(round(ours.accuracy * len(y[1200:])), len(y[1200:]))
+
+
+def test_torch_probe_finds_the_minimum_of_the_stated_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In batches of a few rows: the sum over batches is the whole objective.
+    monkeypatch.setattr("crate_ray.evaluation.torch_probe._BATCH_BYTES", 4 * 6 * 7)
+    random = np.random.default_rng(0)
+    x, y = random.normal(2, 3, (80, 6)).astype(np.float32), random.integers(0, 3, 80)
+    (probe,) = fit_path(x, y, (0.3,), num_classes=3, max_iterations=400)
+    weight, bias = (p.double().requires_grad_() for p in (probe.weight, probe.bias))
+    standard = torch.from_numpy((x - x.mean(0)) / x.std(0)).double()
+    loss = torch.nn.functional.cross_entropy(standard @ weight.T + bias, torch.from_numpy(y), reduction="sum")
+    (0.3 * loss + weight.square().sum() / 2).backward()
+    assert weight.grad is not None and bias.grad is not None
+    assert weight.grad.abs().max() < 5e-3 and bias.grad.abs().max() < 5e-3
+
+
+def test_knn_is_the_weighted_vote_of_scikit_learn() -> None:
+    x, y = load_digits(return_X_y=True)
+    x, y = x.astype(np.float32), y.astype(np.int64)
+    weights = {"weights": lambda distance: np.exp((1 - distance) / 0.07)}
+    reference = KNeighborsClassifier(20, metric="cosine", algorithm="brute", **weights).fit(x[:1000], y[:1000])
+    found = knn_predict(x[:1000], y[:1000], x[1000:])
+    assert (found == reference.predict(x[1000:])).mean() > 0.997  # but for ties in rounding
+    assert np.array_equal(knn_predict(x[:5], y[:5], x[:5], neighbours=20, temperature=1e-3), y[:5])
+
+
+# --- Features -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [SMALL, ViTMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_heads=2)])
+def test_features_are_the_tokens_of_their_layers(model: CrateMAEConfig | ViTMAEConfig) -> None:
+    torch.manual_seed(0)
+    encoder, images = build_model(model).eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        encoded = encoder.encode(images, return_layers=True)
+    assert encoded.layers is not None
+    taps = all_taps(2)
+    assert len(taps) == 6
+    for tap, found in zip(taps, pooled_features(encoder, images, taps), strict=True):
+        tokens = encoded.tokens if tap.layer is None else encoded.layers[tap.layer - 1]
+        assert torch.equal(found, tokens[:, 1:].mean(1) if tap.feature == "mean" else tokens[:, 0])
+    with pytest.raises(UserError, match="no encoder layer 3; the model's layers are 1 to 2"):
+        pooled_features(encoder, images, [Tap("cls", 3)])
+
+
+def test_a_subject_is_identified_by_its_content(shapes: ShardSet) -> None:
+    one, again = subject(shapes), subject(shapes)
+    assert one.digest == again.digest
+    assert one.untrained(0).digest == again.untrained(0).digest != one.untrained(1).digest
+    with torch.no_grad():
+        again.model.encoder_norm.bias[0] += 1e-3
+    changed = Subject("trained", again.model, again.description)
+    other_input = Subject("trained", one.model, one.description.model_copy(update={"mean": (0.0, 0.0, 0.0)}))
+    assert len({one.digest, changed.digest, other_input.digest}) == 3
+
+
+def fill(cache: FeatureCache, key: str, rows: int, bad: int = 0, dim: int = 4) -> None:
+    with cache.write([key], rows, [dim]) as writer:
+        labels = np.arange(rows)
+        labels[:bad] = UNUSABLE
+        writer.put(np.arange(rows), [np.full((rows, dim), 7, np.float32)], labels, np.arange(rows))
+
+
+def test_cache_holds_whole_entries_only_and_makes_room(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, max_bytes=10_000)
+    fill(cache, "a", 10, bad=3)
+    found = cache.get("a")
+    assert found is not None and found.features.shape == (7, 4) and found.labels.min() == 3
+    with pytest.raises(RuntimeError, match="in the middle"), cache.write(["b"], 10, [4]):
+        raise RuntimeError("in the middle")
+    assert cache.get("b") is None and [path.name for path in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "a" / "features.npy").write_bytes(b"\x93NUMPY")
+    assert cache.get("a") is None
+    fill(cache, "a", 10)  # a damaged entry is replaced
+    assert cache.get("a") is not None
+    fill(cache, "c", 2000)
+    assert cache.get("a") is None and cache.get("c") is not None
+
+
+def test_samples_far_apart_and_near_are_the_ones_asked_for(shapes: ShardSet) -> None:
+    reader = ShardReader(shapes)
+    every = [sample.key for sample in reader.read(0, 40)]
+    for numbers in (np.array([0, 39]), np.array([3, 4, 5, 9]), np.array([17])):
+        assert [s.key for s in read_samples(reader, numbers)] == [every[i] for i in numbers]
+
+
+def test_published_checkpoint_is_a_model_with_imagenets_normalisation(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CrateMAE.from_preset("tiny", image_size=32)
+    torch.save({"model": export_published(model)}, tmp_path / "crate_mae_tiny.pth")
+    loaded, description = load_file(str(tmp_path / "crate_mae_tiny.pth"), S3Config())
+    assert description.mean == (0.485, 0.456, 0.406) and description.model == loaded.config
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match=r"nothing.pth does not exist"):
+        load_file(str(tmp_path / "nothing.pth"), S3Config())
+
+
+# --- Reconstruction -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 20, 17), (1, 8, 8), (2, 5, 9)])
+def test_similarity_is_that_of_scikit_image(channels: int, height: int, width: int) -> None:
+    random = np.random.default_rng(0)
+    a, b = random.random((2, 4, channels, height, width))
+    b[1], b[2] = a[1], 1 - a[2]
+    window = min(7, height, width)
+    expected = [
+        reference_ssim(x, y, win_size=window - 1 + window % 2, data_range=1.0, channel_axis=0)
+        for x, y in zip(a, b, strict=True)
+    ]
+    found = structural_similarity(torch.from_numpy(a), torch.from_numpy(b))
+    assert found is not None
+    assert found.tolist() == pytest.approx(expected, abs=1e-10)
+    assert found[1] == pytest.approx(1)
+    assert structural_similarity(torch.zeros(1, 1, 2, 9), torch.zeros(1, 1, 2, 9)) is None
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_errors_are_the_models_own_loss_and_the_pixels_it_shows(shapes: ShardSet, norm_pix_loss: bool) -> None:
+    model = SMALL.model_copy(update={"norm_pix_loss": norm_pix_loss})
+    who = subject(shapes, model)
+    batches = list(iterate_dataset(shapes, model))
+    result, pictures = measure_reconstruction([who], batches, (0.5, 0.75, 0.99), "shapes", CPU)
+    assert result.skipped_ratios == (0.99,)
+    half, trained = result.predictors["trained"].ratios
+    assert (half.hidden_patches, trained.hidden_patches) == (8, 12)
+    images = torch.cat([batch.images for batch in batches])
+    noise = probe_noise(np.arange(len(images)), 16)
+    with torch.no_grad():
+        output = who.model(Normalizer.of(who.description.mean, who.description.std)(images), noise)
+    if norm_pix_loss:  # no patch of the shapes is flat, and normalising undoes the scale of the input
+        assert trained.normalised_mse is not None
+        assert trained.normalised_mse.value == pytest.approx(output.loss.item(), rel=1e-2)
+    else:
+        std = torch.tensor(who.description.std)
+        squares = output.prediction - who.model.target(Normalizer.of(who.description.mean, who.description.std)(images))
+        per_pixel = squares.unflatten(-1, (-1, 3)).square() * std.square()
+        unclipped = ((per_pixel.mean((2, 3)) * output.mask).sum(1) / 12).mean().item()
+        assert trained.pixel_mse.value <= unclipped * (1 + 1e-6)
+        assert trained.pixel_mse.value == pytest.approx(unclipped, rel=0.25)
+    visible = result.predictors["visible"].ratios[1]
+    assert visible.pixel_mse.value < trained.pixel_mse.value or norm_pix_loss  # the model has learned nothing
+    assert visible.psnr.value == pytest.approx(-10 * math.log10(visible.pixel_mse.value), abs=3)
+    for _, masked, predicted in pictures.rows:
+        same = masked == pictures.original
+        assert torch.allclose(predicted[same], pictures.original[same]) and not same.all()
+
+
+# --- Masks and attention --------------------------------------------------------------------------------------------
+
+
+def test_masks_get_the_crop_of_their_images(shapes: ShardSet) -> None:
+    # A mask taken for a picture must come out of the image's own crop and resize as nearly the same foreground.
+    model = SMALL.model_copy(update={"image_size": (16, 32)})
+    random = np.random.default_rng(0)
+    blob = (random.random((6, 9)) > 0.5).repeat(12, 0).repeat(12, 1)
+    out = io.BytesIO()
+    Image.fromarray(blob.astype(np.uint8) * 255).save(out, "PNG")
+    mask = masks._load_mask(out.getvalue(), model.image_hw)
+    picture = torch.empty(1, 1, 16, 32, dtype=torch.uint8)
+    decode_batch([out.getvalue()], "image", lambda h, w: centre_crops(h, w, (16, 32)), picture)
+    assert mask is not None and mask.shape == (16, 32)
+    sure = (picture[0, 0] < 20) | (picture[0, 0] > 235)  # away from edges
+    assert sure.float().mean() > 0.4
+    assert np.array_equal(mask[sure], (picture[0, 0] > 127).numpy()[sure])
+    assert masks._load_mask(b"no picture", (16, 32)) is None
+
+
+@given(st.integers(2, 40), st.floats(0.05, 0.95), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_kept_patches_hold_the_mass_and_no_smaller_set_would(patches: int, mass: float, seed: int) -> None:
+    values = np.random.default_rng(seed).random((3, patches), np.float32)
+    kept = masks.keep_mass(values, mass)
+    share_kept = (values * kept).sum(1) / values.sum(1)
+    assert (share_kept >= mass - 1e-5).all()
+    smallest = np.where(kept, values, np.inf).min(1)
+    assert (values[~kept] <= np.broadcast_to(smallest[:, None], values.shape)[~kept]).all()
+    assert (share_kept - smallest / values.sum(1) < mass + 1e-5).all()
+
+
+def test_jaccard_thresholds_and_signs_of_known_maps() -> None:
+    true, found = np.zeros((2, 4, 4), bool), np.zeros((2, 4, 4), bool)
+    true[:, :2], found[0, 1:3], found[1] = True, True, True
+    assert masks.jaccard(found, true).tolist() == [1 / 3, 0.5]
+    disc = -np.hypot(*np.meshgrid(np.arange(-4, 5), np.arange(-4, 5))).astype(np.float32)
+    assert np.array_equal(masks.orient(np.stack([disc, -disc])), np.stack([disc, disc]))
+    two = np.array([[0.0, 0.1, 0.05, 0.9, 1.0, 0.95], [1, 1, 1, 1, 1, 1]], np.float32)
+    assert masks.above_otsu(two).tolist() == [[False] * 3 + [True] * 3, [False] * 6]
+
+
+@given(st.integers(4, 60), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_otsu_is_the_best_split_and_nearly_that_of_a_histogram(patches: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(0, 1, patches).astype(np.float32)
+    found = masks.above_otsu(values[None])[0]
+
+    def between(above: np.ndarray) -> float:
+        return above.mean() * (1 - above.mean()) * (values[above].mean() - values[~above].mean()) ** 2
+
+    every = [between(values > level) for level in np.sort(values)[:-1]]
+    assert between(found) == pytest.approx(max(every), rel=1e-5)
+    assert between(values > threshold_otsu(values, nbins=4096)) <= between(found) * (1 + 1e-6)
+
+
+def test_components_and_attention_are_those_of_the_encoder() -> None:
+    torch.manual_seed(0)
+    model, images = build_model(SMALL).eval(), torch.randn(2, 3, 32, 32)
+    found = patch_maps(model, images)
+    encoded = model.encode(images, return_attention=True, return_keys=True)
+    assert encoded.attention is not None and encoded.keys is not None
+    assert torch.allclose(found.attention[1, 0, 1].flatten(), encoded.attention[0][1, 1, 0, 1:])
+    keys = encoded.keys[-1][0, 1:].detach().double()
+    _, vectors = torch.linalg.eigh(torch.cov(keys.T))
+    expected = ((keys - keys.mean(0)) @ vectors[:, -1]).abs()
+    assert torch.allclose(found.components[0, 0].flatten().abs().double(), expected, atol=1e-5)
+    assert key_components(torch.randn(1, 2, 5), 3).shape == (1, 3, 2)
+
+
+def test_segmentation_is_bounded_by_its_patches_and_by_chance(shapes: ShardSet) -> None:
+    vit = ViTMAEConfig(image_size=32, patch_size=8, dim=16, depth=1, num_heads=2)
+    subjects = [subject(shapes), subject(shapes, vit, "baseline"), subject(shapes).untrained(1)]
+    result, examples = measure_segmentation(subjects, shapes, 40, 0.6, 0, CPU)
+    assert set(result.encoders) == {"trained", "baseline", "untrained"}
+    assert result.images == 40 and result.test_images == 20 and len(examples) == 6
+    best = result.controls["grid"].jaccard.value
+    maps = [score for encoder in result.encoders.values() for score in encoder.scores.values()]
+    assert all(0 <= score.jaccard.value <= best for score in maps)
+    assert result.controls["everything"].jaccard.value == pytest.approx(result.foreground.value, abs=0.05)
+    assert result.controls["random"].jaccard.value < result.controls["colours"].jaccard.value
+    with pytest.raises(UserError, match=r"no samples with a member 'mask.png'"):
+        measure_segmentation(subjects, without_masks(shapes), 40, 0.6, 0, CPU)
+
+
+def without_masks(shards: ShardSet) -> ShardSet:
+    manifest = shards.manifest.model_copy(update={"suffixes": ("cls", "jpg")})
+    return ShardSet(shards.storage, manifest, shards.shards, shards.index, shards.names)
+
+
+# --- The report -----------------------------------------------------------------------------------------------------
+
+
+def test_report_holds_all_numbers_escapes_names_and_needs_no_network(shapes: ShardSet, tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>"
+    config = EvaluateConfig(model=name, data=shapes.storage.uri, masks=shapes.storage.uri, max_images=12)
+    said: list[str] = []
+    report, images = evaluate(config, subject(shapes), None, said.append)
+    assert set(report.left_out) == {"linear probe and k-NN"} and report.classification is None
+    page = render(report, images).decode()
+    assert name not in page and "&lt;script&gt;alert(1)" in page and "http" not in page.replace("http-equiv", "")
+    assert page.count('<img src="data:image/') == sum(map(len, images.values())) == 8
+    again = Report.model_validate_json(report.to_json())
+    assert again == report
+    assert any("R^c falls and sparsity rises" in sentence for sentence in again.conclusions["structure"])
+    assert all(math.isfinite(value) for value in report.metrics().values())
+
+
+def test_what_a_user_can_mend_is_one_sentence(shapes: ShardSet, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to measure on; give --probe.train"):
+        EvaluateConfig(model="runs/mine")
+    config = EvaluateConfig(model="m", data=shapes.storage.uri)
+    other = subject(shapes, ViTMAEConfig(image_size=16, patch_size=8, dim=16, depth=1, num_heads=2), "baseline")
+    with pytest.raises(UserError, match="give a baseline of the same input"):
+        evaluate(config, subject(shapes), other, print)
+    assert find_checkpoint("runs/mine", config.s3) is None
+    with pytest.raises(UserError, match="looks like a checkpoint, but no folder above it holds a run"):
+        find_checkpoint(f"{tmp_path}/attempt-001/step-00000500-abc", config.s3)
