@@ -1,22 +1,33 @@
-"""Measurements to compare with: python jobs/benchmark.py data, python jobs/benchmark.py order"""
+"""Measurements to compare with: python jobs/benchmark.py data, order, train or scaling (an estimate).
+
+A command imports what it measures when it runs: a machine without Ray or boto3 can measure training.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from crate_ray.benchmarks.data_loading import compare
-from crate_ray.benchmarks.data_order import measure_order
 from crate_ray.cli import run_subcommand
-from crate_ray.config import BenchmarkDataConfig, BenchmarkOrderConfig
+from crate_ray.config import BenchmarkDataConfig, BenchmarkOrderConfig, BenchmarkScalingConfig, BenchmarkTrainConfig
 from crate_ray.errors import UserError
 from crate_ray.progress import console
 
+_TITLES = {
+    "crate_ray": "ours",
+    "webdataset": "webdataset, {} processes",
+    "spdl": "spdl",
+    "litdata": "litdata, {} processes",
+}
+
 
 def data(config: BenchmarkDataConfig) -> None:
-    """Measure our loader and stock webdataset, and show the fastest of each as a table."""
+    """Measure our loader, stock webdataset, spdl and LitData, and show the fastest of each as a table."""
+    from crate_ray.benchmarks.data_loading import compare
+
     _check_writable(config.json_file)
     report = compare(config)
     if config.json_file:
@@ -35,14 +46,18 @@ def data(config: BenchmarkDataConfig) -> None:
     same, other = "× webdataset", f"× webdataset on {first}"
     for heading in ("images/s", "per core", "MB/s", "first batch", "peak memory", same, other):
         table.add_column(heading, justify="right")
+    notes = []
     for name, found in report["datasets"].items():
-        for contestant in ("crate_ray", "webdataset"):
+        for contestant, title in _TITLES.items():
+            if contestant not in found:
+                notes.append(f"{name}: {contestant} is not measured, {found['unavailable'][contestant]}.")
+                continue
             run = found[contestant]
             ours = contestant == "crate_ray"
             memory = run["peak_memory_bytes"]
             table.add_row(
                 name if ours else "",
-                "ours" if ours else f"webdataset, {run['processes']} processes",
+                title.format(run["processes"]),
                 f"{run['images_per_second']:,.0f}",
                 f"{run['images_per_second_per_core']:,.0f}",
                 f"{run['bytes_per_second'] / 1e6:,.1f}",
@@ -51,11 +66,20 @@ def data(config: BenchmarkDataConfig) -> None:
                 f"{found['ratio_on_same_data']:.2f}" if ours else "",
                 f"{found['ratio_vs_webdataset']:.2f}" if ours else "",
             )
+        if found["floor_images_per_second"] is not None:
+            notes.append(
+                f"{name}: only reading the JPEGs' Huffman codes, down to the last row of a crop, runs at "
+                f"{found['floor_images_per_second']:,.0f} images/s; ours reaches {found['share_of_floor']:.0%} of that."
+            )
     console().print(table)
+    for note in notes:
+        console().print(note)
 
 
 def order(config: BenchmarkOrderConfig) -> None:
     """Measure planning and mixing, and show them as a table."""
+    from crate_ray.benchmarks.data_order import measure_order
+
     _check_writable(config.json_file)
     report = measure_order(config)
     if config.json_file:
@@ -79,6 +103,86 @@ def order(config: BenchmarkOrderConfig) -> None:
     console().print(table)
 
 
+def train(config: BenchmarkTrainConfig) -> None:
+    """Measure training, and show speed and memory as tables."""
+    from crate_ray.benchmarks.training import compare as compare_training
+
+    _check_writable(config.json_file)
+    report = compare_training(config)
+    if config.json_file:
+        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    machine, settings = report["machine"], report["settings"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    peaks = ", ".join(f"{rate / 1e12:,.2f} TFLOP/s in {name}" for name, rate in report["peak_flops"].items())
+    headings = ("model", "images/s", "ms/image", "MFU", "peak memory", "× plain", "memory / plain")
+    table = Table(
+        title=f"Training at {config.image_size} px, {settings['batch_size']} images a step",
+        caption=f"{where}; MFU of {peaks}",
+    )
+    for heading in ("size", "precision", *headings):
+        table.add_column(heading, justify="left" if heading in ("size", "precision", "model") else "right")
+    for preset, precisions in report["presets"].items():
+        for precision, found in precisions.items():
+            for contestant in config.contestants:
+                table.add_row(preset, precision, *_training_row(contestant, found))
+    console().print(table)
+    if report["image_sizes"]:
+        title = f"By image size: {settings['presets'][0]}, {config.precisions[0]}"
+        table = Table(title=f"{title}, {settings['image_sizes_batch']} images a step")
+        for heading in ("pixels", *headings):
+            table.add_column(heading, justify="left" if heading == "model" else "right")
+        for side, found in report["image_sizes"].items():
+            for contestant in config.contestants:
+                table.add_row(side, *_training_row(contestant, found))
+        console().print(table)
+
+
+def _training_row(contestant: str, found: dict[str, Any]) -> tuple[str, ...]:
+    run, ours = found[contestant], contestant == "crate_mae"
+    if "failed" in run:
+        return contestant, run["failed"]
+    memory = run["peak_memory_bytes"]
+    return (
+        contestant,
+        f"{run['images_per_second']:,.2f}",
+        f"{1e3 / run['images_per_second']:,.1f}",
+        f"{run['mfu']:.0%}",
+        "?" if memory is None else f"{memory / 2**20:,.0f} MiB",
+        f"{found['ratio_vs_plain']:.2f}" if ours and "ratio_vs_plain" in found else "",
+        f"{found['memory_vs_plain']:.2f}" if ours and "memory_vs_plain" in found else "",
+    )
+
+
+def scaling(config: BenchmarkScalingConfig) -> None:
+    """Estimate steps on many GPUs, and show them as a table."""
+    from crate_ray.benchmarks.scaling import estimate, step_flops
+
+    _check_writable(config.json_file)
+    flops, parameters = step_flops(config.model)
+    found = {s: [estimate(s, flops, parameters, n, config) for n in config.gpus] for s in ("ddp", "fsdp")}
+    if config.json_file:
+        figures = {s: [vars(e) | {"efficiency": e.efficiency} for e in estimates] for s, estimates in found.items()}
+        report = {"flops_per_image": flops, "parameters": parameters, **figures}
+        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    table = Table(
+        title=f"Estimate: {parameters / 1e6:.1f} M parameters, {flops / 1e9:.0f} GFLOP an image, "
+        f"batches of {config.batch_size}",
+        caption="ring collectives; computation at mfu of the peak; not a measurement",
+    )
+    for heading in ("GPUs", "images each", "sent", "compute", "ddp: exposed", "share", "fsdp: exposed", "share"):
+        table.add_column(heading, justify="right")
+    for ddp, fsdp in zip(found["ddp"], found["fsdp"], strict=True):
+        shown = [
+            f"{ddp.samples_per_gpu:g}",
+            f"{ddp.bytes_per_gpu / 1e6:,.0f} MB",
+            f"{ddp.compute_seconds * 1e3:,.2f} ms",
+        ]
+        for one in (ddp, fsdp):
+            shown += [f"{one.exposed_seconds * 1e3:,.2f} ms", f"{one.efficiency:.0%}"]
+        table.add_row(str(ddp.gpus), *shown)
+    console().print(table)
+
+
 def _check_writable(json_file: str | None) -> None:
     """Find out now, rather than when all is measured."""
     if json_file:
@@ -89,4 +193,11 @@ def _check_writable(json_file: str | None) -> None:
 
 
 if __name__ == "__main__":
-    run_subcommand({"data": (BenchmarkDataConfig, data), "order": (BenchmarkOrderConfig, order)})
+    run_subcommand(
+        {
+            "data": (BenchmarkDataConfig, data),
+            "order": (BenchmarkOrderConfig, order),
+            "train": (BenchmarkTrainConfig, train),
+            "scaling": (BenchmarkScalingConfig, scaling),
+        }
+    )

@@ -44,4 +44,5 @@ class CrateMAE(MaskedAutoencoder):
         if not self.tied_decoder:
             return super().decoder_layer(index, y_BTD)
         mirrored = cast("EncoderLayer", self.encoder[len(self.encoder) - 1 - index])
-        return cast("Tensor", self.decoder[index](y_BTD, mirrored.ista.dictionary.t(), mirrored.mssa.subspaces))
+        codebook_CD = cast("Tensor", mirrored.mssa.subspaces)
+        return self.run_layer(self.decoder[index], y_BTD, mirrored.ista.dictionary.t(), codebook_CD)

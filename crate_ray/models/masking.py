@@ -7,12 +7,14 @@ height · patch width · channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crate_ray.config import ImageModelConfig
 from crate_ray.errors import UserError
@@ -180,6 +182,8 @@ class MaskedAutoencoder(nn.Module):
         self.num_visible = config.num_visible
         self.norm_pix_loss = config.norm_pix_loss
         self.visible_only = encoder_tokens == "visible"
+        self.checkpoint_layers = False
+        """Keep only each layer's input for the backward pass, which computes the rest anew: less memory, more time."""
 
         self.patch_embed = nn.Conv2d(config.channels, dim, kernel_size=config.patch_hw, stride=config.patch_hw)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -203,7 +207,13 @@ class MaskedAutoencoder(nn.Module):
         Parameters and errors are those of `encode`.
         """
         self._check_images(images_BCHW)
-        x_BND = self.patch_embed(images_BCHW).flatten(2).transpose(1, 2)
+        return self._embed(self.patchify(images_BCHW), noise_BN)
+
+    def _embed(self, patches_BNX: Tensor, noise_BN: Tensor | None) -> tuple[Tensor, Masking | None]:
+        # The convolution as the product that it is: its backward pass and, in bf16 on the CPU, the whole of it is
+        # faster, and the patches are cut anyway for the loss. Kernel and patches in the order (height, width, channel).
+        kernel_DX = self.patch_embed.weight.permute(0, 2, 3, 1).flatten(1)
+        x_BND = F.linear(patches_BNX, kernel_DX, self.patch_embed.bias)
         masking = None if noise_BN is None else random_masking(noise_BN, self.num_visible)
         if masking is not None and not self.visible_only:
             x_BND = torch.where(masking.removed.unsqueeze(-1), self.mask_token, x_BND)
@@ -238,6 +248,16 @@ class MaskedAutoencoder(nn.Module):
             If the images have another size or number of channels.
         """
         z_BTD, masking = self.embed(images_BCHW, noise_BN)
+        return self._encode(z_BTD, masking, return_layers, return_attention, return_keys)
+
+    def _encode(
+        self,
+        z_BTD: Tensor,
+        masking: Masking | None,
+        return_layers: bool,
+        return_attention: bool = False,
+        return_keys: bool = False,
+    ) -> Encoded:
         layers: list[Tensor] = []
         attention: list[Tensor] = []
         keys: list[Tensor] = []
@@ -246,7 +266,7 @@ class MaskedAutoencoder(nn.Module):
                 attention.append(layer.attention(z_BTD))
             if return_keys:
                 keys.append(layer.keys(z_BTD))
-            z_BTD = layer(z_BTD)
+            z_BTD = self.run_layer(layer, z_BTD)
             if return_layers:
                 layers.append(z_BTD)
         return Encoded(
@@ -287,7 +307,14 @@ class MaskedAutoencoder(nn.Module):
 
     def decoder_layer(self, index: int, y_BTD: Tensor) -> Tensor:
         """Tokens after decoder layer `index`; a model whose decoder uses the encoder's weights passes them here."""
-        return cast("Tensor", self.decoder[index](y_BTD))
+        return self.run_layer(self.decoder[index], y_BTD)
+
+    def run_layer(self, layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Output of a layer, by way of which all layers run; see `checkpoint_layers`."""
+        if self.checkpoint_layers and torch.is_grad_enabled():
+            # Nothing in a layer is random.
+            return cast("Tensor", checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return layer(*inputs)
 
     def forward(
         self, images_BCHW: Tensor, noise_BN: Tensor | None = None, *, return_layers: bool = False
@@ -313,12 +340,14 @@ class MaskedAutoencoder(nn.Module):
         """
         if noise_BN is None:
             noise_BN = torch.rand(images_BCHW.shape[0], self.num_patches, device=images_BCHW.device)
-        encoded = self.encode(images_BCHW, noise_BN, return_layers=return_layers)
+        self._check_images(images_BCHW)
+        patches_BNX = self.patchify(images_BCHW)
+        encoded = self._encode(*self._embed(patches_BNX, noise_BN), return_layers)
         assert encoded.masking is not None
         decoded = self.decode(encoded.tokens, encoded.masking, return_layers=return_layers)
         removed_BN = encoded.masking.removed
         loss_B = sample_losses(
-            decoded.prediction, self.target(images_BCHW), removed_BN, self.num_patches - self.num_visible
+            decoded.prediction, self._target(patches_BNX), removed_BN, self.num_patches - self.num_visible
         )
         return MaskedOutput(
             loss_B.mean(), decoded.prediction, removed_BN.to(loss_B.dtype), loss_B, encoded.layers, decoded.layers
@@ -326,7 +355,9 @@ class MaskedAutoencoder(nn.Module):
 
     def target(self, images_BCHW: Tensor) -> Tensor:
         """What the model is to predict, (B, N, X): pixels, normalised per patch with `norm_pix_loss`."""
-        patches_BNX = self.patchify(images_BCHW)
+        return self._target(self.patchify(images_BCHW))
+
+    def _target(self, patches_BNX: Tensor) -> Tensor:
         if not self.norm_pix_loss:
             return patches_BNX
         mean_BN1, std_BN1 = patch_statistics(patches_BNX)

@@ -21,11 +21,13 @@ from crate_ray.models import (
     ViTMAE,
     ViTMAEConfig,
     build_model,
+    cpu_attention,
     export_published,
     load_published,
 )
+from crate_ray.models.cpu_attention import self_attention
 from crate_ray.models.masking import patchify, random_masking, sample_losses, sincos_positions, unpatchify
-from crate_ray.models.mssa import softmax_attention
+from crate_ray.models.mssa import attend, self_attend, softmax_attention
 from tests.unit import numpy_crate
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "parity" / "crate_mae_reference.npz"
@@ -361,10 +363,52 @@ def test_decoding_whole_images() -> None:
         torch.testing.assert_close(model.reconstruct(model.target(images), images), images)
 
 
-def test_fused_attention_is_the_explicit_one() -> None:
-    w = torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    fused = torch.nn.functional.scaled_dot_product_attention(w, w, w)
-    torch.testing.assert_close(fused, softmax_attention(w, w) @ w)
+def test_every_form_of_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    expected = softmax_attention(w, w) @ w
+    explicit = self_attention(w.flatten(0, 1)).unflatten(0, (2, 3))
+    for found in (attend(w, w, w), self_attend(w), explicit):
+        torch.testing.assert_close(found, expected)
+    monkeypatch.setattr(cpu_attention, "_CACHE_BYTES", 2 * 5 * 5 * 8)  # so that maps are computed in several parts
+    torch.testing.assert_close(self_attention(w.flatten(0, 1)), expected.flatten(0, 1))
+    assert torch.autograd.gradcheck(self_attention, w.detach().flatten(0, 1).requires_grad_())
+    torch.library.opcheck(self_attention, (w.detach().flatten(0, 1).requires_grad_(),))
+    low = w.detach().bfloat16().requires_grad_()  # the explicit form on the CPU
+    torch.testing.assert_close(self_attend(low).double(), expected, rtol=0.05, atol=0.02)
+    direction = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad((expected * direction).sum(), w)
+    (low_gradient,) = torch.autograd.grad((self_attend(low) * direction).sum(), low)
+    torch.testing.assert_close(low_gradient.double(), gradient, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("config", MODELS)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_layers_computed_twice_give_the_same_bits(
+    config: CrateMAEConfig | ViTMAEConfig, dtype: torch.dtype | None
+) -> None:
+    model, images, noise = build_model(config), images_for(config), noise_for(config)
+    kept: list[int] = []
+    results = []
+    for checkpointed in (False, True):
+        model.checkpoint_layers = checkpointed
+        model.zero_grad()
+        count = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+        ):
+            loss = model(images, noise).loss
+        loss.backward()
+        kept.append(count)
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+    assert kept[1] < kept[0] / 2
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -4,6 +4,7 @@ Schedule, optimiser groups, clipping, mask noise and normalisation are what they
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import socket
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crate_ray.config import CrateMAEConfig, OptimConfig, TrainingConfig, ViTMAEConfig
 from crate_ray.data.order import worker_slots
@@ -29,6 +31,7 @@ from crate_ray.training.step import (
     Normalizer,
     autocast_dtype,
     build_optimizer,
+    compile_layers,
     discard_step,
     learning_rate,
     mask_noise,
@@ -36,6 +39,7 @@ from crate_ray.training.step import (
     num_micro_steps,
     peak_learning_rate,
     probe_noise,
+    should_compile,
     train_step,
 )
 
@@ -333,3 +337,79 @@ def test_normaliser_scales_bytes_and_undoes_itself() -> None:
     grid = torch.randn(2, 3, 5, 6, dtype=torch.float64) * 100  # numbers that are no bytes stay on their scale
     assert torch.allclose(normalizer(grid)[:, 2], (grid[:, 2] / 2.0).float())
     assert torch.allclose(normalizer.undo(normalizer(grid)), grid.float(), atol=1e-4)
+
+
+# --- Speed ----------------------------------------------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the program wait for a GPU: numbers from tensors, shapes that depend on values."""
+
+    refused = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name().partition("::")[2].partition(".")[0] not in self.refused, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("config", [CONFIG, ViTMAEConfig(image_size=8, patch_size=2, dim=16, num_heads=2, depth=1)])
+def test_a_step_never_waits_for_the_device(config: CrateMAEConfig | ViTMAEConfig, checkpointed: bool) -> None:
+    model = build_model(config)
+    model.checkpoint_layers = checkpointed
+    optimizer, (images, noise) = build_optimizer(model, OptimConfig()), batch64(4)
+    step: dict[str, Any] = {"batch_size": 4, "micro_steps": 2, "lr": 1e-3, "clip_norm": 1.0, "autocast": torch.bfloat16}
+    with pytest.raises(AssertionError), NoWaiting():
+        images.sum().item()
+    with NoWaiting():
+        train_step(model, optimizer, images.float(), noise, **step)
+
+
+def test_compiled_layers_compute_the_same_and_evaluation_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    torch._dynamo.reset()
+    config = CrateMAEConfig(image_size=16, patch_size=2, dim=16, num_subspaces=2, depth=2, sparsity_lambda=0.1)
+    torch.manual_seed(0)
+    model, noise = build_model(config), torch.rand(4, config.num_patches)
+    images = torch.randn(4, 3, 16, 16)
+    results: list[list[Tensor]] = []
+    names = list(model.state_dict())
+    for compiled in (False, True):
+        if compiled:
+            assert compile_layers(model, 4, torch.device("cpu"))
+        model.zero_grad()
+        loss = model(images, noise).loss
+        loss.backward()
+        results.append([loss, *gradients(model)])
+    for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-4, atol=1e-6)
+    assert "cannot be compiled" not in caplog.text and list(model.state_dict()) == names
+    counters = torch._dynamo.utils.counters["stats"]
+    programs = counters["unique_graphs"]
+    with torch.no_grad():  # would be compiled anew, as another number of images
+        assert model(images[:1], noise[:1]).loss.isfinite()
+    assert counters["unique_graphs"] == programs > 0
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, (images, noise) = model64(), batch64(4)
+    expected = model(images, noise).loss
+    torch._dynamo.reset()
+    broken = {"cpp.cxx": ("/nowhere/c++",), "force_disable_caches": True}
+    with torch._inductor.config.patch(broken), caplog.at_level(logging.WARNING):
+        assert not compile_layers(model, 4, torch.device("cpu"))
+    (record,) = [record for record in caplog.records if record.name == "crate_ray.training.step"]
+    assert (
+        "cannot be compiled" in record.getMessage()
+        and "/nowhere/c++" in record.getMessage()
+        and "\n" not in record.getMessage()
+    )
+    assert torch.equal(model(images, noise).loss, expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_is_compiled_by_default() -> None:
+    devices = torch.device("cpu"), torch.device("cuda")
+    for choice, expected in (("auto", (False, True)), ("layers", (True, True)), ("off", (False, False))):
+        training = TrainingConfig(steps=1, compile=choice)
+        assert tuple(should_compile(training, device) for device in devices) == expected

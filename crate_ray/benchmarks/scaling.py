@@ -1,0 +1,93 @@
+"""How training should scale to hundreds of GPUs: bytes that each step moves against what the interconnect carries.
+
+An estimate from formulas, not a measurement: ring collectives at the bandwidth that they leave usable, compute at a
+given share of the device's peak, and what can overlap taken as overlapping.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_ray.config import BenchmarkScalingConfig, ModelConfig
+from crate_ray.models import build_model
+
+Strategy = Literal["ddp", "fsdp"]
+
+_GRADIENT_BYTES = 4  # gradients are summed in fp32
+_GATHERED_BYTES = 2  # FSDP gathers weights in bf16
+_BACKWARD_SHARE = 2 / 3  # of the compute: two matrix products for each one of the forward pass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One training step on W GPUs."""
+
+    gpus: int
+    samples_per_gpu: float
+    bytes_per_gpu: float
+    """What each GPU sends in a step."""
+    compute_seconds: float
+    communication_seconds: float
+    exposed_seconds: float
+    """The part of the communication that no computation hides."""
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the step that is computation."""
+        return self.compute_seconds / (self.compute_seconds + self.exposed_seconds)
+
+
+def step_flops(config: ModelConfig) -> tuple[float, int]:
+    """Floating-point operations of forward and backward pass of one image, by torch's own count; and parameters."""
+    with torch.device("meta"):
+        model = build_model(config).to("meta")  # the position table came from NumPy
+        images = torch.empty(1, config.channels, *config.image_hw)
+        with FlopCounterMode(display=False) as counter:
+            model(images, torch.empty(1, config.num_patches)).loss.backward()
+    return float(counter.get_total_flops()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def sent_bytes(strategy: Strategy, parameters: int, gpus: int) -> float:
+    """What each GPU sends in a step, with ring collectives, in bytes.
+
+    A ring all-gather or reduce-scatter of n bytes sends (W − 1) / W · n, an all-reduce is one of each. DDP all-reduces
+    the gradients; FSDP gathers the weights before forward and before backward and reduce-scatters the gradients.
+    """
+    share = (gpus - 1) / gpus
+    if strategy == "ddp":
+        return share * 2 * _GRADIENT_BYTES * parameters
+    return share * (2 * _GATHERED_BYTES + _GRADIENT_BYTES) * parameters
+
+
+def collective_seconds(num_bytes: float, gpus: int, config: BenchmarkScalingConfig) -> float:
+    """Time for a GPU to send so many bytes in ring collectives.
+
+    Within a node the GPUs' own links carry a ring. Across nodes every ring enters and leaves each node once; NCCL runs
+    as many rings as there are network ports, so that together they have the node's network bandwidth. The latency is
+    that of a tree over the nodes, there and back.
+    """
+    if gpus <= config.gpus_per_node:
+        return num_bytes / config.gpu_bytes_per_second
+    nodes = math.ceil(gpus / config.gpus_per_node)
+    bandwidth = min(config.gpu_bytes_per_second, config.node_bytes_per_second)
+    return num_bytes / bandwidth + 2 * math.log2(nodes) * config.latency_seconds
+
+
+def estimate(
+    strategy: Strategy, flops_per_sample: float, parameters: int, gpus: int, config: BenchmarkScalingConfig
+) -> Estimate:
+    """One step at the fixed global batch.
+
+    DDP can hide its all-reduce behind the backward pass, FSDP its gathers behind all of the computation.
+    """
+    samples = config.batch_size / gpus
+    compute = samples * flops_per_sample / (config.peak_flops * config.mfu)
+    volume = sent_bytes(strategy, parameters, gpus)
+    communication = collective_seconds(volume, gpus, config)
+    hidden = compute * (_BACKWARD_SHARE if strategy == "ddp" else 1)
+    return Estimate(gpus, samples, volume, compute, communication, max(0.0, communication - hidden))

@@ -1,0 +1,408 @@
+"""How fast CRATE-MAE trains and in how much memory, next to its equations written out plainly and to ViT-MAE.
+
+Each measurement is a fresh process, `python -m crate_ray.benchmarks.training`: settings in, figures out, JSON. Plain
+torch: no Ray, no MLflow, no object storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crate_ray.benchmarks.machine import describe_machine, peak_memory
+from crate_ray.config import (
+    BenchmarkTrainConfig,
+    Contestant,
+    CrateMAEConfig,
+    ModelConfig,
+    OptimConfig,
+    PresetName,
+    Settings,
+    ViTMAEConfig,
+)
+from crate_ray.errors import UserError
+from crate_ray.models import build_model
+from crate_ray.models.flops import gpu_peak_flops, plain_training_flops, training_flops
+from crate_ray.models.layers import initialize_weights
+from crate_ray.models.masking import sincos_positions
+from crate_ray.training.step import build_optimizer, compile_layers, prepare_cpu, train_step
+
+Precision = Literal["bf16", "fp32"]
+
+_WARM_UP_STEPS = 2
+_CHUNK_SECONDS = 0.2  # steps on a GPU are timed in chunks of so long, as it runs behind the program
+
+
+# --- The equations, written out -------------------------------------------------------------------------------------
+
+
+class PlainMSSA(nn.Module):
+    """MSSA(Z) = W [SSA(Z | U_1); …; SSA(Z | U_K)], SSA(Z | U_k) = (U_kᵀZ) softmax((U_kᵀZ)ᵀ(U_kᵀZ) / √p)."""
+
+    def __init__(self, dim: int, num_subspaces: int, subspace_dim: int) -> None:
+        super().__init__()
+        self.num_subspaces, self.subspace_dim = num_subspaces, subspace_dim
+        self.subspaces = nn.Parameter(torch.empty(num_subspaces * subspace_dim, dim))
+        self.output = nn.Linear(num_subspaces * subspace_dim, dim)
+        nn.init.xavier_uniform_(self.subspaces)
+
+    def forward(self, z_BTD: Tensor) -> Tensor:
+        """The update of every token, (B, T, D)."""
+        batch, tokens, _ = z_BTD.shape
+        w_BTC = F.linear(z_BTD, self.subspaces)
+        w_BKTP = w_BTC.reshape(batch, tokens, self.num_subspaces, self.subspace_dim).permute(0, 2, 1, 3)
+        dots_BKTT = torch.matmul(w_BKTP, w_BKTP.transpose(-1, -2)) * self.subspace_dim**-0.5
+        o_BKTP = torch.matmul(dots_BKTT.softmax(dim=-1), w_BKTP)
+        return self.output(o_BKTP.permute(0, 2, 1, 3).reshape(batch, tokens, -1))
+
+
+class PlainISTA(nn.Module):
+    """ISTA(Z) = ReLU(Z + η (DᵀZ − DᵀDZ) − η λ), with three products."""
+
+    def __init__(self, dim: int, step_size: float, sparsity_lambda: float) -> None:
+        super().__init__()
+        self.step_size, self.sparsity_lambda = step_size, sparsity_lambda
+        self.dictionary = nn.Parameter(torch.empty(dim, dim))
+        nn.init.kaiming_uniform_(self.dictionary)
+
+    def forward(self, z_BTD: Tensor) -> Tensor:
+        """Codes (B, T, D)."""
+        reconstructed_BTD = F.linear(z_BTD, self.dictionary)
+        by_reconstruction_BTD = F.linear(reconstructed_BTD, self.dictionary.t())
+        by_tokens_BTD = F.linear(z_BTD, self.dictionary.t())
+        gradient_BTD = self.step_size * (by_tokens_BTD - by_reconstruction_BTD)
+        return F.relu(z_BTD + gradient_BTD - self.step_size * self.sparsity_lambda)
+
+
+class PlainEncoderLayer(nn.Module):
+    """Z½ = Z + MSSA(LN(Z));  Z' = ISTA(LN(Z½))."""
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__()
+        assert config.subspace_dim is not None
+        self.mssa_norm = nn.LayerNorm(config.dim)
+        self.mssa = PlainMSSA(config.dim, config.num_subspaces, config.subspace_dim)
+        self.ista_norm = nn.LayerNorm(config.dim)
+        self.ista = PlainISTA(config.dim, config.step_size, config.sparsity_lambda)
+
+    def forward(self, z_BTD: Tensor) -> Tensor:
+        """Tokens (B, T, D) after this layer."""
+        z_half_BTD = self.mssa(self.mssa_norm(z_BTD)) + z_BTD
+        return self.ista(self.ista_norm(z_half_BTD))
+
+
+class PlainDecoderLayer(nn.Module):
+    """Y½ = E LN(Y);  Y' = Y½ − MSSA(LN(Y½))."""
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__()
+        assert config.subspace_dim is not None
+        self.expansion_norm = nn.LayerNorm(config.dim)
+        self.expansion = nn.Parameter(torch.empty(config.dim, config.dim))
+        self.mssa_norm = nn.LayerNorm(config.dim)
+        self.mssa = PlainMSSA(config.dim, config.num_subspaces, config.subspace_dim)
+        nn.init.kaiming_uniform_(self.expansion)
+
+    def forward(self, y_BTD: Tensor) -> Tensor:
+        """Tokens (B, T, D) after this layer."""
+        y_half_BTD = F.linear(self.expansion_norm(y_BTD), self.expansion)
+        return y_half_BTD - self.mssa(self.mssa_norm(y_half_BTD))
+
+
+class PlainOutput(NamedTuple):
+    """What the forward pass of `PlainCrateMAE` returns."""
+
+    sample_loss: Tensor
+    """Mean squared error over each sample's removed patches, (B,)."""
+    prediction: Tensor
+    """Predicted pixels of every patch, (B, N, X)."""
+
+
+class PlainCrateMAE(nn.Module):
+    """The published CRATE-MAE as its equations read, to compare with; its parameters are named as `CrateMAE`'s."""
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__()
+        assert config.decoder_depth is not None
+        self.patch_hw, self.num_visible = config.patch_hw, config.num_visible
+        patch_numbers = math.prod(config.patch_hw) * config.channels
+        self.patch_embed = nn.Conv2d(config.channels, config.dim, config.patch_hw, config.patch_hw)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.encoder = nn.ModuleList(PlainEncoderLayer(config) for _ in range(config.depth))
+        self.encoder_norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.decoder = nn.ModuleList(PlainDecoderLayer(config) for _ in range(config.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.prediction = nn.Linear(config.dim, patch_numbers)
+        self.positions_1ND: Tensor
+        self.register_buffer("positions_1ND", sincos_positions(config.dim, config.grid_hw), persistent=False)
+        initialize_weights(self)
+
+    def forward(self, images_BCHW: Tensor, noise_BN: Tensor) -> PlainOutput:
+        """Mask images, predict their pixels, and compare over the removed patches."""
+        rank_BN = noise_BN.argsort(dim=1, stable=True).argsort(dim=1)
+        mask_BN1 = (rank_BN >= self.num_visible).unsqueeze(-1).to(images_BCHW.dtype)
+        x_BND = self.patch_embed(images_BCHW).flatten(2).transpose(1, 2)
+        x_BND = x_BND * (1 - mask_BN1) + self.mask_token * mask_BN1
+        x_BND = x_BND + self.positions_1ND
+        z_BTD = torch.cat([self.cls_token.expand(len(x_BND), -1, -1), x_BND], dim=1)
+        for layer in self.encoder:
+            z_BTD = layer(z_BTD)
+        y_BTD = self.encoder_norm(z_BTD)
+        for layer in self.decoder:
+            y_BTD = layer(y_BTD)
+        prediction_BNX = self.prediction(self.decoder_norm(y_BTD)[:, 1:])
+
+        (height, width), (batch, channels) = self.patch_hw, images_BCHW.shape[:2]
+        rows, columns = images_BCHW.shape[2] // height, images_BCHW.shape[3] // width
+        target = images_BCHW.reshape(batch, channels, rows, height, columns, width)
+        target_BNX = target.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+        loss_BN = ((prediction_BNX - target_BNX) ** 2).mean(dim=-1)
+        mask_BN = mask_BN1.squeeze(-1)
+        return PlainOutput((loss_BN * mask_BN).sum(dim=1) / mask_BN.sum(dim=1), prediction_BNX)
+
+
+# --- One measurement ------------------------------------------------------------------------------------------------
+
+
+class Case(Settings):
+    """What one process measures."""
+
+    contestant: Contestant
+    """Which model, and how it is trained."""
+    preset: PresetName
+    """Size."""
+    precision: Precision
+    """Autocast or plain fp32."""
+    image_size: int
+    """Side of the images in pixels."""
+    batch_size: int
+    """Images per step."""
+    seconds: float
+    """Duration after the warm-up."""
+    compile: bool
+    """Compile the layers."""
+    activation_checkpointing: bool
+    """Compute layers twice instead of keeping what they computed."""
+    device: Literal["cpu", "cuda"]
+    """Where."""
+
+
+class Measurement(Settings):
+    """What one process found."""
+
+    images_per_second: float
+    """Images over the median duration of a step."""
+    step_seconds: float
+    """Median duration of a step."""
+    steps: int
+    """Number of steps that were timed."""
+    peak_memory_bytes: int | None
+    """Largest memory while stepping: of the process, or on a GPU of its tensors."""
+    parameters: int
+    """Number of trained parameters."""
+    flops: int
+    """Operations of one step that count for the MFU."""
+    compiled: bool
+    """Whether the layers were compiled."""
+    start_seconds: float
+    """Duration until then: building, compiling and the steps to warm up."""
+
+
+def model_config(case: Case) -> ModelConfig:
+    """The model of a contestant."""
+    if case.contestant in ("crate_mae", "plain"):
+        return CrateMAEConfig(preset=case.preset, image_size=case.image_size)
+    suffix = "-matched" if case.contestant == "vit_mae_matched" else ""
+    return ViTMAEConfig.model_validate({"preset": case.preset + suffix, "image_size": case.image_size})
+
+
+def measure(case: Case) -> Measurement:
+    """Train on random images for a while. 'plain' is uncompiled, with PyTorch's defaults for process and optimiser."""
+    plain, device = case.contestant == "plain", torch.device(case.device)
+    if device.type == "cpu" and not plain:
+        prepare_cpu()
+    torch.manual_seed(0)
+    config = model_config(case)
+    autocast = torch.bfloat16 if case.precision == "bf16" else None
+    compiled, began = False, time.perf_counter()
+    model: nn.Module
+    if plain:
+        assert isinstance(config, CrateMAEConfig)
+        model = PlainCrateMAE(config).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
+        flops = plain_training_flops(config, case.batch_size)
+    else:
+        trained = build_model(config).to(device)
+        trained.checkpoint_layers = case.activation_checkpointing
+        compiled = case.compile and compile_layers(trained, case.batch_size, device, autocast)
+        model = trained
+        optimizer = build_optimizer(model, OptimConfig())
+        flops = training_flops(config, case.batch_size)
+    images = torch.randn(case.batch_size, config.channels, *config.image_hw, device=device)
+    noise = torch.rand(case.batch_size, config.num_patches, device=device)
+
+    def steps(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            train_step(model, optimizer, images, noise, batch_size=case.batch_size, lr=1e-4, autocast=autocast)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    steps(_WARM_UP_STEPS)
+    start_seconds = time.perf_counter() - began
+    _reset_peak_memory(device)
+    chunk = 1 if device.type == "cpu" else max(1, round(_CHUNK_SECONDS / steps(1)))
+    durations: list[float] = []
+    until = time.perf_counter() + case.seconds
+    while time.perf_counter() < until or len(durations) < 3:
+        durations.append(steps(chunk) / chunk)
+    step_seconds = statistics.median(durations)
+    return Measurement(
+        images_per_second=case.batch_size / step_seconds,
+        step_seconds=step_seconds,
+        steps=chunk * len(durations),
+        peak_memory_bytes=_peak_memory(device),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        flops=flops,
+        compiled=compiled,
+        start_seconds=start_seconds,
+    )
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far: compilers take memory of their own, once."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of a large product of square matrices, the best of several: what a model can reach at most."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until or best == math.inf:
+        began = time.perf_counter()
+        torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+# --- All of them ----------------------------------------------------------------------------------------------------
+
+
+def compare(config: BenchmarkTrainConfig) -> dict[str, Any]:
+    """Every figure, as plain data.
+
+    `presets[preset][precision][contestant]` is the fastest `Measurement` with its `mfu`;
+    `presets[preset][precision]["ratio_vs_plain"]` the speed of 'crate_mae' over that of 'plain', and
+    `memory_vs_plain` its peak memory over that of 'plain'. `image_sizes` holds measurements by side and contestant.
+    """
+    device = _device(config)
+    presets = config.presets or (("tiny", "small", "base", "large") if device == "cuda" else ("tiny", "small"))
+    batch_size = config.batch_size or (128 if device == "cuda" else 8)
+    sizes_batch = config.image_sizes_batch or (8 if device == "cuda" else 1)
+    peaks = _peak_flops(config, device)
+
+    def run(
+        contestant: Contestant, preset: PresetName, precision: Literal["bf16", "fp32"], side: int, batch: int
+    ) -> Any:
+        case = Case(
+            contestant=contestant, preset=preset, precision=precision, image_size=side, batch_size=batch,
+            seconds=config.seconds, compile=config.compile, device=device,
+            activation_checkpointing=config.activation_checkpointing,
+        )  # fmt: skip
+        found = _in_fresh_process(case)
+        if "failed" in found:
+            return found
+        return found | {"mfu": found["flops"] / found["step_seconds"] / peaks[precision]}
+
+    by_preset: dict[str, Any] = {}
+    for preset in presets:
+        by_preset[preset] = {}
+        for precision in config.precisions:
+            runs: dict[str, list[Any]] = {contestant: [] for contestant in config.contestants}
+            for _ in range(config.repeats):
+                for contestant in config.contestants:
+                    runs[contestant].append(run(contestant, preset, precision, config.image_size, batch_size))
+            best = {name: max(found, key=lambda one: one.get("images_per_second", 0)) for name, found in runs.items()}
+            by_preset[preset][precision] = best | _against_plain(best)
+    by_side: dict[str, Any] = {}
+    for side in config.image_sizes:
+        at_side: dict[str, Any] = {
+            c: run(c, presets[0], config.precisions[0], side, sizes_batch) for c in config.contestants
+        }
+        by_side[str(side)] = at_side | _against_plain(at_side)
+    return {
+        "presets": by_preset,
+        "image_sizes": by_side,
+        "peak_flops": peaks,
+        "machine": describe_machine()
+        | {"threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if device == "cuda" else None},
+        "settings": config.model_dump(mode="json", exclude={"json_file"})
+        | {"presets": list(presets), "batch_size": batch_size, "image_sizes_batch": sizes_batch, "device": device},
+    }
+
+
+def _against_plain(best: dict[str, Any]) -> dict[str, float]:
+    """Ratios of 'crate_mae' to 'plain', where both ran."""
+    ours, plain = best.get("crate_mae", {}), best.get("plain", {})
+    ratios: dict[str, float] = {}
+    if "images_per_second" in ours and "images_per_second" in plain:
+        ratios["ratio_vs_plain"] = ours["images_per_second"] / plain["images_per_second"]
+        if ours["peak_memory_bytes"] and plain["peak_memory_bytes"]:
+            ratios["memory_vs_plain"] = ours["peak_memory_bytes"] / plain["peak_memory_bytes"]
+    return ratios
+
+
+def _in_fresh_process(case: Case) -> dict[str, Any]:
+    """A measurement as plain data, or why there is none under 'failed': large images may not fit."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "crate_ray.benchmarks.training"],
+        input=case.model_dump_json(), capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stderr.strip().splitlines()
+    return {"failed": lines[-1] if lines else f"ended with exit code {done.returncode}, perhaps out of memory"}
+
+
+def _device(config: BenchmarkTrainConfig) -> Literal["cpu", "cuda"]:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda', but torch finds no GPU here; take 'cpu' or 'auto'")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _peak_flops(config: BenchmarkTrainConfig, device: Literal["cpu", "cuda"]) -> dict[str, float]:
+    """FLOP/s that count as an MFU of 1, by precision."""
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    peaks: dict[str, float] = {name: product_rate(torch.device(device), dtypes[name]) for name in config.precisions}
+    stated = gpu_peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
+    if "bf16" in peaks and (config.peak_flops or stated):
+        peaks["bf16"] = config.peak_flops or stated or 0.0
+    return peaks
+
+
+if __name__ == "__main__":
+    print(measure(Case.model_validate_json(sys.stdin.read())).model_dump_json())
