@@ -26,15 +26,15 @@ def run_job(
 ) -> NoReturn:
     """Parse the command line, run the job, exit: 0 when done, 2 with one sentence on stderr for what the user can mend.
 
-    Ctrl-C exits with 130. Other exceptions are ours to mend and keep their traceback.
+    Ctrl-C exits with 130, SIGTERM with 143. Other exceptions are ours to mend and keep their traceback.
     """
     try:
         main(parse_config(config_class, sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_USAGE_ERROR)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(getattr(interrupt, "exit_code", 130))
     sys.exit(0)
 
 

@@ -6,8 +6,9 @@ from crate_ray.cli import run_job
 from crate_ray.config import PretrainConfig
 from crate_ray.progress import ProgressDisplay
 from crate_ray.ray_cluster import start_ray
+from crate_ray.tracking.initial import initial_weights
 from crate_ray.tracking.pretraining import is_published, publish, track
-from crate_ray.training.run import open_run, pretrain
+from crate_ray.training.run import open_run, pretrain, start_from
 
 
 def main(config: PretrainConfig) -> None:
@@ -16,6 +17,7 @@ def main(config: PretrainConfig) -> None:
     if run.is_finished and is_published(run):
         print(f"run {config.name!r} is already finished: step {run.first_step} of {run.total_steps}")
         return
+    run = start_from(run, lambda reference: initial_weights(reference, config))
     with track(run) as tracker:
         if not run.is_finished:
             start_ray()

@@ -13,10 +13,11 @@ from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.evaluation.probe import probe_encoder
 from crate_ray.sweeps.space import trial_config
+from crate_ray.tracking.initial import initial_weights
 from crate_ray.tracking.pretraining import track
 from crate_ray.tracking.registry import load_described
 from crate_ray.training.loop import validation_loss
-from crate_ray.training.run import Run, open_run, pretrain
+from crate_ray.training.run import Run, open_run, pretrain, start_from
 from crate_ray.training.step import Normalizer
 
 PARENT_TAG, TRIAL_TAG = "mlflow.parentRunId", "crate_ray.trial"
@@ -54,7 +55,7 @@ def run_trial(values: dict[str, Any], sweep: dict[str, Any], shared: dict[str, A
     record = _Record(folder, trial, values)
     try:
         config = trial_config(settings, shared, values, f"trial-{trial}")
-        run = open_run(config)
+        run = start_from(open_run(config), lambda reference: initial_weights(reference, config))
         record.update(run_key=run.record.run_key)
         reporter = _Reporter(record, run.total_steps, settings.objective == "validation_loss")
         tags = {TRIAL_TAG: trial} | ({PARENT_TAG: parent_run} if parent_run else {})

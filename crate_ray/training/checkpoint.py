@@ -1,8 +1,12 @@
 """Checkpoints: tensors in safetensors, everything else in JSON, made valid by a commit record that is written last.
 
     <storage>/<run>/run.json                          what the run is: written once, when it starts
-    <storage>/<run>/attempt-001/step-00000500-<id>/   model.safetensors  optimizer.safetensors  state.json
-    <storage>/<run>/commits/step-00000500-<id>.json   names the directory and the digest of each of its files
+    <storage>/<run>/attempt-001/step-00000500-<id>/   model-00001-of-00002.safetensors      each worker's part, by
+                                                      optimizer-00001-of-00002.safetensors  torch.distributed.checkpoint
+                                                      uploaded-00001-of-00002.json          what the worker has uploaded
+                                                      state.json
+    <storage>/<run>/commits/step-00000500-<id>.json   names the directory and the size and digest of each of its files
+    <storage>/<run>/initial/model.safetensors         weights that the run starts from, where it was given some
 
 A directory without a record does not count, however complete it looks. No file of a run is ever unpickled.
 """
@@ -11,14 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from crate_ray.config import PretrainConfig, Settings
 from crate_ray.data.decode import Kind
@@ -28,13 +40,17 @@ from crate_ray.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
-RUN_FILE = "run.json"
+STATE_FILE, RUN_FILE, INITIAL_WEIGHTS = "state.json", "run.json", "initial/model.safetensors"
+MODEL_PART, OPTIMIZER_PART = "model", "optimizer"
 _COMMITS = "commits/"
+_PART_OF_INDEX = {1: MODEL_PART, 2: OPTIMIZER_PART}  # of the files that torch.distributed.checkpoint numbers
+
+# Each worker writes and reads its part by itself, so that nothing in the background waits for another worker.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - named for what it says
-    """A file of a committed checkpoint differs from its digest."""
+    """A file of a committed checkpoint is missing, or differs from its digest."""
 
 
 class RunRecord(Settings):
@@ -56,6 +72,8 @@ class RunRecord(Settings):
     """Standard deviation per channel that the input is divided by."""
     threads: int
     """Torch threads of each worker; another number rounds differently."""
+    initial_weights: str | None = None
+    """SHA-256 of the weights that the run starts from, where it was given some."""
 
 
 class CheckpointState(Settings):
@@ -71,6 +89,15 @@ class CheckpointState(Settings):
     """torch.__version__"""
 
 
+class FileRecord(Settings):
+    """What a file of a checkpoint must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Digest of its content."""
+
+
 class Commit(Settings):
     """The record that makes a checkpoint count."""
 
@@ -78,31 +105,144 @@ class Commit(Settings):
     """Optimiser steps done."""
     directory: str
     """Folder of the checkpoint under the run's storage."""
-    files: dict[str, str]
-    """SHA-256 of each file."""
+    files: dict[str, FileRecord]
+    """Its files, by name."""
+    time: float
+    """When it was committed, in seconds since 1970."""
+    validation_loss: float | None = None
+    """Validation loss after its step, where it was measured."""
 
 
-def write_checkpoint(
-    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState
-) -> None:
-    """Write a checkpoint's files into a local directory."""
-    safetensors.torch.save_file(_on_cpu(model.state_dict()), directory / MODEL_FILE)
-    safetensors.torch.save_file(_on_cpu(dict(_optimizer_tensors(model, optimizer))), directory / OPTIMIZER_FILE)
-    (directory / STATE_FILE).write_text(state.model_dump_json(indent=2))
+class _Uploaded(Settings):
+    """What one worker has uploaded; written after the files themselves."""
+
+    files: dict[str, FileRecord]
 
 
-def commit_checkpoint(run: Storage, directory: str, local: Path, step: int) -> Commit:
-    """Upload a checkpoint's files to `directory` under the run's storage, then write its record."""
+# --- Tensors to files and back --------------------------------------------------------------------------------------
+
+
+def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds: weights by their name, optimiser state as <name of the weight>/<entry>."""
+    tensors = dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        tensors |= {f"{name}/{key}": value for key, value in optimizer.state[parameter].items()}
+    return tensors
+
+
+def own_part(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
+    """The tensors that a worker writes: its shards of sharded ones, and of the others an equal share of the bytes."""
+    loads = [0] * world_size
+    part: dict[str, Tensor] = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if isinstance(tensor, DTensor):
+            part[name] = tensor
+            continue
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.nbytes
+        if owner == rank:
+            part[name] = tensor.contiguous()  # safetensors knows no memory format
+    return part
+
+
+def write_part(folder: Path, part: Mapping[str, Tensor], rank: int, world_size: int) -> None:
+    """Write a worker's part of a checkpoint's tensors into a local folder: at most one file each for the weights and
+    the optimiser."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {name: 2 if "/" in name else 1 for name in part}
+    writer = HuggingFaceStorageWriter(folder.as_posix(), index, save_distributed=True)
+    writer.sync_files = False  # what counts is the upload
+    dcp.save(dict(part), storage_writer=writer, no_dist=True)
+    for path in list(folder.glob("shard-*-model-*.safetensors")):
+        kind = _PART_OF_INDEX[int(path.name.split("-")[3])]
+        path.rename(folder / f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the safetensors files in a local folder, put together from all workers' parts, on the CPU."""
+    reader = HuggingFaceStorageReader(folder.as_posix())
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def restore_weights(folder: Path, model: nn.Module) -> None:
+    """Load weights from the safetensors files in a local folder into a model, sharded or not, however they were
+    written."""
+    dcp.load(dict(model.state_dict()), storage_reader=HuggingFaceStorageReader(folder.as_posix()), no_dist=True)
+
+
+def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> CheckpointState:
+    """Load a checkpoint's files into a model and its fresh optimiser, sharded or not, however they were written."""
+    reader = HuggingFaceStorageReader(folder.as_posix())
+    saved = reader.read_metadata().state_dict_metadata
+    for name, parameter in model.named_parameters():
+        prefix = f"{name}/"
+        for key in [key.removeprefix(prefix) for key in saved if key.startswith(prefix)]:
+            entry = saved[prefix + key]
+            assert isinstance(entry, TensorStorageMetadata)
+            # Counters have no dimension; they are on the parameter's device, where the fused optimiser wants them.
+            scalar = not len(entry.size)
+            dtype = entry.properties.dtype
+            empty = torch.zeros((), dtype=dtype, device=parameter.device)
+            optimizer.state[parameter][key] = empty if scalar else torch.zeros_like(parameter, dtype=dtype)
+    dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader, no_dist=True)
+    return CheckpointState.model_validate_json((folder / STATE_FILE).read_bytes())
+
+
+# --- Files to the storage and back ----------------------------------------------------------------------------------
+
+
+def upload_part(run: Storage, directory: str, folder: Path, rank: int, world_size: int) -> None:
+    """Upload a worker's files to `directory` under the run's storage, and last a record of them."""
     files = {}
-    for path in sorted(local.iterdir()):
-        files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(folder.iterdir()):
+        files[path.name] = FileRecord(size=path.stat().st_size, sha256=_digest(path))
         run.write(f"{directory}/{path.name}", path)
-    commit = Commit(step=step, directory=directory, files=files)
-    run.write(_record_name(commit), commit.model_dump_json(indent=2).encode(), if_absent=True)
+    record = _Uploaded(files=files).model_dump_json(indent=2).encode()
+    run.write(f"{directory}/{_uploaded_name(rank, world_size)}", record)
+
+
+def commit_checkpoint(
+    run: Storage,
+    directory: str,
+    step: int,
+    world_size: int,
+    *,
+    validation_loss: float | None = None,
+    timeout: float = 1800.0,
+) -> Commit:
+    """Wait until all workers have uploaded their parts, then write the record that makes the checkpoint count.
+
+    Raises TimeoutError when they have not within the timeout, in seconds.
+    """
+    files: dict[str, FileRecord] = {}
+    deadline = time.monotonic() + timeout
+    for rank in range(world_size):
+        pause = 0.05
+        while True:
+            try:
+                record = run.read(f"{directory}/{_uploaded_name(rank, world_size)}")
+                break
+            except NotFound:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"worker {rank} did not upload its part of checkpoint {directory} within {timeout:.0f} s"
+                    ) from None
+                time.sleep(pause)
+                pause = min(2 * pause, 2.0)
+        files |= _Uploaded.model_validate_json(record).files
+    commit = Commit(step=step, directory=directory, files=files, time=time.time(), validation_loss=validation_loss)
+    run.write(record_name(commit), commit.model_dump_json(indent=2).encode())
     return commit
 
 
-def _record_name(commit: Commit) -> str:
+def record_name(commit: Commit) -> str:
+    """Name of a commit record under the run's storage."""
     return f"{_COMMITS}{commit.directory.rsplit('/', 1)[-1]}.json"
 
 
@@ -117,57 +257,115 @@ def committed(run: Storage) -> list[Commit]:
     return sorted(found, key=lambda c: (c.step, c.directory), reverse=True)
 
 
-def read_checkpoint(run: Storage, commit: Commit) -> dict[str, bytes]:
-    """Content of a committed checkpoint's files. Raises NotFound or DamagedCheckpoint when they are not all there."""
-    missing = {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE} - set(commit.files)
-    if missing:
-        raise DamagedCheckpoint(f"checkpoint {commit.directory} of {run.uri} has no {min(missing)}")
-    files = {name: run.read(f"{commit.directory}/{name}") for name in commit.files}
-    for name, content in files.items():
-        if hashlib.sha256(content).hexdigest() != commit.files[name]:
+def fetch_checkpoint(run: Storage, commit: Commit, folder: Path, part: Literal["all", "model"] = "all") -> None:
+    """Copy a committed checkpoint's files, or only state and weights of it, into an empty local folder.
+
+    Raises NotFound or DamagedCheckpoint when they are not all there as they were written.
+    """
+    _check_complete(run, commit)
+    for name, record in commit.files.items():
+        if part == "model" and name.startswith(OPTIMIZER_PART):
+            continue
+        run.download(f"{commit.directory}/{name}", folder / name)
+        if _digest(folder / name) != record.sha256:
             raise DamagedCheckpoint(f"checkpoint {commit.directory} of {run.uri}: {name} differs from its digest")
-    return files
 
 
-def newest_valid(run: Storage) -> Iterator[tuple[Commit, dict[str, bytes]]]:
-    """Committed checkpoints with the content of their files, newest first, damaged ones left out with a warning."""
+def fetch_newest(
+    run: Storage, folder: Path, part: Literal["all", "model"] = "all", step: int | None = None
+) -> Commit | None:
+    """Copy the newest valid checkpoint (of a step, where one is given) into a local folder.
+
+    Damaged ones are passed over with a warning. None when there is no valid one.
+    """
     for commit in committed(run):
+        if step not in (None, commit.step):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            files = read_checkpoint(run, commit)
+            fetch_checkpoint(run, commit, folder, part)
         except (NotFound, DamagedCheckpoint) as error:  # not when the storage is away: nothing older is newer then
             logger.warning("%s; trying an older one", error)
+            shutil.rmtree(folder)
             continue
-        yield commit, files
+        return commit
+    return None
 
 
-def restore_checkpoint(files: dict[str, bytes], model: nn.Module, optimizer: torch.optim.Optimizer) -> CheckpointState:
-    """Load a checkpoint's files into a model and its fresh optimiser."""
-    model.load_state_dict(safetensors.torch.load(files[MODEL_FILE]))
-    tensors = safetensors.torch.load(files[OPTIMIZER_FILE])
-    for name, parameter in model.named_parameters():
-        prefix = f"{name}/"
-        entries = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        # AdamW keeps its step counter on the CPU unless it runs fused on an accelerator.
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
-    return CheckpointState.model_validate_json(files[STATE_FILE])
+def newest_complete(run: Storage) -> Commit | None:
+    """Record of the newest checkpoint whose files are all there in their full size; their content is not read."""
+    for commit in committed(run):
+        try:
+            _check_complete(run, commit)
+        except DamagedCheckpoint as error:
+            logger.warning("%s; trying an older one", error)
+            continue
+        return commit
+    return None
 
 
-def delete_old_checkpoints(run: Storage, keep: int) -> None:
-    """Remove all but the newest checkpoints: the record first, so that half a checkpoint never counts."""
-    for commit in committed(run)[keep:]:
-        run.delete(_record_name(commit))
-        for name in commit.files:
-            run.delete(f"{commit.directory}/{name}")
-
-
-def load_weights(run: Storage) -> tuple[CheckpointState, dict[str, Tensor]]:
-    """State and weights of a run's newest valid checkpoint.
+def load_weights(run: Storage, step: int | None = None) -> tuple[CheckpointState, dict[str, Tensor]]:
+    """State and weights of a run's newest valid checkpoint, or of that of a step, on the CPU.
 
     Raises UserError when the run has none.
     """
-    for _, files in newest_valid(run):
-        return CheckpointState.model_validate_json(files[STATE_FILE]), safetensors.torch.load(files[MODEL_FILE])
-    raise UserError(f"{run.uri} holds no checkpoint; give the folder of a run that has written one")
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
+        folder = Path(temporary) / "checkpoint"
+        if fetch_newest(run, folder, "model", step):
+            return CheckpointState.model_validate_json((folder / STATE_FILE).read_bytes()), read_tensors(folder)
+    if step is None:
+        raise UserError(f"{run.uri} holds no checkpoint; give the folder of a run that has written one")
+    steps = ", ".join(str(commit.step) for commit in reversed(committed(run))) or "none"
+    raise UserError(f"{run.uri} holds no valid checkpoint of step {step}; it has those of the steps {steps}")
+
+
+def write_initial_weights(run: Storage, weights: Mapping[str, Tensor]) -> str:
+    """Store the weights that a run is to start from; returns their digest, for its record."""
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
+        path = Path(temporary) / "model.safetensors"
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+        run.write(INITIAL_WEIGHTS, path)
+        return _digest(path)
+
+
+def fetch_initial_weights(run: Storage, digest: str, folder: Path) -> None:
+    """Copy the weights that a run is to start from into a local folder.
+
+    Raises DamagedCheckpoint when they are others by now.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.safetensors"
+    run.download(INITIAL_WEIGHTS, path)
+    if _digest(path) != digest:
+        raise DamagedCheckpoint(
+            f"{run.uri}/{INITIAL_WEIGHTS}, which the run starts from, differs from its digest; delete it, and the next "
+            "start makes it again"
+        )
+
+
+def _check_complete(run: Storage, commit: Commit) -> None:
+    """Raise DamagedCheckpoint unless a checkpoint has all its files in their full size."""
+    where = f"checkpoint {commit.directory} of {run.uri}"
+    if STATE_FILE not in commit.files or not any(name.startswith(MODEL_PART) for name in commit.files):
+        raise DamagedCheckpoint(f"{where} has a record without its files")
+    sizes = {info.key.rsplit("/", 1)[-1]: info.size for info in run.list(f"{commit.directory}/")}
+    for name, record in commit.files.items():
+        if name not in sizes:
+            raise DamagedCheckpoint(f"{where} has no {name}")
+        if sizes[name] != record.size:
+            raise DamagedCheckpoint(f"{where}: {name} has {sizes[name]} bytes instead of {record.size}")
+
+
+def _uploaded_name(rank: int, world_size: int) -> str:
+    return f"uploaded-{rank + 1:05d}-of-{world_size:05d}.json"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- The run's record -----------------------------------------------------------------------------------------------
 
 
 def read_record(run: Storage) -> RunRecord | None:
@@ -185,13 +383,3 @@ def read_record(run: Storage) -> RunRecord | None:
 def write_record(run: Storage, record: RunRecord) -> None:
     """Store the run's record."""
     run.write(RUN_FILE, record.model_dump_json(indent=2).encode())
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            yield f"{name}/{key}", value
-
-
-def _on_cpu(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

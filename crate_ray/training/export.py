@@ -37,12 +37,12 @@ class ModelDescription(Settings):
     """Optimiser steps behind the weights."""
 
 
-def export_run(run: Storage, folder: Path) -> ModelDescription:
-    """Write the weights of a run's newest checkpoint into a local folder as a model.
+def export_run(run: Storage, folder: Path, step: int | None = None) -> ModelDescription:
+    """Write the weights of a run's newest checkpoint, or of that of a step, into a local folder as a model.
 
-    Raises UserError when the run has no checkpoint.
+    Raises UserError when the run has no such checkpoint.
     """
-    state, weights = load_weights(run)
+    state, weights = load_weights(run, step)
     record = state.run
     description = ModelDescription(
         model=record.config.model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import tempfile
 import time
 import uuid
 import warnings
@@ -16,41 +15,31 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
-from torch.nn.parallel import DistributedDataParallel
 
 from crate_ray.config import PretrainConfig
 from crate_ray.data.loader import evaluation_loader, training_loader
 from crate_ray.data.mixture import open_mixture
 from crate_ray.data.order import worker_slots
 from crate_ray.data.shards import ShardSet, load_dataset
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
-from crate_ray.training.checkpoint import (
-    CheckpointState,
-    Commit,
-    RunRecord,
-    commit_checkpoint,
-    delete_old_checkpoints,
-    newest_valid,
-    read_checkpoint,
-    restore_checkpoint,
-    write_checkpoint,
-)
+from crate_ray.training.checkpoint import RunRecord
+from crate_ray.training.control import WorkerControl
+from crate_ray.training.local_space import local_space
+from crate_ray.training.parallel import is_sharded, micro_steps_of, parallelize, settle
 from crate_ray.training.step import (
     Normalizer,
     autocast_dtype,
     build_optimizer,
-    discard_step,
     learning_rate,
     mask_noise,
-    num_micro_steps,
     probe_noise,
     train_step,
 )
 from crate_ray.training.telemetry import KEYS_DIGEST_RANGE, Stopwatch, keys_digest, reconstruction_picture
+from crate_ray.training.worker_checkpoints import WorkerCheckpoints
 
 logger = logging.getLogger(__name__)
 _PICTURE_SAMPLES = 8
@@ -66,6 +55,15 @@ def train_loop(payload: dict[str, Any]) -> None:
 
 
 def train(payload: dict[str, Any]) -> None:
+    """`_train` with temporary folders on the node's disk, of this worker and of the first one on its node."""
+    context = ray.train.get_context()
+    start = broadcast_from_rank_zero(uuid.uuid4().hex[:12])
+    names = [f"{start}-{context.get_node_rank()}-{local_rank}" for local_rank in (context.get_local_rank(), 0)]
+    with local_space(names[0]) as own:
+        _train(payload, own, own.with_name(names[1]))
+
+
+def _train(payload: dict[str, Any], space: Path, node_space: Path) -> None:
     """Train one worker's share of a run, from its newest committed checkpoint to its last step.
 
     The payload holds the config and the run's record as plain data, the number of steps, the folder for this attempt's
@@ -89,20 +87,23 @@ def train(payload: dict[str, Any]) -> None:
         raise UserError(f"the dataset at {mixture.uri} changed while the run was starting; start it again")
 
     torch.manual_seed(config.seed)
-    model: MaskedAutoencoder = build_model(config.model).to(device)
-    optimizer = build_optimizer(model, config.optim)
-    step = _restore(run, model, optimizer)
-    trained: torch.nn.Module = DistributedDataParallel(model) if world_size > 1 else model
-
     autocast = autocast_dtype(config.training.precision, device)
-    normalizer = Normalizer.of(record.mean, record.std, device)
-    micro_steps = num_micro_steps(config.training, world_size)
-    num_patches = config.model.num_patches
+    model: MaskedAutoencoder = build_model(config.model).to(device)
+    trained = parallelize(model, config.scaling.strategy, world_size=world_size, device=device, autocast=autocast)
+    optimizer = build_optimizer(model, config.optim)
     reporter = _Reporter(payload["mailbox"] if rank == 0 else None)
-    checkpoints = _Checkpoints(run, payload["attempt"], record, config.checkpoint.keep_last)
+    checkpoints = WorkerCheckpoints(
+        run, payload["attempt"], record, config.checkpoint, (space, node_space), reporter.checkpoint
+    )
+    step = checkpoints.restore(model, optimizer)
+
+    normalizer = Normalizer.of(record.mean, record.std, device)
+    micro_steps = micro_steps_of(config.training, model, world_size)
+    num_patches = config.model.num_patches
     validate_every = config.training.validate_every or total_steps
     picture_every = config.tracking.picture_every
-    if rank == 0 and picture_every:
+    makes_pictures = rank == 0 or is_sharded(model)
+    if makes_pictures and picture_every:
         probe = _probe_batch(validation or mixture.datasets[0], config)
         if step == 0:
             reporter.picture(step, probe, model, normalizer, num_patches)
@@ -118,16 +119,37 @@ def train(payload: dict[str, Any]) -> None:
         device=device,
     )
     first_slot, _ = worker_slots(config.training.batch_size, rank, world_size)
-    with loader:
-        if world_size > 1 and step < total_steps:
+    mailbox = payload["mailbox"]
+    control = WorkerControl(
+        rank,
+        world_size,
+        show=lambda sign: mailbox.put.remote(("alive", sign.step, sign)),
+        asked_to_stop=lambda: ray.get(mailbox.is_stopping.remote()),
+        beat_seconds=min(10.0, config.scaling.hang_seconds / 6),
+        look_seconds=config.scaling.preemption_seconds,
+    )
+    with loader, control:
+        if step < total_steps:
             size = (config.model.channels, *config.model.image_hw)
-            discard_step(trained, torch.zeros(1, *size, device=device), torch.zeros(1, num_patches, device=device))
+            settle(trained, torch.zeros(1, *size, device=device), torch.zeros(1, num_patches, device=device))
         watch, batches = Stopwatch(), iter(loader)
         loss_sum, steps_since_log = torch.zeros((), device=device), 0
         told: set[str] = set()
+        saved, rescued = step, False
         while step < total_steps:
+            agreed = control.agree(step)
+            if agreed.stop or (agreed.look and not rescued and ray.train.get_preemption_info()):
+                # Before a node is taken away, go on training: Ray Train starts again when it is gone.
+                rescued = True
+                if step > saved:
+                    with control.phase("checkpoint"):
+                        checkpoints.save(step, model, optimizer, None)
+                    saved = step
+                if agreed.stop:
+                    break
             began = watch.wait_began()
-            batch = next(batches)
+            with control.phase("data"):
+                batch = next(batches)
             watch.wait_ended(began)
 
             images = normalizer(batch.images)
@@ -167,14 +189,23 @@ def train(payload: dict[str, Any]) -> None:
                 if new := {key: cause for key, cause in list(loader.bad.causes.items()) if key not in told}:
                     told |= new.keys()
                     payload["mailbox"].put.remote(("bad_samples", step, new))
-            if validation and (step % validate_every == 0 or step == total_steps):
-                loss = validation_loss(model, validation, config, normalizer, autocast, rank, world_size)
-                reporter.metrics(step, {"validation_loss": loss})
-            if rank == 0 and picture_every and (step % picture_every == 0 or step == total_steps):
+            saves = step % config.checkpoint.every_steps == 0 or step == total_steps
+            validates = step % validate_every == 0 or step == total_steps or (saves and config.checkpoint.keep_best)
+            held_out = None
+            if validation and validates:
+                held_out = validation_loss(model, validation, config, normalizer, autocast, rank, world_size)
+                reporter.metrics(step, {"validation_loss": held_out})
+            if makes_pictures and picture_every and (step % picture_every == 0 or step == total_steps):
                 reporter.picture(step, probe, model, normalizer, num_patches)
-            if step % config.checkpoint.every_steps == 0 or step == total_steps:
-                checkpoints.save(step, model, optimizer, rank, world_size)
+            if saves:
+                began = time.perf_counter()
+                with control.phase("checkpoint"):
+                    checkpoints.save(step, model, optimizer, held_out)
+                saved = step
+                reporter.metrics(step, {"checkpoint_blocking_seconds": time.perf_counter() - began})
+        control.finish()
 
+    checkpoints.finish()
     reporter.flush()
     if world_size > 1:
         # Without this gloo can deadlock when the process group is destroyed.
@@ -196,15 +227,19 @@ def validation_loss(
     device = normalizer.mean.device
     batch_size = min(config.training.micro_batch_size or config.training.batch_size, 256) * world_size
     total = torch.zeros(2, device=device, dtype=torch.float64)  # sum of losses, number of samples
+    nothing = torch.zeros(1, config.model.channels, *config.model.image_hw, device=device)
     model.eval()
     with evaluation_loader(
         validation, config.model, config.data, batch_size=batch_size, rank=rank, world_size=world_size, device=device
     ) as loader:
         for batch in loader:
-            if not len(batch.samples):
+            if not len(batch.samples) and not is_sharded(model):
                 continue
             noise = probe_noise(batch.samples, config.model.num_patches).to(device)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                if not len(batch.samples):
+                    model(nothing, noise.new_zeros(1, config.model.num_patches))  # the other workers wait for it
+                    continue
                 output = model(normalizer(batch.images), noise)
             total[0] += output.sample_loss.double().sum()
             total[1] += len(batch.samples)
@@ -212,50 +247,6 @@ def validation_loss(
     if world_size > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
-
-
-def _restore(run: Storage, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest valid checkpoint, the one that rank 0 found on every rank; the step it was taken at, or 0."""
-    found = next(newest_valid(run), None) if ray.train.get_context().get_world_rank() == 0 else None
-    chosen = broadcast_from_rank_zero(found[0].model_dump() if found else None)
-    if chosen is None:
-        return 0
-    commit = Commit.model_validate(chosen)
-    files = found[1] if found else read_checkpoint(run, commit)
-    return restore_checkpoint(files, model, optimizer).step
-
-
-class _Checkpoints:
-    """Writes checkpoints on rank 0; every rank takes part, as Ray Train's report is a barrier."""
-
-    def __init__(self, run: Storage, attempt: str, record: RunRecord, keep_last: int) -> None:
-        self._run, self._attempt, self._record, self._keep = run, attempt, record, keep_last
-
-    def save(
-        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
-    ) -> None:
-        """Write the files now, upload and commit them in the background."""
-        if rank != 0:
-            ray.train.report({"step": step})
-            return
-        local = Path(tempfile.mkdtemp(prefix="crate-ray-checkpoint-"))
-        state = CheckpointState(step=step, run=self._record, world_size=world_size, torch_version=torch.__version__)
-        write_checkpoint(local, model, optimizer, state)
-
-        def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
-            commit_checkpoint(self._run, f"{self._attempt}/{name}", local, step)
-            delete_old_checkpoints(self._run, self._keep)
-            storage = ray.train.get_context().get_storage()
-            return Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
-
-        ray.train.report(
-            {"step": step},
-            checkpoint=Checkpoint(local.as_posix()),
-            checkpoint_dir_name=f"step-{step:08d}-{uuid.uuid4().hex[:8]}",
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=True,
-        )
 
 
 class _Reporter:
@@ -274,6 +265,12 @@ class _Reporter:
         if self._mailbox is not None:
             self._last = self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000)))
 
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Send, from the thread that uploads, how long that took, and wait until it has arrived."""
+        if self._mailbox is not None:
+            values = {"checkpoint_background_seconds": seconds}
+            ray.get(self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000))))
+
     def picture(
         self,
         step: int,
@@ -282,11 +279,11 @@ class _Reporter:
         normalizer: Normalizer,
         num_patches: int,
     ) -> None:
-        """Send the reconstruction of the probe batch."""
+        """Send the reconstruction of the probe batch. A collective call where the model is sharded."""
+        images, noise, value_range = probe
+        device = normalizer.mean.device
+        png = reconstruction_picture(model, normalizer, images.to(device), noise.to(device), value_range)
         if self._mailbox is not None:
-            images, noise, value_range = probe
-            device = normalizer.mean.device
-            png = reconstruction_picture(model, normalizer, images.to(device), noise.to(device), value_range)
             self._last = self._mailbox.put.remote(("picture", step, "reconstruction", png))
 
 

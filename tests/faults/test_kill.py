@@ -11,53 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from crate_ray.config import PrepareConfig
-from crate_ray.data.builtin import digits_source
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import open_storage
-from tests.jobs import end, final_weights, finish, job, start, wait_for_commit, workers
-
-STEPS, EVERY = 60, 12
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = PrepareConfig(source="digits", split="test", output=str(tmp_path_factory.mktemp("digits")))
-    pack(digits_source("test"), open_storage(config.output, config.s3), config)
-    return config.output
-
-
-def pretrain(digits: str, workers: int = 2) -> list[str]:
-    """Settings with all that could break equality: augmentation, accumulation, uneven batches, several epochs."""
-    settings = {
-        "name": "run",
-        "storage": "runs",
-        "data.train": digits,
-        "data.crop_scale": "0.5,1",
-        "model.image_size": 8,
-        "model.patch_size": 2,
-        "model.channels": 1,
-        "model.dim": 64,
-        "model.depth": 2,
-        "model.num_subspaces": 4,
-        "training.batch_size": 45,
-        "training.micro_batch_size": 10,
-        "training.steps": STEPS,
-        "optim.lr": 0.003,
-        "scaling.workers": workers,
-        "scaling.cpus_per_worker": 1,
-        "checkpoint.every_steps": EVERY,
-        "tracking.uri": "sqlite:///mlflow.db",
-        "tracking.picture_every": "null",
-    }
-    return job("pretrain", *[part for name, value in settings.items() for part in (f"--{name}", str(value))])
-
-
-@pytest.fixture(scope="module")
-def undisturbed(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(start(pretrain(digits), folder), folder)
-    return final_weights(folder / "runs" / "run")
+from tests.faults.runs import EVERY, STEPS, pretrain
+from tests.jobs import end, final_weights, finish, start, wait_for_commit, workers
 
 
 @pytest.mark.parametrize("seed", [1])

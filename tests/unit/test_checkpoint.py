@@ -3,39 +3,53 @@ over for older ones, and no file is ever unpickled."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
 
-from crate_ray.config import CrateMAEConfig, OptimConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.config import CheckpointConfig, CrateMAEConfig, OptimConfig, PretrainConfig, ViTMAEConfig
 from crate_ray.data.order import DatasetOrder, SampleOrder
 from crate_ray.data.storage import LocalStorage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.training.checkpoint import (
-    MODEL_FILE,
-    OPTIMIZER_FILE,
     RUN_FILE,
     STATE_FILE,
     CheckpointState,
+    Commit,
+    FileRecord,
     RunRecord,
+    checkpoint_tensors,
     commit_checkpoint,
     committed,
-    delete_old_checkpoints,
+    fetch_newest,
     load_weights,
-    newest_valid,
+    newest_complete,
+    own_part,
     read_record,
     restore_checkpoint,
-    write_checkpoint,
+    upload_part,
+    write_part,
     write_record,
 )
 from crate_ray.training.export import ModelDescription, export_model, load_exported
+from crate_ray.training.local_space import local_space
+from crate_ray.training.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
 from crate_ray.training.step import build_optimizer, learning_rate, train_step
 
 MODEL = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=2, decoder_maps="tied")
@@ -86,15 +100,25 @@ class Trainer:
             train_step(self.model, self.optimizer, images, noise, batch_size=4, lr=lr, clip_norm=0.5)
             self.step += 1
 
-    def save(self, run: LocalStorage, scratch: Path, name: str = "") -> str:
-        local = scratch / f"local-{self.step}{name}"
-        local.mkdir()
-        state = CheckpointState(step=self.step, run=RECORD, world_size=2, torch_version="2")
-        write_checkpoint(local, self.model, self.optimizer, state)
+    def save(self, run: LocalStorage, scratch: Path, name: str = "", world_size: int = 2) -> str:
+        """A checkpoint as so many workers write it, which all hold the same."""
         directory = f"attempt-001/step-{self.step:08d}{name}"
-        commit = commit_checkpoint(run, directory, local, self.step)
+        for rank in range(world_size):
+            self.upload(run, scratch, directory, rank, world_size)
+        commit = commit_checkpoint(run, directory, self.step, world_size, timeout=0)
         assert commit.directory == directory
         return directory
+
+    def upload(self, run: LocalStorage, scratch: Path, directory: str, rank: int, world_size: int) -> None:
+        local = scratch / "local" / directory / str(rank)
+        write_part(local, own_part(self.tensors(), rank, world_size), rank, world_size)
+        if rank == 0:
+            state = CheckpointState(step=self.step, run=RECORD, world_size=world_size, torch_version="2")
+            (local / STATE_FILE).write_text(state.model_dump_json())
+        upload_part(run, directory, local, rank, world_size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return checkpoint_tensors(self.model, self.optimizer)
 
     def same_as(self, other: Trainer) -> bool:
         pairs = zip(self.model.parameters(), other.model.parameters(), strict=True)
@@ -102,13 +126,15 @@ class Trainer:
 
 
 def restored(run: LocalStorage) -> Trainer | None:
-    for _, files in newest_valid(run):
-        fresh = Trainer(seed=99)
-        state = restore_checkpoint(files, fresh.model, fresh.optimizer)
-        assert state.run == RECORD
-        fresh.step = state.step
-        return fresh
-    return None
+    folder = run.root.with_name("restored")
+    shutil.rmtree(folder, ignore_errors=True)
+    if fetch_newest(run, folder) is None:
+        return None
+    fresh = Trainer(seed=99)
+    state = restore_checkpoint(folder, fresh.model, fresh.optimizer)
+    assert state.run == RECORD
+    fresh.step = state.step
+    return fresh
 
 
 def test_a_restored_run_goes_on_bitwise_the_same(run: LocalStorage, tmp_path: Path) -> None:
@@ -137,6 +163,67 @@ def test_a_restored_run_goes_on_bitwise_the_same(run: LocalStorage, tmp_path: Pa
     assert resumed.same_as(twin)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_workers_write_equal_shares_that_any_number_of_workers_reads(
+    world_size: int, run: LocalStorage, tmp_path: Path
+) -> None:
+    trainer = Trainer()
+    trainer.model.patch_embed.to(memory_format=torch.channels_last)
+    trainer.train(2)
+    directory = trainer.save(run, tmp_path, world_size=world_size)
+    files = sorted((tmp_path / "run" / directory).glob("*.safetensors"))
+    parts = [f"{rank + 1:05d}-of-{world_size:05d}" for rank in range(world_size)]
+    assert sum(len(load_file(path)) for path in files) == len(trainer.tensors())  # none twice
+    held = [sum(t.nbytes for path in files if part in path.name for t in load_file(path).values()) for part in parts]
+    assert max(held) - min(held) <= max(tensor.nbytes for tensor in trainer.tensors().values())
+    # All can be read as plain safetensors, and by one process that knows nothing of the others.
+    state, weights = load_weights(run)
+    assert state.step == 2 and state.world_size == world_size
+    expected = trainer.model.state_dict()
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+    resumed = restored(run)
+    assert resumed is not None
+    everything = trainer.tensors()
+    assert all(torch.equal(value, everything[name]) for name, value in resumed.tensors().items())
+
+
+def test_a_checkpoint_counts_when_all_workers_have_uploaded_their_part(run: LocalStorage, tmp_path: Path) -> None:
+    trainer, older = Trainer(), Trainer()
+    trainer.train(1)
+    older.train(1)
+    trainer.save(run, tmp_path)
+    trainer.train(1)
+    directory = "attempt-001/step-00000002"
+    for rank in (0, 2):
+        trainer.upload(run, tmp_path, directory, rank, 3)
+    with pytest.raises(TimeoutError, match="worker 1 did not upload its part of checkpoint attempt-001/step-00000002"):
+        commit_checkpoint(run, directory, 2, 3, timeout=0.1)
+    found = restored(run)
+    assert found is not None and found.same_as(older)
+    trainer.upload(run, tmp_path, directory, 1, 3)
+    commit_checkpoint(run, directory, 2, 3, timeout=0)
+    found = restored(run)
+    assert found is not None and found.same_as(trainer)
+
+
+def test_restoring_unpickles_nothing(run: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer()
+    trainer.train(1)
+    trainer.save(run, tmp_path)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("something is unpickled")
+
+    for module, name in ((pickle, "Unpickler"), (pickle, "load"), (pickle, "loads"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    found = restored(run)
+    assert found is not None and found.same_as(trainer)
+    load_weights(run)
+
+
+PARTS = [f"{kind}-0000{number}-of-00002.safetensors" for kind in ("model", "optimizer") for number in (1, 2)]
+
+
 def change_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -144,10 +231,7 @@ def change_byte(path: Path) -> None:
 
 
 def each_file(change: Callable[[Path], Any]) -> dict[str, Callable[[Path, str], Any]]:
-    return {
-        name: lambda root, directory, name=name: change(root / directory / name)
-        for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
-    }
+    return {name: lambda root, directory, name=name: change(root / directory / name) for name in (*PARTS, STATE_FILE)}
 
 
 def record_path(root: Path, directory: str) -> Path:
@@ -171,7 +255,7 @@ def truncate_record(root: Path, directory: str) -> None:
 DAMAGE: dict[str, Callable[[Path, str], Any]] = {
     **{f"changed {name}": change for name, change in each_file(change_byte).items()},
     **{f"missing {name}": change for name, change in each_file(Path.unlink).items()},
-    "truncated weights": lambda root, directory: os.truncate(root / directory / MODEL_FILE, 100),
+    "truncated weights": lambda root, directory: os.truncate(root / directory / PARTS[0], 100),
     "empty record": write_garbage(b""),
     "record of another kind": write_garbage(b'{"step": 5}'),
     "binary record": write_garbage(b"\xff\xfe\x00garbage"),
@@ -193,9 +277,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(damage: str, run: 
     DAMAGE[damage](tmp_path / "run", newest)
     found = restored(run)
     assert found is not None and found.same_as(older)
-    state, weights = load_weights(run)
-    assert state.step == 2
-    assert all(torch.equal(weights[name], value) for name, value in older.model.state_dict().items())
+    state, weights = load_weights(run)  # whose own files are whole where only the optimiser's are not
+    of = trainer if damage.startswith("changed optimizer") else older
+    assert state.step == of.step
+    assert all(torch.equal(weights[name], value) for name, value in of.model.state_dict().items())
     # The run writes the step again, under another name, and goes on from there.
     older.train(3)
     older.save(run, tmp_path, "-again")
@@ -219,11 +304,11 @@ def test_old_checkpoints_are_deleted_record_first(run: LocalStorage, tmp_path: P
     for _ in range(4):
         trainer.train(1)
         directories.append(trainer.save(run, tmp_path))
-    delete_old_checkpoints(run, 9)
+    delete_old_checkpoints(run, CheckpointConfig(keep_last=9))
     assert [commit.step for commit in committed(run)] == [4, 3, 2, 1]
-    delete_old_checkpoints(run, 3)
+    delete_old_checkpoints(run, CheckpointConfig(keep_last=3))
     assert [commit.step for commit in committed(run)] == [4, 3, 2]
-    assert not list(run.list(directories[0])) and len(list(run.list(directories[1]))) == 3
+    assert not list(run.list(directories[0])) and len(list(run.list(directories[1]))) == 7
 
     class Interrupted(LocalStorage):
         """Loses its power after the first deletion."""
@@ -233,10 +318,111 @@ def test_old_checkpoints_are_deleted_record_first(run: LocalStorage, tmp_path: P
             raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        delete_old_checkpoints(Interrupted(tmp_path / "run"), 2)
+        delete_old_checkpoints(Interrupted(tmp_path / "run"), CheckpointConfig(keep_last=2))
     assert [commit.step for commit in committed(run)] == [4, 3]
     found = restored(run)
     assert found is not None and found.same_as(trainer)
+    # What the interrupted deletion and an upload that was cut off have left goes with the next start.
+    trainer.upload(run, tmp_path, "attempt-002/step-00000005-x", 0, 2)
+    run.write("attempt-002/checkpoint_manager_snapshot.json", b"Ray's own")
+    before = {info.key for commit in committed(run) for info in run.list(commit.directory)}
+    assert len(list(run.list(directories[1]))) == 7
+    delete_unfinished(run)
+    kept = {info.key for info in run.list("attempt-")}
+    assert kept == before | {"attempt-002/checkpoint_manager_snapshot.json"}
+    found = restored(run)
+    assert found is not None and found.same_as(trainer)
+
+
+def test_what_a_kept_record_names_is_never_deleted(run: LocalStorage, tmp_path: Path) -> None:
+    trainer = Trainer()
+    trainer.train(1)
+    shared = trainer.save(run, tmp_path)
+    commit = committed(run)[0]
+    for step in (2, 3):  # records that name the same files, as a copied or restored folder may have
+        copy = commit.model_copy(update={"step": step})
+        run.write(f"commits/step-{step}.json", copy.model_dump_json().encode())
+    delete_old_checkpoints(run, CheckpointConfig(keep_last=1))
+    assert set(commit.files) <= {info.key.rsplit("/", 1)[-1] for info in run.list(shared)}
+    found = restored(run)
+    assert found is not None and found.same_as(trainer)
+
+
+@given(
+    losses=st.lists(st.one_of(st.none(), st.floats(0, 4), st.just(math.nan)), max_size=30),
+    config=st.builds(
+        CheckpointConfig,
+        keep_last=st.integers(1, 5),
+        keep_best=st.integers(0, 4),
+        keep_every_hours=st.one_of(st.none(), st.floats(0.01, 3)),
+    ),
+    minutes=st.integers(1, 90),
+)
+def test_the_newest_the_best_and_some_of_each_time_are_kept(
+    losses: list[float | None], config: CheckpointConfig, minutes: int
+) -> None:
+    """Deleting after every save, as a run does, never loses one that deleting only at the end would have kept."""
+    alive: list[Commit] = []
+    everything: list[Commit] = []
+    for step, loss in enumerate(losses):
+        files = {"model": FileRecord(size=1, sha256="")}
+        commit = Commit(step=step, directory=f"a/{step}", files=files, time=step * minutes * 60.0, validation_loss=loss)
+        everything.insert(0, commit)
+        alive = kept_checkpoints([commit, *alive], config)
+    steps = {commit.step for commit in alive}
+    assert steps == {commit.step for commit in kept_checkpoints(everything, config)}
+    assert steps >= {commit.step for commit in everything[: config.keep_last]}
+    rated = sorted(loss for loss in losses if loss is not None and not math.isnan(loss))
+    kept_losses = sorted(
+        c.validation_loss for c in alive if c.validation_loss is not None and c.validation_loss == c.validation_loss
+    )
+    assert kept_losses[: config.keep_best] == rated[: config.keep_best]
+    if config.keep_every_hours is None:
+        assert len(steps) <= config.keep_last + config.keep_best
+    else:  # nowhere a gap longer than asked for, and the time to the next checkpoint
+        times = sorted(commit.time for commit in alive)
+        assert all(b - a < config.keep_every_hours * 3600 + minutes * 60 for a, b in itertools.pairwise(times))
+
+
+def test_a_start_looks_at_sizes_and_leaves_the_content_to_the_workers(run: LocalStorage, tmp_path: Path) -> None:
+    assert newest_complete(run) is None
+    trainer = Trainer()
+    trainer.train(1)
+    older = trainer.save(run, tmp_path)
+    trainer.train(1)
+    newest = trainer.save(run, tmp_path)
+    found = newest_complete(run)
+    assert found is not None and found.directory == newest
+    os.truncate(tmp_path / "run" / newest / PARTS[3], 5)
+    found = newest_complete(run)
+    assert found is not None and found.directory == older
+
+
+def test_the_folder_of_a_dead_worker_is_removed_by_the_next_that_starts(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from crate_ray.training.local_space import local_space\n"
+        "with local_space(sys.argv[2], Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'part').write_bytes(bytes(100)); print('ready', flush=True); time.sleep(60)"
+    )
+    workers = {}
+    for name in ("dead", "alive"):
+        command = [sys.executable, "-c", program, tmp_path.as_posix(), name]
+        workers[name] = subprocess.Popen(command, stdout=subprocess.PIPE)
+        stdout = workers[name].stdout
+        assert stdout is not None and stdout.readline() == b"ready\n"
+    try:
+        with local_space("first", tmp_path) as first:
+            assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["alive", "dead", "first"]
+        assert not first.exists()
+        workers["dead"].kill()
+        workers["dead"].wait()
+        with local_space("second", tmp_path):
+            assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["alive", "second"]
+            assert (tmp_path / "alive" / "part").exists()
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
 
 
 def test_the_record_of_a_run(run: LocalStorage, tmp_path: Path) -> None:
@@ -289,18 +475,21 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(run: LocalStorage, 
         lambda path: path.write_bytes(pickle.dumps(Payload(made))),
         lambda path: torch.save(Payload(made), path),
     ):
-        save(folder / MODEL_FILE)
+        save(folder / "model.safetensors")
         with pytest.raises(UserError, match=r"model does not hold a model as this version writes them: .+"):
             load_exported(folder)
         assert not made.exists()
     # One in a checkpoint, with its right digest, is refused by safetensors.
     local = tmp_path / "local"
     local.mkdir()
-    for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE):
+    for name in (*PARTS, STATE_FILE, ".metadata"):
         (local / name).write_bytes(pickle.dumps(Payload(made)))
-    commit_checkpoint(run, "attempt-001/step-1", local, 1)
-    with pytest.raises(Exception, match="header too large"):
+    upload_part(run, "attempt-001/step-1", local, 0, 1)
+    commit_checkpoint(run, "attempt-001/step-1", 1, 1)
+    with pytest.raises(Exception, match="(?i)header ?too ?large"):
         restored(run)
+    with pytest.raises(Exception, match="validation error for CheckpointState"):
+        load_weights(run)
     assert not made.exists()
 
 

@@ -1,0 +1,81 @@
+"""How workers share one model: DistributedDataParallel (DDP) or FSDP2. Plain torch; no Ray, no MLflow."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from crate_ray.config import TrainingConfig
+from crate_ray.models import CrateMAE, MaskedAutoencoder
+from crate_ray.training.step import discard_step, num_micro_steps
+
+
+def parallelize(
+    model: MaskedAutoencoder,
+    strategy: Literal["auto", "ddp", "fsdp"],
+    *,
+    world_size: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+) -> nn.Module:
+    """The model as all workers train it together; one worker trains the model itself. A collective call.
+
+    FSDP2 shards the model in place, by layers, and the optimiser must be built after it. DDP wraps the model; weights
+    are loaded before or after. In both, gradients are the mean over workers.
+    """
+    if world_size == 1:
+        return model
+    if strategy == "fsdp":
+        return _shard(model, world_size, device, autocast)
+    # Every parameter has a gradient in every step (see CrateMAE), so that the graph is the same each time.
+    return DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
+
+
+def settle(trained: nn.Module, images_BCHW: Tensor, noise_BN: Tensor) -> None:
+    """Let DDP take its final form before the first real step, fresh and resumed alike. A collective call.
+
+    DDP with a static graph records the graph in its first backward pass, notes in which order gradients come in its
+    second, and orders its buckets by that before its third forward pass. With three or more workers the order of
+    summation changes with the buckets, so that a run resumed without this would differ in its last bits.
+    """
+    if isinstance(trained, DistributedDataParallel):
+        for _ in range(2):
+            discard_step(trained, images_BCHW, noise_BN)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each forward pass of the model is a collective call that all workers must make (FSDP2)."""
+    return isinstance(model, FSDPModule)
+
+
+def micro_steps_of(training: TrainingConfig, model: nn.Module, world_size: int) -> int:
+    """Forward passes per optimiser step of a model as `parallelize` gave it.
+
+    A worker may have one sample less than another, and then skip a forward pass where DDP does not synchronise. With
+    FSDP2 none can skip one, and so one of its micro-batches may have a sample more than micro_batch_size.
+    """
+    steps = num_micro_steps(training, world_size)
+    return min(steps, training.batch_size // world_size) if is_sharded(model) else steps
+
+
+def _shard(
+    model: MaskedAutoencoder, world_size: int, device: torch.device, autocast: torch.dtype | None
+) -> MaskedAutoencoder:
+    mesh = init_device_mesh(device.type, (world_size,))
+    # Gathered in the dtype that they are computed in, at half the traffic. Not on the CPU, whose layer norm takes no
+    # bf16 weights beside fp32 tokens: there autocast rounds after gathering, to the same numbers.
+    gathered = autocast if device.type == "cuda" else None
+    reduced = torch.float32 if gathered else None
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
+    # A tied decoder layer uses an encoder layer's parameters outside of that layer: they have to stay gathered.
+    tied = isinstance(model, CrateMAE) and model.tied_decoder
+    for layer in () if tied else (*model.encoder, *model.decoder):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # Also after a forward pass without a backward one the parameters are those that the optimiser knows.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return model

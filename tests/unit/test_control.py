@@ -1,0 +1,82 @@
+"""Workers agree on what to do next, and a run that hangs ends with the name of the rank that is to blame."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from crate_ray.errors import UserError
+from crate_ray.training.control import Sign, Watchdog, WorkerControl
+
+
+def _agree(rank: int, world: int, port: int, out: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    asked = threading.Event()
+    signs: list[Sign] = []
+    control = WorkerControl(rank, world, signs.append, asked.is_set, beat_seconds=0.5, look_seconds=1)
+    stopped = None
+    looks = []
+    with control:
+        for step in range(400):
+            agreed = control.agree(step)
+            if agreed.look:
+                looks.append(step)
+            if agreed.stop:
+                stopped = step
+                break
+            if step == 100 and rank == 0:
+                asked.set()
+            time.sleep(0.01 * (1 + rank % 2))
+        control.finish()
+    out.put((rank, stopped, looks, len(signs)))
+    dist.destroy_process_group()
+
+
+def test_all_ranks_stop_and_look_at_the_same_step() -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    out = context.Queue()
+    processes = [context.Process(target=_agree, args=(rank, 3, port, out)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    found = sorted(out.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(30)
+    assert len({(stopped, tuple(looks)) for _, stopped, looks, _ in found}) == 1
+    _, stopped, looks, signs = found[0]
+    assert stopped is not None and 100 < stopped < 400 and looks and signs >= 1
+
+
+def test_the_silent_rank_is_named() -> None:
+    dog = Watchdog(60)
+    dog.check(1000)  # nothing has begun
+    for now in range(0, 200, 10):
+        for rank in range(3):
+            if rank != 1 or now < 50:
+                dog.seen(Sign(rank, min(now, 50), "step", "training/step.py:9 in train_step"), now)
+        if now < 100:
+            dog.check(now)
+    with pytest.raises(UserError, match=r"no step was made for 60 s: rank 1 \(step 40.*gives no sign of life"):
+        dog.check(200)
+
+
+def test_the_rank_that_is_elsewhere_is_named() -> None:
+    dog = Watchdog(60)
+    for now in range(0, 100, 10):
+        dog.seen(Sign(0, 7, "step", "training/step.py:9 in train_step"), now)
+        dog.seen(Sign(1, 7, "data", "data/loader.py:1 in __iter__"), now)
+        dog.seen(Sign(2, 7, "step", "training/step.py:9 in train_step"), now)
+    with pytest.raises(UserError, match=r"rank 1 \(step 7, data, data/loader.py:1 in __iter__\) does not go on"):
+        dog.check(95)
+    # A group that begins anew at an earlier step is not behind.
+    dog.seen(Sign(0, 2, "step", "x"), 100)
+    dog.check(150)
