@@ -413,7 +413,8 @@ class TrainingConfig(Settings):
     """Autocast: 'auto' takes bf16 where the device computes in it, else fp32."""
     compile: Literal["auto", "layers", "off"] = "auto"
     """Compile the model's 'layers' with torch.compile, which takes up to a minute when a run starts and needs a C++
-    compiler on the CPU; 'auto' does on a GPU. Where it fails, training goes on without and says so."""
+    compiler on the CPU; 'auto' does on a GPU (on the CPU it gains little). Where it fails, training goes on without and
+    says so."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer for the backward pass and compute the layer twice: a fraction of the memory for
     a third more time. The numbers stay the same."""
@@ -906,12 +907,12 @@ class BenchmarkTrainConfig(Settings):
     """Sides at which time and memory are measured, for the first preset and precision; none to leave that out."""
     image_sizes_batch: PositiveInt | None = None
     """Images per step for that. By default 8 on a GPU, 1 on a CPU."""
-    seconds: Annotated[float, Field(gt=0)] = 4.0
+    seconds: Annotated[float, Field(gt=0)] = 3.0
     """Duration of each measurement in seconds, after two steps to warm up; at least three steps."""
     repeats: PositiveInt = 1
     """Measurements of each contestant, in turns; the fastest counts."""
-    compile: bool = True
-    """Compile the layers of all but 'plain'."""
+    compile: Literal["auto", "layers", "off"] = "auto"
+    """training.compile of all but 'plain'."""
     activation_checkpointing: bool = False
     """Train all but 'plain' with training.activation_checkpointing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -36,7 +36,7 @@ from crate_ray.models import build_model
 from crate_ray.models.flops import gpu_peak_flops, plain_training_flops, training_flops
 from crate_ray.models.layers import initialize_weights
 from crate_ray.models.masking import sincos_positions
-from crate_ray.training.step import build_optimizer, compile_layers, prepare_cpu, train_step
+from crate_ray.training.step import build_optimizer, compile_layers, prepare_cpu, should_compile, train_step
 
 Precision = Literal["bf16", "fp32"]
 
@@ -330,7 +330,7 @@ def compare(config: BenchmarkTrainConfig) -> dict[str, Any]:
     ) -> Any:
         case = Case(
             contestant=contestant, preset=preset, precision=precision, image_size=side, batch_size=batch,
-            seconds=config.seconds, compile=config.compile, device=device,
+            seconds=config.seconds, compile=should_compile(config.compile, torch.device(device)), device=device,
             activation_checkpointing=config.activation_checkpointing,
         )  # fmt: skip
         found = _in_fresh_process(case)

@@ -33,9 +33,13 @@ from crate_ray.training.step import (
     Normalizer,
     autocast_dtype,
     build_optimizer,
+    compile_layers,
     learning_rate,
     mask_noise,
+    num_micro_steps,
+    prepare_cpu,
     probe_noise,
+    should_compile,
     train_step,
 )
 from crate_ray.training.telemetry import KEYS_DIGEST_RANGE, Stopwatch, keys_digest, reconstruction_picture
@@ -75,6 +79,8 @@ def _train(payload: dict[str, Any], space: Path, node_space: Path) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        prepare_cpu()
     torch.set_num_threads(record.threads)
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
     # A token parameter has dimensions of size 1, whose strides mean nothing.
@@ -89,6 +95,10 @@ def _train(payload: dict[str, Any], space: Path, node_space: Path) -> None:
     torch.manual_seed(config.seed)
     autocast = autocast_dtype(config.training.precision, device)
     model: MaskedAutoencoder = build_model(config.model).to(device)
+    model.checkpoint_layers = config.training.activation_checkpointing
+    if should_compile(config.training.compile, device):
+        local = -(-config.training.batch_size // world_size)
+        compile_layers(model, -(-local // num_micro_steps(config.training, world_size)), device, autocast)
     trained = parallelize(model, config.scaling.strategy, world_size=world_size, device=device, autocast=autocast)
     optimizer = build_optimizer(model, config.optim)
     reporter = _Reporter(payload["mailbox"] if rank == 0 else None)

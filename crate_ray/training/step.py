@@ -50,9 +50,9 @@ def prepare_cpu() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def should_compile(training: TrainingConfig, device: torch.device) -> bool:
+def should_compile(choice: Literal["auto", "layers", "off"], device: torch.device) -> bool:
     """Whether training.compile asks for compiled layers on a device."""
-    return training.compile == "layers" or (training.compile == "auto" and device.type == "cuda")
+    return choice == "layers" or (choice == "auto" and device.type == "cuda")
 
 
 def compile_layers(

@@ -225,7 +225,7 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
     assert "bucket 'nowhere' does not exist" in error(data__train="s3://nowhere/digits")
     assert "no manifest at s3://data/nothing; run jobs/prepare.py" in error(data__train="s3://data/nothing")
     assert "image height 8 is not divisible by patch height 3" in error(model__patch_size=3)
-    assert "do not fill one batch of 64" in error(name="new", data__lanes=1000)
+    assert "do not fill one batch of 64" in error(name="new", data__lanes=2000)
     assert "100 workers are more than the 64 samples of a batch" in error(scaling__workers=100)
     assert "was begun with another dataset" in error(data__train="s3://data/digits-test")
     assert "was begun with another model (model.sparsity_lambda was 0.5, is 0.1)" in error(model__sparsity_lambda=0.1)
@@ -292,16 +292,15 @@ def spoil(source: str, target: str) -> None:
     """Copy a finished run and set its weights to zero, consistently, so that only the probe can tell."""
     import hashlib
 
-    import safetensors.torch
-
     old, new = open_storage(source, S3Config()), open_storage(target, S3Config())
     commits = sorted(info.key for info in old.list("commits/"))
     commit = json.loads(old.read(commits[-1]))
     for name in commit["files"]:
         data = old.read(f"{commit['directory']}/{name}")
-        if name == "model.safetensors":
-            data = safetensors.torch.save({k: v * 0 for k, v in safetensors.torch.load(data).items()})
-            commit["files"][name] = hashlib.sha256(data).hexdigest()
+        if name.startswith("model-"):
+            header = 8 + int.from_bytes(data[:8], "little")  # of safetensors: names, shapes and places
+            data = data[:header] + bytes(len(data) - header)
+            commit["files"][name]["sha256"] = hashlib.sha256(data).hexdigest()
         new.write(f"{commit['directory']}/{name}", data)
     new.write("run.json", old.read("run.json"))
     new.write(commits[-1], json.dumps(commit).encode())

@@ -412,4 +412,4 @@ def test_what_is_compiled_by_default() -> None:
     devices = torch.device("cpu"), torch.device("cuda")
     for choice, expected in (("auto", (False, True)), ("layers", (True, True)), ("off", (False, False))):
         training = TrainingConfig(steps=1, compile=choice)
-        assert tuple(should_compile(training, device) for device in devices) == expected
+        assert tuple(should_compile(training.compile, device) for device in devices) == expected

@@ -89,7 +89,7 @@ def test_every_figure_on_a_machine_with_torch_only(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     settings = {
         "presets": "tiny", "precisions": "bf16", "image_size": 32, "batch_size": 2, "image_sizes": 48,
-        "contestants": "crate_mae,plain,vit_mae_matched", "seconds": 0.1, "compile": "false", "device": "cpu",
+        "contestants": "crate_mae,plain,vit_mae_matched", "seconds": 0.1, "compile": "off", "device": "cpu",
         "peak_flops": 1e12, "json": file,
     }  # fmt: skip
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
