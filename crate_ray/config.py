@@ -420,11 +420,19 @@ class TrainingConfig(Settings):
     a third more time. The numbers stay the same."""
     validate_every: PositiveInt | None = None
     """Steps between validations on all held-out samples (and once at the end); only at the end by default."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 10
+    """Steps in a row that may be skipped because their loss or gradient is not finite: they change nothing and are
+    counted. After more of them the run stops."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """Profile the first worker in the steps from the first number to the second with torch.profiler, such as [20, 25]:
+    a trace and a table of operators are written to profile/ in the run's folder."""
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("set either steps or epochs, and not both")
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps is {list(self.profile_steps)}; give the first step first")
         return self
 
 
@@ -502,7 +510,8 @@ class TrackingConfig(Settings):
     log_every: PositiveInt = 10
     """Steps between logged metrics."""
     picture_every: PositiveInt | None = 500
-    """Steps between reconstruction pictures (and once at the end); null for none."""
+    """Steps between looks at eight fixed held-out samples (and once at the end): pictures of reconstructions, attention
+    and layers, and metrics by layer (coding rate, share of zeros, Gini index); null for none."""
 
 
 def check_name(name: str) -> str:
@@ -645,6 +654,160 @@ class EvaluateConfig(Settings):
         return self
 
 
+# --- Fine-tuning ----------------------------------------------------------------------------------------------------
+
+FINETUNE_RECIPES: dict[str, dict[str, Any]] = {
+    "crate": {
+        "pooling": "cls",
+        "data": {"crop_scale": (0.08, 1.0)},
+        "training": {"batch_size": 256, "epochs": 200},
+        "optim": {
+            "lr": 5e-5, "min_lr": 0.0, "warmup": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.01, "clip_norm": None,
+        },
+        "augment": {"randaugment": 2, "magnitude": 14.0, "mixup": 0.0, "cutmix": 0.0},
+        "label_smoothing": 0.0, "drop_path": 0.0, "layer_decay": 1.0,
+    },
+    "mae": {
+        "pooling": "mean",
+        "data": {"crop_scale": (0.08, 1.0)},
+        "training": {"batch_size": 1024, "epochs": 100},
+        "optim": {
+            "base_lr": 5e-4, "min_lr": 1e-6, "warmup": 0.05, "betas": (0.9, 0.999), "weight_decay": 0.05,
+            "clip_norm": None,
+        },
+        "augment": {"randaugment": 2, "magnitude": 27.0, "mixup": 0.8, "cutmix": 1.0},
+        "label_smoothing": 0.1, "drop_path": 0.1, "layer_decay": 0.65,
+    },
+}  # fmt: skip
+"""Settings by recipe.
+
+'crate': finetune.py and README of the public CRATE code: AdamW (0.9, 0.999), weight decay 0.01, cosine without warm-up,
+batch 256, RandAugment(2, 14), torchvision's random resized crop, flip, CLS token; rate and epochs are those for CIFAR
+(Pets and Flowers: lr 1e-4, 400 epochs). It decays biases and norms too, we do not.
+
+'mae': table 9 of arXiv 2111.06377 and the public MAE code, for ViT-Base: batch 1024, base rate 5e-4, 5 of 100 epochs of
+warm-up, layer decay 0.65, drop path 0.1, mixup 0.8, CutMix 1.0, label smoothing 0.1, RandAugment(2, 9 of 10), mean of
+patch tokens; without the random erasing of that code, which the table does not have."""
+
+Pooling = Literal["cls", "mean"]
+
+
+class ClassifierConfig(Settings):
+    """A classifier: an encoder, the feature that it is read at, and a norm and a linear map to classes."""
+
+    num_classes: PositiveInt
+    """Number of classes."""
+    pooling: Pooling = "cls"
+    """Feature: the CLS token of the last layer, or the mean of its patch tokens."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes, in the order of their numbers, where known."""
+
+
+class AugmentConfig(Settings):
+    """What is done to training samples beside crop and flip."""
+
+    randaugment: Annotated[int, Field(ge=0, le=14)] = 2
+    """Operations that RandAugment (arXiv 1909.13719) applies to each image, drawn anew for each; 0 for none."""
+    magnitude: Annotated[float, Field(gt=0, lt=30)] = 14.0
+    """Their magnitude M of 30, with the operations and ranges of torchvision."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """α of mixup (arXiv 1710.09412): pairs of samples are averaged with a weight λ ~ Beta(α, α) drawn for each batch; 0
+    for none."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """α of CutMix (arXiv 1905.04899): a box of the area 1 − λ comes from the other sample of the pair; 0 for none. With
+    both, each batch has one of them, either as likely."""
+
+
+class FinetuneConfig(Settings):
+    """Train a pretrained encoder, or the same encoder from random weights, to classify labelled images, on Ray.
+
+    A recipe gives the settings that are not set.
+    """
+
+    name: RunName = "finetune"
+    """Name of the run. The same name and storage resume the run where its last checkpoint left it."""
+    storage: str = "runs"
+    """Local folder or s3://bucket/prefix for checkpoints and results; with several nodes one that all reach."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of new weights, data order, augmentation, mixing and drop path."""
+    model: str = "scratch"
+    """The pretrained encoder: a run's folder (<run>@<step> for that of a step) or a checkpoint's, runs:/<MLflow run>,
+    models:/<name>@<alias>, the folder of an exported model, or a published checkpoint (.pth, .safetensors, also as
+    published:<file>). 'scratch:<any of these>': the same encoder with random weights, the control. 'scratch': the
+    encoder of the settings below with random weights."""
+    encoder: ModelConfig = CrateMAEConfig()
+    """The encoder of model 'scratch', as for pretraining."""
+    recipe: Literal["crate", "mae"] = "crate"
+    """Where settings come from that are not set: 'crate', how CRATE was fine-tuned (its public code), or 'mae', how MAE
+    was (arXiv 2111.06377, table 9): layer-wise decay, mixup, CutMix, drop path, label smoothing."""
+    pooling: Pooling = "cls"
+    """What is classified: the CLS token of the last layer, or the mean of its patch tokens."""
+    data: DataConfig
+    """The data; every sample has its class as member `cls`."""
+    training: TrainingConfig = TrainingConfig(epochs=200)
+    """The training run."""
+    optim: OptimConfig = OptimConfig(lr=5e-5, warmup=0.0, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=None)
+    """The optimiser and its schedule."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Layer-wise decay: each encoder layer's learning rate is that of the layer above it times this; the classifier has
+    the whole rate, the patch embedding layer_decay ** (depth + 1) of it."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Drop path (stochastic depth, arXiv 1603.09382): share of samples that skip a residual branch in the last layer;
+    it rises linearly from 0 in the first. In CRATE the compression step is one; ISTA has no residual to skip to."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label that is spread over all classes."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation beside crop and flip."""
+    scaling: ScalingConfig = ScalingConfig()
+    """The workers."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_recipe(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        recipe = FINETUNE_RECIPES.get(values.get("recipe", "crate"), {})
+        filled = dict(values)
+        for name, preset in recipe.items():
+            given = values.get(name)
+            if not isinstance(preset, dict):
+                filled.setdefault(name, preset)
+            elif given is None or isinstance(given, dict):
+                filled[name] = {**preset, **(given or {})}
+        for ours, theirs, group in (("epochs", "steps", "training"), ("lr", "base_lr", "optim")):
+            given = values.get(group)
+            if isinstance(given, dict) and given.get(theirs) is not None and given.get(ours) is None:
+                filled[group].pop(ours, None)
+        return filled
+
+    @field_validator("encoder", mode="before")
+    @classmethod
+    def _default_architecture(cls, value: Any) -> Any:
+        return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _check_training(self) -> Self:
+        if self.checkpoint.keep_best and not self.data.validation:
+            raise ValueError("checkpoint.keep_best goes by the validation loss; set data.validation")
+        if self.mixes and self.training.batch_size % 2:
+            raise ValueError(
+                f"mixup and cutmix mix pairs of samples, and training.batch_size {self.training.batch_size} is odd; "
+                "use an even one"
+            )
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed in pairs."""
+        return bool(self.augment.mixup or self.augment.cutmix)
+
+
 # --- Sweeps ---------------------------------------------------------------------------------------------------------
 
 
@@ -718,11 +881,39 @@ class SweepConfig(Settings):
         return self
 
 
+class CompareConfig(Settings):
+    """Compare models fairly: the same data, steps, seeds and trainer, in one table with intervals."""
+
+    name: RunName = "compare"
+    """Name of the comparison. The same name and storage continue it; finished runs are not repeated."""
+    storage: str = "runs"
+    """Local folder or s3://bucket/prefix for the runs and the table."""
+    base: str
+    """YAML file with the pretraining settings of the CRATE-MAE that the comparison is about (jobs/pretrain.py's)."""
+    settings: dict[str, Any] = {}
+    """Dotted pretraining settings that override the base's in all runs, such as {training.steps: 500}."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    """Each model is trained once with each seed; intervals are over seeds."""
+    baselines: bool = True
+    """Train a ViT-MAE of the same width, depth and heads, and one of as many parameters."""
+    ablations: bool = False
+    """Train the model without each of the derivation's assumptions, one at a time: on output map, attention, decoder,
+    tokens and sparsity."""
+    variants: dict[str, dict[str, Any]] = {}
+    """More models: dotted settings by name, such as {wide: {model.dim: 384}}."""
+    probe: ProbeConfig
+    """Labelled datasets, for linear probe and k-NN."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+
 # --- Registry and embedding -----------------------------------------------------------------------------------------
 
 
 class RegisterConfig(Settings):
-    """Make a run's encoder a new version of a registered MLflow model."""
+    """Make a run's encoder, or a fine-tuning's classifier, a new version of a registered MLflow model."""
 
     run: str
     """The run: its folder (storage/name, local or S3), or its id in MLflow."""
@@ -882,6 +1073,39 @@ class BenchmarkScalingConfig(Settings):
     """Latency of one hop between nodes."""
     json_file: Annotated[str | None, Field(alias="json")] = None
     """File to write every figure to, as JSON."""
+
+
+class BenchmarkOverheadConfig(Settings):
+    """Measure what a Ray Train job costs beside training, against the same loop bare under torchrun."""
+
+    data: str | None = None
+    """Dataset as jobs/prepare.py leaves it; by default generated shapes of the model's size."""
+    samples: PositiveInt = 2000
+    """Shapes to generate."""
+    model: ModelConfig = CrateMAEConfig(preset="small", image_size=96, patch_size=8)
+    """The model, as for pretraining."""
+    batch_size: PositiveInt = 16
+    """Global batch."""
+    workers: PositiveInt = 2
+    """Training processes."""
+    steps: PositiveInt = 60
+    """Steps of each run."""
+    log_every: PositiveInt = 10
+    """Steps between logged metrics, and of one measured interval; the first one of each run is left out."""
+    rounds: PositiveInt = 2
+    """Runs of each kind, in turns; medians over their intervals are compared."""
+    checkpoint_preset: PresetName | None = "base"
+    """Size of the model whose checkpoints are measured; null to leave that out."""
+    checkpoint_batch_size: PositiveInt = 4
+    """Its global batch."""
+    json_file: Annotated[str | None, Field(alias="json")] = None
+    """File to write every figure to, as JSON."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.steps < 2 * self.log_every:
+            raise ValueError(f"steps is {self.steps}; give at least two intervals of log_every {self.log_every}")
+        return self
 
 
 Contestant = Literal["crate_mae", "plain", "vit_mae", "vit_mae_matched"]

@@ -10,11 +10,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from crate_ray.training.listener import Listener
+
 _PLAIN_SECONDS = 10.0
 
 
-class ProgressDisplay:
-    """Listener that shows step, loss, images/s and time left. Use as a context manager around the training."""
+class ProgressDisplay(Listener):
+    """Shows step, loss, images/s and time left. Use as a context manager around the training."""
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         self._first, self._total = first_step, total_steps
@@ -46,7 +48,10 @@ class ProgressDisplay:
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         """Show newly measured values."""
         if "validation_loss" in values:
-            self._console.print(f"step {step}/{self._total}  validation loss {values['validation_loss']:.4f}")
+            accuracy = "".join(f"  {name} {values[name]:.2%}" for name in ("top1", "top5") if name in values)
+            self._console.print(
+                f"step {step}/{self._total}  validation loss {values['validation_loss']:.4f}{accuracy}", soft_wrap=True
+            )
         if "loss" not in values:
             return
         text = f"loss {values['loss']:.4f}  {values['images_per_second']:,.0f} images/s"
@@ -57,17 +62,21 @@ class ProgressDisplay:
         if now - self._printed >= _PLAIN_SECONDS or step == self._total:
             self._printed = now
             left = (self._total - step) * values["step_seconds"]
-            self._console.print(f"step {step}/{self._total}  {text}  lr {values['lr']:.2e}  {left:,.0f} s left")
+            self._console.print(
+                f"step {step}/{self._total}  {text}  lr {values['lr']:.2e}  {left:,.0f} s left", soft_wrap=True
+            )
 
     def bad_samples(self, step: int, causes: dict[str, str]) -> None:
         """Say how many samples are unusable; their keys are in the run's artifacts."""
         counts = ", ".join(f"{count} {cause}" for cause, count in Counter(causes.values()).most_common())
         self._console.print(
-            f"step {step}: replaced samples that cannot be used ({counts}), such as {next(iter(causes))!r}"
+            f"step {step}: replaced samples that cannot be used ({counts}), such as {next(iter(causes))!r}",
+            soft_wrap=True,
         )
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
-        """Pictures go to MLflow."""
+    def note(self, step: int, text: str) -> None:
+        """Print what happened."""
+        self._console.print(f"step {step}: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 class CountDisplay:

@@ -1,4 +1,4 @@
-"""Measurements to compare with: python jobs/benchmark.py data, order, train or scaling (an estimate).
+"""Measurements to compare with: python jobs/benchmark.py data, order, train, overhead or scaling (an estimate).
 
 A command imports what it measures when it runs: a machine without Ray or boto3 can measure training.
 """
@@ -12,7 +12,13 @@ from typing import Any
 from rich.table import Table
 
 from crate_ray.cli import run_subcommand
-from crate_ray.config import BenchmarkDataConfig, BenchmarkOrderConfig, BenchmarkScalingConfig, BenchmarkTrainConfig
+from crate_ray.config import (
+    BenchmarkDataConfig,
+    BenchmarkOrderConfig,
+    BenchmarkOverheadConfig,
+    BenchmarkScalingConfig,
+    BenchmarkTrainConfig,
+)
 from crate_ray.errors import UserError
 from crate_ray.progress import console
 
@@ -153,6 +159,34 @@ def _training_row(contestant: str, found: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def overhead(config: BenchmarkOverheadConfig) -> None:
+    """Measure what a Ray Train job costs beside training, and show it as a table."""
+    from crate_ray.benchmarks.overhead import measure
+
+    _check_writable(config.json_file)
+    report = measure(config)
+    if config.json_file:
+        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    seconds = report["step_seconds"]
+    table = Table(
+        title=f"{config.workers} workers, batches of {config.batch_size}: {seconds['ray_train']:.3f} s a step as a "
+        f"Ray Train job, {seconds['torchrun']:.3f} s bare",
+        caption=f"{report['machine']['cpu']}, {report['machine']['cores']} cores",
+    )
+    table.add_column("beside training")
+    table.add_column("share of the time", justify="right")
+    table.add_row("Ray Train job against bare torchrun", f"{report['ray_overhead']:+.2%}")
+    table.add_row("waiting for data", f"{report['data_wait_share']:.2%}")
+    table.add_row(f"logging every {config.log_every} steps", f"{report['logging_share']:.2%}")
+    if found := report.get("checkpoint"):
+        table.add_row(
+            f"a {found['preset']} checkpoint every {found['steps_between']} steps "
+            f"({found['blocking_seconds']:.2f} s blocking, {found['background_seconds']:.1f} s in the background)",
+            f"{found['share']:.2%}",
+        )
+    console().print(table)
+
+
 def scaling(config: BenchmarkScalingConfig) -> None:
     """Estimate steps on many GPUs, and show them as a table."""
     from crate_ray.benchmarks.scaling import estimate, step_flops
@@ -198,6 +232,7 @@ if __name__ == "__main__":
             "data": (BenchmarkDataConfig, data),
             "order": (BenchmarkOrderConfig, order),
             "train": (BenchmarkTrainConfig, train),
+            "overhead": (BenchmarkOverheadConfig, overhead),
             "scaling": (BenchmarkScalingConfig, scaling),
         }
     )

@@ -1,8 +1,12 @@
-"""Measure what a model learned: python jobs/evaluate.py --model runs/mine --probe.train … --probe.test … --data …"""
+"""Measure what a model learned: python jobs/evaluate.py --model runs/mine --probe.train … --probe.test … --data …
+
+Or train several models alike and measure all of them: python jobs/evaluate.py compare --config FILE.yaml
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +16,8 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from crate_ray.cli import run_job
-from crate_ray.config import EvaluateConfig
+from crate_ray.comparison.compare import compare, write_report
+from crate_ray.config import CompareConfig, EvaluateConfig
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.evaluation.evaluate import evaluate
 from crate_ray.evaluation.report import HTML_FILE, JSON_FILE, Report, render
@@ -90,5 +95,18 @@ def log(report: Report, files: dict[str, bytes], trained: Subject, config: Evalu
     return run_id
 
 
+def compare_models(config: CompareConfig) -> None:
+    """Train and measure the models of a comparison, and show and store the table."""
+    out = console()
+    found = compare(config, lambda what: out.print(what, style="bold", highlight=False))
+    folder = open_storage(config.storage, config.s3).under(config.name)
+    files = write_report(folder, config, found)
+    print(files["comparison.md"].decode())
+    print(f"table      {folder.uri}/comparison.md")
+
+
 if __name__ == "__main__":
-    run_job(EvaluateConfig, main)
+    if sys.argv[1:2] == ["compare"]:
+        run_job(CompareConfig, compare_models, sys.argv[2:])
+    else:
+        run_job(EvaluateConfig, main)

@@ -16,10 +16,12 @@ from crate_ray.tracking import registry
 
 
 def register(config: RegisterConfig) -> None:
-    """Register a run's encoder and say which version it became."""
+    """Register a run's encoder or classifier and say which version it became."""
     version = registry.register(config.run, config.name, config.tracking, config.s3)
-    print(f"{config.name} version {version.version} is the encoder of {config.run}")
-    print(f"next: python jobs/register.py promote --version {version.version} --probe.train … --probe.test …")
+    kind = version.tags[registry.KIND_TAG]
+    print(f"{config.name} version {version.version} is the {kind} of {config.run}")
+    if kind == "encoder":
+        print(f"next: python jobs/register.py promote --version {version.version} --probe.train … --probe.test …")
 
 
 def promote(config: PromoteConfig) -> None:

@@ -1,23 +1,36 @@
-"""Run the real jobs as processes of their own, watch their checkpoints, and kill parts of them."""
+"""Run the real jobs as processes of their own, on this machine alone or on a Ray cluster that they share, watch their
+checkpoints, and kill parts of them."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
+import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from crate_ray.data.storage import Storage
 
 ROOT = Path(__file__).parents[1]
+_OF_SERVICES = ("RAY_", "MLFLOW_", "AWS_")
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Environment of a job that uses a Ray of its own and leaves nothing outside a folder."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "AWS_"))}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_SERVICES)}
     return env | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "XDG_CACHE_HOME": (folder / "cache").as_posix()}
 
 
@@ -26,58 +39,221 @@ def job(name: str, *arguments: str) -> list[str]:
     return [sys.executable, (ROOT / "jobs" / f"{name}.py").as_posix(), *arguments]
 
 
-def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
-    """Start a job; its output goes to a file in the folder."""
-    with (folder / "job.log").open("a") as log:
-        return subprocess.Popen(
-            command, cwd=folder, env=environment(folder), stdout=log, stderr=subprocess.STDOUT, text=True
-        )
+def forkserver() -> ForkServerContext:
+    """Starts processes that need not import what takes seconds; our own code they import themselves."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.checkpoint", "ray.train.torch", "mlflow", "boto3", "matplotlib"])
+    return context
 
 
-def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 240) -> None:
+# --- A Ray cluster --------------------------------------------------------------------------------------------------
+
+
+class RayCluster:
+    """A Ray cluster of this machine. Its head has room for `cpus` one-CPU workers; nodes may be added and killed.
+
+    It looks after its workers more often than usual. `folder` is the temporary folder of all that runs on it.
+    """
+
+    def __init__(self, folder: Path, cpus: int) -> None:
+        self.folder = folder
+        with self._environment():
+            # On a port of its own: Ray Train asks the dashboard whether its controller lives, not another Ray's.
+            head = {"num_cpus": cpus, "include_dashboard": True, "dashboard_port": free_port()}
+            self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.address: str = self._cluster.address
+
+    def add_node(self, cpus: int) -> psutil.Process:
+        """Another node; its raylet."""
+        with self._environment():
+            return _raylet(self._cluster.add_node(num_cpus=cpus))
+
+    @property
+    def raylets(self) -> list[psutil.Process]:
+        """Those that live, the head's first."""
+        nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
+        return [raylet for node in nodes if (raylet := _raylet(node)).is_running()]
+
+    def node_id(self, raylet: psutil.Process) -> str:
+        """Ray's name for a node."""
+        nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
+        return str(next(node.node_id for node in nodes if _raylet(node) == raylet))
+
+    def workers(self, driver: int) -> list[psutil.Process]:
+        """Ray Train workers of the job whose driver has a process id, by age."""
+        jobs = {job["JobID"] for job in self._cluster.global_state.job_table() if job["DriverPid"] == driver}
+        found = []
+        for raylet in self.raylets:
+            for child in raylet.children():
+                with suppress(psutil.Error):
+                    title = " ".join(child.cmdline())
+                    if "RayTrainWorker" in title and child.environ()["RAY_JOB_ID"] in jobs:
+                        found.append(child)
+        return sorted(found, key=psutil.Process.create_time)
+
+    def shutdown(self) -> None:
+        """Stop all nodes."""
+        self._cluster.shutdown()
+
+    @contextmanager
+    def _environment(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in os.environ:
+                if name.startswith(_OF_SERVICES):
+                    patch.delenv(name)
+            patch.setenv("RAY_AUTH_MODE", "disabled")
+            patch.setenv("RAY_TMPDIR", self.folder.as_posix())
+            patch.setenv("TMPDIR", self.folder.as_posix())
+            patch.setenv("AWS_SHARED_CREDENTIALS_FILE", self.credentials.as_posix())
+            patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+            patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+            patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
+            patch.setenv("RAY_health_check_period_ms", "1000")
+            patch.setenv("RAY_worker_niceness", "0")
+            # Processes that Ray starts ahead cannot be used by jobs with an environment of their own.
+            patch.setenv("RAY_enable_worker_prestart", "0")
+            patch.setenv("RAY_prestart_worker_first_driver", "0")
+            yield
+
+    @property
+    def credentials(self) -> Path:
+        """File for the keys of an S3 server; all that runs here looks into it."""
+        return self.folder / "credentials"
+
+
+@contextmanager
+def running_ray(cpus: int) -> Iterator[RayCluster]:
+    """A Ray cluster until the block ends."""
+    # A short path: names of sockets are made of it.
+    with tempfile.TemporaryDirectory(prefix="cr-", ignore_cleanup_errors=True) as folder:
+        cluster = RayCluster(Path(folder), cpus)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _raylet(node: object) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)  # type: ignore[attr-defined]
+
+
+# --- Jobs on it -----------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """A job that was started: its driver's process, and where it runs."""
+
+    def __init__(self, process: ForkServerProcess, folder: Path, cluster: RayCluster) -> None:
+        self.folder, self.cluster = folder, cluster
+        self._process = process
+        assert process.pid
+        self.pid: int = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code (of a signal, its negative number); None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """The exit code, as soon as there is one."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise AssertionError(f"the job does not end:\n{self.log[-5000:]}")
+        return self.returncode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send the driver a signal, if it still runs."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    @property
+    def log(self) -> str:
+        """What all jobs of this folder have printed."""
+        return (self.folder / "job.log").read_text()
+
+    def workers(self) -> list[psutil.Process]:
+        """Its Ray Train workers that live, by age."""
+        return self.cluster.workers(self.pid)
+
+
+def start(command: list[str], folder: Path, cluster: RayCluster) -> Job:
+    """Start a job on a cluster; its output goes to job.log in the folder, its working directory."""
+    env = environment(folder) | {
+        "RAY_ADDRESS": cluster.address,
+        "AWS_SHARED_CREDENTIALS_FILE": cluster.credentials.as_posix(),
+    }
+    process = forkserver().Process(target=_run, args=(command[1:], folder, env))
+    process.start()
+    while _ignores(process.pid, signal.SIGINT):  # as the process does that it is forked from
+        time.sleep(0.001)
+    return Job(process, folder, cluster)
+
+
+def _ignores(pid: int | None, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:"))
+    return bool(int(ignored, 16) >> (number - 1) & 1)
+
+
+def _run(argv: list[str], folder: Path, env: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    log = os.open("job.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = argv
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which a forked process does not do by itself
+
+
+def finish(job: Job, timeout: float = 240) -> None:
     """Wait for a job and require that it succeeded."""
     try:
-        code = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        end(process)
-        raise AssertionError(f"the job hangs:\n{(folder / 'job.log').read_text()[-5000:]}") from None
-    assert code == 0, (folder / "job.log").read_text()[-5000:]
+        assert job.wait(timeout) == 0, job.log[-5000:]
+    finally:
+        end(job)
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill a job and everything that it started."""
-    family = [process.pid, *[p.pid for p in psutil.Process(process.pid).children(recursive=True)]]
-    for pid in family:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.wait(30)
+def end(job: Job) -> None:
+    """Kill a job's driver if it still runs; Ray ends what it started."""
+    job.send_signal(signal.SIGKILL)
+    job.wait(30)
 
 
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The Ray Train workers of a job that started its own Ray."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
+def wait_for_workers(job: Job, number: int, timeout: float = 120) -> list[psutil.Process]:
+    """A job's workers as soon as they are so many."""
+    deadline = time.monotonic() + timeout
+    while len(workers := job.workers()) < number:
+        assert job.returncode is None, f"the job ended before it had its workers:\n{job.log[-5000:]}"
+        assert time.monotonic() < deadline, f"no {number} workers within {timeout} s:\n{job.log[-5000:]}"
+        time.sleep(0.2)
+    return workers
 
 
-def wait_for_commit(run: Path, step: int, process: subprocess.Popen[str], timeout: float = 180) -> None:
+def newest_commit(run: Storage) -> int:
+    """Step of a run's newest committed checkpoint; 0 before the first."""
+    return max((int(info.key.split("-")[1]) for info in run.list("commits/step-")), default=0)
+
+
+def wait_for_commit(run: Storage, step: int, job: Job, timeout: float = 180) -> None:
     """Wait until a run has committed a checkpoint of at least so many steps."""
     deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if any(int(path.name.split("-")[1]) >= step for path in run.glob("commits/step-*.json")):
-            return
-        assert process.poll() is None, "the job ended before its checkpoint"
+    while newest_commit(run) < step:
+        assert job.returncode is None, f"the job ended before its checkpoint:\n{job.log[-5000:]}"
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} within {timeout} s:\n{job.log[-5000:]}"
         time.sleep(0.02)
-    raise AssertionError(f"no checkpoint of step {step} within {timeout} s")
 
 
-def final_weights(run: Path) -> str:
+def final_weights(run: Storage) -> str:
     """Digest of the model that a finished run left."""
-    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(run.read("model/model.safetensors")).hexdigest()

@@ -6,6 +6,7 @@ Each contestant runs in a fresh process, `python -m crate_ray.benchmarks.data_lo
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import webdataset as wds
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from crate_ray.benchmarks.machine import describe_machine, peak_memory
+from crate_ray.benchmarks.machine import describe_machine
 from crate_ray.benchmarks.other_loaders import (
     Unavailable,
     converted_for_litdata,
@@ -39,6 +40,7 @@ from crate_ray.data.shards import Sample, ShardSet, load_dataset
 from crate_ray.data.storage import open_storage
 from crate_ray.data.transforms import small_side
 from crate_ray.errors import UserError
+from crate_ray.memory import peak_memory
 
 Contestant = Literal["crate_ray", "webdataset", "spdl", "litdata"]
 _CHANNELS = 3
@@ -208,7 +210,7 @@ def measure(task: Task) -> Measurement:
         start, images = time.perf_counter(), 0
         while (end := time.perf_counter()) < start + task.seconds or not images:
             images += len(next(batches))
-        memory = peak_memory()
+        memory = peak_memory(child.pid for child in multiprocessing.active_children() if child.pid)
     rate = images / (end - start)
     return Measurement(
         contestant=task.contestant,

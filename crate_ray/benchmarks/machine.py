@@ -1,9 +1,8 @@
-"""What benchmark figures depend on, and the memory that a process took."""
+"""What benchmark figures depend on."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
 import os
 import platform
 from pathlib import Path
@@ -32,16 +31,3 @@ def describe_machine() -> dict[str, Any]:
 
 def _installed(name: str) -> bool:
     return any(importlib.metadata.distributions(name=name))
-
-
-def peak_memory() -> int | None:
-    """Largest resident size of this process plus those of its children, by the kernel's own records, in bytes."""
-    # Not getrusage: its maximum survives exec, and so is the parent's where that was larger.
-    total = 0
-    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
-        try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            return None
-        total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    return total

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crate_ray.benchmarks.machine import describe_machine, peak_memory
+from crate_ray.benchmarks.machine import describe_machine
 from crate_ray.config import (
     BenchmarkTrainConfig,
     Contestant,
@@ -32,6 +32,7 @@ from crate_ray.config import (
     ViTMAEConfig,
 )
 from crate_ray.errors import UserError
+from crate_ray.memory import peak_memory
 from crate_ray.models import build_model
 from crate_ray.models.flops import gpu_peak_flops, plain_training_flops, training_flops
 from crate_ray.models.layers import initialize_weights
@@ -236,6 +237,8 @@ def measure(case: Case) -> Measurement:
     torch.manual_seed(0)
     config = model_config(case)
     autocast = torch.bfloat16 if case.precision == "bf16" else None
+    images = torch.randn(case.batch_size, config.channels, *config.image_hw, device=device)
+    noise = torch.rand(case.batch_size, config.num_patches, device=device)
     compiled, began = False, time.perf_counter()
     model: nn.Module
     if plain:
@@ -246,12 +249,12 @@ def measure(case: Case) -> Measurement:
     else:
         trained = build_model(config).to(device)
         trained.checkpoint_layers = case.activation_checkpointing
-        compiled = case.compile and compile_layers(trained, case.batch_size, device, autocast)
+        if case.compile:
+            layers = [*trained.encoder, *trained.decoder]
+            compiled = compile_layers(trained, layers, (torch.zeros_like(images), torch.zeros_like(noise)), autocast)
         model = trained
         optimizer = build_optimizer(model, OptimConfig())
         flops = training_flops(config, case.batch_size)
-    images = torch.randn(case.batch_size, config.channels, *config.image_hw, device=device)
-    noise = torch.rand(case.batch_size, config.num_patches, device=device)
 
     def steps(count: int) -> float:
         began = time.perf_counter()

@@ -399,10 +399,12 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device = _CPU,
+    together: int = 1,
 ) -> Loader:
     """Augmented batches of the run's steps for one worker: slots [rank·B/W, (rank+1)·B/W) of every global batch.
 
-    Works under any launcher: rank and world size are all it needs to know.
+    Works under any launcher: rank and world size are all it needs to know. With `together`, each so many slots in a row
+    stay on one worker, such as pairs that are to be mixed.
     """
     seed = order.seed
 
@@ -428,7 +430,7 @@ def training_loader(
         far = hash64(seed, STREAM_REPLACEMENT, window.epoch, bad, np.arange(_REPLACEMENTS_TRIED), 1)
         yield from (first + (far % np.uint64(end - first)).astype(np.int64)).tolist()
 
-    slots = worker_slots(order.batch_size, rank, world_size)
+    slots = worker_slots(order.batch_size, rank, world_size, together)
     return Loader(mixture, order, slots, steps, make_crops, model, data, device, replacements)
 
 

@@ -78,9 +78,13 @@ def _feistel(x: UInt64, bits: int, key: int, inverse: bool) -> UInt64:
     return (left << np.uint64(b)) | right
 
 
-def worker_slots(batch_size: int, worker: int, workers: int) -> tuple[int, int]:
-    """Half-open range of batch slots that a worker computes; sizes differ by at most one."""
-    return worker * batch_size // workers, (worker + 1) * batch_size // workers
+def worker_slots(batch_size: int, worker: int, workers: int, together: int = 1) -> tuple[int, int]:
+    """Half-open range of batch slots that a worker computes; sizes differ by at most one.
+
+    With `together`, a divisor of the batch, each so many slots in a row stay on one worker.
+    """
+    groups = batch_size // together
+    return worker * groups // workers * together, (worker + 1) * groups // workers * together
 
 
 class Window(NamedTuple):

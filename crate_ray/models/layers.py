@@ -30,6 +30,9 @@ def build_mssa(config: CrateMAEConfig, *, own_subspaces: bool = True) -> MSSA:
 class EncoderLayer(nn.Module):
     """Z½ = Z + MSSA(LN(Z));  Z' = ISTA(LN(Z½)), without a residual around ISTA  (arXiv 2404.02446)."""
 
+    num_branches = 1
+    """Residual branches that drop path may skip."""
+
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
         self.mssa_norm = nn.LayerNorm(config.dim)
@@ -45,9 +48,11 @@ class EncoderLayer(nn.Module):
         """Z', the tokens after the sparsification step; sparsity is measured on them."""
         return self.ista(self.ista_norm(z_half_BTD))
 
-    def forward(self, z_BTD: Tensor) -> Tensor:
-        """Tokens (B, T, D) after this layer."""
-        return self.sparsify(self.compress(z_BTD))
+    def forward(self, z_BTD: Tensor, scale_BR: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) after this layer; scales (B, 1) are those of the compression step (drop path)."""
+        if scale_BR is None:
+            return self.sparsify(self.compress(z_BTD))
+        return self.sparsify(z_BTD + scale_BR[:, :1, None] * self.mssa(self.mssa_norm(z_BTD)))
 
     def attention(self, z_BTD: Tensor) -> Tensor:
         """Attention maps (B, K, T, T) of this layer for its input tokens."""

@@ -18,6 +18,9 @@ NORM_EPS = 1e-6
 class TransformerLayer(nn.Module):
     """z½ = z + Attention(LN(z));  z' = z½ + MLP(LN(z½)), with a GELU MLP of width ⌊mlp_ratio · dim⌋."""
 
+    num_branches = 2
+    """Residual branches that drop path may skip."""
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
@@ -29,10 +32,12 @@ class TransformerLayer(nn.Module):
         self.mlp_input = nn.Linear(dim, hidden)
         self.mlp_output = nn.Linear(hidden, dim)
 
-    def forward(self, z_BTD: Tensor) -> Tensor:
-        """Tokens (B, T, D) after this layer."""
-        z_BTD = z_BTD + self.attention_output(merge_subspaces(attend(*self._query_key_value(z_BTD))))
-        return z_BTD + self.mlp_output(F.gelu(self.mlp_input(self.mlp_norm(z_BTD))))
+    def forward(self, z_BTD: Tensor, scale_BR: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) after this layer; scales (B, 2) are those of attention and MLP (drop path)."""
+        attended_BTD = self.attention_output(merge_subspaces(attend(*self._query_key_value(z_BTD))))
+        z_BTD = z_BTD + (attended_BTD if scale_BR is None else scale_BR[:, :1, None] * attended_BTD)
+        hidden_BTD = self.mlp_output(F.gelu(self.mlp_input(self.mlp_norm(z_BTD))))
+        return z_BTD + (hidden_BTD if scale_BR is None else scale_BR[:, 1:, None] * hidden_BTD)
 
     def attention(self, z_BTD: Tensor) -> Tensor:
         """Attention maps (B, heads, T, T) of this layer for its input tokens."""

@@ -16,7 +16,8 @@ from crate_ray.sweeps.space import trial_config
 from crate_ray.tracking.initial import initial_weights
 from crate_ray.tracking.pretraining import track
 from crate_ray.tracking.registry import load_described
-from crate_ray.training.loop import validation_loss
+from crate_ray.training.listener import Listener
+from crate_ray.training.pretraining import validation_loss
 from crate_ray.training.run import Run, open_run, pretrain, start_from
 from crate_ray.training.step import Normalizer
 
@@ -90,8 +91,8 @@ class _Record:
         self._sweep.write(f"{RECORDS}{self._record.trial}.json", self._record.model_dump_json().encode())
 
 
-class _Reporter:
-    """Listener that tells Ray Tune of validation losses, for early stopping."""
+class _Reporter(Listener):
+    """Tells Ray Tune of validation losses, for early stopping."""
 
     def __init__(self, record: _Record, total_steps: int, report: bool) -> None:
         self._record, self._total_steps, self._report = record, total_steps, report
@@ -105,12 +106,6 @@ class _Reporter:
             if self._report and step < self._total_steps:
                 self._record.update(objective=self.last_loss, step=step)
                 tune.report({"objective": self.last_loss, "step": step})
-
-    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
-        """The trial's run in MLflow has them."""
-
-    def picture(self, step: int, name: str, png: bytes) -> None:
-        """Ray Tune has no use for pictures."""
 
 
 def _objective(settings: SweepConfig, config: PretrainConfig, run: Run, last_loss: float | None) -> float:

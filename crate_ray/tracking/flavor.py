@@ -24,13 +24,15 @@ def log_model(uri: str, run_id: str, exported: Path) -> Any:
     """Log an exported model to a run: as an MLflow model named 'model', and its two files under the artifact 'weights'.
 
     Returns MLflow's ModelInfo. Input is a column of encoded images (bytes) or of uint8 arrays (H, W, channels); output
-    are embeddings (n, dim), float32.
+    are embeddings (n, dim), or, of a classifier, probabilities of the classes (n, num_classes), float32.
     """
     mlflow.set_tracking_uri(uri)
     description = ModelDescription.model_validate_json((exported / DESCRIPTION_FILE).read_text())
+    classifier = description.classifier
+    columns = description.model.dim if classifier is None else classifier.num_classes
     signature = ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, description.model.dim))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, columns))]),
     )
     client = mlflow.MlflowClient(uri)
     for name in (WEIGHTS_FILE, DESCRIPTION_FILE):

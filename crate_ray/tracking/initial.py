@@ -1,4 +1,4 @@
-"""Weights that a pretraining run starts from: another run's, a registered model's, or the published code's."""
+"""Models that a training run starts from: another run's, a registered one, or the published code's."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
-from crate_ray.config import CrateMAEConfig, PretrainConfig
+from crate_ray.config import CrateMAEConfig, PretrainConfig, S3Config, TrackingConfig
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
-from crate_ray.models import load_published
-from crate_ray.tracking.registry import fetch_model
-from crate_ray.training.export import export_run, load_exported
+from crate_ray.evaluation.subject import PUBLISHED_SUFFIXES, find_checkpoint, load_checkpoint, load_file
+from crate_ray.models import MaskedAutoencoder, load_published
+from crate_ray.tracking.registry import fetch_model, load_described
+from crate_ray.training.export import ModelDescription, export_run, load_exported
 
 _PUBLISHED_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
@@ -32,6 +33,21 @@ def initial_weights(reference: str, config: PretrainConfig) -> dict[str, Tensor]
         else:
             fetch_model(reference, folder, config.tracking, config.s3)
         return load_exported(folder)[0].state_dict()
+
+
+def pretrained_model(
+    reference: str, tracking: TrackingConfig, s3: S3Config
+) -> tuple[MaskedAutoencoder, ModelDescription]:
+    """The model behind `FinetuneConfig.model`, in evaluation mode, and its description.
+
+    Raises UserError when there is none, or it is a classifier.
+    """
+    path = reference.removeprefix("published:")
+    if path != reference or (PurePosixPath(path).suffix in PUBLISHED_SUFFIXES and not Path(path).is_dir()):
+        return load_file(path, s3)
+    if found := find_checkpoint(reference, s3):
+        return load_checkpoint(*found)
+    return load_described(reference, tracking, s3)
 
 
 def _published(reference: str, folder: Path, config: PretrainConfig) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A pretraining run in MLflow: what it is (parameters, data lineage, code, environment), and the model it ends with."""
+"""A training run in MLflow: what it is (parameters, lineage, code, environment), and the model that it ends with."""
 
 from __future__ import annotations
 
@@ -27,21 +27,36 @@ _MODEL_FOLDER = "model"
 def track(run: Run, extra_tags: Mapping[str, str] | None = None) -> Iterator[RunTracker]:
     """Follow a run in MLflow: RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED."""
     config = run.config
-    tags = source_tags("pretrain") | dict(extra_tags or {})
+    start = run.record.finetune
+    tags = source_tags("finetune" if start else "pretrain") | dict(extra_tags or {})
+    settings = config.model_dump(mode="json")
+    if start is not None:
+        settings |= {"encoder": start.encoder.model_dump(mode="json"), "num_classes": start.classifier.num_classes}
     orders = [order.model_dump(mode="json") for order in run.record.order.datasets]
     order = orders[0] if len(orders) == 1 else {str(number): part for number, part in enumerate(orders)}
-    params = flatten(config.model_dump(mode="json")) | flatten({"order": order, "total_steps": run.total_steps})
+    params = flatten(settings) | flatten({"order": order, "total_steps": run.total_steps})
     shares = [weight / sum(run.mixture.weights) for weight in run.mixture.weights]
     lineage = list(map(_lineage, run.mixture.datasets, shares))
-    tracker = RunTracker(config.tracking, run.record.run_key, config.name, params, tags, lineage)
+    parent = start.parent if start else None
+    if parent is not None:
+        told = {"model": parent.reference, "step": parent.step, "dataset": parent.dataset}
+        tags |= flatten({name: value for name, value in told.items() if value is not None}, "crate_ray.parent_")
+    tracker = RunTracker(
+        config.tracking,
+        run.record.run_key,
+        config.name,
+        params,
+        tags,
+        lineage,
+        parent_key=parent.run_key if parent else None,
+    )
     tracker.text("environment.txt", environment())
     try:
         yield tracker
-    except KeyboardInterrupt:
-        tracker.finish("KILLED", timeout=10)
-        raise
-    except BaseException:
-        tracker.finish("FAILED", timeout=10)
+    except BaseException as error:
+        stopped = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        if not tracker.finish("FINISHED" if tracker.is_complete else stopped, timeout=10):
+            print(tracker.undelivered)
         raise
     if not tracker.finish("FINISHED"):
         print(tracker.undelivered)
@@ -52,11 +67,11 @@ def publish(run: Run, tracker: RunTracker) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         export_run(run.storage, folder)
-        for path in sorted(
-            folder.iterdir(), reverse=True
-        ):  # the weights first: the description says that they are there
-            run.storage.write(f"{_MODEL_FOLDER}/{path.name}", path)
         tracker.model(folder)
+        # The description last: it says that all the rest is there.
+        for path in sorted(folder.iterdir(), reverse=True):
+            run.storage.write(f"{_MODEL_FOLDER}/{path.name}", path)
+    tracker.is_complete = True
     return run.storage.under(_MODEL_FOLDER).uri
 
 

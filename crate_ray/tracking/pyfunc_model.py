@@ -12,26 +12,32 @@ from mlflow.pyfunc import PythonModel
 from numpy.typing import NDArray
 
 from crate_ray.evaluation.features import FeatureExtractor
-from crate_ray.training.export import WEIGHTS_FILE
+from crate_ray.finetuning.predict import Predictor
+from crate_ray.models.classifier import Classifier
+from crate_ray.training.export import WEIGHTS_FILE, load_any
 
 _BATCH = 64
 
 
-class Embedder(PythonModel):
-    """Embeddings of images: mean of the encoder's patch tokens, or the CLS token with params={'feature': 'cls'}."""
+class ImageModel(PythonModel):
+    """Embeddings of images, the mean of the encoder's patch tokens; of a classifier, probabilities of the classes."""
 
     def load_context(self, context: Any) -> None:
-        """Build the encoder from its two files."""
-        self._extractor = FeatureExtractor.from_folder(Path(context.artifacts[WEIGHTS_FILE]).parent)
+        """Build the model from its two files."""
+        model, description = load_any(Path(context.artifacts[WEIGHTS_FILE]).parent)
+        self._run: FeatureExtractor | Predictor
+        if isinstance(model, Classifier):
+            self._run, self._columns = Predictor(model, description), model.config.num_classes
+        else:
+            self._run, self._columns = FeatureExtractor(model, description), description.model.dim
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> NDArray[np.float32]:
-        """Embeddings (n, dim) of a data frame whose first column holds encoded images or uint8 arrays."""
+        """Rows (n, dim) or (n, num_classes) of a data frame whose first column holds encoded images or uint8 arrays."""
         items = model_input.iloc[:, 0].tolist()
-        parts = [self._extractor.load(items[i : i + _BATCH]) for i in range(0, len(items), _BATCH)]
-        dim = self._extractor.description.model.dim
-        return np.concatenate([np.empty((0, dim), np.float32), *(self._extractor(part).numpy() for part in parts)])
+        parts = [self._run.load(items[i : i + _BATCH]) for i in range(0, len(items), _BATCH)]
+        return np.concatenate([np.empty((0, self._columns), np.float32), *(self._run(part).numpy() for part in parts)])
 
 
-set_model(Embedder())
+set_model(ImageModel())

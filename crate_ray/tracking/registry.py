@@ -16,26 +16,39 @@ from crate_ray.config import S3Config, TrackingConfig
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder
+from crate_ray.models.classifier import Classifier
 from crate_ray.tracking.flavor import log_model
-from crate_ray.tracking.runs import RUN_KEY_TAG, tracking_uri
+from crate_ray.tracking.runs import find_run, tracking_uri
 from crate_ray.training.checkpoint import RUN_FILE
-from crate_ray.training.export import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription, export_run, load_exported
+from crate_ray.training.export import (
+    DESCRIPTION_FILE,
+    WEIGHTS_FILE,
+    ModelDescription,
+    export_run,
+    load_any,
+    load_exported,
+)
 
 CHAMPION = "champion"
 PROBE_TAG = "crate_ray.probe_accuracy"
+KIND_TAG = "crate_ray.kind"
 
 
 def load_model(
     reference: str, *, tracking: TrackingConfig | None = None, s3: S3Config | None = None
-) -> MaskedAutoencoder:
-    """The torch module behind a reference, in evaluation mode; see `fetch_model` for what can be referred to."""
-    return load_described(reference, tracking or TrackingConfig(), s3 or S3Config())[0]
+) -> MaskedAutoencoder | Classifier:
+    """The torch module behind a reference, in evaluation mode, a masked autoencoder or a fine-tuned classifier; see
+    `fetch_model` for what can be referred to."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        fetch_model(reference, folder, tracking or TrackingConfig(), s3 or S3Config())
+        return load_any(folder)[0]
 
 
 def load_described(
     reference: str, tracking: TrackingConfig, s3: S3Config
 ) -> tuple[MaskedAutoencoder, ModelDescription]:
-    """Model and description behind a reference."""
+    """Masked autoencoder and description behind a reference. Raises UserError for a classifier."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         fetch_model(reference, folder, tracking, s3)
@@ -65,15 +78,22 @@ def fetch_model(reference: str, folder: Path, tracking: TrackingConfig, s3: S3Co
 
 
 def register(run: str, name: str, tracking: TrackingConfig, s3: S3Config) -> ModelVersion:
-    """Make the encoder at a run's newest checkpoint a new version of a registered model.
+    """Make the encoder, or the classifier, at a run's newest checkpoint a new version of a registered model.
 
-    `run` is the run's folder, or its id in MLflow. Raises UserError when it has no checkpoint, or is not in MLflow.
+    `run` is the run's folder, or its id in MLflow. Raises UserError when it has no checkpoint, is not in MLflow, or is
+    of another kind than the model's versions.
     """
     client = _client(tracking)
     storage = _run_storage(run, tracking, s3)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         description = export_run(storage, folder)
+        kind = "encoder" if description.classifier is None else "classifier"
+        if others := {_kind(version) for version in client.search_model_versions(f"name = '{name}'")} - {kind}:
+            raise UserError(
+                f"{name} has versions that are {others.pop()}s, and {storage.uri} holds {_an(kind)}; give it another "
+                "--name"
+            )
         run_id = find_run(client, description.run_key or "")
         if run_id is None:
             raise UserError(
@@ -86,8 +106,16 @@ def register(run: str, name: str, tracking: TrackingConfig, s3: S3Config) -> Mod
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {"step": str(description.step), "dataset": description.dataset or "", "run": storage.uri}
+    tags = {"step": str(description.step), "dataset": description.dataset or "", "run": storage.uri, KIND_TAG: kind}
     return client.create_model_version(name, info.model_uri, run_id, tags=tags, model_id=info.model_id)
+
+
+def _kind(version: ModelVersion) -> str:
+    return str(version.tags.get(KIND_TAG, "encoder"))
+
+
+def _an(kind: str) -> str:
+    return "an encoder" if kind == "encoder" else "a classifier"
 
 
 def promote(
@@ -129,13 +157,6 @@ def list_versions(name: str, tracking: TrackingConfig) -> list[ModelVersion]:
     for version in versions:
         version.aliases = [alias for alias, number in aliases.items() if str(number) == str(version.version)]
     return versions
-
-
-def find_run(client: MlflowClient, run_key: str) -> str | None:
-    """MLflow id of a training run, by the key that its record holds."""
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1)
-    return found[0].info.run_id if found else None
 
 
 def _client(tracking: TrackingConfig) -> MlflowClient:

@@ -29,10 +29,12 @@ from mlflow.exceptions import MlflowException
 
 from crate_ray.config import TrackingConfig
 from crate_ray.tracking.flavor import log_model
+from crate_ray.training.listener import Listener
 
 logger = logging.getLogger(__name__)
 
 RUN_KEY_TAG = "crate_ray.run_key"
+PARENT_TAG = "mlflow.parentRunId"
 _DESCRIBED_TAG = "crate_ray.described"  # set once parameters and lineage are complete
 _RETRY_SECONDS = 5.0
 MODEL_FOLDER = "model"
@@ -65,11 +67,19 @@ def spool_folder(key: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray" / key
 
 
-class RunTracker:
-    """One run in MLflow, fed from the driver; a training Listener. `run_id` is empty until the server was reached.
+def find_run(client: MlflowClient, run_key: str) -> str | None:
+    """MLflow id of a training run, by the key that its record holds."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+class RunTracker(Listener):
+    """One run in MLflow, fed from the driver. `run_id` is empty until the server was reached.
 
     Parameters: tracking settings; `key`, which identifies the run for ever, whatever it is called; its name; parameters
-    and tags of a new run; and what its training data is, as MLflow's dataset lineage (name, digest, source, profile).
+    and tags of a new run; what its training data is, as MLflow's dataset lineage (name, digest, source, profile); and
+    the key of the run whose model it began with, under which MLflow shows it where it knows that one.
     """
 
     def __init__(
@@ -80,10 +90,13 @@ class RunTracker:
         params: dict[str, str],
         tags: dict[str, str],
         datasets: Sequence[Dataset] = (),
+        parent_key: str | None = None,
     ) -> None:
         self._uri, self._experiment, self._key, self._name = tracking_uri(tracking), tracking.experiment, key, name
-        self._params, self._tags, self._datasets = params, tags, datasets
+        self._params, self._tags, self._datasets, self._parent_key = params, tags, datasets, parent_key
         self.run_id = ""
+        self.is_complete = False
+        """Set once the run has left all that it was started for."""
         self._folder = spool_folder(key)
         (self._folder / "files").mkdir(parents=True, exist_ok=True)
         self._events, self._sent = self._folder / "events.jsonl", self._folder / "sent"
@@ -109,6 +122,13 @@ class RunTracker:
         path = self._folder / "files" / f"bad-{name}"
         path.write_text(json.dumps(causes, indent=1))
         self._append({"kind": "file", "path": path.as_posix(), "folder": "bad_samples", "name": name})
+
+    def note(self, step: int, text: str) -> None:
+        """Record what happened as an artifact notes/step-<step>-<id>.txt."""
+        name = f"step-{step:08d}-{uuid.uuid4().hex[:8]}.txt"
+        path = self._folder / "files" / f"note-{name}"
+        path.write_text(text + "\n")
+        self._append({"kind": "file", "path": path.as_posix(), "folder": "notes", "name": name})
 
     def text(self, name: str, content: str) -> None:
         """Record a text file as an artifact."""
@@ -198,6 +218,8 @@ class RunTracker:
             self.run_id = found[0].info.run_id
             return client
         tags = {**self._tags, RUN_KEY_TAG: self._key}
+        if self._parent_key and (parent := find_run(client, self._parent_key)):
+            tags = {PARENT_TAG: parent} | tags
         run = found[0] if found else client.create_run(experiment_id, tags=tags, run_name=self._name)
         known = run.data.params  # of an attempt that was cut off
         params = [Param(name, value[:6000]) for name, value in self._params.items() if name not in known]

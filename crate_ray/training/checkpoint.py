@@ -19,7 +19,8 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +30,19 @@ import torch.distributed.checkpoint as dcp
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from crate_ray.config import PretrainConfig, Settings
+from crate_ray.config import (
+    ClassifierConfig,
+    CrateMAEConfig,
+    FinetuneConfig,
+    ModelConfig,
+    PretrainConfig,
+    Settings,
+    ViTMAEConfig,
+)
 from crate_ray.data.decode import Kind
 from crate_ray.data.order import SampleOrder
 from crate_ray.data.storage import NotFound, Storage
@@ -53,13 +63,39 @@ class DamagedCheckpoint(UserError):  # noqa: N818 - named for what it says
     """A file of a committed checkpoint is missing, or differs from its digest."""
 
 
+class Parent(Settings):
+    """The model that a fine-tuning began with."""
+
+    reference: str
+    """How the settings refer to it."""
+    run_key: str | None = None
+    """The run that trained it, where that is known."""
+    dataset: str | None = None
+    """Digest of what it was trained on."""
+    step: int = 0
+    """Optimiser steps behind it."""
+
+
+class FinetuneStart(Settings):
+    """What a fine-tuning is about, beside its settings."""
+
+    encoder: ModelConfig
+    """Architecture of the encoder."""
+    classifier: ClassifierConfig
+    """What is put on top of it."""
+    parent: Parent | None = None
+    """Where the encoder's weights come from; None for random ones."""
+
+
 class RunRecord(Settings):
     """What is fixed when a run starts; every resumption must agree with it."""
 
     run_key: str
     """Random name that identifies the run in MLflow, whatever it is called."""
-    config: PretrainConfig
+    config: PretrainConfig | FinetuneConfig
     """Settings at the start."""
+    finetune: FinetuneStart | None = None
+    """Of a fine-tuning: what it is about."""
     dataset: str
     """Digest of the training data's manifest."""
     order: SampleOrder
@@ -74,6 +110,14 @@ class RunRecord(Settings):
     """Torch threads of each worker; another number rounds differently."""
     initial_weights: str | None = None
     """SHA-256 of the weights that the run starts from, where it was given some."""
+
+    @property
+    def model(self) -> CrateMAEConfig | ViTMAEConfig:
+        """Architecture of the model, or of the encoder that is fine-tuned."""
+        if isinstance(self.config, PretrainConfig):
+            return self.config.model
+        assert self.finetune is not None
+        return self.finetune.encoder
 
 
 class CheckpointState(Settings):
@@ -152,10 +196,21 @@ def write_part(folder: Path, part: Mapping[str, Tensor], rank: int, world_size: 
     index = {name: 2 if "/" in name else 1 for name in part}
     writer = HuggingFaceStorageWriter(folder.as_posix(), index, save_distributed=True)
     writer.sync_files = False  # what counts is the upload
-    dcp.save(dict(part), storage_writer=writer, no_dist=True)
+    with _plain_errors():
+        dcp.save(dict(part), storage_writer=writer, no_dist=True)
     for path in list(folder.glob("shard-*-model-*.safetensors")):
         kind = _PART_OF_INDEX[int(path.name.split("-")[3])]
         path.rename(folder / f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What went wrong, without what torch.distributed.checkpoint puts around it, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -166,14 +221,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with _plain_errors():
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 
 def restore_weights(folder: Path, model: nn.Module) -> None:
     """Load weights from the safetensors files in a local folder into a model, sharded or not, however they were
     written."""
-    dcp.load(dict(model.state_dict()), storage_reader=HuggingFaceStorageReader(folder.as_posix()), no_dist=True)
+    with _plain_errors():
+        dcp.load(dict(model.state_dict()), storage_reader=HuggingFaceStorageReader(folder.as_posix()), no_dist=True)
 
 
 def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> CheckpointState:
@@ -190,7 +247,8 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
             dtype = entry.properties.dtype
             empty = torch.zeros((), dtype=dtype, device=parameter.device)
             optimizer.state[parameter][key] = empty if scalar else torch.zeros_like(parameter, dtype=dtype)
-    dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader, no_dist=True)
+    with _plain_errors():
+        dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader, no_dist=True)
     return CheckpointState.model_validate_json((folder / STATE_FILE).read_bytes())
 
 

@@ -6,6 +6,7 @@ knows, all ranks agree on before a step, by a collective that was begun a step e
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -21,20 +22,10 @@ import torch
 import torch.distributed as dist
 
 from crate_ray.errors import UserError
+from crate_ray.training.mailbox import Sign
 
 _POLL_SECONDS = 0.5
 _PACKAGE = Path(__file__).parents[1].as_posix()
-
-
-class Sign(NamedTuple):
-    """What a worker shows of itself."""
-
-    rank: int
-    step: int
-    phase: str
-    """What it is doing: 'data', 'step', 'checkpoint', …"""
-    place: str
-    """Line of our code that its main thread is in."""
 
 
 class Agreed(NamedTuple):
@@ -154,6 +145,10 @@ class Watchdog:
         if (sign.step, sign.phase) != self._furthest and sign.step != self._furthest[0]:
             self._progress = now
             self._furthest = (sign.step, sign.phase)
+
+    def silence(self, now: float) -> float:
+        """Seconds since the last sign of life of any worker; infinite before the first."""
+        return now - max((seen for seen, _ in self._signs.values()), default=-math.inf)
 
     def check(self, now: float) -> None:
         """Raise UserError, naming the rank, when nothing has moved for too long."""

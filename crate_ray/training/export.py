@@ -8,11 +8,12 @@ import safetensors.torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from crate_ray.config import ModelConfig, Settings
+from crate_ray.config import ClassifierConfig, ModelConfig, Settings
 from crate_ray.data.decode import Kind
 from crate_ray.data.storage import Storage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.models.classifier import Classifier
 from crate_ray.training.checkpoint import load_weights
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
@@ -22,7 +23,9 @@ class ModelDescription(Settings):
     """What weights alone do not say."""
 
     model: ModelConfig
-    """Architecture and sizes."""
+    """Architecture and sizes; of a classifier, those of its encoder."""
+    classifier: ClassifierConfig | None = None
+    """Of a fine-tuned classifier: what is on top of the encoder."""
     mean: tuple[float, ...]
     """Mean per channel that is subtracted from the input (images on the scale 0 to 1)."""
     std: tuple[float, ...]
@@ -45,7 +48,8 @@ def export_run(run: Storage, folder: Path, step: int | None = None) -> ModelDesc
     state, weights = load_weights(run, step)
     record = state.run
     description = ModelDescription(
-        model=record.config.model,
+        model=record.model,
+        classifier=record.finetune.classifier if record.finetune else None,
         mean=record.mean,
         std=record.std,
         kind=record.kind,
@@ -65,13 +69,28 @@ def export_model(folder: Path, weights: dict[str, Tensor], description: ModelDes
 
 
 def load_exported(folder: Path) -> tuple[MaskedAutoencoder, ModelDescription]:
-    """Model in evaluation mode, and its description, from a local folder.
+    """Masked autoencoder in evaluation mode, and its description, from a local folder.
+
+    Raises UserError when the files are missing or do not belong together, or hold a classifier.
+    """
+    model, description = load_any(folder)
+    if isinstance(model, Classifier):
+        raise UserError("this model is a fine-tuned classifier, a pretrained one is needed; give that")
+    return model, description
+
+
+def load_any(folder: Path) -> tuple[MaskedAutoencoder | Classifier, ModelDescription]:
+    """Masked autoencoder or classifier in evaluation mode, and its description, from a local folder.
 
     Raises UserError when the files are missing or do not belong together.
     """
     try:
         description = ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
-        model = build_model(description.model)
+        model: MaskedAutoencoder | Classifier
+        if description.classifier is None:
+            model = build_model(description.model)
+        else:
+            model = Classifier(description.model, description.classifier)
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:
         cause = str(error).splitlines()[0]

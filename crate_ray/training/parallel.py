@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from crate_ray.config import TrainingConfig
-from crate_ray.models import CrateMAE, MaskedAutoencoder
+from crate_ray.models import CrateMAE
 from crate_ray.training.step import discard_step, num_micro_steps
 
 
 def parallelize(
-    model: MaskedAutoencoder,
+    model: nn.Module,
+    layers: Sequence[nn.Module],
     strategy: Literal["auto", "ddp", "fsdp"],
     *,
     world_size: int,
@@ -25,18 +28,18 @@ def parallelize(
 ) -> nn.Module:
     """The model as all workers train it together; one worker trains the model itself. A collective call.
 
-    FSDP2 shards the model in place, by layers, and the optimiser must be built after it. DDP wraps the model; weights
-    are loaded before or after. In both, gradients are the mean over workers.
+    FSDP2 shards the model in place, layer by layer, and the optimiser must be built after it. DDP wraps the model;
+    weights are loaded before or after. In both, gradients are the mean over workers.
     """
     if world_size == 1:
         return model
     if strategy == "fsdp":
-        return _shard(model, world_size, device, autocast)
+        return _shard(model, layers, world_size, device, autocast)
     # Every parameter has a gradient in every step (see CrateMAE), so that the graph is the same each time.
     return DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
 
 
-def settle(trained: nn.Module, images_BCHW: Tensor, noise_BN: Tensor) -> None:
+def settle(trained: nn.Module, images_BCHW: Tensor, given: Any) -> None:
     """Let DDP take its final form before the first real step, fresh and resumed alike. A collective call.
 
     DDP with a static graph records the graph in its first backward pass, notes in which order gradients come in its
@@ -45,7 +48,7 @@ def settle(trained: nn.Module, images_BCHW: Tensor, noise_BN: Tensor) -> None:
     """
     if isinstance(trained, DistributedDataParallel):
         for _ in range(2):
-            discard_step(trained, images_BCHW, noise_BN)
+            discard_step(trained, images_BCHW, given)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -64,8 +67,12 @@ def micro_steps_of(training: TrainingConfig, model: nn.Module, world_size: int) 
 
 
 def _shard(
-    model: MaskedAutoencoder, world_size: int, device: torch.device, autocast: torch.dtype | None
-) -> MaskedAutoencoder:
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    world_size: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> nn.Module:
     mesh = init_device_mesh(device.type, (world_size,))
     # Gathered in the dtype that they are computed in, at half the traffic. Not on the CPU, whose layer norm takes no
     # bf16 weights beside fp32 tokens: there autocast rounds after gathering, to the same numbers.
@@ -74,8 +81,24 @@ def _shard(
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
     # A tied decoder layer uses an encoder layer's parameters outside of that layer: they have to stay gathered.
     tied = isinstance(model, CrateMAE) and model.tied_decoder
-    for layer in () if tied else (*model.encoder, *model.decoder):
+    for layer in () if tied else layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # Also after a forward pass without a backward one the parameters are those that the optimiser knows.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, all parameters of a sharded model (FSDP2) are whole on every worker and stay so, to be looked at outside
+    of its forward pass. A collective call then; other models are as they are."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()

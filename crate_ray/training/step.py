@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from crate_ray.config import OptimConfig, TrainingConfig
 from crate_ray.data.order import STREAM_MASK, STREAM_PROBE, Int64, uniform
-from crate_ray.models import MaskedAutoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +56,19 @@ def should_compile(choice: Literal["auto", "layers", "off"], device: torch.devic
 
 
 def compile_layers(
-    model: MaskedAutoencoder, batch_size: int, device: torch.device, autocast: torch.dtype | None = None
+    model: nn.Module, layers: Sequence[nn.Module], inputs: tuple[Tensor, Any], autocast: torch.dtype | None = None
 ) -> bool:
-    """Compile the model's layers in place, and whether that worked; if not, the model is as before and the log says so.
+    """Compile layers of a model in place, and whether that worked; if not, the model is as before and the log says so.
 
-    All encoder layers share one program, all decoder layers another. They are compiled here, by one step whose
-    gradients are thrown away, for batches of batch_size (the largest micro-batch) under this autocast; another size is
-    compiled when it comes. Passes without gradients, as for validation, stay uncompiled. Call it before the model is
-    wrapped or sharded. Names of parameters do not change.
+    Layers of one kind share one program. They are compiled here, by one step on the inputs (as many samples as the
+    largest micro-batch has) whose gradients are thrown away; another number is compiled when it comes. Passes without
+    gradients, as for validation, stay uncompiled. Call it before the model is wrapped or sharded. Names of parameters
+    do not change.
     """
-    layers = [*model.encoder, *model.decoder]
     for layer in layers:
         _compile_in_training(layer)
-    size = (batch_size, model.channels, *model.image_hw)
-    images_BCHW = torch.zeros(size, device=device, dtype=model.cls_token.dtype)
-    noise_BN = torch.zeros(batch_size, model.num_patches, device=device)
     try:
-        discard_step(model, images_BCHW, noise_BN, autocast)
+        discard_step(model, *inputs, autocast)
     except Exception as error:  # whatever compilers do: none at hand, out of memory, an error of their own
         for layer in layers:
             del layer.forward
@@ -182,7 +178,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     images_BCHW: Tensor,
-    noise_BN: Tensor,
+    given: Any,
     *,
     batch_size: int,
     world_size: int = 1,
@@ -193,40 +189,48 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the mean loss over the global batch, and one optimiser step with it.
 
-    Parameters: a masked autoencoder (in DistributedDataParallel when world_size > 1), this worker's normalised images
-    and mask noise, the global batch size. Each sample weighs 1 / batch_size, however many samples a worker has.
-    Returns two scalars on the device, without waiting for it: this worker's sum of sample losses, and the norm of the
-    global gradient before clipping.
+    Parameters: a model that returns `sample_loss` (in DistributedDataParallel when world_size > 1), a fused optimiser,
+    this worker's normalised images and what the model is given beside them, such as mask noise (cut into micro-batches
+    by slices), the global batch size. Each sample weighs 1 / batch_size, however many samples a worker has. Where the
+    loss or the gradient of any worker is not finite, the optimiser leaves everything as it is (its own step counts
+    included; one that is not fused cannot). Returns two scalars on the device, without waiting for it: this worker's
+    sum of sample losses, and the norm of the global gradient before clipping, which then is not finite on any worker.
     """
     device_type = images_BCHW.device.type
     loss_sum = torch.zeros((), device=images_BCHW.device)
     optimizer.zero_grad(set_to_none=True)
     parts = list(micro_batches(len(images_BCHW), micro_steps))
     for i, part in enumerate(parts):
-        images, noise = images_BCHW[part], noise_BN[part]
+        images = images_BCHW[part]
         if not len(images):
             continue
         last = i == len(parts) - 1
         no_sync: Any = getattr(model, "no_sync", nullcontext)
         with nullcontext() if last else no_sync():
             with torch.autocast(device_type, dtype=autocast, enabled=autocast is not None):
-                sample_loss = model(images, noise).sample_loss
+                sample_loss = model(images, given[part]).sample_loss
             part_sum = sample_loss.float().sum()
-            # DistributedDataParallel averages over the workers; times world_size makes that the global sum.
-            (part_sum * (world_size / batch_size)).backward()
+            # DistributedDataParallel averages over the workers; times world_size makes that the global sum. A loss
+            # that is not finite may have a gradient that is: this makes it known to all workers.
+            weight = torch.where(part_sum.detach().isfinite(), world_size / batch_size, math.nan)
+            (part_sum * weight).backward()
         loss_sum += part_sum.detach()
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    fused: Any = optimizer  # is told in the way of torch.amp.GradScaler
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        fused.found_inf = (~norm.isfinite()).float()
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     return loss_sum, norm
 
 
-def discard_step(model: nn.Module, images_BCHW: Tensor, noise_BN: Tensor, autocast: torch.dtype | None = None) -> None:
+def discard_step(model: nn.Module, images_BCHW: Tensor, given: Any, autocast: torch.dtype | None = None) -> None:
     """One forward and backward whose gradients are thrown away.
 
     DistributedDataParallel rebuilds its buckets after the first backward pass, and with three or more workers the order
@@ -234,6 +238,6 @@ def discard_step(model: nn.Module, images_BCHW: Tensor, noise_BN: Tensor, autoca
     bitwise equal.
     """
     with torch.autocast(images_BCHW.device.type, dtype=autocast, enabled=autocast is not None):
-        sample_loss = model(images_BCHW, noise_BN).sample_loss
+        sample_loss = model(images_BCHW, given).sample_loss
     (sample_loss.sum() * 0.0).backward()
     model.zero_grad(set_to_none=True)

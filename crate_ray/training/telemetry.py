@@ -1,34 +1,17 @@
-"""What training shows of itself: rates between log steps, and the reconstruction picture. Plain torch and Pillow."""
+"""What training tells of itself: losses and norms of its steps, rates between log steps, which samples a batch had."""
 
 from __future__ import annotations
 
-import io
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import xxhash
-from PIL import Image
 from torch import Tensor
 
-from crate_ray.models import MaskedAutoencoder
-from crate_ray.training.step import Normalizer
-
-
-class Listener(Protocol):
-    """Who follows a run on the driver: the terminal, MLflow. Calls come from one thread, in the order of events."""
-
-    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
-        """Measured values after so many steps, at a time in milliseconds since 1970."""
-
-    def picture(self, step: int, name: str, png: bytes) -> None:
-        """A picture made after so many steps."""
-
-    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
-        """Samples that a worker could not use and had not told of before: cause by key."""
-
+from crate_ray.memory import peak_memory
 
 KEYS_DIGEST_RANGE = 2**48  # a float, as which metrics travel, holds these exactly
 
@@ -46,76 +29,76 @@ def keys_digest(keys: Sequence[str], first_slot: int) -> int:
 
 
 class Stopwatch:
-    """Time since the last lap, and the part of it that was spent waiting for data."""
+    """Time since the last lap, and the parts of it that were spent waiting for data and on logging.
 
-    def __init__(self) -> None:
-        self._lap, self.waited = time.perf_counter(), 0.0
+    Args:
+        device: that trains; its work is waited for before a log step is timed.
+    """
 
-    def wait_began(self) -> float:
-        """Call before asking for data; pass the result to `wait_ended`."""
-        return time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lap, self._waited, self._logged = time.perf_counter(), 0.0, 0.0
 
-    def wait_ended(self, began: float) -> None:
-        """Call when the data is there."""
-        self.waited += time.perf_counter() - began
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the worker waits for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Inside, the worker logs. Its time counts to the next lap when the lap is taken inside."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        began = time.perf_counter()
+        yield
+        self._logged += time.perf_counter() - began
 
     def lap(self, steps: int, batch_size: int) -> dict[str, float]:
-        """Rates since the last lap, and a new lap: images/s of all workers, seconds per step, time waiting."""
+        """Rates since the last lap, and a new lap: images/s of all workers, seconds per step, shares of the time."""
         now = time.perf_counter()
         seconds = max(now - self._lap, 1e-9)
         rates = {
             "images_per_second": steps * batch_size / seconds,
             "step_seconds": seconds / steps,
-            "data_wait_share": self.waited / seconds,
+            "data_wait_share": self._waited / seconds,
+            "logging_share": self._logged / seconds,
         }
-        self._lap, self.waited = now, 0.0
+        self._lap, self._waited, self._logged = now, 0.0, 0.0
         return rates
 
 
-@torch.no_grad()
-def reconstruct(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model sees and what it makes of it: images with the masked patches grey (0), and with them predicted.
+class StepLog:
+    """Loss and gradient norm of every step since the last look, kept on the device so that no step waits for it.
 
-    Both (B, channels, H, W) on the scale of the normalised input; visible patches are the original's.
+    Args:
+        capacity: most steps between two looks.
+        device: that trains.
     """
-    output = model(images_BCHW, noise_BN)
-    removed = model.unpatchify(output.mask[:, :, None].expand_as(output.prediction).to(images_BCHW.dtype))
-    predicted = model.reconstruct(output.prediction.float(), images_BCHW)
-    return images_BCHW * (1 - removed), images_BCHW * (1 - removed) + predicted * removed
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self._losses_S, self._norms_S = torch.zeros(2, capacity, device=device)
+        self._count = 0
+
+    def add(self, loss_sum: Tensor, norm: Tensor) -> None:
+        """Note a step: this worker's sum of sample losses, and the norm of the global gradient."""
+        self._losses_S[self._count] = loss_sum
+        self._norms_S[self._count] = norm
+        self._count += 1
+
+    def take(self, batch_size: int, world_size: int) -> tuple[list[float], list[float]]:
+        """Mean losses over the global batches and gradient norms, step by step, and start anew. A collective call."""
+        losses_S, count = self._losses_S[: self._count].clone(), self._count
+        self._count = 0
+        if world_size > 1:
+            dist.all_reduce(losses_S)
+        return (losses_S / batch_size).tolist(), self._norms_S[:count].tolist()
 
 
-def reconstruction_picture(
-    model: MaskedAutoencoder,
-    normalizer: Normalizer,
-    images_BCHW: Tensor,
-    noise_BN: Tensor,
-    value_range: tuple[float, float],
-) -> bytes:
-    """PNG with a column per sample: original, masked, reconstructed. Takes loaded (not normalised) images.
-
-    value_range is what black and white stand for. Grids that are neither 1 nor 3 channels show their first channel.
-    """
-    was_training = model.training
-    model.eval()
-    normalised = normalizer(images_BCHW)
-    rows = [normalised, *reconstruct(model, normalised, noise_BN)]
-    model.train(was_training)
-    low, high = value_range
-    pixels_R = [((normalizer.undo(row) - low) / (high - low)).clamp(0, 1) for row in rows]
-    grid_RBCHW = torch.stack(pixels_R)
-    if grid_RBCHW.shape[2] != 3:
-        grid_RBCHW = grid_RBCHW[:, :, :1].expand(-1, -1, 3, -1, -1)
-    height, width = grid_RBCHW.shape[3:]
-    zoom, gap = max(1, round(96 / height)), 4
-    rows_, columns = grid_RBCHW.shape[:2]
-    size = (rows_ * (height * zoom + gap) + gap, columns * (width * zoom + gap) + gap)
-    canvas = np.full((*size, 3), 255, np.uint8)
-    for r in range(rows_):
-        for c in range(columns):
-            tile = (grid_RBCHW[r, c].permute(1, 2, 0).cpu().numpy() * 255).round().astype(np.uint8)
-            tile = tile.repeat(zoom, 0).repeat(zoom, 1)
-            top, left = gap + r * (height * zoom + gap), gap + c * (width * zoom + gap)
-            canvas[top : top + height * zoom, left : left + width * zoom] = tile
-    out = io.BytesIO()
-    Image.fromarray(canvas).save(out, "PNG")
-    return out.getvalue()
+def used_memory(device: torch.device) -> dict[str, float]:
+    """Most memory that this process has had so far, in bytes: of the GPU that it trains on, else of the host."""
+    if device.type == "cuda":
+        return {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(device))}
+    peak = peak_memory()
+    return {} if peak is None else {"memory_bytes": float(peak)}

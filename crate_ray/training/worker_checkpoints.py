@@ -44,6 +44,10 @@ _PAUSES = (1.0, 5.0, 25.0)  # seconds before each repetition of an upload, after
 _UPLOAD_TIMEOUT = 3600.0
 
 
+class UploadFailed(OSError):  # noqa: N818 - named for what happened
+    """A checkpoint could not be saved, however often that was tried."""
+
+
 class WorkerCheckpoints:
     """Checkpoints of one worker. All workers make the same calls; restore and save are collective.
 
@@ -80,6 +84,7 @@ class WorkerCheckpoints:
         )
         self._idle = threading.Event()  # no upload is under way
         self._idle.set()
+        self._failure: Exception | None = None
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest valid checkpoint, else the weights that the run is to start from, if any; returns its step.
@@ -115,8 +120,8 @@ class WorkerCheckpoints:
     ) -> None:
         """Copy the state, go on, and write, upload and commit the copy in the background.
 
-        Waits for the save before, if that is not finished yet. A failure in the background is raised in the worker's
-        main thread by Ray Train.
+        Waits for the save before, if that is not finished yet. Raises UploadFailed when that one has failed; Ray Train
+        raises the same in the worker's main thread as soon as it notices.
         """
         self._wait()
         self._idle.clear()
@@ -142,6 +147,9 @@ class WorkerCheckpoints:
                 if self._rank == 0:
                     _repeat(lambda: self._commit(directory, step, validation_loss), directory)
                     self._told(step, time.perf_counter() - began)
+            except Exception as error:
+                self._failure = error
+                raise
             finally:
                 shutil.rmtree(local, ignore_errors=True)
                 self._idle.set()
@@ -158,13 +166,15 @@ class WorkerCheckpoints:
         )
 
     def finish(self) -> None:
-        """Wait until everything is uploaded, or has failed."""
+        """Wait until everything is uploaded. Raises UploadFailed when it has failed."""
         self._wait()
         self._stager.close()
 
     def _wait(self) -> None:
         if not self._idle.wait(_UPLOAD_TIMEOUT):
             raise TimeoutError(f"the upload of a checkpoint to {self._run.uri} takes more than {_UPLOAD_TIMEOUT:.0f} s")
+        if self._failure is not None:
+            raise self._failure
 
     def _commit(self, directory: str, step: int, validation_loss: float | None) -> None:
         commit_checkpoint(self._run, directory, step, self._world_size, validation_loss=validation_loss)
@@ -176,12 +186,14 @@ class WorkerCheckpoints:
 
 def _repeat(action: Callable[[], None], directory: str) -> None:
     """Do what may fail because a disk is full or the storage is away, and some more times if it does."""
-    for pause in _PAUSES:
+    for pause in (*_PAUSES, None):
         try:
             return action()
         except (OSError, UserError) as error:
             if isinstance(error, TimeoutError):
                 raise
+            if pause is None:
+                raise UploadFailed(f"checkpoint {directory} cannot be saved: {error}") from error
             logger.warning("checkpoint %s: %s; trying again in %.0f s", directory, error, pause)
             time.sleep(pause)
-    return action()
+    return None

@@ -1,26 +1,26 @@
-"""What all fault tests compare with: data, and the weights of a run that nothing hit."""
+"""What the tests of faults in training share: a Ray cluster, data, and the weights of runs that nothing hits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from crate_ray.config import PrepareConfig
-from crate_ray.data.builtin import digits_source
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import open_storage
-from tests.faults.runs import pretrain
-from tests.jobs import final_weights, finish, start
+from tests.faults.runs import Undisturbed, pack_digits
+from tests.jobs import RayCluster, running_ray
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    config = PrepareConfig(source="digits", split="test", output=str(tmp_path_factory.mktemp("digits")))
-    pack(digits_source("test"), open_storage(config.output, config.s3), config)
-    return config.output
+    return pack_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    finish(start(pretrain(digits), folder), folder)
-    return final_weights(folder / "runs" / "run")
+def cluster() -> Iterator[RayCluster]:
+    with running_ray(6) as cluster:  # more than a machine of two cores would have by itself
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def undisturbed(digits: str, cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(digits, tmp_path_factory.mktemp("undisturbed"), cluster)

@@ -1,55 +1,67 @@
-"""A run that is killed, a worker or the whole driver, ends with bitwise the weights of one that is not."""
+"""A run that is killed, a worker in the midst of what it does or the whole driver, ends with bitwise the weights of one
+that is not, and repeats no step that was behind a committed checkpoint."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
-from tests.faults.runs import EVERY, STEPS, pretrain
-from tests.jobs import end, final_weights, finish, start, wait_for_commit, workers
+from tests.faults.phases import PHASES, kill_in
+from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
+from tests.jobs import RayCluster, end, final_weights, finish, newest_commit, start, wait_for_commit
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_worker_killed(seed: int, digits: str, undisturbed: str, tmp_path: Path) -> None:
-    process = start(pretrain(digits), tmp_path)
+def mlflow_run(digits: str, run_key: str) -> tuple[MlflowClient, Run]:
+    """The one run of a key in the records beside the data."""
+    client = MlflowClient(f"sqlite:///{Path(digits).parent}/mlflow.db")
+    (run,) = client.search_runs(["1"], f"tags.`crate_ray.run_key` = '{run_key}'")
+    return client, run
+
+
+@pytest.mark.timeout(400)
+def test_workers_killed_in_every_phase(
+    digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    run, chance = run_in(tmp_path), random.Random(1)
+    kills: list[tuple[float, int]] = []
+    job = start(pretrain(digits, 3, tracking__log_every=1, scaling__max_failures=len(PHASES)), tmp_path, cluster)
     try:
-        run = tmp_path / "runs" / "run"
-        wait_for_commit(run, EVERY, process)
-        time.sleep(random.Random(seed).uniform(0, 0.3))
-        os.kill(random.Random(seed).choice(workers(process)).pid, signal.SIGKILL)
-        finish(process, tmp_path)
+        wait_for_commit(run, EVERY, job)
+        for phase in PHASES:
+            assert kill_in(phase, job, chance, timeout=90), f"{phase} was not met:\n{job.log[-3000:]}"
+            kills.append((1000 * time.time(), newest_commit(run)))
+        finish(job)
     finally:
-        if process.poll() is None:
-            end(process)
-    assert final_weights(run) == undisturbed
-    steps = [int(path.name.split("-")[1]) for path in run.glob("commits/step-*.json")]
-    assert max(steps) == STEPS
+        end(job)
+    assert final_weights(run) == undisturbed.weights(3)
+    assert newest_commit(run) == STEPS
+    client, record = mlflow_run(digits, json.loads(run.read("run.json"))["run_key"])
+    points = client.get_metric_history(record.info.run_id, "loss")
+    assert {point.step for point in points} == set(range(1, STEPS + 1))
+    for (killed, committed), (later, _) in zip(kills, [*kills[1:], (float("inf"), 0)], strict=True):
+        assert min((point.step for point in points if killed < point.timestamp < later), default=STEPS) > committed
 
 
-@pytest.mark.parametrize("seed", [2])
-def test_driver_killed(seed: int, digits: str, undisturbed: str, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "run"
-    process = start(pretrain(digits), tmp_path)
-    wait_for_commit(run, 2 * EVERY, process)
-    time.sleep(random.Random(seed).uniform(0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    process.wait(30)
-    assert not (run / "model").exists()
-    finish(start(pretrain(digits), tmp_path), tmp_path)
-    assert final_weights(run) == undisturbed
+def test_driver_killed(digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    job = start(pretrain(digits, 1), tmp_path, cluster)
+    wait_for_commit(run, 2 * EVERY, job)
+    time.sleep(random.Random(2).uniform(0, 0.3))
+    job.send_signal(signal.SIGKILL)
+    assert job.wait(30) == -signal.SIGKILL
+    assert not run.exists("model/model.safetensors")
+    finish(start(pretrain(digits, 1), tmp_path, cluster))
+    assert final_weights(run) == undisturbed.weights(1)
     # It went on from a checkpoint: the second attempt has none of the first steps.
-    second = sorted(path.name for path in run.glob("attempt-002/step-*"))
-    assert int(second[0].split("-")[1]) > EVERY
-    record = json.loads((run / "run.json").read_text())
+    second = sorted(info.key for info in run.list("attempt-002/step-"))
+    assert int(second[0].split("-")[2]) > EVERY
     # And in MLflow it is one run.
-    import mlflow
-
-    runs = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_runs(["1"])
-    assert [r.data.tags["crate_ray.run_key"] for r in runs] == [record["run_key"]]
-    assert runs[0].info.status == "FINISHED"
+    _, record = mlflow_run(digits, json.loads(run.read("run.json"))["run_key"])
+    assert record.info.status == "FINISHED"

@@ -9,16 +9,26 @@ import subprocess
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 
-from crate_ray.config import S3Config
+from crate_ray.config import PrepareConfig, S3Config
+from crate_ray.data.builtin import shapes_source
+from crate_ray.data.packing import pack
 from crate_ray.data.storage import Storage, open_storage
+from crate_ray.errors import UserError
 from tests.jobs import ROOT, environment, job
 
 LEASE = 6.0
-SETTINGS = {"source": "shapes", "num_samples": 1500, "image_size": 160, "shard_samples": 60, "max-side": 96}
+SETTINGS: dict[str, Any] = {
+    "source": "shapes",
+    "num_samples": 1500,
+    "image_size": 160,
+    "shard_samples": 60,
+    "max_side": 96,
+}
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -63,39 +73,45 @@ def content(output: Storage) -> dict[str, bytes]:
     return {info.key: output.read(info.key) for info in output.list()}
 
 
-def test_killed_packing_goes_on_and_a_second_one_is_refused(output: Storage, tmp_path: Path) -> None:
-    undisturbed = open_storage(str(tmp_path / "undisturbed"), S3Config())
-    calm = prepare(undisturbed, tmp_path)
-    assert calm.wait(120) == 0, calm.communicate()[1]
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a packing makes that nothing hits."""
+    storage = open_storage(str(tmp_path_factory.mktemp("undisturbed")), S3Config())
+    pack_here(storage)
+    return content(storage)
 
+
+def pack_here(output: Storage) -> None:
+    """The same packing in this process."""
+    config = PrepareConfig(**SETTINGS, output=output.uri, lease_seconds=LEASE)
+    pack(shapes_source(config.split, config.num_samples, config.image_size, config.seed), output, config)
+
+
+def test_killed_packing_goes_on_and_a_second_one_is_refused(
+    output: Storage, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     first = prepare(output, tmp_path)
-    second = None
     try:
         wait_for_records(output, 1, first)
-        second = prepare(output, tmp_path)
-        _, errors = second.communicate(timeout=60)
-        assert first.poll() is None, "the first one is still at work"
-        assert second.returncode == 2
-        assert re.search(rf"error: the dataset at \S+ is in use by process {first.pid} on ", errors), errors
+        with pytest.raises(UserError, match=rf"^the dataset at \S+ is in use by process {first.pid} on "):
+            pack_here(output)
         first.send_signal(signal.SIGKILL)
-        first.wait(30)
+        assert first.wait(30) == -signal.SIGKILL, "it was still at work"
     finally:
         first.kill()
-        if second is not None:
-            second.kill()
     names = [info.key for info in output.list()]
     assert "manifest.json" not in names
     done = finished(output)
     assert 1 <= len(done) < 20
     modified = times(output, done)
 
-    third = prepare(output, tmp_path)
-    _, errors = third.communicate(timeout=120)
-    assert third.returncode == 0, errors
+    second = prepare(output, tmp_path)
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
     assert f"process {first.pid} on " in errors and "gave no sign of life, its lease is taken over" in errors
     assert f"{len(done)} of 20 shards were finished by an earlier run" in errors
     assert times(output, done) == modified
-    assert content(output) == content(undisturbed)
+    assert content(output) == undisturbed
 
 
 def times(output: Storage, names: set[str]) -> dict[str, object]:

@@ -2,67 +2,67 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
 
-import pytest
-
-from tests.faults.runs import EVERY, STEPS, pretrain
-from tests.jobs import end, final_weights, finish, start, wait_for_commit, workers
+from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
+from tests.jobs import RayCluster, end, final_weights, finish, newest_commit, start, wait_for_commit
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
-    number: signal.Signals,
-    code: int,
-    digits: str,
-    undisturbed: str,
-    tmp_path: Path,
+    digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    run = tmp_path / "runs" / "run"
-    process = start(pretrain(digits), tmp_path)
+    run, reached = run_in(tmp_path), 0
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        job = start(pretrain(digits), tmp_path, cluster)
+        try:
+            wait_for_commit(run, reached + 1, job)
+            began = newest_commit(run)
+            job.send_signal(number)
+            assert job.wait(60) == code, job.log[-3000:]
+        finally:
+            end(job)
+        assert reached < began <= newest_commit(run) < STEPS
+        reached = newest_commit(run)
+        assert not run.exists("driver.lease")  # nobody has to wait for it
+    finish(start(pretrain(digits), tmp_path, cluster))
+    assert final_weights(run) == undisturbed.weights(2)
+
+
+def test_a_run_whose_workers_cannot_start_stops_when_asked(digits: str, cluster: RayCluster, tmp_path: Path) -> None:
+    job = start(pretrain(digits, scaling__cpus_per_worker=1000), tmp_path, cluster)
     try:
-        wait_for_commit(run, EVERY, process)
-        process.send_signal(number)
-        assert process.wait(120) == code, (tmp_path / "job.log").read_text()[-3000:]
-        newest = max(int(path.name.split("-")[1]) for path in run.glob("commits/step-*.json"))
-        assert EVERY <= newest < STEPS
-        assert not (run / "driver.lease").exists()  # nobody has to wait for it
-        finish(start(pretrain(digits), tmp_path), tmp_path)
+        deadline = time.monotonic() + 60
+        while not run_in(tmp_path).exists("driver.lease"):
+            assert job.returncode is None and time.monotonic() < deadline, job.log[-3000:]
+            time.sleep(0.05)
+        time.sleep(1)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 143, job.log[-3000:]
     finally:
-        if process.poll() is None:
-            end(process)
-    assert final_weights(run) == undisturbed
+        end(job)
 
 
-def test_a_second_driver_is_refused(digits: str, tmp_path: Path) -> None:
-    first = start([*pretrain(digits), "--training.steps", "100000"], tmp_path)
+def test_a_second_driver_is_refused_and_a_rank_that_hangs_is_named(
+    digits: str, cluster: RayCluster, tmp_path: Path
+) -> None:
+    (tmp_path / "second").mkdir()
+    command = pretrain(digits, storage=tmp_path / "runs", training__steps=100_000, scaling__hang_seconds=20)
+    first, second = start(command, tmp_path, cluster), None
     try:
-        wait_for_commit(tmp_path / "runs" / "run", EVERY, first)
-        (tmp_path / "second").mkdir()
-        second = start([*pretrain(digits), "--storage", str(tmp_path / "runs")], tmp_path / "second")
+        wait_for_commit(run_in(tmp_path), EVERY, first)
+        second = start(
+            pretrain(digits, storage=tmp_path / "runs", training__steps=100_000), tmp_path / "second", cluster
+        )
         assert second.wait(120) == 2
-        log = (tmp_path / "second" / "job.log").read_text()
-        assert f"run 'run' is in use by process {first.pid} on" in log
-    finally:
-        for process in (first, second):
-            if process.poll() is None:
-                end(process)
-
-
-def test_a_rank_that_hangs_is_named(digits: str, tmp_path: Path) -> None:
-    process = start([*pretrain(digits), "--scaling.hang_seconds", "12"], tmp_path)
-    try:
-        wait_for_commit(tmp_path / "runs" / "run", EVERY, process)
-        stalled = workers(process)[0].pid
-        os.kill(stalled, signal.SIGSTOP)
+        assert f"run 'run' is in use by process {first.pid} on" in second.log
+        first.workers()[0].suspend()
         began = time.monotonic()
-        assert process.wait(120) == 2
+        assert first.wait(120) == 2
         assert time.monotonic() - began < 90
     finally:
-        if process.poll() is None:
-            end(process)
-    log = (tmp_path / "job.log").read_text()
-    assert "error: no step was made for 12 s: rank" in log and "gives no sign of life" in log
+        for job in (first, second):
+            if job:
+                end(job)
+    assert "error: no step was made for 20 s: rank" in first.log and "gives no sign of life" in first.log

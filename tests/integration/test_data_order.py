@@ -13,13 +13,14 @@ from crate_ray.config import PrepareConfig, PretrainConfig
 from crate_ray.data.builtin import digits_source, shapes_source
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import open_storage
+from crate_ray.training.listener import Listener
 from crate_ray.training.run import open_run, pretrain
 
 STEPS = 12
 
 
-class Digests:
-    """Listener that keeps the digest of every batch."""
+class Digests(Listener):
+    """Keeps the digest of every batch."""
 
     def __init__(self) -> None:
         self.by_step: dict[int, float] = {}
@@ -27,12 +28,6 @@ class Digests:
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         if "batch_digest" in values:
             self.by_step[step] = values["batch_digest"]
-
-    def picture(self, step: int, name: str, png: bytes) -> None:
-        pass
-
-    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

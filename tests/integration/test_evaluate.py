@@ -119,3 +119,30 @@ def test_samples_that_cannot_be_decoded_are_left_out_or_stop_the_job(folder: Pat
     refused = run(folder, "evaluate", *model, "--probe.train", "packed", "--probe.test", "packed", RAY_ADDRESS="local")
     assert refused.returncode == 2
     assert "of 40 samples of" in refused.stderr and "are unusable" in refused.stderr
+
+
+def test_a_comparison_trains_what_is_missing_and_tells_the_same_again(folder: Path) -> None:
+    (folder / "base.yaml").write_text(
+        "model: {image_size: 16, patch_size: 4, dim: 16, depth: 2, num_subspaces: 2}\n"
+        "data: {train: train, validation: test}\n"
+        "training: {steps: 12, batch_size: 16}\n"
+        "tracking: {log_every: 2, picture_every: null}\n"
+    )
+    (folder / "compare.yaml").write_text(
+        "base: base.yaml\nseeds: [0]\nbaselines: false\nvariants: {wide: {model.dim: 32}}\n"
+        f"probe: {{train: train, test: test}}\ntracking: {{uri: 'sqlite:///{folder}/mlflow.db', experiment: compare}}\n"
+    )
+    run(folder, "evaluate", "compare", "--config", "compare.yaml")
+    table = json.loads((folder / "runs/compare/comparison.json").read_text())["variants"]
+    assert list(table) == ["crate-mae", "wide"] and table["wide"]["parameters"] > table["crate-mae"]["parameters"]
+    for name, variant in table.items():
+        (figures,) = variant["runs"]
+        weights = build_model(CrateMAEConfig.model_validate(variant["model"])).state_dict()
+        load_exported(folder / f"runs/compare/{name}-seed-0/model")[0].load_state_dict(weights)  # of the same shapes
+        assert 0 < figures["loss"] < 10 and figures["images_per_second"] > 0 and figures["memory_bytes"] > 2**20
+        assert all(0 <= figures[measure] <= 1 for measure in ("probe", "probe_best", "knn", "knn_best"))
+        assert variant["intervals"]["loss"][0] == figures["loss"]
+    # Nothing is trained again, nothing is measured again.
+    again = run(folder, "evaluate", "compare", "--config", "compare.yaml", **NO_CLUSTER)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((folder / "runs/compare/comparison.json").read_text())["variants"] == table

@@ -7,12 +7,17 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
 import pytest
 from mlflow.tracking import MlflowClient
+
+from crate_ray.data.storage import LocalStorage
+from tests.faults.runs import pack_digits, pretrain
+from tests.jobs import ROOT, newest_commit
 
 if TYPE_CHECKING:
     from conftest import LocalCluster
@@ -94,6 +99,38 @@ def test_secrets_stay_secret(local_cluster: LocalCluster) -> None:
     everywhere = shown + "\n".join(command_lines().values())
     assert all(len(secret) >= 20 and secret not in everywhere for secret in secrets)
     assert "already up" in shown
+
+
+@pytest.mark.timeout(400)
+def test_job_stop_saves_a_checkpoint_and_the_job_goes_on(local_cluster: LocalCluster, tmp_path: Path) -> None:
+    run, digits = LocalStorage(tmp_path / "run"), pack_digits(tmp_path)
+    env = local_cluster.environment()
+
+    def submit(name: str, steps: int, *options: str) -> None:
+        settings = pretrain(digits, storage=tmp_path, training__steps=steps, checkpoint__every_steps=100)[2:]
+        submitted = subprocess.run(
+            [RAY, "job", "submit", "--working-dir", ".", "--submission-id", name, *options, "--runtime-env-json",
+             '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}', "--", "python", "jobs/pretrain.py", *settings],
+            env=env, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        assert submitted.returncode == 0, (submitted.stdout + submitted.stderr)[-3000:]
+
+    submit("to-stop", 1_000_000, "--no-wait")
+    deadline = time.monotonic() + 240
+    while not (regular := newest_commit(run)):
+        assert time.monotonic() < deadline, "no checkpoint"
+        time.sleep(0.05)
+    stopped = subprocess.run([RAY, "job", "stop", "to-stop"], env=env, capture_output=True, text=True, check=True)
+    assert "was stopped" in stopped.stdout
+    saved = newest_commit(run)
+    assert saved > regular and saved % 100, "no checkpoint was saved between the regular ones"
+    assert not run.exists("driver.lease")
+
+    submit("to-go-on", saved + 20)
+    assert newest_commit(run) == saved + 20
+    logs = subprocess.run([RAY, "job", "logs", "to-go-on"], env=env, capture_output=True, text=True, check=True).stdout
+    steps = [int(step) for step in re.findall(r"^step ([\d,]+)/", logs.replace(",", ""), re.M)]
+    assert steps and min(steps) > saved
 
 
 @pytest.mark.timeout(900)

@@ -4,7 +4,6 @@ that Ray adds and takes away while it trains."""
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import shutil
 import time
 import uuid
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from crate_ray.config import CrateMAEConfig, OptimConfig, PrepareConfig, PretrainConfig, TrainingConfig
 from crate_ray.data.builtin import digits_source
+from crate_ray.data.loader import training_loader
 from crate_ray.data.order import worker_slots
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import LocalStorage, open_storage
@@ -41,9 +41,12 @@ from crate_ray.training.checkpoint import (
     upload_part,
     write_part,
 )
+from crate_ray.training.listener import Listener
 from crate_ray.training.parallel import micro_steps_of, parallelize, settle
 from crate_ray.training.run import Run, open_run, pretrain, start_from
 from crate_ray.training.step import build_optimizer, learning_rate, train_step
+from crate_ray.training.telemetry import keys_digest
+from tests.jobs import forkserver
 from tests.unit.test_checkpoint import RECORD
 
 STEPS = 6
@@ -66,7 +69,7 @@ def work(rank: int, phase: Phase, folder: Path, rendezvous: str, config: CrateMA
     torch.manual_seed(0)
     model = build_model(config).to(dtype)
     cpu = torch.device("cpu")
-    trained = parallelize(model, phase.strategy, world_size=phase.workers, device=cpu)
+    trained = parallelize(model, [*model.encoder, *model.decoder], phase.strategy, world_size=phase.workers, device=cpu)
     optimizer = build_optimizer(model, OPTIM)
     run, local, done = LocalStorage(folder), folder.with_name(f"local-{rank}-{uuid.uuid4().hex}"), 0
     if fetch_newest(run, local / "restore") is not None:
@@ -109,8 +112,7 @@ def train(
     folder: Path, *phases: Phase, config: CrateMAEConfig = MODEL, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Go through phases, each in processes of its own; all tensors of the last one's checkpoint."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
+    processes = forkserver()
     for phase in phases:
         rendezvous = (folder.parent / uuid.uuid4().hex).as_posix()
         group = [
@@ -180,19 +182,19 @@ def test_a_run_whose_workers_change_ends_as_one_worker_alone(path: str, tmp_path
 # --- On Ray ---------------------------------------------------------------------------------------------------------
 
 
-class Follower:
-    """Listener that keeps every metric by step."""
+class Follower(Listener):
+    """Keeps every metric by step."""
 
     def __init__(self) -> None:
         self.values: dict[str, dict[int, float]] = {}
-        self.pictures: list[int] = []
+        self.pictures: list[tuple[int, str]] = []
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         for name, value in values.items():
             self.values.setdefault(name, {})[step] = value
 
     def picture(self, step: int, name: str, png: bytes) -> None:
-        self.pictures.append(step)
+        self.pictures.append((step, name))
 
     def bad_samples(self, step: int, causes: dict[str, str]) -> None:
         raise AssertionError(causes)
@@ -253,7 +255,11 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(cluster: Cluster
         assert fsdp.values[name] == pytest.approx(ddp.values[name], rel=1e-3), name
     assert fsdp.values["validation_loss"].keys() == {3, 6, 8, 9, 12} and ddp.values["validation_loss"].keys() == {8, 12}
     assert fsdp.values["validation_loss"][12] == pytest.approx(ddp.values["validation_loss"][12], rel=1e-3)
-    assert fsdp.pictures == ddp.pictures == [0, 6, 12]
+    names = ("reconstruction", "attention", "layers")
+    assert fsdp.pictures == ddp.pictures == [(step, name) for step in (0, 6, 12) for name in names]
+    for name in ("coding_rate/layer_01", "gini/layer_01"):
+        assert fsdp.values[name].keys() == {0, 6, 12}
+        assert fsdp.values[name] == pytest.approx(ddp.values[name], rel=1e-3), name
     assert fsdp.values["checkpoint_background_seconds"].keys() == {3, 6, 9, 12}
     # Both parts of the sharded model together are the model.
     _, weights = load_weights(run.storage)
@@ -277,7 +283,6 @@ def test_a_node_joins_and_a_node_leaves_while_a_run_trains(cluster: Cluster, dig
         "checkpoint": {"every_steps": 10, "keep_last": 1000},
         "tracking": {"picture_every": None},
     }
-    alone, undisturbed = follow(settings(tmp_path / "alone", digits, scaling={"workers": 2}, **common))
     config = settings(
         tmp_path / "elastic", digits, scaling={"workers": [2, 3], "resize_seconds": 1, "max_failures": 2}, **common
     )
@@ -306,11 +311,12 @@ def test_a_node_joins_and_a_node_leaves_while_a_run_trains(cluster: Cluster, dig
         wait_for(2, step)
         training.result()
     assert sizes == [2, 3, 2]
-    assert elastic.values["batch_digest"] == undisturbed.values["batch_digest"]
-    assert len(elastic.values["batch_digest"]) == steps
-    # Other orders of summation, in fp32, over many steps.
-    assert elastic.values["loss"][20] == pytest.approx(undisturbed.values["loss"][20], rel=1e-3)
-    assert elastic.values["validation_loss"][steps] == pytest.approx(
-        undisturbed.values["validation_loss"][steps], rel=0.02
-    )
-    assert alone.record.order == run.record.order
+    assert elastic.values["batch_digest"] == batch_digests(run, steps)
+    assert elastic.values["validation_loss"][steps] < 0.9 * elastic.values["loss"][1]
+
+
+def batch_digests(run: Run, steps: int) -> dict[int, float]:
+    """Digests of the batches of one worker alone, by step."""
+    config, order = run.config, run.record.order
+    with training_loader(run.mixture, order, config.model, config.data, steps=range(steps)) as loader:
+        return {batch.step + 1: float(keys_digest(batch.keys, 0)) for batch in loader}

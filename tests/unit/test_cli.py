@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from crate_ray.cli import dotted_names, parse_config, run_job
-from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, Settings, ViTMAEConfig
+from crate_ray.config import CrateMAEConfig, FinetuneConfig, PrepareConfig, PretrainConfig, Settings, ViTMAEConfig
 from crate_ray.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -187,7 +187,7 @@ def fields(config_class: type[BaseModel], prefix: str = "") -> dict[str, list[tu
     return out
 
 
-@pytest.mark.parametrize("config_class", [PretrainConfig, PrepareConfig])
+@pytest.mark.parametrize("config_class", [PretrainConfig, PrepareConfig, FinetuneConfig])
 def test_help_describes_every_setting(
     config_class: type[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +219,7 @@ def test_every_shipped_config_parses() -> None:
         "demo": PretrainConfig,
         "cifar10": PretrainConfig,
         "imagenet": PretrainConfig,
+        "finetune": FinetuneConfig,
     }
     for path in paths:
         config_class = next((kind for start, kind in kinds.items() if path.name.startswith(start)), None)

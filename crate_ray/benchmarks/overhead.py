@@ -1,0 +1,144 @@
+"""What a Ray Train job costs beside the training itself: Ray, waiting for data, logging, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from crate_ray.benchmarks.machine import describe_machine
+from crate_ray.config import BenchmarkOverheadConfig, PrepareConfig, PretrainConfig
+from crate_ray.data.builtin import shapes_source
+from crate_ray.data.packing import pack
+from crate_ray.data.storage import open_storage
+from crate_ray.errors import UserError
+from crate_ray.progress import console
+from crate_ray.ray_cluster import start_ray
+from crate_ray.training.listener import Listener
+from crate_ray.training.run import open_run, pretrain
+
+_CHECKPOINT_EVERY, _CHECKPOINT_STEPS = 7, 15  # three steps to settle, then four before, and seven after the first one
+_SETTLING = 3
+_COUNTED_STEPS = 500
+
+
+class _Follower(Listener):
+    """Keeps every metric by step."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[int, float]] = {}
+
+    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, {})[step] = value
+
+
+def measure(config: BenchmarkOverheadConfig) -> dict[str, Any]:
+    """Every figure, for JSON: seconds per step as a Ray Train job and bare, and what takes which share of a step."""
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
+        folder = Path(temporary)
+        data = config.data or _make_data(folder, config)
+        start_ray()
+        report = {"machine": describe_machine(), **_against_bare(folder, data, config)}
+        if config.checkpoint_preset is not None:
+            report["checkpoint"] = _checkpoint(folder, data, config)
+    return report
+
+
+def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dict[str, Any]:
+    """The same steps as a Ray Train job and bare, in turns."""
+    seconds: dict[str, list[float]] = {"ray_train": [], "torchrun": []}
+    shares: dict[str, list[float]] = {"data_wait_share": [], "logging_share": []}
+    for number in range(config.rounds):
+        settings = _settings(f"overhead-{number}", folder, data, config)
+        run, follower = open_run(settings), _Follower()
+        console().print(f"round {number + 1} of {config.rounds}: {config.steps} steps as a Ray Train job, then bare")
+        pretrain(run, [follower])
+        taken = follower.values["step_seconds"]
+        seconds["ray_train"] += [taken[step] for step in sorted(taken)[1:]]
+        for name, found in shares.items():
+            found += [follower.values[name][step] for step in sorted(taken)[1:]]
+        record = open_run(settings).record  # with the threads that the workers had
+        bare = _bare(folder, settings, record.model_dump(mode="json"), config)
+        seconds["torchrun"] += [interval / config.log_every for interval in bare[1:]]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "step_seconds": medians,
+        "intervals": seconds,
+        "ray_overhead": medians["ray_train"] / medians["torchrun"] - 1,
+        **{name: statistics.fmean(values) for name, values in shares.items()},
+    }
+
+
+def _bare(
+    folder: Path, settings: PretrainConfig, record: dict[str, Any], config: BenchmarkOverheadConfig
+) -> list[float]:
+    given, times = folder / "bare.json", folder / "times.json"
+    given.write_text(
+        json.dumps({"config": settings.model_dump(mode="json"), "record": record, "total_steps": config.steps})
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.workers),
+        "-m", "crate_ray.benchmarks.bare_loop", str(given), str(times),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the bare loop failed: {done.stderr.strip()[-500:]}")
+    found: list[float] = json.loads(times.read_text())
+    return found
+
+
+def _checkpoint(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dict[str, Any]:
+    """Time that one checkpoint takes from training: how much longer the steps last that it falls into."""
+    settings = _settings("checkpoint", folder, data, config)
+    changes = {
+        "model": {"preset": config.checkpoint_preset},
+        "training": {"batch_size": config.checkpoint_batch_size, "steps": _CHECKPOINT_STEPS},
+        "checkpoint": {"every_steps": _CHECKPOINT_EVERY},
+        "tracking": {"log_every": 1, "picture_every": None},
+    }
+    settings = PretrainConfig.model_validate(settings.model_dump(mode="json") | changes)
+    console().print(f"checkpoints of the {config.checkpoint_preset} preset: {_CHECKPOINT_STEPS} steps")
+    follower = _Follower()
+    pretrain(open_run(settings), [follower])
+    taken = follower.values["step_seconds"]
+    calm = statistics.median(taken[step] for step in range(_SETTLING + 1, _CHECKPOINT_EVERY + 1))
+    # Its blocking part counts to the step after it, the upload to those that follow.
+    hit = [taken[step] - calm for step in range(_CHECKPOINT_EVERY + 1, 2 * _CHECKPOINT_EVERY)]
+    return {
+        "preset": config.checkpoint_preset,
+        "step_seconds": calm,
+        "blocking_seconds": follower.values["checkpoint_blocking_seconds"][_CHECKPOINT_EVERY],
+        "background_seconds": follower.values["checkpoint_background_seconds"][_CHECKPOINT_EVERY],
+        "lost_seconds": sum(hit),
+        "steps_between": _COUNTED_STEPS,
+        "share": sum(hit) / (_COUNTED_STEPS * calm),
+    }
+
+
+def _settings(name: str, folder: Path, data: str, config: BenchmarkOverheadConfig) -> PretrainConfig:
+    return PretrainConfig.model_validate(
+        {
+            "name": name,
+            "storage": str(folder / "runs"),
+            "model": config.model.model_dump(mode="json"),
+            "data": {"train": data},
+            "training": {"batch_size": config.batch_size, "steps": config.steps},
+            "scaling": {"workers": config.workers},
+            "checkpoint": {"every_steps": 10 * config.steps},
+            "tracking": {"log_every": config.log_every, "picture_every": None},
+        }
+    )
+
+
+def _make_data(folder: Path, config: BenchmarkOverheadConfig) -> str:
+    logging.getLogger("crate_ray").setLevel(logging.WARNING)
+    prepared = PrepareConfig(source="shapes", output=str(folder / "data"))
+    size = max(config.model.image_hw)
+    pack(shapes_source("all", config.samples, size, 0), open_storage(prepared.output, prepared.s3), prepared)
+    return prepared.output

@@ -1,0 +1,1 @@
+"""Fair comparisons: several models, the same data, steps, seeds and trainer."""

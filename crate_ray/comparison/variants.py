@@ -1,0 +1,139 @@
+"""The models of a comparison, made from the one that it is about: baselines, ablations, and what the user names."""
+
+from __future__ import annotations
+
+import bisect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crate_ray.cli import dotted_names, load_yaml, merge, suggest, validate
+from crate_ray.config import CompareConfig, CrateMAEConfig, ModelConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.errors import UserError
+from crate_ray.models import build_model
+from crate_ray.sweeps.space import nested
+
+OURS, SAME_SIZE, SAME_PARAMETERS = "crate-mae", "vit-mae", "vit-mae-matched"
+
+_CLOSE = 0.01  # parameter counts that differ by less are equal
+_NEIGHBOURS = 4  # widths to try on either side
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "tied output map": {"model.output_map": "tied"},
+    "linear attention": {"model.attention": "linear"},
+    "tied decoder": {"model.decoder_maps": "tied"},
+    "visible tokens only": {"model.encoder_tokens": "visible"},
+    "no sparsity": {"model.sparsity_lambda": 0.0},
+}
+"""Assumptions of the derivation, each with the switch that takes it, or what was published instead, away."""
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """Trainable numbers of a model."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(model).parameters())
+
+
+def vit_of_the_same_size(model: CrateMAEConfig) -> ViTMAEConfig:
+    """ViT-MAE of the same width, depth and heads; its decoder has two thirds of the layers, as in MAE (8 of 12).
+
+    It has no query, key and value biases, like the ViT-MAE of the CRATE-MAE authors.
+    """
+    return ViTMAEConfig.model_validate(
+        {
+            **_images(model),
+            "dim": model.dim,
+            "depth": model.depth,
+            "num_heads": _heads(model.dim, model.num_subspaces),
+            "decoder_depth": max(1, round(2 / 3 * (model.decoder_depth or model.depth))),
+            "qkv_bias": False,
+        }
+    )
+
+
+def vit_of_as_many_parameters(model: CrateMAEConfig) -> ViTMAEConfig:
+    """ViT-MAE of the same depths with the width, and then the width of the MLP, that give the same parameter count."""
+    wanted = count_parameters(model)
+
+    def candidate(dim: int, mlp_ratio: float = 4.0) -> ViTMAEConfig:
+        return ViTMAEConfig.model_validate(
+            {
+                **_images(model),
+                "dim": dim,
+                "depth": model.depth,
+                "num_heads": _heads(dim, model.num_subspaces),
+                "decoder_depth": model.decoder_depth,
+                "mlp_ratio": mlp_ratio,
+            }
+        )
+
+    def tuned(dim: int) -> tuple[float, ViTMAEConfig]:
+        """How far its count is off, and the config of a width."""
+        at_4, at_5 = (count_parameters(candidate(dim, ratio)) for ratio in (4.0, 5.0))
+        ratio = min(max(4.0 + (wanted - at_4) / (at_5 - at_4), 2.0), 6.0)
+        found = candidate(dim, round(ratio * dim) / dim)
+        return abs(count_parameters(found) / wanted - 1), found
+
+    dims = range(4, model.dim + 1, 4)
+    middle = bisect.bisect(dims, wanted, key=lambda dim: count_parameters(candidate(dim)))
+    found = [tuned(dim) for dim in dims[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]]
+    near = [config for error, config in found if error < _CLOSE]
+    if near:
+        return min(near, key=lambda config: abs(config.mlp_ratio - 4))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
+    """Settings of every run, by variant, one per seed; all are checked.
+
+    Raises UserError for settings that do not exist, and where baselines are wanted of a base that is no CRATE-MAE.
+    """
+    names = dotted_names(PretrainConfig)
+    for name in [*config.settings, *(name for values in config.variants.values() for name in values)]:
+        if name not in names:
+            raise UserError(f"there is no pretraining setting {name!r}{suggest(name, names)}")
+    base = merge(load_yaml(Path(config.base)), nested(config.settings))
+    model = _run(config, base, OURS, {}, 0).model
+    if not isinstance(model, CrateMAEConfig):
+        raise UserError(f"{config.base} is about a ViT-MAE; compare starts from a CRATE-MAE and makes the baselines")
+    changes: dict[str, dict[str, Any]] = {OURS: {}}
+    if config.baselines:
+        changes[SAME_SIZE] = {"model": vit_of_the_same_size(model).model_dump(mode="json")}
+        changes[SAME_PARAMETERS] = {"model": vit_of_as_many_parameters(model).model_dump(mode="json")}
+    if config.ablations:
+        changes |= {name: nested(values) for name, values in ABLATIONS.items()}
+    for name, values in config.variants.items():
+        if name in changes:
+            raise UserError(f"variants: {name!r} is the name of one that compare makes itself; choose another")
+        changes[name] = nested(values)
+    return {name: [_run(config, base, name, values, seed) for seed in config.seeds] for name, values in changes.items()}
+
+
+def _run(
+    config: CompareConfig, base: dict[str, Any], variant: str, changes: dict[str, Any], seed: int
+) -> PretrainConfig:
+    ours = {
+        "name": f"{variant.replace(' ', '-')}-seed-{seed}",
+        "storage": f"{config.storage.rstrip('/')}/{config.name}",
+        "seed": seed,
+        "tracking": config.tracking.model_dump(),
+        "s3": config.s3.model_dump(),
+    }
+    values = dict(base)
+    if changes.get("model", {}).get("architecture"):  # another kind of model: nothing of the base's remains
+        values["model"] = {}
+    try:
+        return validate(PretrainConfig, merge(merge(values, changes), ours))
+    except UserError as error:
+        raise UserError(f"variant {variant!r}: {error}") from None
+
+
+def _images(model: CrateMAEConfig) -> dict[str, Any]:
+    names = ("image_size", "patch_size", "channels", "mask_ratio", "norm_pix_loss")
+    return {name: getattr(model, name) for name in names}
+
+
+def _heads(dim: int, wanted: int) -> int:
+    """The number of heads nearest to the wanted one that divides a width."""
+    return min((heads for heads in range(1, dim + 1) if dim % heads == 0), key=lambda heads: abs(heads - wanted))

@@ -1,0 +1,84 @@
+"""Fine-tuning as a task: augmented and mixed images in, cross entropy out, accuracy on held-out samples."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crate_ray.config import FinetuneConfig
+from crate_ray.data.loader import Batch
+from crate_ray.data.order import worker_slots
+from crate_ray.finetuning.batches import PAIR, TrainingBatches
+from crate_ray.finetuning.measure import measure_accuracy
+from crate_ray.finetuning.optim import build_layerwise_optimizer
+from crate_ray.models.classifier import Classifier, Targets
+from crate_ray.training.checkpoint import RunRecord
+from crate_ray.training.loop import train
+from crate_ray.training.task import Place, Task
+from crate_ray.training.worker import run_worker
+
+_MOST_AT_ONCE = 256  # samples of a validation batch
+
+
+class FinetuneTask(Task):
+    """A classifier on augmented images and their targets."""
+
+    config_class = FinetuneConfig
+    model: Classifier
+
+    def __init__(self, config: FinetuneConfig, place: Place) -> None:
+        assert place.record.finetune is not None
+        self._config, self._place = config, place
+        self.model = new_classifier(place.record, config.seed).to(place.device)
+        self.model.autoencoder.checkpoint_layers = config.training.activation_checkpointing
+        self.layers = list(self.model.encoder)
+        self.image_model = place.record.finetune.encoder
+        self.together = PAIR if config.mixes else 1
+        self._num_classes = place.record.finetune.classifier.num_classes
+        slots = worker_slots(config.training.batch_size, place.rank, place.world_size, self.together)
+        self._make_inputs = TrainingBatches(config, self._num_classes, self.model.branches, place.normalizer, slots)
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW whose learning rates fall towards the first layer."""
+        return build_layerwise_optimizer(self.model, self._config.optim, self._config.layer_decay)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Targets]:
+        """Augmented, mixed and normalised images, and their targets."""
+        return self._make_inputs(batch)
+
+    def blank(self, count: int) -> tuple[Tensor, Tensor]:
+        """Black images of no class."""
+        encoder, device = self.image_model, self._place.device
+        images = torch.zeros(count, encoder.channels, *encoder.image_hw, device=device)
+        return images, torch.zeros(count, self._num_classes, device=device)
+
+    def validate(self) -> dict[str, float]:
+        """Cross entropy, top-1 and top-5 accuracy."""
+        place = self._place
+        assert place.validation is not None
+        return measure_accuracy(
+            self.model,
+            place.validation,
+            self._config.data,
+            place.normalizer,
+            batch_size=min(self._config.training.micro_batch_size or _MOST_AT_ONCE, _MOST_AT_ONCE),
+            autocast=place.autocast,
+            rank=place.rank,
+            world_size=place.world_size,
+        )._asdict()
+
+
+def finetune_loop(payload: dict[str, Any]) -> None:
+    """What every Ray Train worker runs: its share of a run, to the last step (see driver.Loop)."""
+    run_worker(payload, partial(train, FinetuneTask))
+
+
+def new_classifier(record: RunRecord, seed: int) -> Classifier:
+    """The classifier of a fine-tuning with the fresh weights of a seed."""
+    assert record.finetune is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Classifier(record.finetune.encoder, record.finetune.classifier)

@@ -1,0 +1,105 @@
+"""A classifier on top of the encoder of a masked autoencoder: pooled tokens, LayerNorm, a linear map to classes.
+
+Shapes: B batch, T tokens, D token dimension, C classes, P residual branches of all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crate_ray.config import ClassifierConfig, CrateMAEConfig, ViTMAEConfig
+from crate_ray.models.crate_mae import CrateMAE
+from crate_ray.models.masking import MaskedAutoencoder
+from crate_ray.models.vit_mae import ViTMAE
+
+_DECODER = ("mask_token", "encoder_norm", "decoder_embed", "decoder", "decoder_norm", "prediction")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a batch is to be classified as, and how drop path treats its samples. Slices as its tensors do."""
+
+    classes: Tensor
+    """Probability of each class, (B, C); one-hot for a plain label."""
+    scales: Tensor | None = None
+    """Factor of each residual branch, (B, P): 0 where it is skipped; None where none is."""
+
+    def __getitem__(self, part: slice) -> Targets:
+        return Targets(self.classes[part], None if self.scales is None else self.scales[part])
+
+
+class ClassifierOutput(NamedTuple):
+    """What a classifier returns."""
+
+    scores: Tensor
+    """Logits of the classes, (B, C) float32."""
+    sample_loss: Tensor | None
+    """Cross entropy of each sample, (B,); None without targets."""
+
+
+class Classifier(nn.Module):
+    """The encoder of CRATE-MAE or ViT-MAE, and a classifier of its last layer's CLS token or mean patch token.
+
+    As in the published fine-tunings, the encoder's own last norm is left out and the head has a fresh one. All weights
+    are fresh, from torch's global generator; `load_encoder` takes those of a pretrained model.
+    """
+
+    def __init__(self, encoder: CrateMAEConfig | ViTMAEConfig, config: ClassifierConfig) -> None:
+        super().__init__()
+        autoencoder = CrateMAE(encoder) if isinstance(encoder, CrateMAEConfig) else ViTMAE(encoder)
+        for name in _DECODER:
+            delattr(autoencoder, name)
+        self.autoencoder: MaskedAutoencoder = autoencoder
+        """The encoder alone; only `embed` and `run_layer` work."""
+        self.encoder_config, self.config = encoder, config
+        self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)
+        self.head = nn.Linear(encoder.dim, config.num_classes)
+        # Small, so that the first steps change the head more than the encoder (MAE).
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def encoder(self) -> nn.ModuleList:
+        """The encoder's layers."""
+        return self.autoencoder.encoder
+
+    @property
+    def decoder(self) -> nn.ModuleList:
+        """There is none."""
+        return nn.ModuleList()
+
+    @property
+    def branches(self) -> list[int]:
+        """Number of residual branches of each layer."""
+        return [cast("Any", layer).num_branches for layer in self.encoder]
+
+    def load_encoder(self, pretrained: MaskedAutoencoder) -> None:
+        """Take the encoder's weights of a pretrained model of the same configuration."""
+        weights = pretrained.state_dict()
+        self.autoencoder.load_state_dict({name: weights[name] for name in self.autoencoder.state_dict()})
+
+    def forward(self, images_BCHW: Tensor, targets: Targets | Tensor | None = None) -> ClassifierOutput:
+        """Classify normalised images (B, channels, H, W), and compare with targets where they are given.
+
+        Targets may be the class probabilities (B, C) alone. Raises UserError for images of another size.
+        """
+        targets = Targets(targets) if isinstance(targets, Tensor) else targets
+        scales = None if targets is None or targets.scales is None else targets.scales.split(self.branches, 1)
+        z_BTD, _ = self.autoencoder.embed(images_BCHW)
+        for index, layer in enumerate(self.encoder):
+            z_BTD = self.autoencoder.run_layer(layer, z_BTD, *(() if scales is None else (scales[index],)))
+        pooled_BD = z_BTD[:, 0] if self.config.pooling == "cls" else z_BTD[:, 1:].mean(1)
+        scores_BC = self.head(self.norm(pooled_BD)).float()
+        loss_B = None if targets is None else F.cross_entropy(scores_BC, targets.classes, reduction="none")
+        return ClassifierOutput(scores_BC, loss_B)
+
+
+@torch.no_grad()
+def class_probabilities(model: Classifier, images_BCHW: Tensor) -> Tensor:
+    """Probabilities of the classes, (B, C) float32, of normalised images."""
+    return model(images_BCHW).scores.softmax(1)

@@ -1,0 +1,204 @@
+"""How the driver trains: it starts or resumes a run on Ray Train, follows it, and passes on a wish to stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from crate_ray.data.arrow import arrow_filesystem
+from crate_ray.data.lease import Lease
+from crate_ray.errors import UserError
+from crate_ray.training.checkpoint import newest_complete, write_record
+from crate_ray.training.control import Watchdog
+from crate_ray.training.listener import Listener
+from crate_ray.training.mailbox import Mailbox
+from crate_ray.training.planning import Run, RunConfig
+from crate_ray.training.signals import Stopped, StopRequest, stop_signals
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+_SILENT_SECONDS = 30.0  # without a sign of life, no worker is there that could save a checkpoint
+
+Loop = Callable[[dict[str, Any]], None]
+"""What every worker runs. Its payload holds `config` and `record` as plain data, `total_steps`, the folder `attempt` of
+this start's checkpoints, and the driver's `mailbox`."""
+
+
+def train_on_ray(run: Run, loop: Loop, listeners: Sequence[Listener]) -> None:
+    """Train to the last step, on `scaling.workers` Ray Train workers; recovers from up to max_failures failures, and
+    from the newest checkpoint when an elastic run gets another number of workers.
+
+    Needs Ray (see ray_cluster.start_ray). Listeners hear of metrics and pictures in this thread. Returns at once when
+    the run is already finished. Raises UserError for what a worker found wrong with the user's input.
+    """
+    if run.is_finished:
+        return
+    config = run.config
+    resources, use_gpu = _worker_resources(config)
+    threads = run.record.threads or int(resources["CPU"])
+    if config.scaling.cpus_per_worker not in (None, threads):
+        raise UserError(
+            f"run {config.name!r} was begun with {threads} CPUs per worker and results depend on it; "
+            f"set scaling.cpus_per_worker {threads}"
+        )
+    with (
+        Lease(run.storage, "driver.lease", f"run {config.name!r}", lease_seconds=config.scaling.lease_seconds) as lease,
+        stop_signals() as asked,
+    ):
+        _fit_and_follow(run, loop, listeners, lease, asked, resources, use_gpu=use_gpu, threads=threads)
+
+
+def _fit_and_follow(
+    run: Run,
+    loop: Loop,
+    listeners: Sequence[Listener],
+    lease: Lease,
+    asked: StopRequest,
+    resources: dict[str, float],
+    *,
+    use_gpu: bool,
+    threads: int,
+) -> None:
+    """Start Ray Train, deliver what the workers tell, and pass on a wish to stop. Raises as `train_on_ray` does."""
+    config = run.config
+    record = run.record.model_copy(update={"threads": threads})
+    write_record(run.storage, record)
+
+    # Each start of the driver is an attempt with a Ray Train folder of its own: our commit records, not Ray's snapshot
+    # of an earlier driver, say which checkpoint is the newest.
+    earlier = [int(i.key.split("/")[0].removeprefix("attempt-")) for i in run.storage.list("attempt-")]
+    attempt = f"attempt-{max(earlier, default=0) + 1:03d}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
+    loop_config = {
+        "config": config.model_dump(mode="json"),
+        "record": record.model_dump(mode="json"),
+        "total_steps": run.total_steps,
+        "attempt": attempt,
+        "mailbox": mailbox,
+    }
+    scaling = ray.train.ScalingConfig(
+        num_workers=config.scaling.workers,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=config.scaling.resize_seconds,
+    )
+    # A task of its own: it leaves the driver's signal handlers alone, ends with the driver, and the address lets Ray
+    # Train clean up after that even where several Rays run on one machine.
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    fit = ray.remote(num_cpus=0, max_retries=0)(_fit).options(
+        scheduling_strategy=here, runtime_env={"env_vars": address}
+    )
+    done = fit.remote(loop, loop_config, scaling, run.storage.uri, config)
+    try:
+        watchdog, stopping = Watchdog(config.scaling.hang_seconds), False
+        while not ray.wait([done], timeout=_POLL_SECONDS)[0]:
+            _deliver(mailbox, listeners, watchdog)
+            watchdog.check(time.monotonic())
+            lease.check()
+            if asked.signal and not stopping:
+                stopping = True
+                logger.warning("stopping: a checkpoint is saved first (Ctrl-C again to stop at once)")
+                mailbox.stop.remote()
+            if stopping and watchdog.silence(time.monotonic()) > _SILENT_SECONDS:
+                raise Stopped(asked.signal)
+        _deliver(mailbox, listeners, watchdog)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            if sentence := _failure_to_mend(error.cause):
+                raise UserError(
+                    f"{sentence}; mend that and start the run again, which goes on from its newest checkpoint"
+                ) from None
+            raise
+        newest = newest_complete(run.storage)
+        if newest is None or newest.step < run.total_steps:
+            if asked.signal:
+                raise Stopped(asked.signal)
+            raise RuntimeError(f"the workers ended before step {run.total_steps} was committed: {newest}")
+    except BaseException:
+        ray.cancel(done, force=True)
+        raise
+
+
+def _fit(
+    loop: Loop, loop_config: dict[str, Any], scaling: ray.train.ScalingConfig, uri: str, config: RunConfig
+) -> None:
+    filesystem, path = arrow_filesystem(uri, config.s3)
+    TorchTrainer(
+        loop,
+        train_loop_config=loop_config,
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            name=loop_config["attempt"],
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    ).fit()
+
+
+def _failure_to_mend(error: BaseException) -> str | None:
+    """What a worker said of a full disk or a storage that is away, where that ended the run."""
+    for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
+        said = str(failure).strip().rsplit("\n", 1)[-1]  # of a traceback, its end
+        kind, _, rest = said.partition(": ")
+        if kind.startswith("crate_ray.") or kind in ("OSError", "TimeoutError"):
+            said = rest
+        elif not isinstance(failure, OSError | UserError):
+            continue
+        return (
+            f"rank {rank} cannot go on: {said}; mend that and start the run again, which goes on from its newest "
+            "checkpoint"
+        )
+    return None
+
+
+def _deliver(mailbox: Any, listeners: Sequence[Listener], watchdog: Watchdog) -> None:
+    for kind, step, *rest in ray.get(mailbox.drain.remote()):
+        if kind == "alive":
+            watchdog.seen(rest[0], time.monotonic())
+        for listener in listeners:
+            if kind == "metrics":
+                listener.metrics(step, *rest)
+            elif kind == "picture":
+                listener.picture(step, *rest)
+            elif kind == "bad_samples":
+                listener.bad_samples(step, *rest)
+            elif kind == "note":
+                listener.note(step, *rest)
+        if kind == "error":
+            # Ray Train would try again, which would not help.
+            raise UserError(*rest)
+
+
+def _worker_resources(config: RunConfig) -> tuple[dict[str, float], bool]:
+    """CPUs and GPUs of each worker, and whether it has a GPU: what is set, or an equal share of the cluster's nodes.
+
+    The share is for as many workers as the cluster has room for now, where their number is a range.
+    """
+    scaling = config.scaling
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    use_gpu = scaling.gpu if scaling.gpu is not None else gpus >= scaling.min_workers
+    cpus = scaling.cpus_per_worker
+    if cpus is None:
+        counts = [int(node.get("CPU", 0)) for node in nodes]
+        most = min(scaling.max_workers, gpus) if use_gpu and gpus >= scaling.min_workers else scaling.max_workers
+        workers = min(most, sum(counts))
+        if workers < scaling.min_workers:
+            raise UserError(
+                f"{scaling.min_workers} workers need a CPU each, the cluster has {sum(counts)}; lower scaling.workers, "
+                "add nodes, or set scaling.cpus_per_worker where an autoscaler will add them"
+            )
+        cpus = max(c for c in range(1, max(counts) + 1) if sum(n // c for n in counts) >= workers)
+    return ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}), use_gpu

@@ -1,0 +1,44 @@
+"""Where workers leave what they tell, and find what they are asked: an actor on the driver's node.
+
+Imports nothing that training needs, so that its process starts at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Sign(NamedTuple):
+    """What a worker shows of itself."""
+
+    rank: int
+    step: int
+    phase: str
+    """What it is doing: 'data', 'step', 'checkpoint', …"""
+    place: str
+    """Line of our code that its main thread is in."""
+
+
+class Mailbox:
+    """Events of the workers until the driver asks for them, and the driver's wish to stop."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[Any, ...]] = []
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Ask the workers to save a checkpoint and return."""
+        self._stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether they were asked to."""
+        return self._stopping
+
+    def put(self, event: tuple[Any, ...]) -> None:
+        """Add an event."""
+        self._events.append(event)
+
+    def drain(self) -> list[tuple[Any, ...]]:
+        """All events since the last call."""
+        events, self._events = self._events, []
+        return events

@@ -1,0 +1,127 @@
+"""Pictures of a model at work on a few images: its reconstructions, where it looks, and what each layer does."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.structure.attention import patch_maps
+from crate_ray.training.step import Normalizer
+
+_GAP = 4
+_LEAST_TILE = 96
+_MOST_HEADS = 6
+
+
+@torch.no_grad()
+def reconstruct(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model sees and what it makes of it: images with the masked patches grey (0), and with them predicted.
+
+    Both (B, channels, H, W) on the scale of the normalised input; visible patches are the original's.
+    """
+    output = model(images_BCHW, noise_BN)
+    removed = model.unpatchify(output.mask[:, :, None].expand_as(output.prediction).to(images_BCHW.dtype))
+    predicted = model.reconstruct(output.prediction.float(), images_BCHW)
+    return images_BCHW * (1 - removed), images_BCHW * (1 - removed) + predicted * removed
+
+
+def reconstruction_picture(
+    model: MaskedAutoencoder,
+    normalizer: Normalizer,
+    images_BCHW: Tensor,
+    noise_BN: Tensor,
+    value_range: tuple[float, float],
+) -> bytes:
+    """PNG with a column per sample: original, masked, reconstructed. Takes loaded (not normalised) images.
+
+    value_range is what black and white stand for. Grids that are neither 1 nor 3 channels show their first channel.
+    """
+    normalised = normalizer(images_BCHW)
+    rows = [normalised, *reconstruct(model, normalised, noise_BN)]
+    return _tiled([_colours(normalizer.undo(row), value_range) for row in rows])
+
+
+def attention_picture(
+    model: MaskedAutoencoder, normalizer: Normalizer, images_BCHW: Tensor, value_range: tuple[float, float]
+) -> bytes:
+    """PNG with a column per sample: the whole image, then the last layer's CLS attention, the mean over the heads and
+    up to six heads; bright is more, each map on its own scale. Takes loaded (not normalised) images.
+    """
+    from matplotlib import colormaps  # a third of a second that not every worker has to spend
+
+    maps_BKhw = patch_maps(model, normalizer(images_BCHW)).attention[:, -1]
+    shown = [maps_BKhw.mean(1), *maps_BKhw[:, :_MOST_HEADS].unbind(1)]
+    rows = [_colours(images_BCHW.float() / (255 if images_BCHW.dtype == torch.uint8 else 1), value_range)]
+    height, width = images_BCHW.shape[2:]
+    for map_Bhw in shown:
+        low, high = map_Bhw.amin((1, 2), keepdim=True), map_Bhw.amax((1, 2), keepdim=True)
+        scaled = ((map_Bhw - low) / (high - low).clamp_min(1e-12)).numpy()
+        coloured = colormaps["cividis"](scaled)[..., :3].astype(np.float32)
+        zoom = height // coloured.shape[1], width // coloured.shape[2]
+        rows.append(coloured.repeat(zoom[0], 1).repeat(zoom[1], 2))
+    return _tiled(rows)
+
+
+def layers_picture(measures_by_step: Mapping[int, Mapping[str, Sequence[float]]], titles: Mapping[str, str]) -> bytes:
+    """PNG with a chart per measure: its value by layer, a line for each step at which it was taken, later ones darker.
+
+    Args:
+        measures_by_step: values by layer, by measure, by step.
+        titles: of the measures to show.
+    """
+    from matplotlib import colormaps, rc_context  # as above
+    from matplotlib.figure import Figure
+
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+    with rc_context(style):
+        figure = Figure(figsize=(3.2 * len(titles), 3), layout="constrained")
+        axes = figure.subplots(1, len(titles), squeeze=False)[0]
+        steps = sorted(measures_by_step)
+        for axis, (measure, title) in zip(axes, titles.items(), strict=True):
+            for place, step in enumerate(steps, 1):
+                values = measures_by_step[step][measure]
+                colour = colormaps["viridis_r"](0.15 + 0.85 * place / len(steps))
+                axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, color=colour, label=f"step {step:,}")
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("encoder layer")
+            axis.set_xlim(0.5, len(values) + 0.5)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        named = sorted({0, len(steps) // 2, len(steps) - 1})
+        handles, labels = axes[0].get_legend_handles_labels()
+        axes[0].legend([handles[i] for i in named], [labels[i] for i in named], frameon=False, fontsize=8)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+def _colours(images_BCHW: Tensor, value_range: tuple[float, float]) -> NDArray[np.float32]:
+    """(B, H, W, 3) on the scale 0 to 1."""
+    low, high = value_range
+    if images_BCHW.shape[1] != 3:
+        images_BCHW = images_BCHW[:, :1].expand(-1, 3, -1, -1)
+    scaled = ((images_BCHW - low) / (high - low)).clamp(0, 1)
+    return scaled.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def _tiled(rows_RBHWC: Sequence[NDArray[np.float32]]) -> bytes:
+    """PNG of rows of pictures of one size, small ones enlarged."""
+    count, height, width, _ = rows_RBHWC[0].shape
+    zoom = max(1, round(_LEAST_TILE / height))
+    size = len(rows_RBHWC) * (height * zoom + _GAP) + _GAP, count * (width * zoom + _GAP) + _GAP
+    canvas = np.full((*size, 3), 255, np.uint8)
+    for r, row_BHWC in enumerate(rows_RBHWC):
+        for c, picture_HWC in enumerate(row_BHWC):
+            tile = (picture_HWC * 255).round().astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1)
+            top, left = _GAP + r * (height * zoom + _GAP), _GAP + c * (width * zoom + _GAP)
+            canvas[top : top + height * zoom, left : left + width * zoom] = tile
+    out = io.BytesIO()
+    Image.fromarray(canvas).save(out, "PNG")
+    return out.getvalue()

@@ -1,0 +1,84 @@
+"""What a run trains, and how that is measured: the part in which pretraining and fine-tuning differ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from crate_ray.config import FinetuneConfig, ImageModelConfig, PretrainConfig
+from crate_ray.data.loader import Batch
+from crate_ray.data.mixture import Mixture
+from crate_ray.data.shards import ShardSet
+from crate_ray.training.checkpoint import RunRecord
+from crate_ray.training.probe_batch import Look
+from crate_ray.training.step import Normalizer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a task is at work: one worker of a run."""
+
+    record: RunRecord
+    """The run's record."""
+    mixture: Mixture
+    """Training data."""
+    validation: ShardSet | None
+    """Held-out data."""
+    rank: int
+    """Of the worker."""
+    world_size: int
+    """Workers."""
+    device: torch.device
+    """That trains."""
+    autocast: torch.dtype | None
+    """Of forward passes; None for none."""
+    normalizer: Normalizer
+    """On the device."""
+
+
+class Task(ABC):
+    """One worker's model, its inputs and its measurements; training.loop does all else, the same for every task."""
+
+    config_class: ClassVar[type[PretrainConfig] | type[FinetuneConfig]]
+    """Settings of its runs."""
+    model: nn.Module
+    """What is trained, on the device."""
+    layers: Sequence[nn.Module]
+    """Its layers, which are compiled, and sharded with FSDP2, one by one."""
+    image_model: ImageModelConfig
+    """The images that it takes."""
+    together: int = 1
+    """So many samples in a row of a global batch stay on one worker."""
+    flops_per_image: int | None = None
+    """Operations of a training step per image, where they are known."""
+    look_every: int | None = None
+    """Steps between two calls of `look`; None for none."""
+
+    @abstractmethod
+    def __init__(self, config: Any, place: Place) -> None:
+        """Build the model with the weights that a seed gives; config is of config_class."""
+
+    @abstractmethod
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """A fused optimiser; called when the model is in the form in which it trains."""
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
+        """What the model is called with: normalised images, and what it needs beside them, sliced as a tensor is."""
+
+    @abstractmethod
+    def blank(self, count: int) -> tuple[Tensor, Any]:
+        """Inputs of the same shapes for so many samples, of zeros."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Metrics over the held-out data, with `validation_loss`. A collective call."""
+
+    def look(self, step: int) -> Look | None:
+        """What the model shows of itself. A collective call where the model is sharded, of rank 0 alone otherwise."""
+        return None

@@ -1,0 +1,86 @@
+"""What every Ray Train worker does around its training loop: local folders, telling errors and measurements."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+
+from crate_ray.errors import UserError
+from crate_ray.training.guard import Judgement
+from crate_ray.training.local_space import local_space
+
+
+def run_worker(payload: dict[str, Any], train: Callable[[dict[str, Any], Path, Path], None]) -> None:
+    """Run a training loop with temporary folders on the node's disk: this worker's, and that of the first one on its
+    node. Errors that the user can mend are told to the driver at once."""
+    try:
+        context = ray.train.get_context()
+        start = broadcast_from_rank_zero(uuid.uuid4().hex[:12])
+        names = [f"{start}-{context.get_node_rank()}-{local_rank}" for local_rank in (context.get_local_rank(), 0)]
+        with local_space(names[0]) as own:
+            train(payload, own, own.with_name(names[1]))
+    except UserError as error:
+        ray.get(payload["mailbox"].put.remote(("error", 0, str(error))))
+        raise
+
+
+class Reporter:
+    """Sends what rank 0 measured to the driver, without waiting for it; other ranks send nothing.
+
+    Args:
+        mailbox: the driver's; None on other ranks.
+    """
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox, self._last = mailbox, None
+
+    def flush(self) -> None:
+        """Wait until the driver's mailbox has everything."""
+        if self._last is not None:
+            ray.get(self._last)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Send measured values."""
+        self._send("metrics", step, values, int(time.time() * 1000))
+
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Send, from the thread that uploads, how long that took, and wait until it has arrived."""
+        if self._mailbox is not None:
+            values = {"checkpoint_background_seconds": seconds}
+            ray.get(self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000))))
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Send a picture."""
+        self._send("picture", step, name, png)
+
+    def note(self, step: int, text: str) -> None:
+        """Send a sentence for people."""
+        self._send("note", step, text)
+
+    def _send(self, *event: Any) -> None:
+        if self._mailbox is not None:
+            self._last = self._mailbox.put.remote(event)
+
+
+def judged(judgement: Judgement) -> dict[str, float]:
+    """Metrics of the steps since the last log step; loss and norm are left out where no step was finite."""
+    values = {"skipped_steps": float(len(judgement.skipped)), "loss_spikes": float(len(judgement.spikes))}
+    if judgement.loss is not None and judgement.gradient_norm is not None:
+        values |= {"loss": judgement.loss, "gradient_norm": judgement.gradient_norm}
+    return values
+
+
+def notes(judgement: Judgement) -> Iterator[str]:
+    """Sentences on steps that were skipped and on losses that jumped."""
+    if judgement.skipped:
+        steps = ", ".join(map(str, judgement.skipped))
+        yield f"skipped for a loss or gradient that is not finite: step {steps}"
+    for step, usual in judgement.spikes.items():
+        yield f"the loss jumped at step {step}, from about {usual:.4g}"

@@ -1,0 +1,31 @@
+"""Fine-tune a pretrained encoder to classify: python jobs/finetune.py --model runs/mine --data.train data/labelled …"""
+
+from __future__ import annotations
+
+from crate_ray.cli import run_job
+from crate_ray.config import FinetuneConfig
+from crate_ray.finetuning.run import finetune, open_finetuning
+from crate_ray.progress import ProgressDisplay
+from crate_ray.ray_cluster import start_ray
+from crate_ray.tracking.initial import pretrained_model
+from crate_ray.tracking.pretraining import is_published, publish, track
+
+
+def main(config: FinetuneConfig) -> None:
+    """Start or resume the run, follow it, and leave its classifier in the run's folder and in MLflow."""
+    run = open_finetuning(config, lambda reference: pretrained_model(reference, config.tracking, config.s3))
+    if run.is_finished and is_published(run):
+        print(f"run {config.name!r} is already finished: step {run.first_step} of {run.total_steps}")
+        return
+    with track(run) as tracker:
+        if not run.is_finished:
+            start_ray()
+            with ProgressDisplay(run.first_step, run.total_steps) as display:
+                finetune(run, [tracker, display])
+        folder = publish(run, tracker)
+    print(f"classifier {folder}")
+    print(f"MLflow run {tracker.where}")
+
+
+if __name__ == "__main__":
+    run_job(FinetuneConfig, main)

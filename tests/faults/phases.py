@@ -1,0 +1,125 @@
+"""What a worker is doing, seen from outside: it is stopped, its stacks are read, and it is killed in the phase that is
+wanted or goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from tests.jobs import Job
+
+PHASES = ("forward", "all-reduce", "checkpoint write", "upload")
+_SPY = Path(sys.executable).with_name("py-spy")
+
+
+class Frame(NamedTuple):
+    """One call of a stack."""
+
+    file: str
+    function: str
+
+
+def stacks(worker: psutil.Process) -> list[list[Frame]]:
+    """Python stacks of all threads of a stopped process."""
+    dump = subprocess.run(
+        [_SPY, "dump", "--nonblocking", "--json", "--pid", str(worker.pid)], capture_output=True, check=True, timeout=30
+    )
+    return [
+        [Frame(frame["filename"], frame["name"]) for frame in thread["frames"]] for thread in json.loads(dump.stdout)
+    ]
+
+
+def phase_of(threads: list[list[Frame]]) -> set[str]:
+    """Those of PHASES that a worker is in: one of its training thread, one of the thread that saves."""
+    found = set()
+    for frames in threads:
+        functions = {frame.function for frame in frames}
+        if "train_step" in functions and any("backward" in name or "all_reduce" in name for name in functions):
+            found.add("all-reduce")  # or on its way there
+        elif "train_step" in functions and any(
+            "crate_ray/models" in frame.file and frame.function.endswith("forward") for frame in frames
+        ):
+            found.add("forward")
+        elif "upload_part" in functions:
+            found.add("upload")
+        elif "write_part" in functions:
+            found.add("checkpoint write")
+    return found
+
+
+def kill_in(phase: str, job: Job, chance: random.Random, timeout: float = 60) -> bool:
+    """SIGKILL a worker while it is in a phase; False where the job ended before, or the time was up.
+
+    An all-reduce waits for another worker, which is stopped for that: the one that is killed does nothing but wait.
+    """
+    deadline = time.monotonic() + timeout
+    while job.returncode is None and time.monotonic() < deadline:
+        try:
+            if _try(phase, job.workers(), chance):
+                return True
+        except psutil.NoSuchProcess:
+            continue
+        time.sleep(chance.uniform(0, 0.05))
+    return False
+
+
+def _try(phase: str, workers: list[psutil.Process], chance: random.Random) -> bool:
+    if not workers:
+        return False
+    victim = chance.choice(workers)
+    if phase == "forward":
+        return _kill_if(victim, lambda: "forward" in phase_of(stacks(victim)))
+    if phase == "all-reduce":
+        others = [worker for worker in workers if worker != victim]
+        if not others:
+            return False
+        other = chance.choice(others)
+        other.suspend()
+        try:
+            time.sleep(0.3)
+            before = sum(victim.cpu_times()[:2])
+            time.sleep(0.3)
+            if sum(victim.cpu_times()[:2]) - before > 0.1:
+                return False
+            return _kill_if(victim, lambda: "all-reduce" in phase_of(stacks(victim)))
+        finally:
+            other.resume()
+    space = _local_space(victim)
+    deadline = time.monotonic() + 5
+    while space and time.monotonic() < deadline:
+        if any(space.glob("step-*")):
+            if _kill_if(victim, lambda: phase in phase_of(stacks(victim))):
+                return True
+        else:
+            time.sleep(0.0005)
+    return False
+
+
+def _kill_if(worker: psutil.Process, condition: Callable[[], bool]) -> bool:
+    """Stop a process to see whether a condition holds: kill it then, else let it go on."""
+    worker.suspend()
+    if condition():
+        worker.kill()
+        return True
+    worker.resume()
+    return False
+
+
+def _local_space(worker: psutil.Process) -> Path | None:
+    """The worker's folder on the local disk, where it holds a lock; None before it has one."""
+    for link in Path(f"/proc/{worker.pid}/fd").iterdir():
+        try:
+            target = link.readlink()
+        except OSError:
+            continue
+        if target.name == "lock" and target.parent.parent.name.startswith("crate-ray-"):
+            return target.parent
+    return None

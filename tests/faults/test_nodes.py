@@ -1,0 +1,93 @@
+"""A run whose node is going to be taken away saves what it has in time, and goes on elsewhere; likewise one whose node
+dies without notice."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from crate_ray.data.storage import Storage
+from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
+from tests.jobs import (
+    Job,
+    end,
+    environment,
+    final_weights,
+    finish,
+    newest_commit,
+    running_ray,
+    start,
+    wait_for_commit,
+    wait_for_workers,
+)
+
+
+def node_of(workers: list[psutil.Process]) -> psutil.Process:
+    """Raylet of the node that all workers are on."""
+    (raylet,) = {worker.parent() for worker in workers}
+    assert raylet
+    return raylet
+
+
+def kill_node(raylet: psutil.Process) -> None:
+    """As when its machine is switched off."""
+    for process in (raylet, *raylet.children(recursive=True)):
+        process.kill()
+
+
+@pytest.mark.timeout(400)
+def test_a_node_that_is_announced_to_go_and_one_that_dies(
+    digits: str, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    run = run_in(tmp_path)
+    with running_ray(0) as cluster:  # the head has room for the driver only
+        for _ in range(3):
+            cluster.add_node(2)
+        # A preemption is none of the failures.
+        job = start(pretrain(digits, scaling__preemption_seconds=0.1, scaling__max_failures=1), tmp_path, cluster)
+        try:
+            workers = wait_for_workers(job, 2)
+            first = node_of(workers)
+            wait_for_commit(run, EVERY, job)
+            # While a step takes long, the notice comes: the next one is preceded by a checkpoint.
+            for worker in workers:
+                worker.suspend()
+            notice = ["--node-id", cluster.node_id(first), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+            notice += ["--reason-message", "its time is over", "--deadline-remaining-seconds", "60"]
+            ray = Path(sys.executable).with_name("ray")
+            subprocess.run(
+                [ray, "drain-node", "--address", cluster.address, *notice], env=environment(tmp_path), check=True
+            )
+            time.sleep(1)
+            before = newest_commit(run)
+            for worker in workers:
+                worker.resume()
+            rescued = wait_for_rescue(run, before, job)
+            kill_node(first)
+            second = node_of(wait_for_workers(job, 2))
+            assert second != first
+            wait_for_commit(run, rescued + 1, job)
+            time.sleep(random.Random(3).uniform(0, 0.2))
+            kill_node(second)
+            finish(job)
+        finally:
+            end(job)
+    assert final_weights(run) == undisturbed.weights(2)
+    assert newest_commit(run) == STEPS
+
+
+def wait_for_rescue(run: Storage, after: int, job: Job) -> int:
+    """Step of the first checkpoint between the regular ones that is later than a step."""
+    deadline = time.monotonic() + 30
+    while True:
+        steps = [int(info.key.split("-")[1]) for info in run.list("commits/step-")]
+        if rescued := [step for step in steps if step >= after and step % EVERY]:
+            return rescued[0]
+        assert job.returncode is None and time.monotonic() < deadline, f"only {steps}:\n{job.log[-3000:]}"
+        time.sleep(0.02)

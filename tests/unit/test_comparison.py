@@ -1,0 +1,112 @@
+"""The models of a comparison are what they are said to be, and its intervals hold what they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crate_ray.comparison.compare import interval
+from crate_ray.comparison.variants import (
+    ABLATIONS,
+    OURS,
+    SAME_PARAMETERS,
+    SAME_SIZE,
+    count_parameters,
+    plan_variants,
+    vit_of_as_many_parameters,
+    vit_of_the_same_size,
+)
+from crate_ray.config import CompareConfig, CrateMAEConfig, ViTMAEConfig
+from crate_ray.errors import UserError
+
+
+def test_the_baseline_of_the_same_size_is_the_published_one() -> None:
+    base = vit_of_the_same_size(CrateMAEConfig(preset="base"))
+    assert count_parameters(base) == count_parameters(ViTMAEConfig(preset="base"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.sampled_from([1, 2, 3, 4, 6]),
+    width=st.integers(2, 12),
+    depth=st.integers(1, 6),
+    decoder_depth=st.integers(1, 6),
+    patch=st.sampled_from([2, 4]),
+)
+def test_the_matched_baseline_has_as_many_parameters(
+    heads: int, width: int, depth: int, decoder_depth: int, patch: int
+) -> None:
+    config = CrateMAEConfig(
+        image_size=16, patch_size=patch, dim=12 * width, num_subspaces=heads, subspace_dim=12 * width // heads or 1,
+        depth=depth, decoder_depth=decoder_depth, norm_pix_loss=True,
+    )  # fmt: skip
+    matched = vit_of_as_many_parameters(config)
+    assert count_parameters(matched) == pytest.approx(count_parameters(config), rel=0.03)
+    assert (matched.depth, matched.decoder_depth) == (depth, decoder_depth)
+    for name in ("image_size", "patch_size", "mask_ratio", "norm_pix_loss"):
+        assert getattr(matched, name) == getattr(config, name)
+
+
+BASE = """
+model: {image_size: 8, patch_size: 2, channels: 1, dim: 32, num_subspaces: 2, depth: 2}
+data: {train: somewhere, validation: elsewhere}
+training: {steps: 10, batch_size: 8}
+"""
+
+
+def compare_config(folder: Path, **values: Any) -> CompareConfig:
+    (folder / "base.yaml").write_text(BASE)
+    return CompareConfig.model_validate(
+        {"base": str(folder / "base.yaml"), "probe": {"train": "a", "test": "b"}, **values}
+    )
+
+
+def test_runs_differ_in_their_model_and_seed_alone(tmp_path: Path) -> None:
+    config = compare_config(
+        tmp_path, ablations=True, variants={"wide": {"model.dim": 64}}, settings={"training.steps": 20}, seeds=(3, 5)
+    )
+    plan = plan_variants(config)
+    assert list(plan) == [OURS, SAME_SIZE, SAME_PARAMETERS, *ABLATIONS, "wide"]
+    names = {run.name for runs in plan.values() for run in runs}
+    assert len(names) == 2 * len(plan)
+    first = plan[OURS][0]
+    models = []
+    for runs in plan.values():
+        assert [run.seed for run in runs] == [3, 5]
+        for run in runs:
+            assert run.model_copy(update={"model": first.model, "seed": 3, "name": first.name}) == first
+        models.append(runs[0].model.model_dump_json())
+    assert len(set(models)) == len(plan) and first.training.steps == 20
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"settings": {"training.stepz": 1}},
+            r"no pretraining setting 'training.stepz', did you mean 'training.steps'",
+        ),
+        ({"variants": {"a": {"model.dimm": 1}}}, r"no pretraining setting 'model.dimm', did you mean 'model.dim'"),
+        ({"variants": {"vit-mae": {}}}, "'vit-mae' is the name of one that compare makes itself"),
+        ({"variants": {"odd": {"model.dim": 30}}}, "variant 'odd': .*dim 30 is not divisible by 4"),
+        ({"settings": {"model.architecture": "vit_mae"}}, "num_subspaces|compare starts from a CRATE-MAE"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        plan_variants(compare_config(tmp_path, **values))
+
+
+def test_an_interval_holds_the_mean_95_times_in_100() -> None:
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(4000):
+        found = interval((2 + 3 * random.standard_normal(3)).tolist())
+        held += found.low <= 2 <= found.high
+    assert held / 4000 == pytest.approx(0.95, abs=0.012)
+    assert interval([1.0]).low == -np.inf
