@@ -68,6 +68,8 @@ finish() {
   trap '' INT TERM
   for ((i = ${#pids[@]} - 1; i >= 0; i--)); do # gateway, OSD, monitor
     kill "${pids[i]}" 2>/dev/null || true
+    # The gateway waits half a minute for clients that keep connections; it has no state to lose.
+    [ "$i" -lt 2 ] || (sleep 3 && kill -9 "${pids[i]}") 2>/dev/null &
     wait "${pids[i]}" 2>/dev/null || true
   done
   rm -f "$DIR/s3.json"

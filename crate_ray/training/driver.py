@@ -115,9 +115,7 @@ def _fit_and_follow(
             ray.get(done)
         except ray.exceptions.RayTaskError as error:
             if sentence := _failure_to_mend(error.cause):
-                raise UserError(
-                    f"{sentence}; mend that and start the run again, which goes on from its newest checkpoint"
-                ) from None
+                raise UserError(sentence) from None
             raise
         newest = newest_complete(run.storage)
         if newest is None or newest.step < run.total_steps:

@@ -24,9 +24,9 @@ from tests.jobs import ROOT, environment, job
 LEASE = 6.0
 SETTINGS: dict[str, Any] = {
     "source": "shapes",
-    "num_samples": 1500,
+    "num_samples": 600,
     "image_size": 160,
-    "shard_samples": 60,
+    "shard_samples": 30,
     "max_side": 96,
 }
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
 
 from crate_ray.config import PrepareConfig, PretrainConfig
 from crate_ray.data.builtin import digits_source, shapes_source
+from crate_ray.data.loader import training_loader
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import open_storage
 from crate_ray.training.listener import Listener
 from crate_ray.training.run import open_run, pretrain
+from crate_ray.training.telemetry import keys_digest
 
 STEPS = 12
 
@@ -52,13 +53,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return {str(folder / "digits"): 3, str(folder / "shapes"): 1}
 
 
-def train(folder: Path, data: dict[str, Any], workers: int, steps: int = STEPS) -> dict[int, float]:
-    """Begin a run, or go on with it, to so many steps; digests of the batches of its steps."""
-    config = PretrainConfig.model_validate(
+def settings(folder: Path, mixture: dict[str, float], workers: int, steps: int) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         {
             "name": "run",
             "storage": str(folder),
-            "data": {"memory_bytes": 1, "block_samples": 16, "window_blocks": 2, "lanes": 3, **data},
+            "data": {"memory_bytes": 1, "block_samples": 16, "window_blocks": 2, "lanes": 3, "train": mixture},
             "model": {"image_size": 8, "patch_size": 2, "channels": 1, "dim": 16, "depth": 1, "num_subspaces": 2},
             "training": {"batch_size": 22, "micro_batch_size": 4, "steps": steps},
             "scaling": {"workers": workers, "cpus_per_worker": 1},
@@ -66,7 +66,11 @@ def train(folder: Path, data: dict[str, Any], workers: int, steps: int = STEPS) 
             "tracking": {"log_every": 1, "picture_every": None},
         }
     )
-    run, digests = open_run(config), Digests()
+
+
+def train(folder: Path, mixture: dict[str, float], workers: int, steps: int = STEPS) -> dict[int, float]:
+    """Begin a run, or go on with it, to so many steps; digests of the batches of its steps."""
+    run, digests = open_run(settings(folder, mixture, workers, steps)), Digests()
     pretrain(run, [digests])
     return digests.by_step
 
@@ -74,13 +78,15 @@ def train(folder: Path, data: dict[str, Any], workers: int, steps: int = STEPS) 
 def test_batches_do_not_depend_on_the_number_of_workers(
     four_workers: None, mixture: dict[str, float], tmp_path: Path
 ) -> None:
-    alone = train(tmp_path / "1", {"train": mixture}, 1)
-    assert sorted(alone) == list(range(1, STEPS + 1)) and len(set(alone.values())) == STEPS
-    for workers in (2, 3, 4):
-        assert train(tmp_path / str(workers), {"train": mixture}, workers) == alone
+    run = open_run(settings(tmp_path / "loader", mixture, 1, STEPS))
+    loader = training_loader(run.mixture, run.record.order, run.record.model, run.config.data, steps=range(STEPS))
+    with loader:
+        expected = {batch.step + 1: float(keys_digest(batch.keys, 0)) for batch in loader}
+    assert sorted(expected) == list(range(1, STEPS + 1)) and len(set(expected.values())) == STEPS
+    assert train(tmp_path / "4", mixture, 4) == expected
     elastic: dict[int, float] = {}
     for workers, steps in ((2, 4), (3, 9), (1, STEPS)):
-        part = train(tmp_path / "elastic", {"train": mixture}, workers, steps)
+        part = train(tmp_path / "elastic", mixture, workers, steps)
         assert not set(part) & set(elastic)
         elastic |= part
-    assert elastic == alone
+    assert elastic == expected
