@@ -8,18 +8,17 @@ import pytest
 
 from tests.s3_gateway import S3Gateway, running_gateway
 
-_GROUPS = {
-    "test_kill": "training faults", "test_nodes": "training faults",
-    "test_services": "training faults", "test_stop": "training faults",
-    "test_jobs": "local cluster", "test_local_cluster": "local cluster",
+_RAY = {
+    "test_kill", "test_nodes", "test_services", "test_stop", "test_jobs", "test_local_cluster", "test_scale_out",
+    "test_data_order", "test_evaluate", "test_finetune", "test_prepare_ray",
 }  # fmt: skip
-"""Files whose tests share what takes long to start; the others are groups by themselves."""
+"""Files whose tests start Ray, of which one at a time runs; the others are groups by themselves."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tell pytest-xdist (--dist loadgroup) which tests to keep in one process."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_GROUPS.get(item.path.stem, item.path.stem)))
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in _RAY else item.path.stem))
 
 
 @pytest.fixture(scope="session")

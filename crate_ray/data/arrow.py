@@ -15,17 +15,13 @@ from crate_ray.config import S3Config
 ARROW_ENV = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
 """Environment that every process which uses such a file system needs, before it makes the first."""
 
-_ATTEMPTS = 20  # about two minutes, with the exponential pauses of AWS's SDK
-
 
 def arrow_filesystem(uri: str, s3: S3Config) -> tuple[pyarrow.fs.FileSystem, str]:
     """File system, and path in it, of a local folder or of s3://bucket/prefix."""
     if not uri.startswith("s3://"):
         return pyarrow.fs.LocalFileSystem(), Path(uri).resolve().as_posix()
     endpoint = s3.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    # Ray Train's controller, which keeps its own record of checkpoints there, gives up at once where this does.
-    patience = pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)
-    options: dict[str, Any] = {"region": s3.region or os.environ.get("AWS_REGION"), "retry_strategy": patience}
+    options: dict[str, Any] = {"region": s3.region or os.environ.get("AWS_REGION")}
     if endpoint:
         parts = urlsplit(endpoint)
         options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from crate_ray.data.arrow import arrow_filesystem
 from crate_ray.data.lease import Lease
 from crate_ray.errors import UserError
 from crate_ray.training.checkpoint import newest_complete, write_record
@@ -72,8 +72,7 @@ def _fit_and_follow(
     record = run.record.model_copy(update={"threads": threads})
     write_record(run.storage, record)
 
-    # Each start of the driver is an attempt with a Ray Train folder of its own: our commit records, not Ray's snapshot
-    # of an earlier driver, say which checkpoint is the newest.
+    # Each start of the driver is an attempt; our commit records, not Ray's, say which checkpoint is the newest.
     earlier = [int(i.key.split("/")[0].removeprefix("attempt-")) for i in run.storage.list("attempt-")]
     attempt = f"attempt-{max(earlier, default=0) + 1:03d}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -97,7 +96,7 @@ def _fit_and_follow(
     fit = ray.remote(num_cpus=0, max_retries=0)(_fit).options(
         scheduling_strategy=here, runtime_env={"env_vars": address}
     )
-    done = fit.remote(loop, loop_config, scaling, run.storage.uri, config)
+    done = fit.remote(loop, loop_config, scaling, config)
     try:
         watchdog, stopping = Watchdog(config.scaling.hang_seconds), False
         while not ray.wait([done], timeout=_POLL_SECONDS)[0]:
@@ -127,22 +126,21 @@ def _fit_and_follow(
         raise
 
 
-def _fit(
-    loop: Loop, loop_config: dict[str, Any], scaling: ray.train.ScalingConfig, uri: str, config: RunConfig
-) -> None:
-    filesystem, path = arrow_filesystem(uri, config.s3)
-    TorchTrainer(
-        loop,
-        train_loop_config=loop_config,
-        scaling_config=scaling,
-        run_config=ray.train.RunConfig(
-            name=loop_config["attempt"],
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
-    ).fit()
+def _fit(loop: Loop, loop_config: dict[str, Any], scaling: ray.train.ScalingConfig, config: RunConfig) -> None:
+    # Ray Train's own record of checkpoints, which nobody reads, stays on this node: where it lies in the run's storage,
+    # a connection that breaks while the controller writes it ends the run.
+    with tempfile.TemporaryDirectory(prefix="crate-ray-train-") as folder:
+        TorchTrainer(
+            loop,
+            train_loop_config=loop_config,
+            scaling_config=scaling,
+            run_config=ray.train.RunConfig(
+                name=loop_config["attempt"],
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        ).fit()
 
 
 def _failure_to_mend(error: BaseException) -> str | None:
