@@ -21,19 +21,16 @@ from crate_ray.config import PretrainConfig
 from crate_ray.data.loader import training_loader
 from crate_ray.data.mixture import open_mixture
 from crate_ray.training.checkpoint import RunRecord
-from crate_ray.training.parallel import micro_steps_of, parallelize, settle
+from crate_ray.training.parallel import settle
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.step import (
     Normalizer,
     autocast_dtype,
-    compile_layers,
     learning_rate,
-    num_micro_steps,
     prepare_cpu,
-    should_compile,
     train_step,
 )
-from crate_ray.training.task import Place
+from crate_ray.training.task import Place, assemble
 
 
 def train(config: PretrainConfig, record: RunRecord, total_steps: int) -> list[float]:
@@ -46,17 +43,8 @@ def train(config: PretrainConfig, record: RunRecord, total_steps: int) -> list[f
     autocast = autocast_dtype(config.training.precision, device)
     normalizer = Normalizer.of(record.mean, record.std, device)
     mixture = open_mixture(config.data.train, config.s3)
-    task = PretrainTask(config, Place(record, mixture, None, rank, world_size, device, autocast, normalizer))
-    model = task.model
-    if should_compile(config.training.compile, device):
-        local = -(-config.training.batch_size // world_size)
-        largest = -(-local // num_micro_steps(config.training, world_size))
-        compile_layers(model, task.layers, task.blank(largest), autocast)
-    trained = parallelize(
-        model, task.layers, config.scaling.strategy, world_size=world_size, device=device, autocast=autocast
-    )
-    optimizer = task.build_optimizer()
-    micro_steps = micro_steps_of(config.training, model, world_size)
+    place = Place(record, mixture, None, rank, world_size, device, autocast, normalizer)
+    task, trained, optimizer, micro_steps = assemble(PretrainTask, config, place)
     loader = training_loader(
         mixture,
         record.order,

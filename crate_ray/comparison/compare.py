@@ -40,6 +40,8 @@ MEASURES = {
     "memory_bytes": "memory",
 }
 """Of a run, by name, with titles."""
+_FORMATS = {"loss": (1, 4, ""), "images_per_second": (1, 0, ""), "memory_bytes": (2**-20, 0, " MiB")}
+"""Scale, digits and unit of what is no accuracy."""
 _SPEED_FROM = 0.2  # the first part of a run is left out of its speed
 
 
@@ -68,8 +70,8 @@ class Interval(NamedTuple):
     """A mean over seeds with its 95 % interval (Student's t)."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class Variant(Settings):
@@ -88,10 +90,10 @@ class Variant(Settings):
 
 
 def interval(values: list[float]) -> Interval:
-    """Mean and 95 % interval of independent values; the interval of one value is all numbers."""
+    """Mean and 95 % interval of independent values; one value has none."""
     centre = float(np.mean(values))
     if len(values) < 2:
-        return Interval(centre, -np.inf, np.inf)
+        return Interval(centre, None, None)
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return Interval(centre, centre - half, centre + half)
 
@@ -235,11 +237,8 @@ def markdown(config: CompareConfig, found: dict[str, Variant]) -> str:
 
 
 def _cell(measure: str, value: Interval, sign: str = "") -> str:
-    half = value.high - value.mean
-    if measure in ("probe", "probe_best", "knn", "knn_best"):
-        return f"{100 * value.mean:{sign}.1f} ± {100 * half:.1f} %"
-    if measure == "memory_bytes":
-        return f"{value.mean / 2**20:{sign},.0f} ± {half / 2**20:,.0f} MiB"
-    if measure == "images_per_second":
-        return f"{value.mean:{sign},.0f} ± {half:,.0f}"
-    return f"{value.mean:{sign}.4f} ± {half:.4f}"
+    scale, digits, unit = _FORMATS.get(measure, (100, 1, " %"))
+    text = f"{scale * value.mean:{sign},.{digits}f}"
+    if value.high is not None:
+        text += f" ± {scale * (value.high - value.mean):,.{digits}f}"
+    return text + unit

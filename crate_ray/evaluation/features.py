@@ -116,11 +116,16 @@ class FeatureExtractor:
         Each is cut to its largest centre crop with the model's aspect ratio and resized, as in evaluation. Raises
         DecodeError for what is not an image.
         """
-        out, errors = load_images(items, self.description)
-        for error in errors:
-            if error is not None:
-                raise error
-        return out
+        return load_all(items, self.description)
+
+
+def load_all(items: Sequence[bytes | NDArray[Any]], description: ModelDescription) -> Tensor:
+    """Centre-cropped input of a model (n, channels, H, W). Raises DecodeError for what is not an image."""
+    out, errors = load_images(items, description)
+    for error in errors:
+        if error is not None:
+            raise error
+    return out
 
 
 def load_images(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.errors import UserError
-from crate_ray.evaluation.features import load_images
+from crate_ray.evaluation.features import load_all
 from crate_ray.models.classifier import Classifier, class_probabilities
 from crate_ray.training.export import ModelDescription, load_any
 from crate_ray.training.step import Normalizer
@@ -47,8 +47,4 @@ class Predictor:
         Each is cut to its largest centre crop with the model's aspect ratio and resized, as in evaluation. Raises
         DecodeError for what is not an image.
         """
-        out, errors = load_images(items, self.description)
-        for error in errors:
-            if error is not None:
-                raise error
-        return out
+        return load_all(items, self.description)

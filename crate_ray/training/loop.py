@@ -25,20 +25,17 @@ from crate_ray.models.flops import gpu_peak_flops
 from crate_ray.training.checkpoint import RunRecord
 from crate_ray.training.control import WorkerControl
 from crate_ray.training.guard import Guard
-from crate_ray.training.parallel import is_sharded, micro_steps_of, parallelize, settle
+from crate_ray.training.parallel import is_sharded, settle
 from crate_ray.training.probe_batch import Look
 from crate_ray.training.profiling import StepProfile
 from crate_ray.training.step import (
     Normalizer,
     autocast_dtype,
-    compile_layers,
     learning_rate,
-    num_micro_steps,
     prepare_cpu,
-    should_compile,
     train_step,
 )
-from crate_ray.training.task import Place, Task
+from crate_ray.training.task import Place, Task, assemble
 from crate_ray.training.telemetry import KEYS_DIGEST_RANGE, StepLog, Stopwatch, keys_digest, used_memory
 from crate_ray.training.worker import Reporter, judged, notes
 from crate_ray.training.worker_checkpoints import WorkerCheckpoints
@@ -70,23 +67,15 @@ def train(task_class: type[Task], payload: dict[str, Any], space: Path, node_spa
 
     autocast = autocast_dtype(config.training.precision, device)
     normalizer = Normalizer.of(record.mean, record.std, device)
-    task = task_class(config, Place(record, mixture, validation, rank, world_size, device, autocast, normalizer))
+    place = Place(record, mixture, validation, rank, world_size, device, autocast, normalizer)
+    task, trained, optimizer, micro_steps = assemble(task_class, config, place)
     model = task.model
-    if should_compile(config.training.compile, device):
-        local = -(-config.training.batch_size // world_size)
-        largest = -(-local // num_micro_steps(config.training, world_size))
-        compile_layers(model, task.layers, task.blank(largest), autocast)
-    trained = parallelize(
-        model, task.layers, config.scaling.strategy, world_size=world_size, device=device, autocast=autocast
-    )
-    optimizer = task.build_optimizer()
     reporter = Reporter(payload["mailbox"] if rank == 0 else None)
     checkpoints = WorkerCheckpoints(
         run, payload["attempt"], record, config.checkpoint, (space, node_space), reporter.checkpoint
     )
     step = checkpoints.restore(model, optimizer)
 
-    micro_steps = micro_steps_of(config.training, model, world_size)
     peak_flops = gpu_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     validate_every = config.training.validate_every or total_steps
     look_every = task.look_every if rank == 0 or is_sharded(model) else None
@@ -155,8 +144,8 @@ def train(task_class: type[Task], payload: dict[str, Any], space: Path, node_spa
             )
             step_log.add(part_sum, gradient_norm)
             step += 1
-            if place := profile.after(step):
-                reporter.note(step, f"a profile was written to {place}; open it in Perfetto or chrome://tracing")
+            if written := profile.after(step):
+                reporter.note(step, f"a profile was written to {written}; open it in Perfetto or chrome://tracing")
 
             if step % config.tracking.log_every == 0 or step == total_steps:
                 with watch.logging():

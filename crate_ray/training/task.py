@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from crate_ray.data.loader import Batch
 from crate_ray.data.mixture import Mixture
 from crate_ray.data.shards import ShardSet
 from crate_ray.training.checkpoint import RunRecord
+from crate_ray.training.parallel import micro_steps_of, parallelize
 from crate_ray.training.probe_batch import Look
-from crate_ray.training.step import Normalizer
+from crate_ray.training.step import Normalizer, compile_layers, num_micro_steps, should_compile
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,32 @@ class Task(ABC):
     def look(self, step: int) -> Look | None:
         """What the model shows of itself. A collective call where the model is sharded, of rank 0 alone otherwise."""
         return None
+
+
+class Assembled(NamedTuple):
+    """A task in the form in which it trains."""
+
+    task: Task
+    trained: nn.Module
+    """What steps are made with: the model, wrapped or sharded where several workers train."""
+    optimizer: torch.optim.Optimizer
+    micro_steps: int
+    """Forward passes per optimiser step."""
+
+
+def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, place: Place) -> Assembled:
+    """Build a task's model, compile its layers and make it parallel, as the settings say. A collective call."""
+    task, training = task_class(config, place), config.training
+    if should_compile(training.compile, place.device):
+        local = -(-training.batch_size // place.world_size)
+        largest = -(-local // num_micro_steps(training, place.world_size))
+        compile_layers(task.model, task.layers, task.blank(largest), place.autocast)
+    trained = parallelize(
+        task.model,
+        task.layers,
+        config.scaling.strategy,
+        world_size=place.world_size,
+        device=place.device,
+        autocast=place.autocast,
+    )
+    return Assembled(task, trained, task.build_optimizer(), micro_steps_of(training, task.model, place.world_size))

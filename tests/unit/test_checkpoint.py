@@ -11,7 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ from crate_ray.training.local_space import local_space
 from crate_ray.training.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
 from crate_ray.training.step import build_optimizer, learning_rate, train_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=2, decoder_maps="tied")
 OPTIM = OptimConfig(lr=1e-2, warmup=2, weight_decay=0.1)
 RECORD = RunRecord(
@@ -68,14 +70,6 @@ RECORD = RunRecord(
     std=(1.0, 2.0, 3.0),
     threads=1,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # faster for models this small
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

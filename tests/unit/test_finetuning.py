@@ -61,18 +61,12 @@ from crate_ray.training.export import ModelDescription, export_run, load_any, lo
 from crate_ray.training.planning import Run
 from crate_ray.training.step import Normalizer, learning_rate, train_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CRATE = CrateMAEConfig(image_size=8, patch_size=2, channels=1, dim=16, depth=3, num_subspaces=2)
 VIT = ViTMAEConfig(image_size=8, patch_size=2, channels=1, dim=16, depth=3, num_heads=2)
 CLASSES = ClassifierConfig(num_classes=10, pooling="mean")
 DIGITS = Normalizer.of((0.3,), (0.35,))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # faster for models this small
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

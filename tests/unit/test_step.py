@@ -7,7 +7,6 @@ import gc
 import logging
 import math
 import socket
-from collections.abc import Iterator
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +42,8 @@ from crate_ray.training.step import (
     train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=1, sparsity_lambda=0.1)
 
 
@@ -72,14 +73,6 @@ def no_update(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 # --- Gradients ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # faster for models this small
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("workers", "micro_batch_size"), [(1, 8), (1, 3), (2, 2), (3, 2), (5, 1), (8, 4)])
