@@ -512,6 +512,9 @@ class TrackingConfig(Settings):
     picture_every: PositiveInt | None = 500
     """Steps between looks at eight fixed held-out samples (and once at the end): pictures of reconstructions, attention
     and layers, and metrics by layer (coding rate, share of zeros, Gini index); null for none."""
+    deliver_seconds: Annotated[float, Field(ge=0)] = 120.0
+    """How long a run that is done waits for MLflow to take all records. What it did not take is kept on disk, and sent
+    when the same job is started again."""
 
 
 def check_name(name: str) -> str:

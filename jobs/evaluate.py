@@ -24,7 +24,7 @@ from crate_ray.evaluation.report import HTML_FILE, JSON_FILE, Report, render
 from crate_ray.evaluation.subject import PUBLISHED_SUFFIXES, Subject, find_checkpoint, load_checkpoint, load_file
 from crate_ray.progress import console
 from crate_ray.tracking.registry import find_run, load_described
-from crate_ray.tracking.runs import tracking_uri
+from crate_ray.tracking.runs import redact, tracking_uri
 
 FOLDER = "evaluation"
 
@@ -90,7 +90,7 @@ def log(report: Report, files: dict[str, bytes], trained: Subject, config: Evalu
                 (Path(folder) / name).write_bytes(content)
             client.log_artifacts(run_id, folder, FOLDER)
     except MlflowException as error:
-        print(f"MLflow did not take the report, which is complete without it: {str(error).splitlines()[0]}")
+        print(f"MLflow did not take the report, which is complete without it: {redact(str(error).splitlines()[0])}")
         return None
     return run_id
 

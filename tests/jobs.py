@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +21,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import safetensors.torch
 from ray.cluster_utils import Cluster
+from torch import Tensor
 
 from crate_ray.data.storage import Storage
 
@@ -189,7 +192,8 @@ def start(command: list[str], folder: Path, cluster: RayCluster) -> Job:
         "RAY_ADDRESS": cluster.address,
         "AWS_SHARED_CREDENTIALS_FILE": cluster.credentials.as_posix(),
     }
-    process = forkserver().Process(target=_run, args=(command[1:], folder, env))
+    log = folder / "job.log"
+    process = forkserver().Process(target=_run, args=(command[1:], folder, env, log, log))
     process.start()
     while _ignores(process.pid, signal.SIGINT):  # as the process does that it is forked from
         time.sleep(0.001)
@@ -202,13 +206,27 @@ def _ignores(pid: int | None, number: signal.Signals) -> bool:
     return bool(int(ignored, 16) >> (number - 1) & 1)
 
 
-def _run(argv: list[str], folder: Path, env: dict[str, str]) -> None:
+def call(
+    command: list[str], folder: Path, env: dict[str, str], timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run a job to its end as a process of its own, in a folder, with just this environment."""
+    with tempfile.TemporaryDirectory() as outputs:
+        out, err = Path(outputs, "out"), Path(outputs, "err")
+        process = forkserver().Process(target=_run, args=(command[1:], folder, env, out, err))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"{command} does not end:\n{out.read_text()[-2000:]}{err.read_text()[-4000:]}")
+        return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
+
+
+def _run(argv: list[str], folder: Path, env: dict[str, str], stdout: Path, stderr: Path) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
-    log = os.open("job.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for path, number in ((stdout, 1), (stderr, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = argv
     try:
         runpy.run_path(argv[0], run_name="__main__")
@@ -256,4 +274,12 @@ def wait_for_commit(run: Storage, step: int, job: Job, timeout: float = 180) -> 
 
 def final_weights(run: Storage) -> str:
     """Digest of the model that a finished run left."""
-    return hashlib.sha256(run.read("model/model.safetensors")).hexdigest()
+    return digest_of(safetensors.torch.load(run.read("model/model.safetensors")))
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """Digest of named weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from crate_ray.config import PretrainConfig
 from crate_ray.data.loader import training_loader
@@ -33,8 +34,8 @@ from crate_ray.training.step import (
 from crate_ray.training.task import Place, assemble
 
 
-def train(config: PretrainConfig, record: RunRecord, total_steps: int) -> list[float]:
-    """Train all steps; seconds of each interval of steps, in one process of a group that exists."""
+def train(config: PretrainConfig, record: RunRecord, total_steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    """Train all steps in one process of a group that exists; seconds of each interval of steps, and the weights."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
@@ -78,16 +79,17 @@ def train(config: PretrainConfig, record: RunRecord, total_steps: int) -> list[f
                 now = time.perf_counter()
                 seconds.append(now - began)
                 began = now
+    weights = {name: value.clone() for name, value in task.model.state_dict().items()}
     del trained
     gc.collect()
-    return seconds
+    return seconds, weights
 
 
 def main(settings: Path, times: Path) -> None:
     """Join the group that torchrun describes, train, and let the first process write its times."""
     given = json.loads(settings.read_text())
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    seconds = train(
+    seconds, _ = train(
         PretrainConfig.model_validate(given["config"]), RunRecord.model_validate(given["record"]), given["total_steps"]
     )
     if dist.get_rank() == 0:

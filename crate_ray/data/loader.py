@@ -33,7 +33,7 @@ from crate_ray.data.order import (
     worker_slots,
 )
 from crate_ray.data.reader import MixtureReader, Order, ResidentSource, StreamedSource, Unreadable
-from crate_ray.data.shards import Sample, ShardSet
+from crate_ray.data.shards import INDEX_STRIDE, Sample, ShardSet
 from crate_ray.data.transforms import CROP_UNIFORMS, CropRule, Crops, centre_crops, random_crops
 from crate_ray.errors import UserError
 
@@ -73,10 +73,11 @@ class Batch:
 
 
 class SequentialOrder:
-    """Every sample exactly once, in the order of the shards: for evaluation. The last batch may be short."""
+    """Every stride-th sample exactly once, in the order of the shards: for evaluation. The last batch may be short."""
 
-    def __init__(self, num_samples: int, batch_size: int, block_samples: int) -> None:
-        self.num_samples, self.batch_size, self.block_samples = num_samples, batch_size, block_samples
+    def __init__(self, num_samples: int, batch_size: int, block_samples: int, stride: int = 1) -> None:
+        self.num_samples, self.batch_size, self.block_samples = -(-num_samples // stride), batch_size, block_samples
+        self.stride = stride
 
     @property
     def num_steps(self) -> int:
@@ -90,23 +91,30 @@ class SequentialOrder:
 
     def draw(self, step: int, start: int, stop: int) -> Draw:
         """Samples of slots [start, stop) of a step, those that exist."""
-        first = step * self.batch_size
-        low, high = min(first + start, self.num_samples), min(first + stop, self.num_samples)
-        return Draw(np.arange(low, high, dtype=np.int64), np.zeros(high - low, np.int64))
+        low, high = self._places(step, start, stop)
+        return Draw(np.arange(low, high, dtype=np.int64) * self.stride, np.zeros(high - low, np.int64))
 
     def windows(self, step: int, start: int, stop: int) -> list[Window]:
         """One window is one block."""
-        numbers = self.draw(step, start, stop).samples
-        if not len(numbers):
+        low, high = self._places(step, start, stop)
+        if low == high:
             return [Window(0, 0, step * self.batch_size // self.block_samples)]
-        first, last = numbers[0] // self.block_samples, numbers[-1] // self.block_samples
-        return [Window(0, 0, int(block)) for block in range(first, last + 1)]
+        first, last = low // self.block_samples, (high - 1) // self.block_samples
+        return [Window(0, 0, block) for block in range(first, last + 1)]
 
     def blocks(self, window: Window) -> list[range]:
-        """The window's single block, if it exists."""
+        """What the window's samples are read with: one range, or one for each where they lie far apart."""
         first = window.round * self.block_samples
-        block = range(first, min(first + self.block_samples, self.num_samples))
-        return [block] if block else []
+        numbers = range(first, min(first + self.block_samples, self.num_samples))
+        if not numbers:
+            return []
+        if self.stride < INDEX_STRIDE:
+            return [range(numbers[0] * self.stride, numbers[-1] * self.stride + 1)]
+        return [range(number * self.stride, number * self.stride + 1) for number in numbers]
+
+    def _places(self, step: int, start: int, stop: int) -> tuple[int, int]:
+        first = step * self.batch_size
+        return min(first + start, self.num_samples), min(first + stop, self.num_samples)
 
 
 class BadSamples:
@@ -434,6 +442,11 @@ def training_loader(
     return Loader(mixture, order, slots, steps, make_crops, model, data, device, replacements)
 
 
+def stride_of(num_samples: int, max_samples: int | None) -> int:
+    """The s of every s-th sample of a dataset, such that they are at most max_samples."""
+    return 1 if max_samples is None else -(-num_samples // max_samples)
+
+
 def evaluation_loader(
     shards: ShardSet,
     model: ImageModelConfig,
@@ -443,13 +456,17 @@ def evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device = _CPU,
+    max_samples: int | None = None,
 ) -> Loader:
     """Every sample exactly once, centre-cropped and resized; batch t holds samples tB .. (t+1)B, shared by the workers.
 
-    All workers get the same number of batches; a worker's part of the last one may be short or empty. Samples that
-    cannot be used are left out and counted (`Loader.bad`).
+    With max_samples at most so many, spread evenly (`stride_of`); nothing else is decoded. All workers get the same
+    number of batches; a worker's part of the last one may be short or empty. Samples that cannot be used are left out
+    and counted (`Loader.bad`).
     """
-    order = SequentialOrder(shards.manifest.num_samples, batch_size, block_samples=256)
+    total = shards.manifest.num_samples
+    stride = stride_of(total, max_samples)
+    order = SequentialOrder(total, batch_size, max(256 // stride, INDEX_STRIDE), stride)
     slots = worker_slots(batch_size, rank, world_size)
 
     def make_crops(draw: Draw) -> CropRule:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crate_ray.config import DataConfig, Feature, ModelConfig
 from crate_ray.data.decode import DecodeError, decode_batch
-from crate_ray.data.loader import Batch, evaluation_loader
+from crate_ray.data.loader import Batch, evaluation_loader, stride_of
 from crate_ray.data.shards import ShardSet
 from crate_ray.data.transforms import Crops, Int64, centre_crops
 from crate_ray.errors import UserError
@@ -145,16 +145,11 @@ def load_images(
 
 def spread(num_samples: int, max_samples: int | None) -> NDArray[np.int64]:
     """Numbers of at most max_samples samples, evenly spread over a dataset."""
-    stride = 1 if max_samples is None else -(-num_samples // max_samples)
-    return np.arange(0, num_samples, stride, dtype=np.int64)
+    return np.arange(0, num_samples, stride_of(num_samples, max_samples), dtype=np.int64)
 
 
 def iterate_dataset(shards: ShardSet, config: ModelConfig, max_samples: int | None = None) -> Iterator[Batch]:
     """Batches of a dataset in its order, centre-cropped, of at most max_samples samples spread evenly over it."""
-    total = shards.manifest.num_samples
-    stride = 1 if max_samples is None else -(-total // max_samples)
-    with evaluation_loader(shards, config, DataConfig(train=shards.storage.uri), batch_size=_BATCH) as loader:
-        for batch in loader:
-            keep = batch.samples % stride == 0
-            if keep.any():
-                yield batch.select(keep)
+    data = DataConfig(train=shards.storage.uri)
+    with evaluation_loader(shards, config, data, batch_size=_BATCH, max_samples=max_samples) as loader:
+        yield from loader

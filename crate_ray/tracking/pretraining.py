@@ -55,7 +55,8 @@ def track(run: Run, extra_tags: Mapping[str, str] | None = None) -> Iterator[Run
         yield tracker
     except BaseException as error:
         stopped = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        if not tracker.finish("FINISHED" if tracker.is_complete else stopped, timeout=10):
+        patience = min(10, run.config.tracking.deliver_seconds)
+        if not tracker.finish("FINISHED" if tracker.is_complete else stopped, timeout=patience):
             print(tracker.undelivered)
         raise
     if not tracker.finish("FINISHED"):

@@ -18,7 +18,7 @@ from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.classifier import Classifier
 from crate_ray.tracking.flavor import log_model
-from crate_ray.tracking.runs import find_run, tracking_uri
+from crate_ray.tracking.runs import find_run, redact, tracking_uri
 from crate_ray.training.checkpoint import RUN_FILE
 from crate_ray.training.export import (
     DESCRIPTION_FILE,
@@ -97,7 +97,7 @@ def register(run: str, name: str, tracking: TrackingConfig, s3: S3Config) -> Mod
         run_id = find_run(client, description.run_key or "")
         if run_id is None:
             raise UserError(
-                f"MLflow at {tracking_uri(tracking)} has no record of the run at {storage.uri}; "
+                f"MLflow at {redact(tracking_uri(tracking))} has no record of the run at {storage.uri}; "
                 "give the tracking.uri that it was trained with"
             )
         info = log_model(tracking_uri(tracking), run_id, folder)
@@ -151,7 +151,7 @@ def list_versions(name: str, tracking: TrackingConfig) -> list[ModelVersion]:
         aliases = client.get_registered_model(name).aliases
     except MlflowException as error:
         raise UserError(
-            f"MLflow at {tracking_uri(tracking)} has no registered model {name!r}: {_first(error)}"
+            f"MLflow at {redact(tracking_uri(tracking))} has no registered model {name!r}: {_first(error)}"
         ) from None
     versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version), reverse=True)
     for version in versions:
@@ -172,7 +172,7 @@ def _fetch_registered(reference: str, folder: Path, tracking: TrackingConfig) ->
             for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
                 shutil.copy(next(downloaded.rglob(name)), folder / name)
     except MlflowException as error:
-        raise UserError(f"MLflow at {uri} cannot give {reference}: {_first(error)}") from None
+        raise UserError(f"MLflow at {redact(uri)} cannot give {reference}: {_first(error)}") from None
     except StopIteration:
         raise UserError(f"{reference} is not a model that crate-ray registered: it lacks {DESCRIPTION_FILE}") from None
 
@@ -184,10 +184,10 @@ def _run_storage(run: str, tracking: TrackingConfig, s3: S3Config) -> Storage:
             params = _client(tracking).get_run(run).data.params
             return open_storage(params["storage"], s3).under(params["name"])
         except (MlflowException, KeyError) as error:
-            uri = tracking_uri(tracking)
-            raise UserError(f"{run!r} is neither a folder nor a pretraining run in MLflow at {uri}: {error}") from None
+            where = f"MLflow at {tracking_uri(tracking)}: {error}"
+            raise UserError(f"{run!r} is neither a folder nor a pretraining run in {redact(where)}") from None
     return open_storage(run, s3)
 
 
 def _first(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return redact(str(error).splitlines()[0])

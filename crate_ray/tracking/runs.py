@@ -93,6 +93,7 @@ class RunTracker(Listener):
         parent_key: str | None = None,
     ) -> None:
         self._uri, self._experiment, self._key, self._name = tracking_uri(tracking), tracking.experiment, key, name
+        self._deliver_seconds = tracking.deliver_seconds
         self._params, self._tags, self._datasets, self._parent_key = params, tags, datasets, parent_key
         self.run_id = ""
         self.is_complete = False
@@ -142,15 +143,16 @@ class RunTracker(Listener):
         shutil.copytree(exported, copy, dirs_exist_ok=True)
         self._append({"kind": "model", "path": copy.as_posix()})
 
-    def finish(self, status: str, timeout: float = 120.0) -> bool:
+    def finish(self, status: str, timeout: float | None = None) -> bool:
         """Set the run's status (FINISHED, FAILED or KILLED) and wait until everything is delivered, or the time is up.
 
+        The timeout is in seconds, by default tracking.deliver_seconds.
         Returns whether all was delivered. What was not stays in the spool; `undelivered` says where and why.
         """
         self._append({"kind": "status", "status": status, "time": int(time.time() * 1000)})
         self._stop.set()
         self._wake.set()
-        self._sender.join(timeout)
+        self._sender.join(self._deliver_seconds if timeout is None else timeout)
         self._give_up.set()
         if self._pending():
             return False

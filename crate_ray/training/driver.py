@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 import ray.train
-from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crate_ray.data.lease import Lease
 from crate_ray.errors import UserError
 from crate_ray.training.checkpoint import newest_complete, write_record
 from crate_ray.training.control import Watchdog
+from crate_ray.training.fit import fit
 from crate_ray.training.listener import Listener
 from crate_ray.training.mailbox import Mailbox
 from crate_ray.training.planning import Run, RunConfig
@@ -93,10 +92,10 @@ def _fit_and_follow(
     # A task of its own: it leaves the driver's signal handlers alone, ends with the driver, and the address lets Ray
     # Train clean up after that even where several Rays run on one machine.
     address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    fit = ray.remote(num_cpus=0, max_retries=0)(_fit).options(
+    task = ray.remote(num_cpus=0, max_retries=0)(fit).options(
         scheduling_strategy=here, runtime_env={"env_vars": address}
     )
-    done = fit.remote(loop, loop_config, scaling, config)
+    done = task.remote([ray.put(loop)], loop_config, scaling, config.scaling.max_failures)
     try:
         watchdog, stopping = Watchdog(config.scaling.hang_seconds), False
         while not ray.wait([done], timeout=_POLL_SECONDS)[0]:
@@ -124,23 +123,6 @@ def _fit_and_follow(
     except BaseException:
         ray.cancel(done, force=True)
         raise
-
-
-def _fit(loop: Loop, loop_config: dict[str, Any], scaling: ray.train.ScalingConfig, config: RunConfig) -> None:
-    # Ray Train's own record of checkpoints, which nobody reads, stays on this node: where it lies in the run's storage,
-    # a connection that breaks while the controller writes it ends the run.
-    with tempfile.TemporaryDirectory(prefix="crate-ray-train-") as folder:
-        TorchTrainer(
-            loop,
-            train_loop_config=loop_config,
-            scaling_config=scaling,
-            run_config=ray.train.RunConfig(
-                name=loop_config["attempt"],
-                storage_path=folder,
-                failure_config=ray.train.FailureConfig(max_failures=config.scaling.max_failures),
-                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            ),
-        ).fit()
 
 
 def _failure_to_mend(error: BaseException) -> str | None:

@@ -285,7 +285,7 @@ def main() -> None:
         server = stack.enter_context(mlflow_server(root, free_port()))
         _use(gateway, cluster)
         digits = pack_digits(root)
-        campaign = Campaign(root, digits, cluster, Undisturbed(digits, root, cluster), gateway, server)
+        campaign = Campaign(root, digits, cluster, Undisturbed(digits, root), gateway, server)
         pool = stack.enter_context(ThreadPoolExecutor(options.parallel))
         numbers = range(options.first, options.first + options.runs)
         running = {pool.submit(campaign.run, number, options.seed): number for number in numbers}

@@ -22,5 +22,5 @@ def cluster() -> Iterator[RayCluster]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(digits: str, cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return Undisturbed(digits, tmp_path_factory.mktemp("undisturbed"), cluster)
+def undisturbed(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(digits, tmp_path_factory.mktemp("undisturbed"))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
+import torch.distributed as dist
 from mlflow import MlflowClient
 
-from crate_ray.config import PrepareConfig
+from crate_ray.benchmarks.bare_loop import train
+from crate_ray.cli import parse_config
+from crate_ray.config import PrepareConfig, PretrainConfig
 from crate_ray.data.builtin import digits_source
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import LocalStorage, Storage, open_storage
-from tests.jobs import RayCluster, final_weights, finish, job, start
+from crate_ray.training.checkpoint import RunRecord
+from crate_ray.training.run import open_run
+from tests.jobs import digest_of, forkserver, job
 
 STEPS, EVERY = 60, 12
 
@@ -61,10 +67,10 @@ def run_in(folder: Path) -> Storage:
 
 
 class Undisturbed:
-    """Final weights of runs that nothing hits, each trained when it is asked for first."""
+    """Final weights of runs that nothing hits: of the loop alone, without Ray. Each is trained when it is asked for."""
 
-    def __init__(self, digits: str, folder: Path, cluster: RayCluster) -> None:
-        self._digits, self._folder, self._cluster = digits, folder, cluster
+    def __init__(self, digits: str, folder: Path) -> None:
+        self._digits, self._folder = digits, folder
         self._weights: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -72,8 +78,33 @@ class Undisturbed:
         """Digest of the final weights for a number of workers."""
         with self._lock:
             if workers not in self._weights:
-                folder = self._folder / f"undisturbed-{workers}"
-                folder.mkdir()
-                finish(start(pretrain(self._digits, workers), folder, self._cluster))
-                self._weights[workers] = final_weights(run_in(folder))
+                self._weights[workers] = self._train(workers)
             return self._weights[workers]
+
+    def _train(self, workers: int) -> str:
+        folder = self._folder / f"undisturbed-{workers}"
+        folder.mkdir()
+        config = parse_config(PretrainConfig, pretrain(self._digits, workers, storage=folder)[2:])
+        record = open_run(config).record.model_copy(update={"threads": 1})
+        given = json.dumps([config.model_dump(mode="json"), record.model_dump(mode="json")])
+        group = [forkserver().Process(target=_alone, args=(rank, workers, given, folder)) for rank in range(workers)]
+        for process in group:
+            process.start()
+        try:
+            for process in group:
+                process.join(120)
+                assert process.exitcode == 0
+        finally:
+            for process in group:
+                process.kill()
+        return (folder / "digest").read_text()
+
+
+def _alone(rank: int, workers: int, given: str, folder: Path) -> None:
+    """A process of the loop alone."""
+    config, record = json.loads(given)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
+    _, weights = train(PretrainConfig.model_validate(config), RunRecord.model_validate(record), STEPS)
+    if rank == 0:
+        (folder / "digest").write_text(digest_of(weights))
+    dist.destroy_process_group()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
 
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
-from tests.jobs import RayCluster, end, final_weights, finish, newest_commit, start, wait_for_commit
+from tests.jobs import RayCluster, end, final_weights, finish, free_port, newest_commit, start, wait_for_commit
 
 
 def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
     digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
+    """With an MLflow server that is away for ever, which neither stops it nor is told to be the cause."""
     run, reached = run_in(tmp_path), 0
+    command = pretrain(digits, tracking__uri=f"http://127.0.0.1:{free_port()}", tracking__deliver_seconds=1)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        job = start(pretrain(digits), tmp_path, cluster)
+        job = start(command, tmp_path, cluster)
         try:
             wait_for_commit(run, reached + 1, job)
             began = newest_commit(run)
@@ -26,8 +29,12 @@ def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
         assert reached < began <= newest_commit(run) < STEPS
         reached = newest_commit(run)
         assert not run.exists("driver.lease")  # nobody has to wait for it
-    finish(start(pretrain(digits), tmp_path, cluster))
+    last = start(command, tmp_path, cluster)
+    finish(last)
     assert final_weights(run) == undisturbed.weights(2)
+    spool = tmp_path / "cache" / "crate-ray" / json.loads(run.read("run.json"))["run_key"]
+    assert last.log.count(f"the rest waits in {spool}") == 3
+    assert f'"step": {STEPS}' in (spool / "events.jsonl").read_text()
 
 
 def test_a_run_whose_workers_cannot_start_stops_when_asked(digits: str, cluster: RayCluster, tmp_path: Path) -> None:
@@ -48,7 +55,7 @@ def test_a_second_driver_is_refused_and_a_rank_that_hangs_is_named(
     digits: str, cluster: RayCluster, tmp_path: Path
 ) -> None:
     (tmp_path / "second").mkdir()
-    command = pretrain(digits, storage=tmp_path / "runs", training__steps=100_000, scaling__hang_seconds=20)
+    command = pretrain(digits, storage=tmp_path / "runs", training__steps=100_000, scaling__hang_seconds=10)
     first, second = start(command, tmp_path, cluster), None
     try:
         wait_for_commit(run_in(tmp_path), EVERY, first)
@@ -65,4 +72,4 @@ def test_a_second_driver_is_refused_and_a_rank_that_hangs_is_named(
         for job in (first, second):
             if job:
                 end(job)
-    assert "error: no step was made for 20 s: rank" in first.log and "gives no sign of life" in first.log
+    assert "error: no step was made for 10 s: rank" in first.log and "gives no sign of life" in first.log

@@ -111,12 +111,3 @@ def local_cluster() -> Iterator[LocalCluster]:
     finally:
         cluster.local_sh("down")
         shutil.rmtree(cluster.state, ignore_errors=True)
-
-
-@pytest.fixture
-def cluster_to_start() -> Iterator[LocalCluster]:
-    """A cluster of the test's own, to start and stop as it likes."""
-    cluster = new_cluster()
-    yield cluster
-    cluster.local_sh("down")
-    shutil.rmtree(cluster.state, ignore_errors=True)

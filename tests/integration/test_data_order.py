@@ -16,6 +16,7 @@ from crate_ray.data.storage import open_storage
 from crate_ray.training.listener import Listener
 from crate_ray.training.run import open_run, pretrain
 from crate_ray.training.telemetry import keys_digest
+from tests.jobs import free_port
 
 STEPS = 12
 
@@ -37,7 +38,7 @@ def four_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init("local", num_cpus=4, include_dashboard=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, dashboard_port=free_port())
         yield
         ray.shutdown()
 

@@ -22,7 +22,7 @@ from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.tracking.runs import RUN_KEY_TAG
 from crate_ray.training.export import ModelDescription, export_model, load_exported
-from tests.jobs import environment, job
+from tests.jobs import call, environment, job
 
 MODEL = CrateMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_subspaces=2)
 NO_CLUSTER = {"RAY_ADDRESS": "http://127.0.0.1:1"}  # refused at once by a job that needs Ray
@@ -49,8 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(path: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a job in a folder to its end."""
-    env = environment(path) | variables
-    done = subprocess.run(job(name, *arguments), cwd=path, env=env, capture_output=True, text=True, timeout=240)
+    done = call(job(name, *arguments), path, environment(path) | variables)
     assert done.returncode == 0 or variables, done.stdout + done.stderr
     return done
 

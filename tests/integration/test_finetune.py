@@ -35,6 +35,7 @@ from crate_ray.tracking.runs import find_run
 from crate_ray.training.checkpoint import committed
 from crate_ray.training.listener import Listener
 from crate_ray.training.run import open_run, pretrain
+from tests.jobs import free_port
 
 STEPS, EVERY = 60, 15
 
@@ -54,7 +55,7 @@ def local_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init("local", num_cpus=2, include_dashboard=False, logging_level="warning")
+        ray.init("local", num_cpus=2, include_dashboard=False, dashboard_port=free_port(), logging_level="warning")
         yield
         ray.shutdown()
 

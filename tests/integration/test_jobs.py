@@ -28,7 +28,7 @@ from crate_ray.data.storage import open_storage
 from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
 from crate_ray.tracking.registry import load_described
 from tests.integration.conftest import LocalCluster
-from tests.jobs import job
+from tests.jobs import ROOT, call, job
 
 STEPS, EVERY = 60, 15
 OWN_RAY = {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled"}
@@ -114,6 +114,14 @@ def test_registry_gate_and_embeddings(cluster: LocalCluster, trained: str, tmp_p
     refusal = fail_here("register", "promote", "--version", "2", *probe)
     assert "version 2 is not promoted: its probe accuracy 0." in refusal
     assert "@champion" in run_here("register", "list")
+
+    # A report is of the run in S3, and beside it, or of the registered model; both are the same.
+    report = ["--data", "s3://data/digits-test", "--max_images", "16"]
+    run_here("evaluate", "--model", trained, *report)
+    ours = json.loads(open_storage(trained, S3Config()).read("evaluation/report.json"))
+    run_here("evaluate", "--model", "models:/crate-mae@champion", *report, "--output", str(tmp_path / "report"))
+    theirs = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert ours["reconstruction"] == theirs["reconstruction"] and ours["structure"] == theirs["structure"]
 
     # Torch module, pyfunc and the run's own encoder give the same embeddings.
     shards = load_dataset(open_storage("s3://data/digits-test", S3Config()))
@@ -251,21 +259,14 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
 
 def run_here(name: str, *arguments: str, env: dict[str, str] | None = None) -> str:
     """Run a job in this environment and require success; its output."""
-    result = subprocess.run(
-        job(name, *arguments),
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    result = call(job(name, *arguments), ROOT, {**os.environ, **(env or {})}, timeout=400)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 
 
 def fail_here(name: str, *arguments: str) -> str:
     """Run a job and require one sentence on stderr, status 2 and no traceback; the sentence."""
-    result = subprocess.run(job(name, *arguments), capture_output=True, text=True, timeout=300, check=False)
+    result = call(job(name, *arguments), ROOT, dict(os.environ))
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2, result.stdout[-2000:] + result.stderr[-4000:]
     assert len(lines) == 1

@@ -238,6 +238,24 @@ def test_evaluation_sees_every_sample_once(
     assert torch.equal(torch.cat([b.images for b in in_order]), alone.images)
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("max_samples", [SAMPLES, 30, 9, 1])
+def test_evaluation_of_some_reads_and_decodes_no_others(shards: ShardSet, streamed: bool, max_samples: int) -> None:
+    """Strides of 1, of less than what an index entry covers, of more, and of the whole dataset."""
+    everything = batches(evaluation_loader(shards, MODEL, config(False), batch_size=SAMPLES))[0]
+    stored = RecordingStorage(shards.storage.root)  # type: ignore[attr-defined]
+    loader = evaluation_loader(load_dataset(stored), MODEL, config(streamed), batch_size=7, max_samples=max_samples)
+    found = batches(loader)
+    assert [len(batch.keys) for batch in found[:-1]] == [7] * (len(found) - 1)
+    samples = np.concatenate([batch.samples for batch in found])
+    assert max_samples / 2 < len(samples) <= max_samples and len(set(np.diff(samples))) <= 1
+    assert loader.bad._drawn == len(samples)
+    assert torch.equal(torch.cat([batch.images for batch in found]), everything.images[torch.from_numpy(samples)])
+    if streamed and max_samples == 1:
+        (read,) = [length for name, _, length in stored.reads if name.endswith(".tar")]
+        assert read < 0.2 * shards.manifest.total_bytes
+
+
 def test_grids_are_loaded_as_float_without_labels(tmp_path: Path) -> None:
     grids = np.random.default_rng(0).normal(size=(20, 2, 16, 12)).astype(np.float32) * 300
 
