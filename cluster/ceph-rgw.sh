@@ -58,6 +58,8 @@ err to stderr = false
 [client.rgw]
 rgw frontends = beast endpoint=127.0.0.1:$PORT
 rgw thread pool size = 64
+# Its thread may read a setting while others are still being set, which ends the gateway; small buckets need none of it.
+rgw dynamic resharding = false
 CONF
 export CEPH_CONF="$DIR/ceph.conf"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.s3_gateway import S3Gateway, running_gateway
 
@@ -12,16 +14,19 @@ _RAY = {
     "test_kill", "test_nodes", "test_services", "test_stop", "test_jobs", "test_local_cluster", "test_scale_out",
     "test_data_order", "test_evaluate", "test_finetune", "test_prepare_ray",
 }  # fmt: skip
-"""Files whose tests start Ray: those of one folder run one at a time, in a process of their own. The other files are
-groups by themselves."""
+"""Files whose tests start Ray: those of one folder run one at a time, and share what they start."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tell pytest-xdist (--dist loadgroup) which tests to keep in one process."""
-    for item in items:
-        group = f"ray-{item.path.parent.name}" if item.path.stem in _RAY else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+class _Scheduling(LoadScopeScheduling):
+    """Which tests pytest-xdist keeps in one process: those of a file, or of all files of a folder that start Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = Path(nodeid.split("::")[0])
+        return f"{path.parent} with Ray" if path.stem in _RAY else path.as_posix()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _Scheduling:
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

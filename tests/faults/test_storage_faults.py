@@ -442,7 +442,7 @@ def test_endpoint_that_never_answered_is_given_up_soon(monkeypatch: pytest.Monke
         proxy.plan(Stall(60))
         with pytest.raises(UserError, match=r"cannot reach .*\(ReadTimeoutError, 2 attempts in \d s\)"):
             reach(proxy, read_timeout=1).read(KEY)
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 30  # of the 120 s that others are waited for
 
 
 def test_server_that_restarts_is_waited_for(s3_gateway: S3Gateway, client: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,7 @@ from crate_ray.config import S3Config
 from crate_ray.data.builtin import digits_source
 from crate_ray.data.shards import load_dataset, parse_samples
 from crate_ray.data.storage import open_storage
-
-ROOT = Path(__file__).parents[2]
+from tests.jobs import ROOT, call, job
 
 
 @pytest.fixture
@@ -36,8 +34,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def prepare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs/prepare.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    return call(job("prepare", *arguments), ROOT, dict(os.environ))
 
 
 def test_pack_index_and_repack_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
