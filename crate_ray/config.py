@@ -1091,6 +1091,9 @@ class BenchmarkOverheadConfig(Settings):
     """Global batch."""
     workers: PositiveInt = 2
     """Training processes."""
+    cpus_per_worker: PositiveInt | None = None
+    """Threads of each, on a CPU; by default all that the machine has for it. Fewer leave room for Ray's own processes,
+    which otherwise take their share of the cores from the training."""
     steps: PositiveInt = 60
     """Steps of each run."""
     log_every: PositiveInt = 10

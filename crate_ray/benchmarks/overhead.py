@@ -129,7 +129,7 @@ def _settings(name: str, folder: Path, data: str, config: BenchmarkOverheadConfi
             "model": config.model.model_dump(mode="json"),
             "data": {"train": data},
             "training": {"batch_size": config.batch_size, "steps": config.steps},
-            "scaling": {"workers": config.workers},
+            "scaling": {"workers": config.workers, "cpus_per_worker": config.cpus_per_worker},
             "checkpoint": {"every_steps": 10 * config.steps},
             "tracking": {"log_every": config.log_every, "picture_every": None},
         }
