@@ -11,10 +11,10 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.s3_gateway import S3Gateway, running_gateway
 
 _RAY = {
-    "test_kill", "test_nodes", "test_services", "test_stop", "test_jobs", "test_local_cluster", "test_data_order",
-    "test_evaluate", "test_finetune", "test_prepare_ray",
+    "test_kill", "test_nodes", "test_services", "test_stop", "test_jobs", "test_local_cluster", "test_scale_out",
+    "test_data_order", "test_evaluate", "test_finetune", "test_prepare_ray",
 }  # fmt: skip
-"""Files whose tests start Ray: those of one folder share what they start. (test_scale_out shares nothing.)"""
+"""Files whose tests start Ray: those of one folder run one at a time, and share what they start."""
 
 
 class _Scheduling(LoadScopeScheduling):

@@ -299,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:  # the client has gone, as it should when it waits no longer
             self.close_connection = True
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do  # noqa: N815 - names that http.server looks for
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = do  # noqa: N815 - names that http.server looks for
 
     def _forward(self, proxy: FaultProxy, fault: Fault, struck: Callable[[], object], exchange: Exchange) -> None:
         upstream = proxy.connect()
