@@ -22,7 +22,7 @@ import termios
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -310,13 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
                     upstream.putheader(name, value)
             upstream.putheader("Connection", "close")
             upstream.endheaders()
-            left = int(self.headers.get("Content-Length") or 0)
-            while left:
-                piece = self.rfile.read(min(left, _PIECE))
-                if not piece:
-                    raise ConnectionError
+            for piece in self._pieces():
                 upstream.send(piece)
-                left -= len(piece)
             answer = upstream.getresponse()
             if isinstance(fault, Reset | Stall) and fault.after is None:
                 answer.read()
@@ -410,9 +405,28 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(document)
 
     def _drain(self) -> None:
+        for _ in self._pieces():
+            pass
+
+    def _pieces(self) -> Iterator[bytes]:
+        """The request's body as it comes over the wire, of one length or in chunks."""
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            size = 1
+            while size:
+                line = self.rfile.readline()
+                size = int(line.split(b";")[0], 16)
+                yield line + self._exactly(size + 2)  # and the end of its line
+            return
         left = int(self.headers.get("Content-Length") or 0)
-        while left and (piece := self.rfile.read(min(left, _PIECE))):
-            left -= len(piece)
+        while left:
+            yield self._exactly(min(left, _PIECE))
+            left -= min(left, _PIECE)
+
+    def _exactly(self, size: int) -> bytes:
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionError
+        return data
 
     def _reset(self) -> None:
         """Close with RST; what was sent arrives first, so that a plan's byte counts hold."""
