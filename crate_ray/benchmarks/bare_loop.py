@@ -79,7 +79,7 @@ def train(config: PretrainConfig, record: RunRecord, total_steps: int) -> tuple[
                 now = time.perf_counter()
                 seconds.append(now - began)
                 began = now
-    weights = {name: value.clone() for name, value in task.model.state_dict().items()}
+    weights = task.model.state_dict()
     del trained
     gc.collect()
     return seconds, weights

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from crate_ray.config import S3Config
 from crate_ray.data.reader import ShardReader, Unreadable
-from crate_ray.data.shards import Sample, ShardSet, load_dataset
+from crate_ray.data.shards import INDEX_STRIDE, Sample, ShardSet, load_dataset
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_cache import UNLABELLED, UNUSABLE, FeatureCache, FeatureSet
@@ -29,7 +29,6 @@ from crate_ray.ray_cluster import start_ray
 from crate_ray.training.export import ModelDescription
 
 _BATCH = 128
-_INDEXED_TOGETHER = 16  # samples that share an index entry: reading one costs about as much as reading all of them
 _MAX_BAD_FRACTION = 0.01
 _VERSION = 1  # of what features are; another one makes older entries of a cache unused
 
@@ -186,8 +185,8 @@ def _extractor(description_json: str, weights: Any) -> FeatureExtractor:
 
 
 def read_samples(reader: ShardReader, numbers: NDArray[np.int64]) -> list[Sample | Unreadable]:
-    """Samples by rising numbers; neighbours are read together."""
-    if len(numbers) and numbers[-1] - numbers[0] < _INDEXED_TOGETHER * len(numbers):
+    """Samples by rising numbers; together where they share index entries, which are read as a whole."""
+    if len(numbers) and numbers[-1] - numbers[0] < INDEX_STRIDE * len(numbers):
         every = reader.read(int(numbers[0]), int(numbers[-1] - numbers[0]) + 1)
         return [every[i] for i in (numbers - numbers[0]).tolist()]
     return [reader.read(number, 1)[0] for number in numbers.tolist()]

@@ -14,7 +14,7 @@ from ray.train.torch import TorchTrainer
 
 
 def fit(loop: list[Any], payload: dict[str, Any], scaling: ray.train.ScalingConfig, max_failures: int) -> None:
-    """Ray task: train until the workers are done, or fail once too often.
+    """Ray task: train until the workers are done. Raises what Ray Train gives up with, once they fail too often.
 
     Args:
         loop: Ray's reference to what every worker runs, in a list, so that it is not fetched here.

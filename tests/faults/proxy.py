@@ -413,7 +413,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             size = 1
             while size:
-                line = self.rfile.readline()
+                if not (line := self.rfile.readline()):
+                    raise ConnectionError
                 size = int(line.split(b";")[0], 16)
                 yield line + self._exactly(size + 2)  # and the end of its line
             return

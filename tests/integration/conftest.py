@@ -87,21 +87,16 @@ def missing_packages() -> str | None:
     return " ".join(missing) or None
 
 
-def new_cluster() -> LocalCluster:
-    """A cluster that is not up yet; skips where Debian packages are missing, except in CI."""
+@pytest.fixture(scope="session")
+def local_cluster() -> Iterator[LocalCluster]:
+    """A cluster that is up, one for the whole session; skips where Debian packages are missing, except in CI."""
     if packages := missing_packages():
         reason = f"apt-get install --no-install-recommends {packages}"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
     state = Path(tempfile.mkdtemp(prefix="crate-ray-cluster-"))  # not tmp_path: user postgres may not enter that
-    return LocalCluster(state, local_cluster_settings(state))
-
-
-@pytest.fixture(scope="session")
-def local_cluster() -> Iterator[LocalCluster]:
-    """A cluster that is up, one for the whole session."""
-    cluster = new_cluster()
+    cluster = LocalCluster(state, local_cluster_settings(state))
     try:
         up = cluster.local_sh("up")
         if up.returncode:

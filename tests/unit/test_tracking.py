@@ -23,8 +23,10 @@ from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, Trac
 from crate_ray.data.packing import pack
 from crate_ray.data.sources import Item, Source
 from crate_ray.data.storage import LocalStorage
+from crate_ray.errors import UserError
 from crate_ray.evaluation.features import FeatureExtractor
 from crate_ray.models import build_model
+from crate_ray.tracking.registry import list_versions
 from crate_ray.tracking.runs import RUN_KEY_TAG, RunTracker, flatten
 from crate_ray.training.export import ModelDescription, export_model
 
@@ -290,3 +292,10 @@ def test_a_pretraining_run_records_settings_and_lineage_but_no_secret(
     for path in written:
         content = path.read_bytes()
         assert not [name for name, secret in secrets.items() if secret.encode() in content], path
+
+
+def test_an_address_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"MLflow at http://\*\*\*@127\.0\.0\.1:1 has no registered model") as raised:
+        list_versions("any", TrackingConfig(uri="http://user:secret@127.0.0.1:1"))
+    assert "secret" not in str(raised.value)
