@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from crate_ray.config import Settings
 from crate_ray.errors import UserError
@@ -78,18 +78,25 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
         (config_class, BaseSettings),
         {"model_config": SettingsConfigDict(extra="forbid"), "__doc__": config_class.__doc__},
     )
-    source: Any = CliSettingsSource(
-        cli_class,
-        root_parser=parser,
-        cli_use_class_docs_for_groups=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
-        cli_enforce_required=False,
-        cli_implicit_flags=False,
-        cli_parse_none_str="null",
-        cli_exit_on_error=True,
-        cli_parse_args=list(argv),
-    )
+    try:
+        source: Any = CliSettingsSource(
+            cli_class,
+            root_parser=parser,
+            cli_use_class_docs_for_groups=True,
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+            cli_enforce_required=False,
+            cli_implicit_flags=False,
+            cli_parse_none_str="null",
+            cli_exit_on_error=True,
+            cli_parse_args=list(argv),
+        )
+    except SettingsError as error:
+        name, _, cause = str(error).removeprefix("Parsing error encountered for ").partition(": ")
+        raise UserError(
+            f"the value of --{name} is not JSON ({cause}); give it such as '{{\"name\": value}}', or put it into the "
+            "--config file"
+        ) from None
     overrides = source()
     path = _config_path(argv)
     values = load_yaml(path) if path else {}
@@ -122,6 +129,18 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not settings by name")
     return values
+
+
+def nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    """{'a.b': 1} as {'a': {'b': 1}}."""
+    out: dict[str, Any] = {}
+    for name, value in dotted.items():
+        *groups, last = name.split(".")
+        level = out
+        for group in groups:
+            level = level.setdefault(group, {})
+        level[last] = value
+    return out
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

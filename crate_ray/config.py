@@ -904,6 +904,14 @@ class CompareConfig(Settings):
     tokens and sparsity."""
     variants: dict[str, dict[str, Any]] = {}
     """More models: dotted settings by name, such as {wide: {model.dim: 384}}."""
+    finetune: str | None = None
+    """YAML file with fine-tuning settings (jobs/finetune.py's). With it, every encoder is fine-tuned too, and for
+    comparison trained in the same way from random weights, on probe.train; the accuracy is that on probe.test."""
+    finetune_settings: dict[str, Any] = {}
+    """Dotted fine-tuning settings that override those of the YAML file, such as {training.epochs: 10}."""
+    launcher: Literal["ray", "none"] = "ray"
+    """What trains: 'ray', with runs in MLflow that resume where they were cut off; or 'none', on a machine that has
+    torch but neither Ray nor MLflow: one process, one GPU where there is one."""
     probe: ProbeConfig
     """Labelled datasets, for linear probe and k-NN."""
     tracking: TrackingConfig = TrackingConfig()

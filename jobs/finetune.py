@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from crate_ray.cli import run_job
 from crate_ray.config import FinetuneConfig
-from crate_ray.finetuning.run import finetune, open_finetuning
+from crate_ray.finetuning.run import open_finetuning
+from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.progress import ProgressDisplay
 from crate_ray.ray_cluster import start_ray
 from crate_ray.tracking.initial import pretrained_model
 from crate_ray.tracking.pretraining import is_published, publish, track
+from crate_ray.training.driver import train_on_ray
 
 
 def main(config: FinetuneConfig) -> None:
@@ -21,7 +23,7 @@ def main(config: FinetuneConfig) -> None:
         if not run.is_finished:
             start_ray()
             with ProgressDisplay(run.first_step, run.total_steps) as display:
-                finetune(run, [tracker, display])
+                train_on_ray(run, FinetuneTask, [tracker, display])
         folder = publish(run, tracker)
     print(f"classifier {folder}")
     print(f"MLflow run {tracker.where}")

@@ -8,7 +8,9 @@ from crate_ray.progress import ProgressDisplay
 from crate_ray.ray_cluster import start_ray
 from crate_ray.tracking.initial import initial_weights
 from crate_ray.tracking.pretraining import is_published, publish, track
-from crate_ray.training.run import open_run, pretrain, start_from
+from crate_ray.training.driver import train_on_ray
+from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.run import open_run, start_from
 
 
 def main(config: PretrainConfig) -> None:
@@ -22,7 +24,7 @@ def main(config: PretrainConfig) -> None:
         if not run.is_finished:
             start_ray()
             with ProgressDisplay(run.first_step, run.total_steps) as display:
-                pretrain(run, [tracker, display])
+                train_on_ray(run, PretrainTask, [tracker, display])
         folder = publish(run, tracker)
     print(f"model      {folder}")
     print(f"MLflow run {tracker.where}")

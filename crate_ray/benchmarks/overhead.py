@@ -19,8 +19,10 @@ from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.progress import console
 from crate_ray.ray_cluster import start_ray
+from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
-from crate_ray.training.run import open_run, pretrain
+from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.run import open_run
 
 _CHECKPOINT_EVERY, _CHECKPOINT_STEPS = 7, 15  # three steps to settle, then four before, and seven after the first one
 _SETTLING = 3
@@ -58,7 +60,7 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
         settings = _settings(f"overhead-{number}", folder, data, config)
         run, follower = open_run(settings), _Follower()
         console().print(f"round {number + 1} of {config.rounds}: {config.steps} steps as a Ray Train job, then bare")
-        pretrain(run, [follower])
+        train_on_ray(run, PretrainTask, [follower])
         taken = follower.values["step_seconds"]
         seconds["ray_train"] += [taken[step] for step in sorted(taken)[1:]]
         for name, found in shares.items():
@@ -84,7 +86,7 @@ def _bare(
     )
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.workers),
-        "-m", "crate_ray.benchmarks.bare_loop", str(given), str(times),
+        "-m", "crate_ray.training.bare_loop", str(given), str(times),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -105,7 +107,7 @@ def _checkpoint(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dic
     settings = PretrainConfig.model_validate(settings.model_dump(mode="json") | changes)
     console().print(f"checkpoints of the {config.checkpoint_preset} preset: {_CHECKPOINT_STEPS} steps")
     follower = _Follower()
-    pretrain(open_run(settings), [follower])
+    train_on_ray(open_run(settings), PretrainTask, [follower])
     taken = follower.values["step_seconds"]
     calm = statistics.median(taken[step] for step in range(_SETTLING + 1, _CHECKPOINT_EVERY + 1))
     # Its blocking part counts to the step after it, the upload to those that follow.

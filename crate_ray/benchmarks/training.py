@@ -32,7 +32,7 @@ from crate_ray.config import (
     ViTMAEConfig,
 )
 from crate_ray.errors import UserError
-from crate_ray.memory import peak_memory
+from crate_ray.memory import peak_memory, resident_memory
 from crate_ray.models import build_model
 from crate_ray.models.flops import gpu_peak_flops, plain_training_flops, training_flops
 from crate_ray.models.layers import initialize_weights
@@ -210,7 +210,10 @@ class Measurement(Settings):
     steps: int
     """Number of steps that were timed."""
     peak_memory_bytes: int | None
-    """Largest memory while stepping: of the process, or on a GPU of its tensors."""
+    """Largest memory while stepping, for model, optimiser, gradients and what the backward pass needs: of the process
+    above `process_bytes`, or on a GPU of its tensors."""
+    process_bytes: int | None
+    """What the process held before there was a model: interpreter, torch and its libraries."""
     parameters: int
     """Number of trained parameters."""
     flops: int
@@ -236,6 +239,7 @@ def measure(case: Case) -> Measurement:
         prepare_cpu()
     torch.manual_seed(0)
     config = model_config(case)
+    process_bytes = resident_memory()
     autocast = torch.bfloat16 if case.precision == "bf16" else None
     images = torch.randn(case.batch_size, config.channels, *config.image_hw, device=device)
     noise = torch.rand(case.batch_size, config.num_patches, device=device)
@@ -277,7 +281,8 @@ def measure(case: Case) -> Measurement:
         images_per_second=case.batch_size / step_seconds,
         step_seconds=step_seconds,
         steps=chunk * len(durations),
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=_peak_memory(device, process_bytes),
+        process_bytes=process_bytes,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         flops=flops,
         compiled=compiled,
@@ -294,8 +299,11 @@ def _reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
+def _peak_memory(device: torch.device, process_bytes: int | None) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = peak_memory()
+    return None if peak is None or process_bytes is None else peak - process_bytes
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

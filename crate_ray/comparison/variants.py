@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from crate_ray.cli import dotted_names, load_yaml, merge, suggest, validate
-from crate_ray.config import CompareConfig, CrateMAEConfig, ModelConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.cli import dotted_names, load_yaml, merge, nested, suggest, validate
+from crate_ray.config import CompareConfig, CrateMAEConfig, FinetuneConfig, ModelConfig, PretrainConfig, ViTMAEConfig
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
-from crate_ray.sweeps.space import nested
 
 OURS, SAME_SIZE, SAME_PARAMETERS = "crate-mae", "vit-mae", "vit-mae-matched"
 
@@ -108,6 +107,37 @@ def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
             raise UserError(f"variants: {name!r} is the name of one that compare makes itself; choose another")
         changes[name] = nested(values)
     return {name: [_run(config, base, name, values, seed) for seed in config.seeds] for name, values in changes.items()}
+
+
+def plan_finetunings(config: CompareConfig, run: PretrainConfig) -> dict[str, FinetuneConfig]:
+    """Settings of what follows a pretraining: 'finetuned', and 'scratch', the control. None where none is wanted.
+
+    Raises UserError for settings that do not exist.
+    """
+    if config.finetune is None:
+        return {}
+    names = dotted_names(FinetuneConfig)
+    for name in config.finetune_settings:
+        if name not in names:
+            raise UserError(f"there is no fine-tuning setting {name!r}{suggest(name, names)}")
+    base = merge(load_yaml(Path(config.finetune)), nested(config.finetune_settings))
+    planned = {}
+    for kind in ("finetuned", "scratch"):
+        model = f"{run.storage}/{run.name}/model"
+        ours = {
+            "name": f"{run.name}-{kind}",
+            "storage": run.storage,
+            "seed": run.seed,
+            "model": f"scratch:{model}" if kind == "scratch" else model,
+            "data": {"train": config.probe.train, "validation": config.probe.test},
+            "tracking": config.tracking.model_dump(),
+            "s3": config.s3.model_dump(),
+        }
+        try:
+            planned[kind] = validate(FinetuneConfig, merge(base, ours))
+        except UserError as error:
+            raise UserError(f"{config.finetune}: {error}") from None
+    return planned
 
 
 def _run(

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
 from crate_ray.data.shards import ShardSet
-from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureSet
+from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.features import Tap, all_taps
 from crate_ray.evaluation.intervals import Estimate, share
 from crate_ray.evaluation.knn import knn_predict
@@ -109,7 +109,7 @@ def classify(
     test: ShardSet,
     config: EvaluateConfig,
     probe: ProbeConfig,
-    extraction: Extraction,
+    source: FeatureSource,
 ) -> Classification:
     """Linear probes and k-NN of encoders and of raw pixels.
 
@@ -121,14 +121,14 @@ def classify(
     standard = Tap(probe.feature, probe.layer)
     encoders: dict[str, EncoderScores] = {}
     train_pixels, test_pixels = (
-        extraction.pixels(subjects[0].description, shards, probe.max_samples) for shards in datasets
+        source.pixels(subjects[0].description, shards, probe.max_samples) for shards in datasets
     )
     train_y, test_y = train_pixels.labels, test_pixels.labels
     check_labels(train_y, test_y, train.storage.uri, test.storage.uri)
     rows = split_rows(train_y, probe.seed)
     for subject in subjects:
         taps = list(dict.fromkeys([standard, *(all_taps(len(subject.model.encoder)) if config.all_layers else [])]))
-        fitted, tested = (extraction.encoder(subject, shards, taps, probe.max_samples) for shards in datasets)
+        fitted, tested = (source.encoder(subject, shards, taps, probe.max_samples) for shards in datasets)
         encoders[subject.name] = _encoder_scores(subject.title, taps, fitted, tested, rows, config, probe)
     encoders["pixels"] = EncoderScores(title=PIXELS, standard=_scores(PIXELS, train_pixels, test_pixels, config, probe))
     most_frequent = int(np.bincount(train_y).argmax())

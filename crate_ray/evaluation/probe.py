@@ -18,8 +18,10 @@ from threadpoolctl import threadpool_limits
 from crate_ray.config import ProbeConfig, Settings
 from crate_ray.data.shards import ShardSet
 from crate_ray.errors import UserError
-from crate_ray.evaluation.features import FeatureExtractor, Tap, iterate_dataset
+from crate_ray.evaluation.feature_source import InProcess
+from crate_ray.evaluation.features import Tap
 from crate_ray.evaluation.intervals import Estimate, share
+from crate_ray.evaluation.subject import Subject
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.export import ModelDescription
@@ -113,12 +115,11 @@ def probe_encoder(
 
     Raises UserError when a dataset has no labels, or labels that the other has not.
     """
-    extract = FeatureExtractor(model, description)
-    tap = Tap(config.feature, config.layer)
-    train_x, train_y = _features(extract, tap, description, train, config)
-    test_x, test_y = _features(extract, tap, description, test, config)
-    check_labels(train_y, test_y, train.storage.uri, test.storage.uri)
-    return fit_probe(train_x, train_y, test_x, test_y, config.seed, choose_solver(config.solver, train_x))
+    subject, taps = Subject("trained", model, description), [Tap(config.feature, config.layer)]
+    (fitted,), (tested,) = (InProcess().encoder(subject, part, taps, config.max_samples) for part in (train, test))
+    check_labels(fitted.labels, tested.labels, train.storage.uri, test.storage.uri)
+    solver = choose_solver(config.solver, fitted.features)
+    return fit_probe(fitted.features, fitted.labels, tested.features, tested.labels, config.seed, solver)
 
 
 def check_labels(train_y: NDArray[np.int64], test_y: NDArray[np.int64], train_uri: str, test_uri: str) -> None:
@@ -158,15 +159,3 @@ def _predictions(
             .predict(test_x)
             for strength in strengths
         ]
-
-
-def _features(
-    extract: FeatureExtractor, tap: Tap, description: ModelDescription, shards: ShardSet, config: ProbeConfig
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    features, labels = [], []
-    for batch in iterate_dataset(shards, description.model, config.max_samples):
-        if batch.labels is None:
-            raise UserError(f"{shards.storage.uri} has samples without a label (member 'cls'); a probe needs labels")
-        features.append(extract.pooled(batch.images, [tap])[0].numpy())
-        labels.append(batch.labels)
-    return np.concatenate(features), np.concatenate(labels)

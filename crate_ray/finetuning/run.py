@@ -1,8 +1,8 @@
-"""Fine-tuning as the driver sees it: open the run, give it the encoder that it starts from, train."""
+"""A fine-tuning run before it trains: open it, and give it the encoder that it starts from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from crate_ray.config import ClassifierConfig, CrateMAEConfig, FinetuneConfig, V
 from crate_ray.data.shards import Manifest, load_dataset
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
-from crate_ray.finetuning.task import finetune_loop, new_classifier
+from crate_ray.finetuning.task import new_classifier
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.checkpoint import (
     INITIAL_WEIGHTS,
@@ -22,9 +22,7 @@ from crate_ray.training.checkpoint import (
     write_initial_weights,
     write_record,
 )
-from crate_ray.training.driver import train_on_ray
 from crate_ray.training.export import ModelDescription
-from crate_ray.training.listener import Listener
 from crate_ray.training.planning import Run, plan_run, with_absolute_paths
 
 SCRATCH = "scratch"
@@ -80,11 +78,6 @@ def open_finetuning(config: FinetuneConfig, load: Load) -> Run:
         finetune=FinetuneStart(encoder=encoder.config, classifier=classifier, parent=parent),
     )
     return _with_weights(run, encoder)
-
-
-def finetune(run: Run, listeners: Sequence[Listener]) -> None:
-    """Train to the last step; see `training.driver.train_on_ray`."""
-    train_on_ray(run, finetune_loop, listeners)
 
 
 def _begun(storage: Storage, config: FinetuneConfig) -> RunRecord | None:

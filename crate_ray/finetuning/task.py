@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -16,9 +13,7 @@ from crate_ray.finetuning.measure import measure_accuracy
 from crate_ray.finetuning.optim import build_layerwise_optimizer
 from crate_ray.models.classifier import Classifier, Targets
 from crate_ray.training.checkpoint import RunRecord
-from crate_ray.training.loop import train
 from crate_ray.training.task import Place, Task
-from crate_ray.training.worker import run_worker
 
 _MOST_AT_ONCE = 256  # samples of a validation batch
 
@@ -69,11 +64,6 @@ class FinetuneTask(Task):
             rank=place.rank,
             world_size=place.world_size,
         )._asdict()
-
-
-def finetune_loop(payload: dict[str, Any]) -> None:
-    """What every Ray Train worker runs: its share of a run, to the last step (see driver.Loop)."""
-    run_worker(payload, partial(train, FinetuneTask))
 
 
 def new_classifier(record: RunRecord, seed: int) -> Classifier:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray import tune
 
-from crate_ray.cli import dotted_names, load_yaml, merge, suggest, validate
+from crate_ray.cli import dotted_names, load_yaml, merge, nested, suggest, validate
 from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
 from crate_ray.errors import UserError
 
@@ -28,18 +28,6 @@ def trial_config(sweep: SweepConfig, shared: dict[str, Any], values: dict[str, A
         "s3": sweep.s3.model_dump(),
     }
     return validate(PretrainConfig, merge(merge(shared, nested(values)), ours))
-
-
-def nested(dotted: dict[str, Any]) -> dict[str, Any]:
-    """{'a.b': 1} as {'a': {'b': 1}}."""
-    out: dict[str, Any] = {}
-    for name, value in dotted.items():
-        *groups, last = name.split(".")
-        level = out
-        for group in groups:
-            level = level.setdefault(group, {})
-        level[last] = value
-    return out
 
 
 def shared_values(sweep: SweepConfig) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from crate_ray.sweeps.space import trial_config
 from crate_ray.tracking.initial import initial_weights
 from crate_ray.tracking.pretraining import track
 from crate_ray.tracking.registry import load_described
+from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
-from crate_ray.training.pretraining import validation_loss
-from crate_ray.training.run import Run, open_run, pretrain, start_from
+from crate_ray.training.pretraining import PretrainTask, validation_loss
+from crate_ray.training.run import Run, open_run, start_from
 from crate_ray.training.step import Normalizer
 
 PARENT_TAG, TRIAL_TAG = "mlflow.parentRunId", "crate_ray.trial"
@@ -61,7 +62,7 @@ def run_trial(values: dict[str, Any], sweep: dict[str, Any], shared: dict[str, A
         reporter = _Reporter(record, run.total_steps, settings.objective == "validation_loss")
         tags = {TRIAL_TAG: trial} | ({PARENT_TAG: parent_run} if parent_run else {})
         with track(run, tags) as tracker:
-            pretrain(run, [tracker, reporter])
+            train_on_ray(run, PretrainTask, [tracker, reporter])
             objective = _objective(settings, config, run, reporter.last_loss)
             if settings.objective == "probe_accuracy":
                 tracker.metrics(run.total_steps, {"probe_accuracy_encoder": objective}, int(time.time() * 1000))

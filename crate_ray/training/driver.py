@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,21 +18,20 @@ from crate_ray.training.checkpoint import newest_complete, write_record
 from crate_ray.training.control import Watchdog
 from crate_ray.training.fit import fit
 from crate_ray.training.listener import Listener
+from crate_ray.training.loop import train
 from crate_ray.training.mailbox import Mailbox
 from crate_ray.training.planning import Run, RunConfig
 from crate_ray.training.signals import Stopped, StopRequest, stop_signals
+from crate_ray.training.task import Task
+from crate_ray.training.worker import run_worker
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _SILENT_SECONDS = 30.0  # without a sign of life, no worker is there that could save a checkpoint
 
-Loop = Callable[[dict[str, Any]], None]
-"""What every worker runs. Its payload holds `config` and `record` as plain data, `total_steps`, the folder `attempt` of
-this start's checkpoints, and the driver's `mailbox`."""
 
-
-def train_on_ray(run: Run, loop: Loop, listeners: Sequence[Listener]) -> None:
+def train_on_ray(run: Run, task_class: type[Task], listeners: Sequence[Listener]) -> None:
     """Train to the last step, on `scaling.workers` Ray Train workers; recovers from up to max_failures failures, and
     from the newest checkpoint when an elastic run gets another number of workers.
 
@@ -41,6 +41,8 @@ def train_on_ray(run: Run, loop: Loop, listeners: Sequence[Listener]) -> None:
     if run.is_finished:
         return
     config = run.config
+    if getattr(config, "init_from", None) and not run.first_step and run.record.initial_weights is None:
+        raise ValueError("the run is to start from weights that have not been given to it; see run.start_from")
     resources, use_gpu = _worker_resources(config)
     threads = run.record.threads or int(resources["CPU"])
     if config.scaling.cpus_per_worker not in (None, threads):
@@ -52,12 +54,12 @@ def train_on_ray(run: Run, loop: Loop, listeners: Sequence[Listener]) -> None:
         Lease(run.storage, "driver.lease", f"run {config.name!r}", lease_seconds=config.scaling.lease_seconds) as lease,
         stop_signals() as asked,
     ):
-        _fit_and_follow(run, loop, listeners, lease, asked, resources, use_gpu=use_gpu, threads=threads)
+        _fit_and_follow(run, task_class, listeners, lease, asked, resources, use_gpu=use_gpu, threads=threads)
 
 
 def _fit_and_follow(
     run: Run,
-    loop: Loop,
+    task_class: type[Task],
     listeners: Sequence[Listener],
     lease: Lease,
     asked: StopRequest,
@@ -76,7 +78,7 @@ def _fit_and_follow(
     attempt = f"attempt-{max(earlier, default=0) + 1:03d}"
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
-    loop_config = {
+    payload = {  # see loop.train
         "config": config.model_dump(mode="json"),
         "record": record.model_dump(mode="json"),
         "total_steps": run.total_steps,
@@ -95,7 +97,8 @@ def _fit_and_follow(
     task = ray.remote(num_cpus=0, max_retries=0)(fit).options(
         scheduling_strategy=here, runtime_env={"env_vars": address}
     )
-    done = task.remote([ray.put(loop)], loop_config, scaling, config.scaling.max_failures)
+    loop = partial(run_worker, train=partial(train, task_class))
+    done = task.remote([ray.put(loop)], payload, scaling, config.scaling.max_failures)
     try:
         watchdog, stopping = Watchdog(config.scaling.hang_seconds), False
         while not ray.wait([done], timeout=_POLL_SECONDS)[0]:

@@ -44,7 +44,8 @@ from crate_ray.training.worker_checkpoints import WorkerCheckpoints
 def train(task_class: type[Task], payload: dict[str, Any], space: Path, node_space: Path) -> None:
     """Train one worker's share of a run, from its newest committed checkpoint to its last step.
 
-    The payload is driver.Loop's; the folders are local, of this worker and of the first one on its node.
+    The payload is the driver's: `config` and `record` as plain data, `total_steps`, the folder `attempt` of this
+    start's checkpoints, and its `mailbox`. The folders are local, of this worker and of the first one on its node.
     """
     config = task_class.config_class.model_validate(payload["config"])
     record = RunRecord.model_validate(payload["record"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -14,12 +13,10 @@ from crate_ray.data.loader import Batch, evaluation_loader
 from crate_ray.data.shards import ShardSet
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.flops import training_flops
-from crate_ray.training.loop import train
 from crate_ray.training.parallel import is_sharded
 from crate_ray.training.probe_batch import Look, ProbeBatch
 from crate_ray.training.step import Normalizer, build_optimizer, mask_noise, probe_noise
 from crate_ray.training.task import Place, Task
-from crate_ray.training.worker import run_worker
 
 
 class PretrainTask(Task):
@@ -78,11 +75,6 @@ class PretrainTask(Task):
         place = self._place
         shards = place.validation or place.mixture.datasets[0]
         return ProbeBatch(shards, self._config.model, self._config.data, place.normalizer)
-
-
-def train_loop(payload: dict[str, Any]) -> None:
-    """What every Ray Train worker runs: its share of a run, to the last step (see driver.Loop)."""
-    run_worker(payload, partial(train, PretrainTask))
 
 
 @torch.no_grad()

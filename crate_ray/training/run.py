@@ -1,8 +1,8 @@
-"""Pretraining as the driver sees it: open the run, give it the weights that it starts from, train."""
+"""A pretraining run before it trains: open it, and give it the weights that it starts from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,10 +12,7 @@ from crate_ray.config import PretrainConfig
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
 from crate_ray.training.checkpoint import INITIAL_WEIGHTS, write_initial_weights, write_record
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.listener import Listener
 from crate_ray.training.planning import Run, plan_run, with_absolute_paths
-from crate_ray.training.pretraining import train_loop
 
 
 def open_run(config: PretrainConfig) -> Run:
@@ -55,12 +52,3 @@ def start_from(run: Run, load: Callable[[str], Mapping[str, Tensor]]) -> Run:
     record = record.model_copy(update={"initial_weights": digest})
     write_record(run.storage, record)
     return replace(run, record=record)
-
-
-def pretrain(run: Run, listeners: Sequence[Listener]) -> None:
-    """Train to the last step; see `driver.train_on_ray`."""
-    config = run.config
-    assert isinstance(config, PretrainConfig)
-    if config.init_from and not run.first_step and run.record.initial_weights is None:
-        raise ValueError("the run is to start from weights that have not been given to it; see start_from")
-    train_on_ray(run, train_loop, listeners)

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch.distributed as dist
 from mlflow import MlflowClient
 
-from crate_ray.benchmarks.bare_loop import train
 from crate_ray.cli import parse_config
 from crate_ray.config import PrepareConfig, PretrainConfig
 from crate_ray.data.builtin import digits_source
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import LocalStorage, Storage, open_storage
+from crate_ray.training.bare_loop import train
 from crate_ray.training.checkpoint import RunRecord
+from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import open_run
 from tests.jobs import digest_of, forkserver, job
 
@@ -104,7 +105,7 @@ def _alone(rank: int, workers: int, given: str, folder: Path) -> None:
     """A process of the loop alone."""
     config, record = json.loads(given)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
-    _, weights = train(PretrainConfig.model_validate(config), RunRecord.model_validate(record), STEPS)
+    done = train(PretrainTask, PretrainConfig.model_validate(config), RunRecord.model_validate(record), STEPS)
     if rank == 0:
-        (folder / "digest").write_text(digest_of(weights))
+        (folder / "digest").write_text(digest_of(done.weights))
     dist.destroy_process_group()

@@ -13,8 +13,10 @@ from crate_ray.data.builtin import digits_source, shapes_source
 from crate_ray.data.loader import training_loader
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import open_storage
+from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
-from crate_ray.training.run import open_run, pretrain
+from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.run import open_run
 from crate_ray.training.telemetry import keys_digest
 from tests.jobs import free_port
 
@@ -72,7 +74,7 @@ def settings(folder: Path, mixture: dict[str, float], workers: int, steps: int) 
 def train(folder: Path, mixture: dict[str, float], workers: int, steps: int = STEPS) -> dict[int, float]:
     """Begin a run, or go on with it, to so many steps; digests of the batches of its steps."""
     run, digests = open_run(settings(folder, mixture, workers, steps)), Digests()
-    pretrain(run, [digests])
+    train_on_ray(run, PretrainTask, [digests])
     return digests.by_step
 
 

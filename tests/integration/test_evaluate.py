@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -120,28 +121,59 @@ def test_samples_that_cannot_be_decoded_are_left_out_or_stop_the_job(folder: Pat
     assert "of 40 samples of" in refused.stderr and "are unusable" in refused.stderr
 
 
-def test_a_comparison_trains_what_is_missing_and_tells_the_same_again(folder: Path) -> None:
+def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(folder: Path) -> None:
     (folder / "base.yaml").write_text(
         "model: {image_size: 16, patch_size: 4, dim: 16, depth: 2, num_subspaces: 2}\n"
         "data: {train: train, validation: test}\n"
-        "training: {steps: 12, batch_size: 16}\n"
-        "tracking: {log_every: 2, picture_every: null}\n"
+        "training: {steps: 20, batch_size: 16}\n"
+        "scaling: {workers: 1, cpus_per_worker: 1}\n"
+    )
+    (folder / "tune.yaml").write_text(
+        "pooling: mean\ntraining: {steps: 10, batch_size: 16}\noptim: {lr: 0.01}\naugment: {randaugment: 0}\n"
+        "scaling: {workers: 1, cpus_per_worker: 1}\n"
     )
     (folder / "compare.yaml").write_text(
-        "base: base.yaml\nseeds: [0]\nbaselines: false\nvariants: {wide: {model.dim: 32}}\n"
-        f"probe: {{train: train, test: test}}\ntracking: {{uri: 'sqlite:///{folder}/mlflow.db', experiment: compare}}\n"
+        "base: base.yaml\nseeds: [3]\nbaselines: false\nfinetune: tune.yaml\nfinetune_settings: {training.steps: 12}\n"
+        f"probe: {{train: train, test: test}}\ntracking: {{uri: 'sqlite:///{folder}/mlflow.db', experiment: compare, "
+        "log_every: 2}\n"
     )
-    run(folder, "evaluate", "compare", "--config", "compare.yaml")
-    table = json.loads((folder / "runs/compare/comparison.json").read_text())["variants"]
-    assert list(table) == ["crate-mae", "wide"] and table["wide"]["parameters"] > table["crate-mae"]["parameters"]
-    for name, variant in table.items():
-        (figures,) = variant["runs"]
-        weights = build_model(CrateMAEConfig.model_validate(variant["model"])).state_dict()
-        load_exported(folder / f"runs/compare/{name}-seed-0/model")[0].load_state_dict(weights)  # of the same shapes
-        assert 0 < figures["loss"] < 10 and figures["images_per_second"] > 0 and figures["memory_bytes"] > 2**20
-        assert all(0 <= figures[measure] <= 1 for measure in ("probe", "probe_best", "knn", "knn_best"))
-        assert variant["intervals"]["loss"][0] == figures["loss"]
+
+    def table(name: str) -> dict[str, Any]:
+        return json.loads((folder / f"runs/{name}/comparison.json").read_text())["variants"]
+
+    command = ["compare", "--config", "compare.yaml"]
+    run(folder, "evaluate", *command)
+    found = table("compare")
+    assert list(found) == ["crate-mae"]
+    (figures,) = found["crate-mae"]["runs"]
+    weights = build_model(CrateMAEConfig.model_validate(found["crate-mae"]["model"])).state_dict()
+    load_exported(folder / "runs/compare/crate-mae-seed-3/model")[0].load_state_dict(weights)  # of the same shapes
+    assert 0 < figures["loss"] < 10 and figures["images_per_second"] > 0 and figures["memory_bytes"] > 2**20
+    accuracies = ("probe", "probe_best", "knn", "knn_best", "finetuned", "scratch")
+    assert all(0 <= figures[measure] <= 1 for measure in accuracies)
+    assert found["crate-mae"]["intervals"]["finetuned"][0] == figures["finetuned"]
     # Nothing is trained again, nothing is measured again.
-    again = run(folder, "evaluate", "compare", "--config", "compare.yaml", **NO_CLUSTER)
+    again = run(folder, "evaluate", *command, **NO_CLUSTER)
     assert again.returncode == 0, again.stderr
-    assert json.loads((folder / "runs/compare/comparison.json").read_text())["variants"] == table
+    assert table("compare") == found
+
+    # What runs on a machine without Ray and MLflow, one more model included, finds the same.
+    (folder / "absent").mkdir()
+    absent = {"ray": None, "mlflow": None}
+    (folder / "absent" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update({absent})\n")
+    wide = ["--launcher", "none", "--name", "alone", "--variants", '{"wide": {"model.dim": 32}}']
+    done = subprocess.run(
+        job("evaluate", *command, *wide),
+        cwd=folder,
+        env=environment(folder) | {"PYTHONPATH": str(folder / "absent")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fine-tuned" in done.stdout and "from scratch" in done.stdout
+    alone = table("alone")
+    assert list(alone) == ["crate-mae", "wide"] and alone["wide"]["parameters"] > alone["crate-mae"]["parameters"]
+    (same,) = alone["crate-mae"]["runs"]
+    assert same["loss"] == pytest.approx(figures["loss"], rel=1e-6)
+    assert {name: same[name] for name in accuracies} == {name: figures[name] for name in accuracies}

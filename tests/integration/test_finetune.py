@@ -26,15 +26,18 @@ from crate_ray.data.shards import load_dataset
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.finetuning.predict import Predictor
-from crate_ray.finetuning.run import finetune, open_finetuning
+from crate_ray.finetuning.run import open_finetuning
+from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models.classifier import Classifier
 from crate_ray.tracking.initial import pretrained_model
 from crate_ray.tracking.pretraining import is_published, publish, track
 from crate_ray.tracking.registry import register
 from crate_ray.tracking.runs import find_run
 from crate_ray.training.checkpoint import committed
+from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
-from crate_ray.training.run import open_run, pretrain
+from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.run import open_run
 from tests.jobs import free_port
 
 STEPS, EVERY = 60, 15
@@ -101,7 +104,7 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
     )
     source = open_run(earlier)
     with track(source) as tracker:
-        pretrain(source, [tracker])
+        train_on_ray(source, PretrainTask, [tracker])
 
     config = FinetuneConfig.model_validate(
         settings(digits, tmp_path, name="tuned", recipe="mae", model=source.storage.uri)
@@ -119,7 +122,7 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
 
     run, follower = open_it(), Follower(kill_at=EVERY + 5)
     with track(run) as tracker:
-        finetune(run, [follower, tracker])
+        train_on_ray(run, FinetuneTask, [follower, tracker])
         publish(run, tracker)
     assert follower.killed and committed(run.storage)[0].step == STEPS
     assert len({path.parent.name for path in (tmp_path / "runs/tuned").glob("attempt-001/step-*/state.json")}) == 2

@@ -26,8 +26,10 @@ from crate_ray.training.checkpoint import (
     committed,
     load_weights,
 )
+from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
-from crate_ray.training.run import Run, open_run, pretrain, start_from
+from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.run import Run, open_run, start_from
 from crate_ray.training.telemetry import keys_digest
 from tests.jobs import free_port
 
@@ -94,7 +96,7 @@ def settings(folder: Path, digits: str, **changes: Any) -> PretrainConfig:
 
 def follow(config: PretrainConfig) -> tuple[Run, Follower]:
     run, follower = start_from(open_run(config), lambda reference: initial_weights(reference, config)), Follower()
-    pretrain(run, [follower])
+    train_on_ray(run, PretrainTask, [follower])
     return run, follower
 
 
@@ -156,7 +158,7 @@ def test_a_node_joins_and_a_node_leaves_while_a_run_trains(cluster: Cluster, dig
 
     elastic = Follower()
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(pretrain, run, [elastic])
+        training = pool.submit(train_on_ray, run, PretrainTask, [elastic])
         step = wait_for(2)
         node = cluster.add_node(num_cpus=1)
         step = wait_for(3, step)

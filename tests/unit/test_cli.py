@@ -11,8 +11,16 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from crate_ray.cli import dotted_names, parse_config, run_job
-from crate_ray.config import CrateMAEConfig, FinetuneConfig, PrepareConfig, PretrainConfig, Settings, ViTMAEConfig
+from crate_ray.cli import dotted_names, nested, parse_config, run_job
+from crate_ray.config import (
+    CompareConfig,
+    CrateMAEConfig,
+    FinetuneConfig,
+    PrepareConfig,
+    PretrainConfig,
+    Settings,
+    ViTMAEConfig,
+)
 from crate_ray.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -225,3 +233,12 @@ def test_every_shipped_config_parses() -> None:
         config_class = next((kind for start, kind in kinds.items() if path.name.startswith(start)), None)
         if config_class is not None:  # others belong to later jobs
             parse_config(config_class, ["--config", str(path)])
+
+
+def test_a_mapping_that_is_no_json_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"the value of --variants is not JSON \(.*line 1.*\); give it such as"):
+        parse_config(CompareConfig, ["--base", "x", "--variants", "{wide: {model.dim: 32}}"])
+
+
+def test_nested() -> None:
+    assert nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_ray.comparison.compare import interval
+from crate_ray.comparison.table import interval
 from crate_ray.comparison.variants import (
     ABLATIONS,
     OURS,

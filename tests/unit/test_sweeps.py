@@ -14,7 +14,7 @@ from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
 from crate_ray.errors import UserError
 from crate_ray.sweeps.report import best_trial, picture, results_table
 from crate_ray.sweeps.run import best_yaml
-from crate_ray.sweeps.space import nested, shared_values, trial_config
+from crate_ray.sweeps.space import shared_values, trial_config
 from crate_ray.sweeps.trial import TrialRecord
 
 BASE = {
@@ -105,7 +105,3 @@ def test_only_finished_trials_can_be_best(tmp_path: Path) -> None:
     assert again.model.subspace_dim == 16
     with Image.open(io.BytesIO(picture(records(), config))) as image:
         assert image.size[0] > image.size[1]
-
-
-def test_nested() -> None:
-    assert nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}

@@ -105,6 +105,8 @@ def test_every_figure_on_a_machine_with_torch_only(tmp_path: Path) -> None:
     assert found["ratio_vs_plain"] == pytest.approx(ours["images_per_second"] / plain["images_per_second"])
     assert found["memory_vs_plain"] == pytest.approx(ours["peak_memory_bytes"] / plain["peak_memory_bytes"])
     assert ours["parameters"] == plain["parameters"]
+    for run in (ours, plain):  # weights, two moments and gradients are in it, interpreter and torch are not
+        assert 16 * run["parameters"] < run["peak_memory_bytes"] < run["process_bytes"] + 16 * run["parameters"]
     assert ours["mfu"] == pytest.approx(ours["flops"] / ours["step_seconds"] / 1e12)
     assert report["peak_flops"] == {"bf16": 1e12}
     larger = report["image_sizes"]["48"]["crate_mae"]

@@ -1,0 +1,118 @@
+"""The runs of a comparison on one machine with torch alone: no Ray, no MLflow. Each is trained in a fresh process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors.torch
+import torch
+
+from crate_ray.comparison.table import PretrainFigures
+from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
+from crate_ray.data.shards import load_dataset
+from crate_ray.data.storage import LocalStorage, open_storage
+from crate_ray.errors import UserError
+from crate_ray.evaluation.feature_source import InProcess
+from crate_ray.finetuning.run import open_finetuning
+from crate_ray.finetuning.task import FinetuneTask
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.progress import ProgressDisplay
+from crate_ray.training.bare_loop import Trained, train
+from crate_ray.training.checkpoint import fetch_initial_weights
+from crate_ray.training.export import ModelDescription, export_model, load_exported
+from crate_ray.training.planning import Run
+from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.run import open_run
+from crate_ray.training.task import Task
+from crate_ray.training.telemetry import used_memory
+
+_ConfigT = TypeVar("_ConfigT")
+_FoundT = TypeVar("_FoundT")
+
+_SPEED_FROM = 0.2  # the first part of a run is left out of its speed
+
+
+class Alone:
+    """See compare.Trainer. A run that is cut off begins again; finished ones are kept."""
+
+    def __init__(self, config: CompareConfig) -> None:
+        if not isinstance(open_storage(config.storage, config.s3), LocalStorage):
+            raise UserError(f"launcher 'none' keeps models in a local folder, and storage is {config.storage}")
+        self.features = InProcess()
+
+    def pretrain(self, config: PretrainConfig) -> PretrainFigures:
+        """In a process of its own, so that memory is this run's."""
+        return _in_fresh_process(_pretrain, config)
+
+    def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
+        """From the run's folder."""
+        return load_exported(_model_folder(config))
+
+    def finetune(self, config: FinetuneConfig) -> float:
+        """In a process of its own."""
+        return _in_fresh_process(_finetune, config)
+
+
+def _in_fresh_process(work: Callable[[_ConfigT], _FoundT], config: _ConfigT) -> _FoundT:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, config).result()
+
+
+def _model_folder(config: PretrainConfig) -> Path:
+    return Path(config.storage) / config.name / "model"
+
+
+def _pretrain(config: PretrainConfig) -> PretrainFigures:
+    run = open_run(config)
+    done = _train(PretrainTask, run)
+    record = run.record
+    description = ModelDescription(
+        model=config.model,
+        mean=record.mean,
+        std=record.std,
+        kind=record.kind,
+        dataset=record.dataset,
+        run_key=record.run_key,
+        step=run.total_steps,
+    )
+    export_model(_model_folder(config), done.weights, description)
+    per_interval = config.training.batch_size * config.tracking.log_every
+    settled = done.seconds[int(_SPEED_FROM * len(done.seconds)) :]
+    (memory,) = used_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")).values() or (0.0,)
+    return PretrainFigures(
+        loss=done.held_out["validation_loss"],
+        images_per_second=per_interval / statistics.median(settled) if settled else 0.0,
+        memory_bytes=memory,
+    )
+
+
+def _finetune(config: FinetuneConfig) -> float:
+    return _train(FinetuneTask, open_finetuning(config, lambda folder: load_exported(Path(folder)))).held_out["top1"]
+
+
+def _train(task_class: type[Task], run: Run) -> Trained:
+    weights = None
+    if run.record.initial_weights is not None:
+        with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
+            fetch_initial_weights(run.storage, run.record.initial_weights, Path(temporary))
+            weights = safetensors.torch.load_file(Path(temporary) / "model.safetensors")
+    config = run.config
+    assert config.data.validation is not None
+    validation = load_dataset(open_storage(config.data.validation, config.s3))
+    with ProgressDisplay(0, run.total_steps) as display:
+        return train(
+            task_class,
+            config,
+            run.record,
+            run.total_steps,
+            weights=weights,
+            validation=validation,
+            told=lambda step, values: display.metrics(step, values, int(1000 * time.time())),
+        )

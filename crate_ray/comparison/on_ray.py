@@ -1,0 +1,107 @@
+"""The runs of a comparison on Ray, tracked in MLflow, each as `jobs/pretrain.py` and `jobs/finetune.py` would do it."""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import BaseModel
+
+from crate_ray.comparison.table import PretrainFigures
+from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
+from crate_ray.data.storage import Storage, open_storage
+from crate_ray.evaluation.extraction import Extraction
+from crate_ray.evaluation.feature_cache import FeatureCache, default_folder
+from crate_ray.finetuning.run import open_finetuning
+from crate_ray.finetuning.task import FinetuneTask
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.progress import ProgressDisplay
+from crate_ray.ray_cluster import start_ray
+from crate_ray.tracking.initial import pretrained_model
+from crate_ray.tracking.pretraining import is_published, publish, track
+from crate_ray.tracking.registry import load_described
+from crate_ray.training.driver import train_on_ray
+from crate_ray.training.export import ModelDescription
+from crate_ray.training.listener import Listener
+from crate_ray.training.planning import Run
+from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.run import open_run
+from crate_ray.training.task import Task
+
+_CACHE_BYTES = 20 * 2**30
+_SPEED_FROM = 0.2  # the first part of a run is left out of its speed
+
+
+class OnRay:
+    """See compare.Trainer. Every run resumes where it was cut off."""
+
+    def __init__(self, config: CompareConfig) -> None:
+        self._config = config
+        self.features = Extraction(FeatureCache(default_folder(), _CACHE_BYTES), config.s3)
+
+    def pretrain(self, config: PretrainConfig) -> PretrainFigures:
+        """Train what is missing."""
+        run = open_run(config)
+        return PretrainFigures.model_validate(self._train(run, PretrainTask).figures(run.total_steps))
+
+    def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
+        """From the run's folder."""
+        return load_described(f"{config.storage}/{config.name}", config.tracking, config.s3)
+
+    def finetune(self, config: FinetuneConfig) -> float:
+        """Train what is missing."""
+        run = open_finetuning(config, lambda reference: pretrained_model(reference, config.tracking, config.s3))
+        return self._train(run, FinetuneTask).held_out["top1"][run.total_steps]
+
+    def _train(self, run: Run, task_class: type[Task]) -> _Follower:
+        follower = _Follower(
+            open_storage(self._config.storage, self._config.s3).under(self._config.name),
+            f"figures/{run.config.name}.followed.json",
+        )
+        if not (run.is_finished and is_published(run)):
+            start_ray()
+            with track(run, {"crate_ray.comparison": self._config.name}) as tracker:
+                with ProgressDisplay(run.first_step, run.total_steps) as display:
+                    train_on_ray(run, task_class, [tracker, display, follower])
+                publish(run, tracker)
+        return follower
+
+
+class _Follower(Listener):
+    """Keeps speed, memory and held-out metrics of a run, in a file too: a run may be finished by a later start."""
+
+    def __init__(self, folder: Storage, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._kept = _Followed()
+        if folder.exists(name):
+            self._kept = _Followed.model_validate_json(folder.read(name))
+
+    @property
+    def held_out(self) -> dict[str, dict[int, float]]:
+        """Metrics on the held-out data by name and step."""
+        return self._kept.held_out
+
+    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
+        kept = self._kept
+        if "images_per_second" in values:
+            kept.images_per_second[step] = values["images_per_second"]
+            memory = values.get("gpu_memory_bytes", values.get("memory_bytes", 0.0))
+            kept.memory_bytes = max(kept.memory_bytes, memory)
+        if "validation_loss" in values:
+            for name, value in values.items():
+                kept.held_out.setdefault(name, {})[step] = value
+            self._folder.write(self._name, kept.model_dump_json().encode())
+
+    def figures(self, total_steps: int) -> dict[str, float]:
+        """Loss after the last step, median speed, most memory."""
+        kept = self._kept
+        speeds = [v for step, v in kept.images_per_second.items() if step > _SPEED_FROM * total_steps]
+        return {
+            "loss": self.held_out["validation_loss"][total_steps],
+            "images_per_second": float(np.median(speeds)),
+            "memory_bytes": kept.memory_bytes,
+        }
+
+
+class _Followed(BaseModel):
+    images_per_second: dict[int, float] = {}
+    memory_bytes: float = 0.0
+    held_out: dict[str, dict[int, float]] = {}

@@ -1,0 +1,149 @@
+"""What a comparison found: figures of every run, intervals over the seeds, one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import Field
+from scipy import stats
+
+from crate_ray.comparison.variants import OURS
+from crate_ray.config import CompareConfig, Settings
+from crate_ray.data.storage import Storage
+
+MEASURES = {
+    "loss": "validation loss",
+    "probe": "linear probe",
+    "probe_best": "linear probe, best layer",
+    "knn": "k-NN",
+    "knn_best": "k-NN, best layer",
+    "finetuned": "fine-tuned",
+    "scratch": "from scratch",
+    "images_per_second": "images/s",
+    "memory_bytes": "memory",
+}
+"""Of a run, by name, with titles."""
+_FORMATS = {"loss": (1, 4, ""), "images_per_second": (1, 0, ""), "memory_bytes": (2**-20, 0, " MiB")}
+"""Scale, digits and unit of what is no accuracy."""
+
+
+class PretrainFigures(Settings):
+    """What was measured of one pretraining."""
+
+    loss: float
+    """Masked loss on the held-out data after the last step."""
+    images_per_second: float
+    """Median over the log intervals of all workers together."""
+    memory_bytes: float
+    """Largest memory of the first worker: of its GPU, or resident."""
+
+
+class RunFigures(PretrainFigures):
+    """What was measured of one run and what became of it."""
+
+    seed: int
+    """Of the run."""
+    probe: float
+    """Test accuracy of the linear probe on the feature that was asked for."""
+    probe_best: float
+    """The same on the feature and layer that are best on held-out training samples."""
+    knn: float
+    """Test accuracy of k-NN."""
+    knn_best: float
+    """The same of the best feature and layer."""
+    finetuned: float | None = None
+    """Test accuracy after fine-tuning, where that was asked for."""
+    scratch: float | None = None
+    """The same of the encoder trained by the same fine-tuning from random weights: the control."""
+
+
+class Interval(NamedTuple):
+    """A mean over seeds with its 95 % interval (Student's t)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+class Variant(Settings):
+    """One model of a comparison."""
+
+    parameters: int
+    """Trainable numbers."""
+    model: dict[str, object]
+    """Its settings."""
+    runs: list[RunFigures]
+    """One per seed."""
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    """By measure, over the seeds."""
+    differences: dict[str, Interval] = Field(default_factory=dict)
+    """The same of the differences to the first variant, seed by seed; none for the first variant."""
+
+
+def interval(values: list[float]) -> Interval:
+    """Mean and 95 % interval of independent values; one value has none."""
+    centre = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(centre, None, None)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return Interval(centre, centre - half, centre + half)
+
+
+def summarize(found: dict[str, Variant]) -> None:
+    """Fill in intervals and differences of what was measured of all runs."""
+    ours = found[OURS]
+    for name, variant in found.items():
+        for measure in MEASURES:
+            own, first = ([getattr(run, measure) for run in v.runs] for v in (variant, ours))
+            if None in own:
+                continue
+            variant.intervals[measure] = interval(own)
+            if name != OURS:
+                variant.differences[measure] = interval([a - b for a, b in zip(own, first, strict=True)])
+
+
+def write_report(folder: Storage, config: CompareConfig, found: dict[str, Variant]) -> dict[str, bytes]:
+    """Store the table as JSON and Markdown; the files by name."""
+    report = {
+        "settings": config.model_dump(mode="json", exclude={"s3", "tracking"}),
+        "variants": {name: variant.model_dump(mode="json") for name, variant in found.items()},
+    }
+    files = {
+        "comparison.json": json.dumps(report, indent=1).encode(),
+        "comparison.md": markdown(config, found).encode(),
+    }
+    for name, content in files.items():
+        folder.write(name, content)
+    return files
+
+
+def markdown(config: CompareConfig, found: dict[str, Variant]) -> str:
+    """The comparison as a table."""
+    measures = [measure for measure in MEASURES if measure in found[OURS].intervals]
+    header = ["model", "parameters", *(MEASURES[measure] for measure in measures)]
+    seeds = len(config.seeds)
+    over = f"Means over {seeds} seeds with 95 % intervals (Student's t)" if seeds > 1 else f"Seed {config.seeds[0]}"
+    lines = [
+        f"{over}, and below them the differences to {OURS} with the same seed; base {Path(config.base).name}.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + " --- |" * len(header),
+    ]
+    for name, variant in found.items():
+        cells = [_cell(measure, variant.intervals[measure]) for measure in measures]
+        lines.append(f"| {name} | {variant.parameters / 1e6:.2f} M | " + " | ".join(cells) + " |")
+        if variant.differences:
+            cells = [_cell(measure, variant.differences[measure], sign="+") for measure in measures]
+            lines.append("| | | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(measure: str, value: Interval, sign: str = "") -> str:
+    scale, digits, unit = _FORMATS.get(measure, (100, 1, " %"))
+    text = f"{scale * value.mean:{sign},.{digits}f}"
+    if value.high is not None:
+        text += f" ± {scale * (value.high - value.mean):,.{digits}f}"
+    return text + unit

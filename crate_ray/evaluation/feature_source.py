@@ -1,0 +1,60 @@
+"""Where features of a dataset come from: this process, or Ray tasks and a cache (see `extraction`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crate_ray.data.shards import ShardSet
+from crate_ray.evaluation.feature_cache import UNLABELLED, FeatureSet
+from crate_ray.evaluation.features import FeatureExtractor, Tap, iterate_dataset, pixel_features
+from crate_ray.evaluation.subject import Subject
+from crate_ray.training.export import ModelDescription
+
+
+class FeatureSource(Protocol):
+    """Gives features of at most max_samples samples of a dataset, spread evenly over it."""
+
+    def encoder(
+        self, subject: Subject, shards: ShardSet, taps: Sequence[Tap], max_samples: int | None
+    ) -> list[FeatureSet]:
+        """Features of an encoder at each of the taps."""
+
+    def pixels(self, description: ModelDescription, shards: ShardSet, max_samples: int | None) -> FeatureSet:
+        """The control: `pixel_features` of what a model would get."""
+
+
+class InProcess:
+    """Computes features here and now, on a GPU where there is one; nothing is kept."""
+
+    def encoder(
+        self, subject: Subject, shards: ShardSet, taps: Sequence[Tap], max_samples: int | None
+    ) -> list[FeatureSet]:
+        """See FeatureSource."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        extract = FeatureExtractor(subject.model, subject.description, device=device)
+        return _collect(subject.description, shards, max_samples, lambda images: extract.pooled(images, taps))
+
+    def pixels(self, description: ModelDescription, shards: ShardSet, max_samples: int | None) -> FeatureSet:
+        """See FeatureSource."""
+        (found,) = _collect(description, shards, max_samples, lambda images: [pixel_features(images)])
+        return found
+
+
+def _collect(
+    description: ModelDescription,
+    shards: ShardSet,
+    max_samples: int | None,
+    compute: Callable[[Tensor], list[Tensor]],
+) -> list[FeatureSet]:
+    parts, labels, samples = [], [], []
+    for batch in iterate_dataset(shards, description.model, max_samples):
+        parts.append([features.numpy() for features in compute(batch.images)])
+        labels.append(np.full(len(batch.samples), UNLABELLED) if batch.labels is None else batch.labels)
+        samples.append(batch.samples)
+    y, numbers = np.concatenate(labels), np.concatenate(samples)
+    return [FeatureSet(np.concatenate(features), y, numbers) for features in zip(*parts, strict=True)]
