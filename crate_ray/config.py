@@ -8,7 +8,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -240,8 +249,14 @@ class ViTMAEConfig(ImageModelConfig):
         return self
 
 
+def _default_architecture(value: Any) -> Any:
+    return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value
+
+
 # ViTMAE first: --help shows the last one's default of a field that both have.
-ModelConfig = Annotated[ViTMAEConfig | CrateMAEConfig, Field(discriminator="architecture")]
+ModelConfig = Annotated[
+    ViTMAEConfig | CrateMAEConfig, Field(discriminator="architecture"), BeforeValidator(_default_architecture)
+]
 
 
 # --- Data -----------------------------------------------------------------------------------------------------------
@@ -557,11 +572,6 @@ class PretrainConfig(Settings):
     s3: S3Config = S3Config()
     """Object storage."""
 
-    @field_validator("model", mode="before")
-    @classmethod
-    def _default_architecture(cls, value: Any) -> Any:
-        return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value
-
     @model_validator(mode="after")
     def _check_keep_best(self) -> Self:
         if self.checkpoint.keep_best and not self.data.validation:
@@ -788,11 +798,6 @@ class FinetuneConfig(Settings):
             if isinstance(given, dict) and given.get(theirs) is not None and given.get(ours) is None:
                 filled[group].pop(ours, None)
         return filled
-
-    @field_validator("encoder", mode="before")
-    @classmethod
-    def _default_architecture(cls, value: Any) -> Any:
-        return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:

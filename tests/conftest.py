@@ -25,6 +25,7 @@ class _Scheduling(LoadScopeScheduling):
         return f"{path.parent} with Ray" if path.stem in _RAY else path.as_posix()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _Scheduling:
     return _Scheduling(config, log)
 

@@ -157,13 +157,12 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(fo
     assert again.returncode == 0, again.stderr
     assert table("compare") == found
 
-    # What runs on a machine without Ray and MLflow, one more model included, finds the same.
+    # What runs on a machine without Ray and MLflow finds the same.
     (folder / "absent").mkdir()
     absent = {"ray": None, "mlflow": None}
     (folder / "absent" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update({absent})\n")
-    wide = ["--launcher", "none", "--name", "alone", "--variants", '{"wide": {"model.dim": 32}}']
     done = subprocess.run(
-        job("evaluate", *command, *wide),
+        job("evaluate", *command, "--launcher", "none", "--name", "alone"),
         cwd=folder,
         env=environment(folder) | {"PYTHONPATH": str(folder / "absent")},
         capture_output=True,
@@ -172,8 +171,6 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(fo
     )
     assert done.returncode == 0, done.stderr
     assert "fine-tuned" in done.stdout and "from scratch" in done.stdout
-    alone = table("alone")
-    assert list(alone) == ["crate-mae", "wide"] and alone["wide"]["parameters"] > alone["crate-mae"]["parameters"]
-    (same,) = alone["crate-mae"]["runs"]
+    (same,) = table("alone")["crate-mae"]["runs"]
     assert same["loss"] == pytest.approx(figures["loss"], rel=1e-6)
     assert {name: same[name] for name in accuracies} == {name: figures[name] for name in accuracies}

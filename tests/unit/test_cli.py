@@ -13,12 +13,18 @@ from pydantic_core import PydanticUndefined
 
 from crate_ray.cli import dotted_names, nested, parse_config, run_job
 from crate_ray.config import (
+    BenchmarkDataConfig,
+    BenchmarkOrderConfig,
+    BenchmarkScalingConfig,
+    BenchmarkTrainConfig,
     CompareConfig,
     CrateMAEConfig,
+    EvaluateConfig,
     FinetuneConfig,
     PrepareConfig,
     PretrainConfig,
     Settings,
+    SweepConfig,
     ViTMAEConfig,
 )
 from crate_ray.errors import UserError
@@ -219,20 +225,33 @@ def test_help_describes_every_setting(
         assert ("(default: " in text) == any(default for _, default in choices), name
 
 
+SHIPPED: dict[str, type[Settings]] = {
+    "benchmark-data": BenchmarkDataConfig,
+    "benchmark-order": BenchmarkOrderConfig,
+    "benchmark-scaling": BenchmarkScalingConfig,
+    "benchmark-train": BenchmarkTrainConfig,
+    "cifar10": PretrainConfig,
+    "cifar10-compare": CompareConfig,
+    "cifar10-finetune": FinetuneConfig,
+    "compare": CompareConfig,
+    "compare-sound": CompareConfig,
+    "demo": PretrainConfig,
+    "evaluate": EvaluateConfig,
+    "finetune": FinetuneConfig,
+    "imagenet-base": PretrainConfig,
+    "prepare": PrepareConfig,
+    "spoken-digits": PretrainConfig,
+    "sweep-codebook": SweepConfig,
+}
+
+
 def test_every_shipped_config_parses() -> None:
-    paths = sorted(CONFIGS.glob("*.yaml"))
-    assert {"demo.yaml", "prepare.yaml"} <= {path.name for path in paths}
-    kinds: dict[str, type[Settings]] = {
-        "prepare": PrepareConfig,
-        "demo": PretrainConfig,
-        "cifar10": PretrainConfig,
-        "imagenet": PretrainConfig,
-        "finetune": FinetuneConfig,
-    }
-    for path in paths:
-        config_class = next((kind for start, kind in kinds.items() if path.name.startswith(start)), None)
-        if config_class is not None:  # others belong to later jobs
-            parse_config(config_class, ["--config", str(path)])
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(SHIPPED)
+    for name, config_class in SHIPPED.items():
+        config = parse_config(config_class, ["--config", str(CONFIGS / f"{name}.yaml")])
+        if isinstance(config, CompareConfig):  # paths in them are the repository's
+            assert (CONFIGS.parents[1] / config.base).is_file()
+            assert config.finetune is None or (CONFIGS.parents[1] / config.finetune).is_file()
 
 
 def test_a_mapping_that_is_no_json_is_one_sentence() -> None:
