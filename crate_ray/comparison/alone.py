@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import TypeVar
 import safetensors.torch
 import torch
 
-from crate_ray.comparison.table import PretrainFigures
+from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
 from crate_ray.data.shards import load_dataset
 from crate_ray.data.storage import LocalStorage, open_storage
@@ -35,8 +34,6 @@ from crate_ray.training.telemetry import used_memory
 
 _ConfigT = TypeVar("_ConfigT")
 _FoundT = TypeVar("_FoundT")
-
-_SPEED_FROM = 0.2  # the first part of a run is left out of its speed
 
 
 class Alone:
@@ -72,23 +69,12 @@ def _model_folder(config: PretrainConfig) -> Path:
 def _pretrain(config: PretrainConfig) -> PretrainFigures:
     run = open_run(config)
     done = _train(PretrainTask, run)
-    record = run.record
-    description = ModelDescription(
-        model=config.model,
-        mean=record.mean,
-        std=record.std,
-        kind=record.kind,
-        dataset=record.dataset,
-        run_key=record.run_key,
-        step=run.total_steps,
-    )
-    export_model(_model_folder(config), done.weights, description)
+    export_model(_model_folder(config), done.weights, ModelDescription.of(run.record, run.total_steps))
     per_interval = config.training.batch_size * config.tracking.log_every
-    settled = done.seconds[int(_SPEED_FROM * len(done.seconds)) :]
     (memory,) = used_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")).values() or (0.0,)
     return PretrainFigures(
         loss=done.held_out["validation_loss"],
-        images_per_second=per_interval / statistics.median(settled) if settled else 0.0,
+        images_per_second=settled_speed([per_interval / seconds for seconds in done.seconds]),
         memory_bytes=memory,
     )
 

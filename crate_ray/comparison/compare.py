@@ -15,7 +15,6 @@ from crate_ray.comparison.variants import count_parameters, plan_finetunings, pl
 from crate_ray.config import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
 from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import Storage, open_storage
-from crate_ray.errors import UserError
 from crate_ray.evaluation.classification import classify
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.subject import Subject
@@ -61,8 +60,6 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
     folder = open_storage(config.storage, config.s3).under(config.name)
     for runs in plan.values():
         for run in runs:
-            if run.data.validation is None:
-                raise UserError("compare needs held-out data: set data.validation in base or settings")
             open_run(run)  # whatever would stop the last run stops the comparison before the first
             plan_finetunings(config, run)
     found: dict[str, Variant] = {}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 from pydantic import BaseModel
 
-from crate_ray.comparison.table import PretrainFigures
+from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.evaluation.extraction import Extraction
@@ -27,7 +26,6 @@ from crate_ray.training.run import open_run
 from crate_ray.training.task import Task
 
 _CACHE_BYTES = 20 * 2**30
-_SPEED_FROM = 0.2  # the first part of a run is left out of its speed
 
 
 class OnRay:
@@ -40,7 +38,7 @@ class OnRay:
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
         """Train what is missing."""
         run = open_run(config)
-        return PretrainFigures.model_validate(self._train(run, PretrainTask).figures(run.total_steps))
+        return self._train(run, PretrainTask).figures(run.total_steps)
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
         """From the run's folder."""
@@ -90,15 +88,14 @@ class _Follower(Listener):
                 kept.held_out.setdefault(name, {})[step] = value
             self._folder.write(self._name, kept.model_dump_json().encode())
 
-    def figures(self, total_steps: int) -> dict[str, float]:
+    def figures(self, total_steps: int) -> PretrainFigures:
         """Loss after the last step, median speed, most memory."""
         kept = self._kept
-        speeds = [v for step, v in kept.images_per_second.items() if step > _SPEED_FROM * total_steps]
-        return {
-            "loss": self.held_out["validation_loss"][total_steps],
-            "images_per_second": float(np.median(speeds)),
-            "memory_bytes": kept.memory_bytes,
-        }
+        return PretrainFigures(
+            loss=self.held_out["validation_loss"][total_steps],
+            images_per_second=settled_speed([speed for _, speed in sorted(kept.images_per_second.items())]),
+            memory_bytes=kept.memory_bytes,
+        )
 
 
 class _Followed(BaseModel):

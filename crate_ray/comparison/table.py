@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class PretrainFigures(Settings):
     loss: float
     """Masked loss on the held-out data after the last step."""
     images_per_second: float
-    """Median over the log intervals of all workers together."""
+    """Of all workers together, see settled_speed."""
     memory_bytes: float
     """Largest memory of the first worker: of its GPU, or resident."""
 
@@ -81,6 +82,12 @@ class Variant(Settings):
     """By measure, over the seeds."""
     differences: dict[str, Interval] = Field(default_factory=dict)
     """The same of the differences to the first variant, seed by seed; none for the first variant."""
+
+
+def settled_speed(speeds: list[float]) -> float:
+    """Median of a run's images/s by log interval, without the first fifth of it; 0.0 where there is no interval."""
+    settled = speeds[len(speeds) // 5 :]
+    return statistics.median(settled) if settled else 0.0
 
 
 def interval(values: list[float]) -> Interval:

@@ -154,9 +154,14 @@ def _run(
     if changes.get("model", {}).get("architecture"):  # another kind of model: nothing of the base's remains
         values["model"] = {}
     try:
-        return validate(PretrainConfig, merge(merge(values, changes), ours))
+        run = validate(PretrainConfig, merge(merge(values, changes), ours))
     except UserError as error:
         raise UserError(f"variant {variant!r}: {error}") from None
+    if run.data.validation is None:
+        raise UserError("compare needs held-out data: set data.validation in base or settings")
+    if run.init_from is not None:
+        raise UserError("compare trains every model from random weights: leave init_from out of base and settings")
+    return run
 
 
 def _images(model: CrateMAEConfig) -> dict[str, Any]:

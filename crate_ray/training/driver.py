@@ -12,6 +12,7 @@ import ray
 import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from crate_ray.config import PretrainConfig
 from crate_ray.data.lease import Lease
 from crate_ray.errors import UserError
 from crate_ray.training.checkpoint import newest_complete, write_record
@@ -41,7 +42,8 @@ def train_on_ray(run: Run, task_class: type[Task], listeners: Sequence[Listener]
     if run.is_finished:
         return
     config = run.config
-    if getattr(config, "init_from", None) and not run.first_step and run.record.initial_weights is None:
+    wants_weights = isinstance(config, PretrainConfig) and config.init_from is not None
+    if wants_weights and not run.first_step and run.record.initial_weights is None:
         raise ValueError("the run is to start from weights that have not been given to it; see run.start_from")
     resources, use_gpu = _worker_resources(config)
     threads = run.record.threads or int(resources["CPU"])

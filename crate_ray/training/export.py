@@ -14,7 +14,7 @@ from crate_ray.data.storage import Storage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.classifier import Classifier
-from crate_ray.training.checkpoint import load_weights
+from crate_ray.training.checkpoint import RunRecord, load_weights
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 
@@ -39,6 +39,20 @@ class ModelDescription(Settings):
     step: int = 0
     """Optimiser steps behind the weights."""
 
+    @classmethod
+    def of(cls, record: RunRecord, step: int) -> ModelDescription:
+        """That of a run's model after some steps."""
+        return cls(
+            model=record.model,
+            classifier=record.finetune.classifier if record.finetune else None,
+            mean=record.mean,
+            std=record.std,
+            kind=record.kind,
+            dataset=record.dataset,
+            run_key=record.run_key,
+            step=step,
+        )
+
 
 def export_run(run: Storage, folder: Path, step: int | None = None) -> ModelDescription:
     """Write the weights of a run's newest checkpoint, or of that of a step, into a local folder as a model.
@@ -46,17 +60,7 @@ def export_run(run: Storage, folder: Path, step: int | None = None) -> ModelDesc
     Raises UserError when the run has no such checkpoint.
     """
     state, weights = load_weights(run, step)
-    record = state.run
-    description = ModelDescription(
-        model=record.model,
-        classifier=record.finetune.classifier if record.finetune else None,
-        mean=record.mean,
-        std=record.std,
-        kind=record.kind,
-        dataset=record.dataset,
-        run_key=record.run_key,
-        step=state.step,
-    )
+    description = ModelDescription.of(state.run, state.step)
     export_model(folder, weights, description)
     return description
 

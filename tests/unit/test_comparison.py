@@ -94,6 +94,8 @@ def test_runs_differ_in_their_model_and_seed_alone(tmp_path: Path) -> None:
         ({"variants": {"a": {"model.dimm": 1}}}, r"no pretraining setting 'model.dimm', did you mean 'model.dim'"),
         ({"variants": {"vit-mae": {}}}, "'vit-mae' is the name of one that compare makes itself"),
         ({"variants": {"odd": {"model.dim": 30}}}, "variant 'odd': .*dim 30 is not divisible by 4"),
+        ({"settings": {"data.validation": None}}, "compare needs held-out data"),
+        ({"variants": {"begun": {"init_from": "runs/other"}}}, "every model from random weights: leave init_from out"),
         ({"settings": {"model.architecture": "vit_mae"}}, "num_subspaces|compare starts from a CRATE-MAE"),
     ],
 )
