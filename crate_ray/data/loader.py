@@ -7,8 +7,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import TypedDict
 
 import numpy as np
@@ -34,17 +35,18 @@ from crate_ray.data.order import (
 )
 from crate_ray.data.reader import MixtureReader, Order, ResidentSource, StreamedSource, Unreadable
 from crate_ray.data.shards import INDEX_STRIDE, Sample, ShardSet
-from crate_ray.data.transforms import CROP_UNIFORMS, CropRule, Crops, centre_crops, random_crops
+from crate_ray.data.transforms import LARGEST_SMALL_SIDE, CropRule, Crops, centre_crops, random_crops, random_flips
 from crate_ray.errors import UserError
 
 _CHUNK = 32  # samples per decoding task: long enough to hide a task's cost, short enough to share a batch out
-_SMALL_CHUNK = 128  # of images that are decoded and resized together
-_SMALL_SIDE = 64
+_SMALL_CHUNK = 128  # the same of small images, which are decoded and resized together, at the least
+_SMALL_PIXELS = 2**20  # and at the most
 _WINDOWS_AHEAD = 8  # the buffer's bytes are the limit; this one bounds the planning
 _REPORTED_BAD = 10_000
 _CPU = torch.device("cpu")
 _JUDGED_SAMPLES = 1000  # the share of bad samples is taken of at least so many
 _REPLACEMENTS_TRIED = 64
+_CLOSING_SECONDS = 1.0  # a store that is away holds the planner for longer
 
 
 @dataclass
@@ -201,9 +203,18 @@ class Loader:
         self.bad = BadSamples(data.max_bad_fraction, mixture.uri)
         """What could not be used so far."""
         self._suffixes = [dataset.manifest.image_suffixes for dataset in mixture.datasets]
-        largest = mixture.largest_hw
-        self._chunk = _SMALL_CHUNK if largest is not None and max(largest) <= _SMALL_SIDE else _CHUNK
+        self._threads = data.decode_threads or len(os.sched_getaffinity(0))
+        self._chunk = self._chunk_size()
         self._begin(steps.start)
+
+    def _chunk_size(self) -> int:
+        """Samples of a decoding task."""
+        largest = self._mixture.largest_hw
+        if largest is None or max(largest) > LARGEST_SMALL_SIDE:
+            return _CHUNK
+        # The larger a task, the less its thread waits for the interpreter; but two for each thread are to be there.
+        ahead = self._data.prefetch_batches * (self._slots[1] - self._slots[0])
+        return max(_SMALL_CHUNK, min(ahead // (2 * self._threads), _SMALL_PIXELS // max(largest) ** 2))
 
     def _begin(self, step: int) -> None:
         self._step = step
@@ -212,14 +223,13 @@ class Loader:
         self._source = source(self._reader, self._order, self._slots, self._data)
         windows = 1 if resident else _WINDOWS_AHEAD * self._order.steps_per_window
         self._lookahead = self._data.prefetch_batches + windows
-        threads = self._data.decode_threads or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(threads, "decode")
+        self._pool = ThreadPoolExecutor(self._threads, "decode")
         self._ready: Queue[_Decoding | BaseException | None] = Queue(self._data.prefetch_batches)
         self._closed = threading.Event()
-        planner = threading.Thread(
+        self._planner = threading.Thread(
             target=self._plan, args=(self._source, self._pool, self._ready, self._closed), name="plan", daemon=True
         )
-        planner.start()
+        self._planner.start()
 
     def __iter__(self) -> Iterator[Batch]:
         while self._step < self._stop:
@@ -265,6 +275,11 @@ class Loader:
         """Stop the threads."""
         self._closed.set()
         self._source.close()
+        with suppress(Empty):  # makes room for what the planner is about to put
+            while True:
+                self._ready.get_nowait()
+        # A thread that is within torch when the interpreter ends would abort the process.
+        self._planner.join(_CLOSING_SECONDS)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _plan(
@@ -336,23 +351,9 @@ class Loader:
 
     def _try(self, batch: Batch, rows: slice, samples: Sequence[Sample | Unreadable]) -> list[tuple[str, str] | None]:
         """Decode samples into rows of a batch; cause and error of those that cannot be used."""
-        contents: list[bytes | memoryview] = []
-        labels: list[int] = []
-        found: list[tuple[str, str] | None] = []
-        for number, sample in zip(batch.samples[rows].tolist(), samples, strict=True):
-            content, bad = self._content(number, sample)
-            contents.append(content)
-            if batch.labels is not None:
-                label = -1
-                if bad is None:
-                    try:
-                        label = int(bytes(sample.members["cls"]))  # type: ignore[union-attr]
-                    except (KeyError, ValueError):
-                        bad = ("no_label", "its member 'cls' is missing or no number")
-                labels.append(label)
-            found.append(bad)
+        contents, found = self._contents(batch.samples[rows], samples)
         if batch.labels is not None:
-            batch.labels[rows] = labels
+            batch.labels[rows] = _labels(samples, found)
         crop = self._make_crops(Draw(batch.samples[rows], batch.epochs[rows]))
         kind = self._mixture.kind
         decode = decode_batch_cuda if self._on_device else decode_batch
@@ -363,15 +364,28 @@ class Loader:
             for bad, error in zip(found, errors, strict=True)
         ]
 
-    def _content(self, number: int, sample: Sample | Unreadable) -> tuple[bytes | memoryview, tuple[str, str] | None]:
-        """A sample's image or grid."""
-        if isinstance(sample, Unreadable):
-            return b"", ("damaged_shard", sample.error)
-        suffixes = self._suffixes[self._mixture.locate(number)[0] if len(self._suffixes) > 1 else 0]
-        for suffix in suffixes:
-            if suffix in sample.members:
-                return sample.members[suffix], None
-        return b"", ("no_image", f"it has no member with a suffix of {list(suffixes)}")
+    def _contents(
+        self, numbers: Int64, samples: Sequence[Sample | Unreadable]
+    ) -> tuple[list[bytes | memoryview], list[tuple[str, str] | None]]:
+        """Image or grid of each sample, and what is wrong with those that have none."""
+        usual = self._suffixes[0][0]
+        if len(self._suffixes) == len(self._suffixes[0]) == 1:
+            with suppress(KeyError):  # nearly always all have it, and sample by sample it takes four times as long
+                return [sample.members[usual] for sample in samples], [None] * len(samples)
+        contents: list[bytes | memoryview] = []
+        found: list[tuple[str, str] | None] = []
+        for number, sample in zip(numbers.tolist(), samples, strict=True):
+            suffixes = self._suffixes[self._mixture.locate(number)[0]]
+            content = next((sample.members[suffix] for suffix in suffixes if suffix in sample.members), None)
+            if content is not None:
+                bad = None
+            elif isinstance(sample, Unreadable):
+                bad = ("damaged_shard", sample.error)
+            else:
+                bad = ("no_image", f"it has no member with a suffix of {list(suffixes)}")
+            contents.append(b"" if content is None else content)
+            found.append(bad)
+        return contents, found
 
     def _replace(self, batch: Batch, row: int) -> bool:
         """Put another sample in the place of a bad one, the same on whichever worker has it."""
@@ -386,6 +400,22 @@ class Loader:
             f"sample {bad_key!r} of {self._mixture.uri} is unusable, and so are all that were tried in its "
             "place; pack the good ones again with jobs/prepare.py --source"
         )
+
+
+def _labels(samples: Sequence[Sample | Unreadable], found: list[tuple[str, str] | None]) -> list[int]:
+    """Class numbers; of samples that have none -1, which is noted as what is wrong with them."""
+    with suppress(KeyError, ValueError):  # as above
+        return [int(bytes(sample.members["cls"])) for sample in samples]
+    labels = []
+    for i, sample in enumerate(samples):
+        label = -1
+        if found[i] is None:
+            try:
+                label = int(bytes(sample.members["cls"]))
+            except (KeyError, ValueError):
+                found[i] = ("no_label", "its member 'cls' is missing or no number")
+        labels.append(label)
+    return labels
 
 
 @dataclass
@@ -417,14 +447,14 @@ def training_loader(
     seed = order.seed
 
     def make_crops(draw: Draw) -> CropRule:
-        columns = np.arange(CROP_UNIFORMS)
-        u: NDArray[np.float64] = uniform(seed, STREAM_CROP, draw.epochs[:, None], draw.samples[:, None], columns)
+        def uniforms(rows: slice | Int64, columns: Int64) -> NDArray[np.float64]:
+            return uniform(seed, STREAM_CROP, draw.epochs[rows, None], draw.samples[rows, None], columns)
 
         def centre(heights: Int64, widths: Int64) -> Crops:
-            return centre_crops(heights, widths, model.image_hw)._replace(flip=data.flip & (u[:, -1] < 0.5))
+            return centre_crops(heights, widths, model.image_hw)._replace(flip=data.flip & random_flips(uniforms))
 
         def anywhere(heights: Int64, widths: Int64) -> Crops:
-            return random_crops(heights, widths, u, data.crop_scale, data.crop_ratio, data.flip)
+            return random_crops(heights, widths, uniforms, data.crop_scale, data.crop_ratio, data.flip)
 
         return centre if data.crop_scale == (1, 1) else anywhere
 

@@ -40,6 +40,11 @@ class Unreadable(NamedTuple):
     """Where it lies: the key itself cannot be read."""
     error: str
 
+    @property
+    def members(self) -> dict[str, memoryview]:
+        """None of them."""
+        return {}
+
 
 _ABSENT = Unreadable("", "not read yet")
 

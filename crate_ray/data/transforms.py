@@ -23,7 +23,13 @@ Int64 = NDArray[np.int64]
 
 _CROP_TRIES = 10
 CROP_UNIFORMS = 4 * _CROP_TRIES + 1
-"""Uniform numbers that one training sample consumes."""
+"""Uniform numbers that one training sample consumes at the most: four for each try, and the last for the flip."""
+
+CropUniforms = Callable[[slice | Int64, Int64], NDArray[np.float64]]
+"""From some of the n images, and columns in 0 … CROP_UNIFORMS, to their uniform numbers (images, columns)."""
+
+_FIRST_TRY_AND_FLIP = np.array([0, 1, 2, 3, CROP_UNIFORMS - 1])
+_LATER_TRIES = np.arange(4, CROP_UNIFORMS - 1)
 
 LARGEST_SMALL_SIDE = 64
 """Images of at most so many pixels a side are resized together."""
@@ -79,25 +85,31 @@ class Box(NamedTuple):
 def random_crops(
     heights: Int64,
     widths: Int64,
-    u: NDArray[np.float64],
+    uniforms: CropUniforms,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     flip: bool,
 ) -> Crops:
     """Random resized crops as torchvision draws them: area uniform in scale, log aspect ratio uniform in log ratio.
 
-    Ten tries each, then the largest centre crop within the ratio. `u` holds CROP_UNIFORMS uniform numbers a row.
+    Ten tries each, then the largest centre crop within the ratio.
     """
-    tries = u[:, :-1].reshape(len(u), _CROP_TRIES, 4)
-    # Most fit at the first try, so the others are computed for the rest only.
-    top, left, height, width, fits = _tried_crops(heights, widths, tries[:, :1], scale, ratio)
+    # Most fit at the first try, so the others are drawn and computed for the rest only.
+    u = uniforms(slice(None), _FIRST_TRY_AND_FLIP)
+    top, left, height, width, fits = _tried_crops(heights, widths, u[:, None, :4], scale, ratio)
     if not fits.all():
         rows = np.flatnonzero(~fits)
-        *again, fits = _tried_crops(heights[rows], widths[rows], tries[rows, 1:], scale, ratio)
+        tries = uniforms(rows, _LATER_TRIES).reshape(len(rows), -1, 4)
+        *again, fits = _tried_crops(heights[rows], widths[rows], tries, scale, ratio)
         fallback = _widest_crops(heights[rows], widths[rows], ratio)
         for column, tried, widest in zip((top, left, height, width), again, fallback, strict=True):
             column[rows] = np.where(fits, tried, widest)
-    return Crops(top, left, height, width, u[:, -1] < 0.5 if flip else np.zeros(len(u), np.bool_))
+    return Crops(top, left, height, width, u[:, 4] < 0.5 if flip else np.zeros(len(u), np.bool_))
+
+
+def random_flips(uniforms: CropUniforms) -> NDArray[np.bool_]:
+    """Which images random_crops mirrors."""
+    return uniforms(slice(None), _FIRST_TRY_AND_FLIP[4:])[:, 0] < 0.5
 
 
 def _tried_crops(

@@ -21,6 +21,7 @@ from PIL import Image
 from crate_ray.data.decode import decode_batch, read_image_header
 from crate_ray.data.transforms import CROP_UNIFORMS, Crops, Int64, random_crops
 from crate_ray.data.turbojpeg import LIBRARY_VARIABLE, find_turbojpeg
+from tests.uniforms import from_table
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "imagenet-samples"
@@ -102,7 +103,7 @@ def with_ours(contents: Sequence[bytes], u: np.ndarray, size: int) -> Task:
         rows = slice(chunk * n, min((chunk + 1) * n, len(contents)))
 
         def rule(heights: Int64, widths: Int64) -> Crops:
-            return random_crops(heights, widths, u[rows], SCALE, RATIO, True)
+            return random_crops(heights, widths, from_table(u[rows]), SCALE, RATIO, True)
 
         out = torch.empty(len(contents[rows]), 3, size, size, dtype=torch.uint8)
         if any(errors := decode_batch(contents[rows], "image", rule, out)):
@@ -143,7 +144,7 @@ def main() -> None:
     for name, (contents, size) in cases.items():
         u = np.random.default_rng(0).random((len(contents), CROP_UNIFORMS))
         hw = np.array([read_image_header(content)[:2] for content in contents])
-        crops = random_crops(hw[:, 0], hw[:, 1], u, SCALE, RATIO, True)
+        crops = random_crops(hw[:, 0], hw[:, 1], from_table(u), SCALE, RATIO, True)
         tasks: dict[str, Task] = {"Pillow": with_pillow(contents, crops, size)}
         tasks |= dict.fromkeys(paths, with_ours(contents, u, size))
         chunks = -(-len(contents) // chunk_of(size))

@@ -30,6 +30,7 @@ from crate_ray.data.order import uniform
 from crate_ray.data.transforms import CROP_UNIFORMS, Crops, Int64, centre_crops, random_crops
 from crate_ray.data.turbojpeg import LIBRARY_VARIABLE, Region, RegionError, find_turbojpeg
 from crate_ray.errors import UserError
+from tests.uniforms import from_table
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 SAMPLES = Path(__file__).parents[3] / "shared" / "data" / "imagenet-samples"
@@ -95,7 +96,7 @@ def assert_close_to_pillow(contents: Sequence[bytes], size: int, mean: float, lo
     used: list[Crops] = []
 
     def rule(heights: Int64, widths: Int64) -> Crops:
-        used.append(random_crops(heights, widths, u, SCALE, RATIO, True))
+        used.append(random_crops(heights, widths, from_table(u), SCALE, RATIO, True))
         return used[0]
 
     out = torch.empty(n, 3, size, size, dtype=torch.uint8)
@@ -183,7 +184,7 @@ def test_the_part_that_a_crop_needs_is_that_part_of_the_whole(library: str, name
 def test_small_images_are_pillows_too(library: str, name: str, channels: int) -> None:
     content, n = SMALL_FORMATS[name], 6
     u = uniform(2, np.arange(n)[:, None], np.arange(CROP_UNIFORMS))
-    crops = random_crops(np.full(n, 37), np.full(n, 31), u, SCALE, RATIO, True)
+    crops = random_crops(np.full(n, 37), np.full(n, 31), from_table(u), SCALE, RATIO, True)
     out = torch.empty(n, channels, 32, 32, dtype=torch.uint8)
     assert decode_batch([content] * n, "image", lambda heights, widths: crops, out) == [None] * n
     whole = by_pillow(content, channels)
@@ -365,7 +366,7 @@ def test_small_jpegs_are_pillows_and_do_not_depend_on_their_neighbours(channels:
     def decode(numbers: Sequence[int], others: Sequence[bytes] = ()) -> torch.Tensor:
         def rule(heights: Int64, widths: Int64) -> Crops:
             rows = [*numbers, *([0] * len(others))]
-            used.append(random_crops(heights, widths, u[rows], SCALE, RATIO, True))
+            used.append(random_crops(heights, widths, from_table(u[rows]), SCALE, RATIO, True))
             return used[-1]
 
         batch = [*(contents[i] for i in numbers), *others]
@@ -595,7 +596,7 @@ def test_the_gpu_decodes_as_the_cpu_does(channels: int) -> None:
     u = uniform(5, np.arange(n)[:, None], np.arange(CROP_UNIFORMS))
 
     def rule(heights: Int64, widths: Int64) -> Crops:
-        return random_crops(heights, widths, u, SCALE, RATIO, True)
+        return random_crops(heights, widths, from_table(u), SCALE, RATIO, True)
 
     expected = torch.zeros(n, channels, 96, 96, dtype=torch.uint8)
     out = torch.zeros_like(expected, device="cuda")
@@ -640,7 +641,7 @@ def test_grids_of_any_sizes_are_cut_resized_and_mirrored() -> None:
     used: list[Crops] = []
 
     def rule(heights: Int64, widths: Int64) -> Crops:
-        used.append(random_crops(heights, widths, u, SCALE, RATIO, True))
+        used.append(random_crops(heights, widths, from_table(u), SCALE, RATIO, True))
         return used[0]
 
     out = torch.empty(n, 2, 24, 20)

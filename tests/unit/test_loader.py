@@ -40,6 +40,7 @@ from crate_ray.data.sources import Item, Source
 from crate_ray.data.storage import LocalStorage, Replaced
 from crate_ray.data.transforms import CROP_UNIFORMS, random_crops
 from crate_ray.errors import UserError
+from tests.uniforms import from_table
 
 MODEL = CrateMAEConfig(image_size=(16, 12), patch_size=4, dim=8, num_subspaces=2, depth=1)
 SAMPLES, BATCH = 203, 20
@@ -171,7 +172,7 @@ def test_pixels_are_the_samples_own_crop(shards: ShardSet, stock: list[tuple[str
     for sample, image in zip(batch.samples, batch.images, strict=True):
         u = uniform(order.seed, STREAM_CROP, 1, sample, np.arange(CROP_UNIFORMS))[None]
         expected = torch.empty_like(image)[None]
-        crop = partial(random_crops, u=u, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=True)
+        crop = partial(random_crops, uniforms=from_table(u), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=True)
         assert decode_batch([stock[sample][1]], "image", crop, expected) == [None]
         assert torch.equal(image, expected[0])
     # Another epoch, another crop of the same sample.

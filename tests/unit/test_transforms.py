@@ -27,6 +27,7 @@ from crate_ray.data.transforms import (
     resize_image,
     small_side,
 )
+from tests.uniforms import from_table
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 Pixels = NDArray[np.uint8]
@@ -93,7 +94,7 @@ def test_random_crops_are_those_of_one_image_at_a_time(
 ) -> None:
     u = uniform(seed, np.arange(len(sizes))[:, None], np.arange(CROP_UNIFORMS))
     heights, widths = np.array(sizes, np.int64).reshape(-1, 2).T
-    crops = random_crops(heights, widths, u, scale, ratio, flip)
+    crops = random_crops(heights, widths, from_table(u), scale, ratio, flip)
     got = list(zip(*(column.tolist() for column in crops), strict=True))
     assert got == [crop_of_one(h, w, row, scale, ratio, flip) for (h, w), row in zip(sizes, u, strict=True)]
     assert [column.dtype.kind for column in crops] == ["i", "i", "i", "i", "b"]
@@ -103,7 +104,7 @@ def test_random_crops_are_those_of_one_image_at_a_time(
 def test_random_crops_have_torchvisions_distribution(height: int, width: int) -> None:
     count, random = 3000, np.random.default_rng(1)
     u = uniform(11, np.arange(count)[:, None], np.arange(CROP_UNIFORMS))
-    crops = random_crops(np.full(count, height), np.full(count, width), u, SCALE, RATIO, True)
+    crops = random_crops(np.full(count, height), np.full(count, width), from_table(u), SCALE, RATIO, True)
     ours = np.stack(crops[:4], axis=1)
     theirs = np.array([torchvision_crop(height, width, random) for _ in range(count)])
     for name, value in {
@@ -134,7 +135,7 @@ def test_random_crops_keep_their_bounds(
     height: int, width: int, seed: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
     u = uniform(seed, np.arange(20)[:, None], np.arange(CROP_UNIFORMS))
-    crops = random_crops(np.full(20, height), np.full(20, width), u, scale, ratio, False)
+    crops = random_crops(np.full(20, height), np.full(20, width), from_table(u), scale, ratio, False)
     for top, left, h, w, flip in zip(*(column.tolist() for column in crops), strict=True):
         assert 0 <= top and 0 < h and top + h <= height and not flip
         assert 0 <= left and 0 < w and left + w <= width
@@ -148,7 +149,8 @@ def test_random_crops_keep_their_bounds(
 
 def test_extreme_uniform_numbers_stay_inside() -> None:
     for value in (0.0, 1 - 2.0**-53):
-        crops = random_crops(np.array([7]), np.array([5]), np.full((1, CROP_UNIFORMS), value), (0.1, 0.5), (1, 1), True)
+        u = from_table(np.full((1, CROP_UNIFORMS), value))
+        crops = random_crops(np.array([7]), np.array([5]), u, (0.1, 0.5), (1, 1), True)
         assert 0 <= crops.top[0] <= 7 - crops.height[0] and 0 <= crops.left[0] <= 5 - crops.width[0]
 
 
@@ -244,7 +246,7 @@ def test_small_images_are_resized_as_by_pillow(seed: int, height: int, width: in
     random, n = np.random.default_rng(seed), 5
     pixels = random.integers(0, 256, (n, 2, height, width))
     u = uniform(seed, np.arange(n)[:, None], np.arange(CROP_UNIFORMS))
-    crops = random_crops(np.full(n, height), np.full(n, width), u, (0.1, 1), (0.5, 2), True)
+    crops = random_crops(np.full(n, height), np.full(n, width), from_table(u), (0.1, 1), (0.5, 2), True)
     got = resized_small(pixels, crops, (out_h, out_w))
     for image, source, top, left, h, w, flip in zip(got, pixels, *(c.tolist() for c in crops), strict=True):
         for channel, plane in zip(image, source, strict=True):
