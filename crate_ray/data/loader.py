@@ -368,9 +368,9 @@ class Loader:
         self, numbers: Int64, samples: Sequence[Sample | Unreadable]
     ) -> tuple[list[bytes | memoryview], list[tuple[str, str] | None]]:
         """Image or grid of each sample, and what is wrong with those that have none."""
-        usual = self._suffixes[0][0]
         if len(self._suffixes) == len(self._suffixes[0]) == 1:
-            with suppress(KeyError):  # nearly always all have it, and sample by sample it takes four times as long
+            usual = self._suffixes[0][0]
+            with suppress(KeyError):  # nearly always all have it, and sample by sample it takes longer
                 return [sample.members[usual] for sample in samples], [None] * len(samples)
         contents: list[bytes | memoryview] = []
         found: list[tuple[str, str] | None] = []
