@@ -10,12 +10,12 @@ from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from crate_ray.comparison.table import PretrainFigures, RunFigures, Variant, summarize
-from crate_ray.comparison.variants import count_parameters, plan_finetunings, plan_variants
+from crate_ray.comparison.table import Comparison, PixelFigures, PretrainFigures, RunFigures, Variant, summarize
+from crate_ray.comparison.variants import OURS, count_parameters, plan_finetunings, plan_variants
 from crate_ray.config import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
 from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import Storage, open_storage
-from crate_ray.evaluation.classification import classify
+from crate_ray.evaluation.classification import classify_by, classify_by_pixels
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import MaskedAutoencoder
@@ -49,28 +49,42 @@ class _Probed(BaseModel):
     knn_best: float
 
 
+class _Untrained(BaseModel):
+    probe_untrained: float
+    knn_untrained: float
+
+
 class _Accuracy(BaseModel):
     top1: float
 
 
-def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None]) -> dict[str, Variant]:
+def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None]) -> Comparison:
     """Train and measure every variant with every seed; the first one is the model that the comparison is about."""
     plan = plan_variants(config)
-    labelled = tuple(load_dataset(open_storage(uri, config.s3)) for uri in (config.probe.train, config.probe.test))
+    train, test = (load_dataset(open_storage(uri, config.s3)) for uri in (config.probe.train, config.probe.test))
+    labelled = (train, test)
     folder = open_storage(config.storage, config.s3).under(config.name)
     for runs in plan.values():
         for run in runs:
             open_run(run)  # whatever would stop the last run stops the comparison before the first
             plan_finetunings(config, run)
-    found: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for name, runs in plan.items():
-        found[name] = Variant(
+        variants[name] = Variant(
             parameters=count_parameters(runs[0].model),
             model=runs[0].model.model_dump(mode="json"),
             runs=[_figures(config, run, trainer, folder, labelled, say) for run in runs],
         )
-    summarize(found)
-    return found
+    summarize(variants)
+
+    def probe_pixels() -> PixelFigures:
+        say("linear probe and k-NN of raw pixels")
+        run = plan[OURS][0]
+        description, settings = trainer.load(run)[1], EvaluateConfig(model=run.name, probe=config.probe)
+        scores = classify_by_pixels(description, *labelled, settings, config.probe, trainer.features)
+        return PixelFigures(probe=scores.linear.accuracy, knn=scores.knn.value)
+
+    return Comparison(variants=variants, pixels=_once(folder, "pixels", PixelFigures, probe_pixels))
 
 
 def _figures(
@@ -78,7 +92,7 @@ def _figures(
     run: PretrainConfig,
     trainer: Trainer,
     folder: Storage,
-    labelled: tuple[ShardSet, ...],
+    labelled: tuple[ShardSet, ShardSet],
     say: Callable[[str], None],
 ) -> RunFigures:
     def pretrain() -> PretrainFigures:
@@ -88,14 +102,21 @@ def _figures(
     def probe() -> _Probed:
         say(f"{run.name}: linear probe and k-NN")
         subject, settings = Subject("trained", *trainer.load(run)), EvaluateConfig(model=run.name, probe=config.probe)
-        train, test = labelled
-        scores = classify([subject], train, test, settings, config.probe, trainer.features).metrics()
+        scores = classify_by(subject, *labelled, settings, config.probe, trainer.features)
+        assert scores.chosen_linear is not None and scores.chosen_knn is not None
         return _Probed(
-            probe=scores["probe_accuracy_encoder"],
-            probe_best=scores["probe_accuracy_best_encoder"],
-            knn=scores["knn_accuracy_encoder"],
-            knn_best=scores["knn_accuracy_best_encoder"],
+            probe=scores.standard.linear.accuracy,
+            probe_best=scores.chosen_linear.linear.accuracy,
+            knn=scores.standard.knn.value,
+            knn_best=scores.chosen_knn.knn.value,
         )
+
+    def probe_untrained() -> _Untrained:
+        say(f"{run.name}: linear probe and k-NN of the untrained encoder")
+        subject = Subject("trained", *trainer.load(run)).untrained(run.seed)
+        settings = EvaluateConfig(model=run.name, probe=config.probe, all_layers=False)
+        scores = classify_by(subject, *labelled, settings, config.probe, trainer.features).standard
+        return _Untrained(probe_untrained=scores.linear.accuracy, knn_untrained=scores.knn.value)
 
     def finetune(settings: FinetuneConfig) -> Callable[[], _Accuracy]:
         def train() -> _Accuracy:
@@ -106,11 +127,14 @@ def _figures(
 
     pretrained = _once(folder, f"{run.name}.pretrained", PretrainFigures, pretrain)
     probed = _once(folder, f"{run.name}.probed", _Probed, probe)
+    untrained = _once(folder, f"{run.name}.untrained", _Untrained, probe_untrained)
     accuracies = {
         kind: _once(folder, settings.name, _Accuracy, finetune(settings)).top1
         for kind, settings in plan_finetunings(config, run).items()
     }
-    return RunFigures(seed=run.seed, **pretrained.model_dump(), **probed.model_dump(), **accuracies)
+    return RunFigures(
+        seed=run.seed, **pretrained.model_dump(), **probed.model_dump(), **untrained.model_dump(), **accuracies
+    )
 
 
 def _once(folder: Storage, name: str, kind: type[_ModelT], measure: Callable[[], _ModelT]) -> _ModelT:

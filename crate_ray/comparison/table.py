@@ -19,8 +19,10 @@ MEASURES = {
     "loss": "validation loss",
     "probe": "linear probe",
     "probe_best": "linear probe, best layer",
+    "probe_untrained": "linear probe, untrained",
     "knn": "k-NN",
     "knn_best": "k-NN, best layer",
+    "knn_untrained": "k-NN, untrained",
     "finetuned": "fine-tuned",
     "scratch": "from scratch",
     "images_per_second": "images/s",
@@ -55,10 +57,23 @@ class RunFigures(PretrainFigures):
     """Test accuracy of k-NN."""
     knn_best: float
     """The same of the best feature and layer."""
+    probe_untrained: float
+    """Test accuracy of the linear probe on the same feature of the same encoder before training: a control."""
+    knn_untrained: float
+    """The same of k-NN."""
     finetuned: float | None = None
     """Test accuracy after fine-tuning, where that was asked for."""
     scratch: float | None = None
     """The same of the encoder trained by the same fine-tuning from random weights: the control."""
+
+
+class PixelFigures(Settings):
+    """Test accuracies of what is read from raw pixels, the control of all models."""
+
+    probe: float
+    """Of a linear probe."""
+    knn: float
+    """Of k-NN."""
 
 
 class Interval(NamedTuple):
@@ -82,6 +97,15 @@ class Variant(Settings):
     """By measure, over the seeds."""
     differences: dict[str, Interval] = Field(default_factory=dict)
     """The same of the differences to the first variant, seed by seed; none for the first variant."""
+
+
+class Comparison(Settings):
+    """All that was measured."""
+
+    variants: dict[str, Variant]
+    """By name; the first is the model that the comparison is about."""
+    pixels: PixelFigures
+    """The control."""
 
 
 def settled_speed(speeds: list[float]) -> float:
@@ -112,11 +136,11 @@ def summarize(found: dict[str, Variant]) -> None:
                 variant.differences[measure] = interval([a - b for a, b in zip(own, first, strict=True)])
 
 
-def write_report(folder: Storage, config: CompareConfig, found: dict[str, Variant]) -> dict[str, bytes]:
+def write_report(folder: Storage, config: CompareConfig, found: Comparison) -> dict[str, bytes]:
     """Store the table as JSON and Markdown; the files by name."""
     report = {
         "settings": config.model_dump(mode="json", exclude={"s3", "tracking"}),
-        "variants": {name: variant.model_dump(mode="json") for name, variant in found.items()},
+        **found.model_dump(mode="json"),
     }
     files = {
         "comparison.json": json.dumps(report, indent=1).encode(),
@@ -127,9 +151,9 @@ def write_report(folder: Storage, config: CompareConfig, found: dict[str, Varian
     return files
 
 
-def markdown(config: CompareConfig, found: dict[str, Variant]) -> str:
+def markdown(config: CompareConfig, found: Comparison) -> str:
     """The comparison as a table."""
-    measures = [measure for measure in MEASURES if measure in found[OURS].intervals]
+    measures = [measure for measure in MEASURES if measure in found.variants[OURS].intervals]
     header = ["model", "parameters", *(MEASURES[measure] for measure in measures)]
     seeds = len(config.seeds)
     over = f"Means over {seeds} seeds with 95 % intervals (Student's t)" if seeds > 1 else f"Seed {config.seeds[0]}"
@@ -139,12 +163,14 @@ def markdown(config: CompareConfig, found: dict[str, Variant]) -> str:
         "| " + " | ".join(header) + " |",
         "|" + " --- |" * len(header),
     ]
-    for name, variant in found.items():
+    for name, variant in found.variants.items():
         cells = [_cell(measure, variant.intervals[measure]) for measure in measures]
         lines.append(f"| {name} | {variant.parameters / 1e6:.2f} M | " + " | ".join(cells) + " |")
         if variant.differences:
             cells = [_cell(measure, variant.differences[measure], sign="+") for measure in measures]
             lines.append("| | | " + " | ".join(cells) + " |")
+    pixels = {name: _cell(name, interval([value])) for name, value in found.pixels.model_dump().items()}
+    lines.append("| raw pixels | | " + " | ".join(pixels.get(measure, "") for measure in measures) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ from crate_ray.evaluation.probe import (
     split_rows,
 )
 from crate_ray.evaluation.subject import Subject, check_input
+from crate_ray.training.export import ModelDescription
 
 PIXELS = "raw pixels"
 
@@ -115,22 +116,10 @@ def classify(
 
     Raises UserError when a dataset has no labels, or labels that the other has not.
     """
-    for shards in (train, test):
-        check_input(subjects[0].description, shards.manifest, shards.storage.uri)
-    datasets = (train, test)
-    standard = Tap(probe.feature, probe.layer)
-    encoders: dict[str, EncoderScores] = {}
-    train_pixels, test_pixels = (
-        source.pixels(subjects[0].description, shards, probe.max_samples) for shards in datasets
-    )
-    train_y, test_y = train_pixels.labels, test_pixels.labels
-    check_labels(train_y, test_y, train.storage.uri, test.storage.uri)
-    rows = split_rows(train_y, probe.seed)
-    for subject in subjects:
-        taps = list(dict.fromkeys([standard, *(all_taps(len(subject.model.encoder)) if config.all_layers else [])]))
-        fitted, tested = (source.encoder(subject, shards, taps, probe.max_samples) for shards in datasets)
-        encoders[subject.name] = _encoder_scores(subject.title, taps, fitted, tested, rows, config, probe)
-    encoders["pixels"] = EncoderScores(title=PIXELS, standard=_scores(PIXELS, train_pixels, test_pixels, config, probe))
+    pixels = _pixels(subjects[0].description, train, test, probe, source)
+    train_y, test_y = (part.labels for part in pixels)
+    encoders = {subject.name: classify_by(subject, train, test, config, probe, source) for subject in subjects}
+    encoders["pixels"] = EncoderScores(title=PIXELS, standard=_scores(PIXELS, *pixels, config, probe))
     most_frequent = int(np.bincount(train_y).argmax())
     return Classification(
         train=train.storage.uri,
@@ -143,6 +132,50 @@ def classify(
         temperature=config.knn_temperature,
         encoders=encoders,
     )
+
+
+def classify_by(
+    subject: Subject,
+    train: ShardSet,
+    test: ShardSet,
+    config: EvaluateConfig,
+    probe: ProbeConfig,
+    source: FeatureSource,
+) -> EncoderScores:
+    """Linear probes and k-NN of one encoder. Raises as `classify` does."""
+    _check_input(subject.description, train, test)
+    every = all_taps(len(subject.model.encoder)) if config.all_layers else []
+    taps = list(dict.fromkeys([Tap(probe.feature, probe.layer), *every]))
+    fitted, tested = (source.encoder(subject, shards, taps, probe.max_samples) for shards in (train, test))
+    check_labels(fitted[0].labels, tested[0].labels, train.storage.uri, test.storage.uri)
+    rows = split_rows(fitted[0].labels, probe.seed)
+    return _encoder_scores(subject.title, taps, fitted, tested, rows, config, probe)
+
+
+def classify_by_pixels(
+    description: ModelDescription,
+    train: ShardSet,
+    test: ShardSet,
+    config: EvaluateConfig,
+    probe: ProbeConfig,
+    source: FeatureSource,
+) -> FeatureScores:
+    """The same of the raw pixels that a model would get. Raises as `classify` does."""
+    return _scores(PIXELS, *_pixels(description, train, test, probe, source), config, probe)
+
+
+def _pixels(
+    description: ModelDescription, train: ShardSet, test: ShardSet, probe: ProbeConfig, source: FeatureSource
+) -> tuple[FeatureSet, FeatureSet]:
+    _check_input(description, train, test)
+    fitted, tested = (source.pixels(description, shards, probe.max_samples) for shards in (train, test))
+    check_labels(fitted.labels, tested.labels, train.storage.uri, test.storage.uri)
+    return fitted, tested
+
+
+def _check_input(description: ModelDescription, train: ShardSet, test: ShardSet) -> None:
+    for shards in (train, test):
+        check_input(description, shards.manifest, shards.storage.uri)
 
 
 def _encoder_scores(

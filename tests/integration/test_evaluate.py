@@ -138,8 +138,11 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(fo
         "log_every: 2}\n"
     )
 
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((folder / f"runs/{name}/comparison.json").read_text())
+
     def table(name: str) -> dict[str, Any]:
-        return json.loads((folder / f"runs/{name}/comparison.json").read_text())["variants"]
+        return read(name)["variants"]
 
     command = ["compare", "--config", "compare.yaml"]
     run(folder, "evaluate", *command)
@@ -149,7 +152,7 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(fo
     weights = build_model(CrateMAEConfig.model_validate(found["crate-mae"]["model"])).state_dict()
     load_exported(folder / "runs/compare/crate-mae-seed-3/model")[0].load_state_dict(weights)  # of the same shapes
     assert 0 < figures["loss"] < 10 and figures["images_per_second"] > 0 and figures["memory_bytes"] > 2**20
-    accuracies = ("probe", "probe_best", "knn", "knn_best", "finetuned", "scratch")
+    accuracies = ("probe", "probe_best", "probe_untrained", "knn", "knn_best", "knn_untrained", "finetuned", "scratch")
     assert all(0 <= figures[measure] <= 1 for measure in accuracies)
     assert found["crate-mae"]["intervals"]["finetuned"][0] == figures["finetuned"]
     # Nothing is trained again, nothing is measured again.
@@ -170,7 +173,8 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(fo
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "fine-tuned" in done.stdout and "from scratch" in done.stdout
+    assert "fine-tuned" in done.stdout and "from scratch" in done.stdout and "| raw pixels |" in done.stdout
+    assert read("alone")["pixels"] == read("compare")["pixels"] and 0 < read("alone")["pixels"]["probe"] <= 1
     (same,) = table("alone")["crate-mae"]["runs"]
     assert same["loss"] == pytest.approx(figures["loss"], rel=1e-6)
     assert {name: same[name] for name in accuracies} == {name: figures[name] for name in accuracies}
