@@ -120,10 +120,10 @@ def train(config: BenchmarkTrainConfig) -> None:
     machine, settings = report["machine"], report["settings"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     peaks = ", ".join(f"{rate / 1e12:,.2f} TFLOP/s in {name}" for name, rate in report["peak_flops"].items())
-    headings = ("model", "images/s", "ms/image", "MFU", "peak memory", "× plain", "memory / plain")
+    headings = ("model", "images/s", "ms/image", "MFU", "peak memory", "× plain", "at most", "memory / plain")
     table = Table(
         title=f"Training at {config.image_size} px, {settings['batch_size']} images a step",
-        caption=f"{where}; MFU of {peaks}",
+        caption=f"{where}; MFU of {peaks}; at most: × plain, if a step were only its matrix products at that rate",
     )
     for heading in ("size", "precision", *headings):
         table.add_column(heading, justify="left" if heading in ("size", "precision", "model") else "right")
@@ -155,6 +155,7 @@ def _training_row(contestant: str, found: dict[str, Any]) -> tuple[str, ...]:
         f"{run['mfu']:.0%}",
         "?" if memory is None else f"{memory / 2**20:,.0f} MiB",
         f"{found['ratio_vs_plain']:.2f}" if ours and "ratio_vs_plain" in found else "",
+        f"{found['ratio_limit']:.2f}" if ours and "ratio_limit" in found else "",
         f"{found['memory_vs_plain']:.2f}" if ours and "memory_vs_plain" in found else "",
     )
 
@@ -189,18 +190,18 @@ def overhead(config: BenchmarkOverheadConfig) -> None:
 
 def scaling(config: BenchmarkScalingConfig) -> None:
     """Estimate steps on many GPUs, and show them as a table."""
-    from crate_ray.benchmarks.scaling import estimate, step_flops
+    from crate_ray.benchmarks.scaling import estimate
+    from crate_ray.comparison.variants import count_parameters
 
     _check_writable(config.json_file)
-    flops, parameters = step_flops(config.model)
-    found = {s: [estimate(s, flops, parameters, n, config) for n in config.gpus] for s in ("ddp", "fsdp")}
+    parameters = count_parameters(config.model)
+    found = {s: [estimate(s, parameters, n, config) for n in config.gpus] for s in ("ddp", "fsdp")}
     if config.json_file:
         figures = {s: [vars(e) | {"efficiency": e.efficiency} for e in estimates] for s, estimates in found.items()}
-        report = {"flops_per_image": flops, "parameters": parameters, **figures}
+        report = {"parameters": parameters, **figures}
         Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
     table = Table(
-        title=f"Estimate: {parameters / 1e6:.1f} M parameters, {flops / 1e9:.0f} GFLOP an image, "
-        f"batches of {config.batch_size}",
+        title=f"Estimate: {parameters / 1e6:.1f} M parameters, batches of {config.batch_size}",
         caption="ring collectives; computation at mfu of the peak; not a measurement",
     )
     for heading in ("GPUs", "images each", "sent", "compute", "ddp: exposed", "share", "fsdp: exposed", "share"):

@@ -21,6 +21,7 @@ from crate_ray.progress import console
 from crate_ray.ray_cluster import start_ray
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
+from crate_ray.training.planning import driver_lease
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import open_run
 
@@ -58,9 +59,10 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
     shares: dict[str, list[float]] = {"data_wait_share": [], "logging_share": []}
     for number in range(config.rounds):
         settings = _settings(f"overhead-{number}", folder, data, config)
-        run, follower = open_run(settings), _Follower()
+        follower = _Follower()
         console().print(f"round {number + 1} of {config.rounds}: {config.steps} steps as a Ray Train job, then bare")
-        train_on_ray(run, PretrainTask, [follower])
+        with driver_lease(settings) as lease:
+            train_on_ray(open_run(settings), lease, PretrainTask, [follower])
         taken = follower.values["step_seconds"]
         seconds["ray_train"] += [taken[step] for step in sorted(taken)[1:]]
         for name, found in shares.items():
@@ -107,7 +109,8 @@ def _checkpoint(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dic
     settings = PretrainConfig.model_validate(settings.model_dump(mode="json") | changes)
     console().print(f"checkpoints of the {config.checkpoint_preset} preset: {_CHECKPOINT_STEPS} steps")
     follower = _Follower()
-    train_on_ray(open_run(settings), PretrainTask, [follower])
+    with driver_lease(settings) as lease:
+        train_on_ray(open_run(settings), lease, PretrainTask, [follower])
     taken = follower.values["step_seconds"]
     calm = statistics.median(taken[step] for step in range(_SETTLING + 1, _CHECKPOINT_EVERY + 1))
     # Its blocking part counts to the step after it, the upload to those that follow.

@@ -10,11 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from crate_ray.config import BenchmarkScalingConfig, ModelConfig
-from crate_ray.models import build_model
+from crate_ray.config import BenchmarkScalingConfig
+from crate_ray.models.flops import training_flops
 
 Strategy = Literal["ddp", "fsdp"]
 
@@ -29,6 +26,8 @@ class Estimate:
 
     gpus: int
     samples_per_gpu: float
+    flops_per_gpu: int
+    """Operations of the GPU with the most samples."""
     bytes_per_gpu: float
     """What each GPU sends in a step."""
     compute_seconds: float
@@ -40,16 +39,6 @@ class Estimate:
     def efficiency(self) -> float:
         """Share of the step that is computation."""
         return self.compute_seconds / (self.compute_seconds + self.exposed_seconds)
-
-
-def step_flops(config: ModelConfig) -> tuple[float, int]:
-    """Floating-point operations of forward and backward pass of one image, by torch's own count; and parameters."""
-    with torch.device("meta"):
-        model = build_model(config).to("meta")  # the position table came from NumPy
-        images = torch.empty(1, config.channels, *config.image_hw)
-        with FlopCounterMode(display=False) as counter:
-            model(images, torch.empty(1, config.num_patches)).loss.backward()
-    return float(counter.get_total_flops()), sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def sent_bytes(strategy: Strategy, parameters: int, gpus: int) -> float:
@@ -78,16 +67,15 @@ def collective_seconds(num_bytes: float, gpus: int, config: BenchmarkScalingConf
     return num_bytes / bandwidth + 2 * math.log2(nodes) * config.latency_seconds
 
 
-def estimate(
-    strategy: Strategy, flops_per_sample: float, parameters: int, gpus: int, config: BenchmarkScalingConfig
-) -> Estimate:
-    """One step at the fixed global batch.
+def estimate(strategy: Strategy, parameters: int, gpus: int, config: BenchmarkScalingConfig) -> Estimate:
+    """One step at the fixed global batch of a model with so many parameters.
 
     DDP can hide its all-reduce behind the backward pass, FSDP its gathers behind all of the computation.
     """
     samples = config.batch_size / gpus
-    compute = samples * flops_per_sample / (config.peak_flops * config.mfu)
+    flops = training_flops(config.model, math.ceil(samples))
+    compute = flops / (config.peak_flops * config.mfu)
     volume = sent_bytes(strategy, parameters, gpus)
     communication = collective_seconds(volume, gpus, config)
     hidden = compute * (_BACKWARD_SHARE if strategy == "ddp" else 1)
-    return Estimate(gpus, samples, volume, compute, communication, max(0.0, communication - hidden))
+    return Estimate(gpus, samples, flops, volume, compute, communication, max(0.0, communication - hidden))

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values computed on the host, on the device; the program does not wait for the copy to a GPU."""
+    if device.type == "cuda":
+        values = values.pin_memory()  # a copy from other memory is one that is waited for
+    return values.to(device, non_blocking=True)
+
+
 class DeviceFeed:
     """Copies (or decodes) batches on a CUDA stream of its own, so that they arrive while earlier steps still compute.
 

@@ -17,6 +17,7 @@ from kornia.enhance import (
 )
 from torch import Tensor
 
+from crate_ray.data.device import to_device
 from crate_ray.data.order import Int64, uniform
 from crate_ray.finetuning.streams import STREAM_RANDAUGMENT
 
@@ -61,7 +62,7 @@ class RandAugmentation:
                 rows = np.flatnonzero(chosen[:, turn] == number)
                 if operation is None or not len(rows):
                     continue
-                rows_B, sign_B = torch.from_numpy(rows).to(device), torch.from_numpy(signs[rows, turn])
+                rows_B, sign_B = to_device(torch.from_numpy(rows), device), torch.from_numpy(signs[rows, turn])
                 images_BCHW[rows_B] = operation(images_BCHW[rows_B], sign_B).clamp(0, 1)
         return images_BCHW
 

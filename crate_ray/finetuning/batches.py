@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from crate_ray.config import FinetuneConfig
+from crate_ray.data.device import to_device
 from crate_ray.data.loader import Batch
 from crate_ray.finetuning.augment import RandAugmentation
 from crate_ray.finetuning.mixing import branch_scales, class_targets, draw_mix, mix_pairs
@@ -52,8 +53,8 @@ class TrainingBatches:
         if self._augment is not None:
             images = self._augment(images, batch.epochs, batch.samples)
         images = self._normalizer(images)
-        classes = class_targets(batch.labels, self._num_classes, config.label_smoothing).to(device)
+        classes = to_device(class_targets(batch.labels, self._num_classes, config.label_smoothing), device)
         mix = draw_mix(config.seed, batch.step, config.augment, (images.shape[2], images.shape[3]))
         images, classes = mix_pairs(images, classes, mix)
         scales = branch_scales(config.seed, batch.step, self._slots, self._branches, config.drop_path)
-        return images, Targets(classes, None if scales is None else scales.to(device))
+        return images, Targets(classes, None if scales is None else to_device(scales, device))

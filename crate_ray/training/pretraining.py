@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crate_ray.config import PretrainConfig
+from crate_ray.data.device import to_device
 from crate_ray.data.loader import Batch, evaluation_loader
 from crate_ray.data.shards import ShardSet
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.flops import training_flops
 from crate_ray.training.parallel import is_sharded
 from crate_ray.training.probe_batch import Look, ProbeBatch
-from crate_ray.training.step import Normalizer, build_optimizer, mask_noise, probe_noise
+from crate_ray.training.step import Normalizer, build_optimizer, largest_micro_batch, mask_noise, probe_noise
 from crate_ray.training.task import Place, Task
 
 
@@ -32,7 +33,8 @@ class PretrainTask(Task):
         self.model.checkpoint_layers = config.training.activation_checkpointing
         self.layers = [*self.model.encoder, *self.model.decoder]
         self.image_model = config.model
-        self.flops_per_image = training_flops(config.model, 1)
+        images = largest_micro_batch(config.training, place.world_size)
+        self.flops_per_image = training_flops(config.model, images) / images
         self.look_every = config.tracking.picture_every
 
     def build_optimizer(self) -> torch.optim.Optimizer:
@@ -42,8 +44,8 @@ class PretrainTask(Task):
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images and mask noise."""
         order, num_patches = self._place.record.order, self._config.model.num_patches
-        noise = mask_noise(order.seed, batch.epochs, batch.samples, num_patches).to(self._place.device)
-        return self._place.normalizer(batch.images), noise
+        noise = mask_noise(order.seed, batch.epochs, batch.samples, num_patches)
+        return self._place.normalizer(batch.images), to_device(noise, self._place.device)
 
     def blank(self, count: int) -> tuple[Tensor, Tensor]:
         """Black images, and noise that hides the last patches."""

@@ -168,6 +168,12 @@ def num_micro_steps(training: TrainingConfig, world_size: int) -> int:
     return -(-largest // (training.micro_batch_size or largest))
 
 
+def largest_micro_batch(training: TrainingConfig, world_size: int) -> int:
+    """Samples of the largest forward pass on any worker."""
+    local = -(-training.batch_size // world_size)
+    return -(-local // num_micro_steps(training, world_size))
+
+
 def micro_batches(count: int, parts: int) -> Iterator[slice]:
     """Slices that cut a local batch into parts of nearly equal size; only the first may be empty, never the last."""
     for i in range(parts):

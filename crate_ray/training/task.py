@@ -17,7 +17,7 @@ from crate_ray.data.shards import ShardSet
 from crate_ray.training.checkpoint import RunRecord
 from crate_ray.training.parallel import micro_steps_of, parallelize
 from crate_ray.training.probe_batch import Look
-from crate_ray.training.step import Normalizer, compile_layers, num_micro_steps, should_compile
+from crate_ray.training.step import Normalizer, compile_layers, largest_micro_batch, should_compile
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Task(ABC):
     """The images that it takes."""
     together: int = 1
     """So many samples in a row of a global batch stay on one worker."""
-    flops_per_image: int | None = None
+    flops_per_image: float | None = None
     """Operations of a training step per image, where they are known."""
     look_every: int | None = None
     """Steps between two calls of `look`; None for none."""
@@ -100,9 +100,8 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, pl
     """Build a task's model, compile its layers and make it parallel, as the settings say. A collective call."""
     task, training = task_class(config, place), config.training
     if should_compile(training.compile, place.device):
-        local = -(-training.batch_size // place.world_size)
-        largest = -(-local // num_micro_steps(training, place.world_size))
-        compile_layers(task.model, task.layers, task.blank(largest), place.autocast)
+        blank = task.blank(largest_micro_batch(training, place.world_size))
+        compile_layers(task.model, task.layers, blank, place.autocast)
     trained = parallelize(
         task.model,
         task.layers,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crate_ray.benchmarks.scaling import collective_seconds, estimate, sent_bytes, step_flops
-from crate_ray.config import BenchmarkScalingConfig, CrateMAEConfig
+from crate_ray.benchmarks.scaling import collective_seconds, estimate, sent_bytes
+from crate_ray.config import BenchmarkScalingConfig
+from crate_ray.models.flops import training_flops
+from tests.jobs import ROOT
 
 
 def ring_all_reduce(numbers: list[list[int]]) -> tuple[list[list[int]], int]:
@@ -33,36 +40,32 @@ def test_all_reduce_sends_what_a_ring_sends(gpus: int, data: st.DataObject) -> N
     assert sent_bytes("ddp", gpus, gpus) == pytest.approx(4 * sent)
 
 
-def test_flops_are_those_of_the_equations() -> None:
-    config = CrateMAEConfig(image_size=64, patch_size=8, dim=64, depth=3, num_subspaces=4)
-    flops, parameters = step_flops(config)
-    tokens, dim, pixels = 65, 64, 8 * 8 * 3
-    attention = 2 * 2 * tokens * tokens * dim
-    layer = {
-        "encoder": 4 * tokens * dim * dim,
-        "decoder": 3 * tokens * dim * dim,
-    }  # products with U, W, D twice; E, U, W
-    forward = sum(3 * (2 * products + attention) for products in layer.values())
-    embedding, prediction = 2 * 64 * pixels * dim, 2 * 64 * pixels * dim
-    # Backward computes two products for each of the forward pass, but none for the pixels.
-    assert flops == pytest.approx(3 * (forward + prediction) + 2 * embedding, rel=0.01)
-    assert parameters == 3 * (64 * 64 * 3 + 64 + 4 * 64) + 3 * (64 * 64 * 3 + 64 + 4 * 64) + pixels * dim * 2 + (
-        64 + pixels + 2 * 64 + 4 * 64
-    )
-
-
 def test_estimate_follows_the_bandwidth_where_nothing_hides_it() -> None:
     config = BenchmarkScalingConfig()
-    flops, parameters = 60e9, 44_000_000
-    few, many = (estimate("ddp", flops, parameters, gpus, config) for gpus in (8, 512))
+    parameters = 44_000_000
+    few, many = (estimate("ddp", parameters, gpus, config) for gpus in (8, 512))
     assert few.exposed_seconds == 0 and few.efficiency == 1 and many.samples_per_gpu == 8
-    assert few.compute_seconds == pytest.approx(512 * flops / (989e12 * 0.5))
+    assert few.compute_seconds == pytest.approx(training_flops(config.model, 512) / (989e12 * 0.5))
     slow = config.model_copy(update={"node_bytes_per_second": 1e9})
-    bound = estimate("ddp", flops, parameters, 512, slow)
+    bound = estimate("ddp", parameters, 512, slow)
     assert bound.communication_seconds == pytest.approx(2 * 511 / 512 * 4 * parameters / 1e9, rel=0.01)
     assert bound.efficiency < 0.01
     assert sent_bytes("fsdp", parameters, 512) == sent_bytes("ddp", parameters, 512)
     # One node does not use the network.
     assert collective_seconds(1e9, 8, slow) == collective_seconds(1e9, 8, config) < collective_seconds(1e9, 9, config)
-    efficiencies = [estimate("fsdp", flops, parameters, gpus, slow).efficiency for gpus in (8, 16, 64, 512)]
+    efficiencies = [estimate("fsdp", parameters, gpus, slow).efficiency for gpus in (8, 16, 64, 512)]
     assert efficiencies == sorted(efficiencies, reverse=True)
+
+
+def test_the_job_writes_what_the_formulas_give(tmp_path: Path) -> None:
+    config = "jobs/configs/benchmark-scaling.yaml"
+    command = [sys.executable, "jobs/benchmark.py", "scaling", "--config", config, "--json", str(tmp_path / "found")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "43.7 M parameters" in done.stdout, done.stderr
+    report = json.loads((tmp_path / "found").read_text())
+    for strategy in ("ddp", "fsdp"):
+        rows = report[strategy]
+        assert [row["gpus"] for row in rows] == [8, 16, 32, 64, 128, 256, 512]
+        for row in rows:
+            assert row["samples_per_gpu"] == 4096 / row["gpus"]
+            assert row["efficiency"] == row["compute_seconds"] / (row["compute_seconds"] + row["exposed_seconds"])

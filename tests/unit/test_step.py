@@ -10,7 +10,8 @@ import socket
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,9 +24,21 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crate_ray.config import CrateMAEConfig, OptimConfig, TrainingConfig, ViTMAEConfig
+from crate_ray.config import (
+    CrateMAEConfig,
+    DataConfig,
+    FinetuneConfig,
+    OptimConfig,
+    PretrainConfig,
+    TrainingConfig,
+    ViTMAEConfig,
+)
+from crate_ray.data.loader import Batch
 from crate_ray.data.order import worker_slots
+from crate_ray.finetuning.batches import TrainingBatches
 from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.models.flops import training_flops
+from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.step import (
     Normalizer,
     autocast_dtype,
@@ -41,6 +54,7 @@ from crate_ray.training.step import (
     should_compile,
     train_step,
 )
+from crate_ray.training.task import Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -356,6 +370,38 @@ def test_a_step_never_waits_for_the_device(config: CrateMAEConfig | ViTMAEConfig
         images.sum().item()
     with NoWaiting():
         train_step(model, optimizer, images.float(), noise, **step)
+
+
+class Copies(TorchDispatchMode):
+    """Whether each copy to another device is one that the program does not wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs:
+            self.found.append(kwargs.get("non_blocking", False))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_what_it_is_given() -> None:
+    device, order = torch.device("meta"), SimpleNamespace(seed=0)
+    normalizer = Normalizer.of((0.0,) * 3, (1.0,) * 3, device)
+    place = Place(cast(Any, SimpleNamespace(order=order)), cast(Any, None), None, 0, 1, device, None, normalizer)
+    numbers, images = np.arange(4), torch.empty(4, 3, 8, 8, device=device)
+    batch = Batch(0, numbers, images, numbers, ["a", "b", "c", "d"], numbers)
+    training = TrainingConfig(batch_size=4, steps=1)
+    task = PretrainTask(PretrainConfig(data=DataConfig(train="x"), model=CONFIG, training=training), place)
+    tuning = FinetuneConfig.model_validate(
+        {"model": "x", "data": {"train": "x"}, "drop_path": 0.1, "augment": {"randaugment": 0, "mixup": 0.8}}
+    )
+    with Copies() as copies:
+        task.inputs(batch)
+        TrainingBatches(tuning, 5, [1, 1], normalizer, (0, 4))(batch)
+    assert copies.found == [True, True, True]  # mask noise; targets and factors of drop path
+    # ISTA of so many tokens takes one product, of one image's it takes two.
+    assert task.flops_per_image == training_flops(CONFIG, 4) / 4 < training_flops(CONFIG, 1)
 
 
 def test_compiled_layers_compute_the_same_and_evaluation_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:

@@ -108,6 +108,7 @@ def test_every_figure_on_a_machine_with_torch_only(tmp_path: Path) -> None:
     for run in (ours, plain):  # weights, two moments and gradients are in it, interpreter and torch are not
         assert 16 * run["parameters"] < run["peak_memory_bytes"] < run["process_bytes"] + 16 * run["parameters"]
     assert ours["mfu"] == pytest.approx(ours["flops"] / ours["step_seconds"] / 1e12)
+    assert found["ratio_limit"] == pytest.approx(1e12 / ours["flops"] * plain["step_seconds"])
     assert report["peak_flops"] == {"bf16": 1e12}
     larger = report["image_sizes"]["48"]["crate_mae"]
     assert larger["flops"] == training_flops(CrateMAEConfig(preset="tiny", image_size=48), 1)
