@@ -1,15 +1,17 @@
 """Runs a comparison: every variant and seed is a pretraining run of its own, measured in the same way, in one table.
 
-What was measured is not measured again, so that a comparison which was cut off goes on where it was.
+What was measured is not measured again, so that a comparison which was cut off goes on where it was. With other probe
+settings it is probed again; with other settings of what is trained, the comparison has to have another name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
+from crate_ray.comparison.kept import check_unchanged, once
 from crate_ray.comparison.table import Comparison, PixelFigures, PretrainFigures, RunFigures, Variant, summarize
 from crate_ray.comparison.variants import OURS, count_parameters, plan_finetunings, plan_variants
 from crate_ray.config import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
@@ -20,9 +22,8 @@ from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.export import ModelDescription
+from crate_ray.training.planning import Run
 from crate_ray.training.run import open_run
-
-_ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
 class Trainer(Protocol):
@@ -58,22 +59,41 @@ class _Accuracy(BaseModel):
     top1: float
 
 
+class _Given(NamedTuple):
+    """What figures depend on, see kept."""
+
+    pretraining: dict[str, Any]
+    finetunings: dict[str, dict[str, Any]]
+    probing: dict[str, Any]
+
+
+_MEANS: Any = {
+    **dict.fromkeys(("name", "storage", "tracking", "s3", "scaling", "checkpoint"), True),
+    "data": {"cache_dir", "cache_bytes", "part_bytes", "fetch_threads", "decode_threads", "prefetch_batches"},
+}
+"""Settings of a run that say where and how fast it is computed, not what."""
+
+
 def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None]) -> Comparison:
     """Train and measure every variant with every seed; the first one is the model that the comparison is about."""
     plan = plan_variants(config)
     train, test = (load_dataset(open_storage(uri, config.s3)) for uri in (config.probe.train, config.probe.test))
     labelled = (train, test)
     folder = open_storage(config.storage, config.s3).under(config.name)
+    given: dict[str, _Given] = {}
     for runs in plan.values():
         for run in runs:
-            open_run(run)  # whatever would stop the last run stops the comparison before the first
-            plan_finetunings(config, run)
+            # Whatever would stop the last run stops the comparison before the first.
+            given[run.name] = _given(config, open_run(run), labelled)
+            check_unchanged(folder, f"{run.name}.pretrained", given[run.name].pretraining)
+            for name, settings in given[run.name].finetunings.items():
+                check_unchanged(folder, name, settings)
     variants: dict[str, Variant] = {}
     for name, runs in plan.items():
         variants[name] = Variant(
             parameters=count_parameters(runs[0].model),
             model=runs[0].model.model_dump(mode="json"),
-            runs=[_figures(config, run, trainer, folder, labelled, say) for run in runs],
+            runs=[_figures(config, run, given[run.name], trainer, folder, labelled, say) for run in runs],
         )
     summarize(variants)
 
@@ -84,12 +104,37 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
         scores = classify_by_pixels(description, *labelled, settings, config.probe, trainer.features)
         return PixelFigures(probe=scores.linear.accuracy, knn=scores.knn.value)
 
-    return Comparison(variants=variants, pixels=_once(folder, "pixels", PixelFigures, probe_pixels))
+    probing = given[plan[OURS][0].name].probing
+    return Comparison(variants=variants, pixels=once(folder, "pixels", PixelFigures, probing, probe_pixels))
+
+
+def _given(config: CompareConfig, run: Run, labelled: tuple[ShardSet, ShardSet]) -> _Given:
+    assert isinstance(run.config, PretrainConfig) and run.config.data.validation is not None
+    validation = load_dataset(open_storage(run.config.data.validation, config.s3)).manifest.digest()
+    pretraining = {
+        **run.config.model_dump(mode="json", exclude=_MEANS),
+        "datasets": {"train": run.record.dataset, "validation": validation},
+    }
+    probing = {
+        "pretraining": pretraining,
+        "probe": config.probe.model_dump(mode="json"),
+        "labelled": [shards.manifest.digest() for shards in labelled],
+    }
+    finetunings = {
+        settings.name: {
+            "pretraining": pretraining,
+            "finetuning": settings.model_dump(mode="json", exclude=_MEANS),
+            "labelled": probing["labelled"],
+        }
+        for settings in plan_finetunings(config, run.config).values()
+    }
+    return _Given(pretraining, finetunings, probing)
 
 
 def _figures(
     config: CompareConfig,
     run: PretrainConfig,
+    given: _Given,
     trainer: Trainer,
     folder: Storage,
     labelled: tuple[ShardSet, ShardSet],
@@ -125,23 +170,13 @@ def _figures(
 
         return train
 
-    pretrained = _once(folder, f"{run.name}.pretrained", PretrainFigures, pretrain)
-    probed = _once(folder, f"{run.name}.probed", _Probed, probe)
-    untrained = _once(folder, f"{run.name}.untrained", _Untrained, probe_untrained)
+    pretrained = once(folder, f"{run.name}.pretrained", PretrainFigures, given.pretraining, pretrain)
+    probed = once(folder, f"{run.name}.probed", _Probed, given.probing, probe)
+    untrained = once(folder, f"{run.name}.untrained", _Untrained, given.probing, probe_untrained)
     accuracies = {
-        kind: _once(folder, settings.name, _Accuracy, finetune(settings)).top1
+        kind: once(folder, settings.name, _Accuracy, given.finetunings[settings.name], finetune(settings)).top1
         for kind, settings in plan_finetunings(config, run).items()
     }
     return RunFigures(
         seed=run.seed, **pretrained.model_dump(), **probed.model_dump(), **untrained.model_dump(), **accuracies
     )
-
-
-def _once(folder: Storage, name: str, kind: type[_ModelT], measure: Callable[[], _ModelT]) -> _ModelT:
-    """What was measured before under a name, else measured now."""
-    name = f"figures/{name}.json"
-    if folder.exists(name):
-        return kind.model_validate_json(folder.read(name))
-    found = measure()
-    folder.write(name, found.model_dump_json(indent=1).encode())
-    return found

@@ -6,7 +6,9 @@ from pydantic import BaseModel
 
 from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
+from crate_ray.data.lease import Lease
 from crate_ray.data.storage import Storage, open_storage
+from crate_ray.errors import UserError
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache, default_folder
 from crate_ray.finetuning.run import open_finetuning
@@ -20,7 +22,7 @@ from crate_ray.tracking.registry import load_described
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.export import ModelDescription
 from crate_ray.training.listener import Listener
-from crate_ray.training.planning import Run
+from crate_ray.training.planning import Run, driver_lease
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import open_run
 from crate_ray.training.task import Task
@@ -37,8 +39,9 @@ class OnRay:
 
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
         """Train what is missing."""
-        run = open_run(config)
-        return self._train(run, PretrainTask).figures(run.total_steps)
+        with driver_lease(config) as lease:
+            run = open_run(config)
+            return self._train(run, lease, PretrainTask).figures(run)
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
         """From the run's folder."""
@@ -46,19 +49,20 @@ class OnRay:
 
     def finetune(self, config: FinetuneConfig) -> float:
         """Train what is missing."""
-        run = open_finetuning(config, lambda reference: pretrained_model(reference, config.tracking, config.s3))
-        return self._train(run, FinetuneTask).held_out["top1"][run.total_steps]
+        with driver_lease(config) as lease:
+            run = open_finetuning(config, lambda reference: pretrained_model(reference, config.tracking, config.s3))
+            return self._train(run, lease, FinetuneTask).at_the_end("top1", run)
 
-    def _train(self, run: Run, task_class: type[Task]) -> _Follower:
+    def _train(self, run: Run, lease: Lease, task_class: type[Task]) -> _Follower:
         follower = _Follower(
             open_storage(self._config.storage, self._config.s3).under(self._config.name),
             f"figures/{run.config.name}.followed.json",
         )
         if not (run.is_finished and is_published(run)):
             start_ray()
-            with track(run, {"crate_ray.comparison": self._config.name}) as tracker:
+            with track(run, lease, {"crate_ray.comparison": self._config.name}) as tracker:
                 with ProgressDisplay(run.first_step, run.total_steps) as display:
-                    train_on_ray(run, task_class, [tracker, display, follower])
+                    train_on_ray(run, lease, task_class, [tracker, display, follower])
                 publish(run, tracker)
         return follower
 
@@ -72,11 +76,6 @@ class _Follower(Listener):
         if folder.exists(name):
             self._kept = _Followed.model_validate_json(folder.read(name))
 
-    @property
-    def held_out(self) -> dict[str, dict[int, float]]:
-        """Metrics on the held-out data by name and step."""
-        return self._kept.held_out
-
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         kept = self._kept
         if "images_per_second" in values:
@@ -88,11 +87,21 @@ class _Follower(Listener):
                 kept.held_out.setdefault(name, {})[step] = value
             self._folder.write(self._name, kept.model_dump_json().encode())
 
-    def figures(self, total_steps: int) -> PretrainFigures:
-        """Loss after the last step, median speed, most memory."""
+    def at_the_end(self, name: str, run: Run) -> float:
+        """A metric on the held-out data after a run's last step. Raises UserError where nobody heard of it."""
+        found = self._kept.held_out.get(name, {}).get(run.total_steps)
+        if found is None:
+            raise UserError(
+                f"run {run.config.name!r} is finished, but the comparison did not follow its end; delete "
+                f"{run.storage.uri} to train it again, or give the comparison another name"
+            )
+        return found
+
+    def figures(self, run: Run) -> PretrainFigures:
+        """Loss after the last step, median speed, most memory. Raises as `at_the_end` does."""
         kept = self._kept
         return PretrainFigures(
-            loss=self.held_out["validation_loss"][total_steps],
+            loss=self.at_the_end("validation_loss", run),
             images_per_second=settled_speed([speed for _, speed in sorted(kept.images_per_second.items())]),
             memory_bytes=kept.memory_bytes,
         )

@@ -159,6 +159,13 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(fo
     again = run(folder, "evaluate", *command, **NO_CLUSTER)
     assert again.returncode == 0, again.stderr
     assert table("compare") == found
+    # With other settings, it is not taken for the same; nor is a run that something else trained.
+    other = run(folder, "evaluate", *command, "--settings", '{"training.steps": 30}', **NO_CLUSTER)
+    assert other.returncode == 2 and "was measured with training.steps 20, not 30; give the comp" in other.stderr
+    for file in (folder / "runs/compare/figures").iterdir():
+        file.unlink()
+    other = run(folder, "evaluate", *command, **NO_CLUSTER)
+    assert other.returncode == 2 and "'crate-mae-seed-3' is finished, but the comparison did not follow" in other.stderr
 
     # What runs on a machine without Ray and MLflow finds the same.
     (folder / "absent").mkdir()

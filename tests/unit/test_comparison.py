@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crate_ray.comparison.table import interval
+from crate_ray.comparison.compare import compare
+from crate_ray.comparison.table import PretrainFigures, interval, write_report
 from crate_ray.comparison.variants import (
     ABLATIONS,
     OURS,
@@ -21,8 +24,23 @@ from crate_ray.comparison.variants import (
     vit_of_as_many_parameters,
     vit_of_the_same_size,
 )
-from crate_ray.config import CompareConfig, CrateMAEConfig, ViTMAEConfig
+from crate_ray.config import (
+    CompareConfig,
+    CrateMAEConfig,
+    FinetuneConfig,
+    PrepareConfig,
+    PretrainConfig,
+    S3Config,
+    ViTMAEConfig,
+)
+from crate_ray.data.builtin import digits_source
+from crate_ray.data.packing import pack
+from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
+from crate_ray.evaluation.feature_source import InProcess
+from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.training.export import ModelDescription
+from crate_ray.training.run import open_run
 
 
 def test_the_baseline_of_the_same_size_is_the_published_one() -> None:
@@ -113,3 +131,70 @@ def test_an_interval_holds_the_mean_95_times_in_100() -> None:
         held += found.low <= 2 <= found.high
     assert held / 4000 == pytest.approx(0.95, abs=0.012)
     assert interval([1.0]) == (1.0, None, None)
+
+
+class Untrained:
+    """A trainer that trains nothing: the loss of a run is made up of its width and seed."""
+
+    features = InProcess()
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def pretrain(self, config: PretrainConfig) -> PretrainFigures:
+        self.done.append(config.name)
+        return PretrainFigures(loss=config.model.dim + config.seed**2, images_per_second=100.0, memory_bytes=2.0**30)
+
+    def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
+        torch.manual_seed(config.seed)
+        return build_model(config.model), ModelDescription.of(open_run(config).record, 10)
+
+    def finetune(self, config: FinetuneConfig) -> float:
+        self.done.append(config.name)
+        return 0.5
+
+
+def test_what_was_measured_counts_only_for_what_it_was_measured_with(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        config = PrepareConfig(source="digits", output=str(tmp_path / split))
+        pack(digits_source(split), open_storage(config.output, S3Config()), config)
+    given: dict[str, Any] = {
+        "storage": str(tmp_path / "runs"), "seeds": (0, 2), "baselines": False, "variants": {"wide": {"model.dim": 36}},
+        "settings": {"data.train": str(tmp_path / "train"), "data.validation": str(tmp_path / "test")},
+        "probe": {"train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "max_samples": 100},
+    }  # fmt: skip
+
+    def measure(**changes: Any) -> tuple[list[str], dict[str, Any]]:
+        config, trainer, said = compare_config(tmp_path, **{**given, **changes}), Untrained(), list[str]()
+        found = compare(config, trainer, said.append)
+        files = write_report(open_storage(config.storage, S3Config()).under(config.name), config, found)
+        probed = [what for what in said if "probe" in what]
+        return trainer.done + probed, {**json.loads(files["comparison.json"]), "md": files["comparison.md"].decode()}
+
+    done, report = measure()
+    runs = [f"{name}-seed-{seed}" for name in ("crate-mae", "wide") for seed in (0, 2)]
+    assert done[:4] == runs and len(done) == 4 + 2 * 4 + 1
+    ours, wide = report["variants"].values()
+    # Student's t for two values: half of their distance times 12.706.
+    assert ours["intervals"]["loss"] == pytest.approx([34, 34 - 2 * 12.706, 34 + 2 * 12.706], rel=1e-4)
+    assert wide["differences"]["loss"] == [4, 4, 4] and not ours["differences"]
+    assert "| +4.0000 ± 0.0000 |" in report["md"] and "34.0000 ± 25.4124" in report["md"]
+
+    assert measure() == ([], report)
+    # How fast data is read changes nothing; another probe is made again, of the same models.
+    assert measure(settings={**given["settings"], "data.decode_threads": 1})[0] == []
+    done, again = measure(probe={**given["probe"], "max_samples": 40})
+    assert not set(done) & set(runs) and len(done) == 2 * 4 + 1
+    assert again["variants"]["wide"]["runs"][0]["probe"] != wide["runs"][0]["probe"]
+    for name, value in {"training.steps": 11, "optim.lr": 0.5, "model.sparsity_lambda": 0.9}.items():
+        with pytest.raises(
+            UserError, match=rf"crate-mae-seed-0.pretrained of .* was measured with {name} .*, not {value}"
+        ):
+            measure(settings={**given["settings"], name: value})
+    (tmp_path / "tune.yaml").write_text("training: {steps: 5, batch_size: 16}\naugment: {randaugment: 0}\n")
+    tuned = {"finetune": str(tmp_path / "tune.yaml")}
+    assert [name for name in measure(**tuned)[0] if "probe" not in name] == [
+        f"{run}-{kind}" for run in runs for kind in ("finetuned", "scratch")
+    ]
+    with pytest.raises(UserError, match=r"crate-mae-seed-0-finetuned of .* with finetuning.training.steps 5, not 6"):
+        measure(**tuned, finetune_settings={"training.steps": 6})
