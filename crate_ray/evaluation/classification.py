@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
 from crate_ray.data.shards import ShardSet
 from crate_ray.evaluation.feature_cache import FeatureSet
 from crate_ray.evaluation.feature_source import FeatureSource
-from crate_ray.evaluation.features import Tap, all_taps
+from crate_ray.evaluation.features import Tap, all_taps, compute_device, pixels_title
 from crate_ray.evaluation.intervals import Estimate, share
 from crate_ray.evaluation.knn import knn_predict
 from crate_ray.evaluation.probe import (
@@ -26,8 +25,6 @@ from crate_ray.evaluation.probe import (
 )
 from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.training.export import ModelDescription
-
-PIXELS = "raw pixels"
 
 
 class LayerScore(Settings):
@@ -48,6 +45,8 @@ class FeatureScores(Settings):
 
     source: str
     """Which features."""
+    dim: int
+    """Numbers of each sample."""
     linear: ProbeScore
     """Linear probe."""
     knn: Estimate
@@ -116,10 +115,11 @@ def classify(
 
     Raises UserError when a dataset has no labels, or labels that the other has not.
     """
-    pixels = _pixels(subjects[0].description, train, test, probe, source)
+    description = subjects[0].description
+    pixels, title = _pixels(description, train, test, probe, source), pixels_title(description.model)
     train_y, test_y = (part.labels for part in pixels)
     encoders = {subject.name: classify_by(subject, train, test, config, probe, source) for subject in subjects}
-    encoders["pixels"] = EncoderScores(title=PIXELS, standard=_scores(PIXELS, *pixels, config, probe))
+    encoders["pixels"] = EncoderScores(title=title, standard=_scores(title, *pixels, config, probe))
     most_frequent = int(np.bincount(train_y).argmax())
     return Classification(
         train=train.storage.uri,
@@ -161,7 +161,8 @@ def classify_by_pixels(
     source: FeatureSource,
 ) -> FeatureScores:
     """The same of the raw pixels that a model would get. Raises as `classify` does."""
-    return _scores(PIXELS, *_pixels(description, train, test, probe, source), config, probe)
+    title = pixels_title(description.model)
+    return _scores(title, *_pixels(description, train, test, probe, source), config, probe)
 
 
 def _pixels(
@@ -200,7 +201,7 @@ def _encoder_scores(
         LayerScore(
             feature=tap.feature,
             layer=tap.layer,
-            linear=held_out_accuracy(part.features, part.labels, rows),
+            linear=held_out_accuracy(part.features, part.labels, rows, compute_device(config.gpu)),
             knn=_knn_held_out(part, rows, config),
         )
         for tap, part in zip(taps, train, strict=True)
@@ -217,28 +218,35 @@ def _encoder_scores(
 def _scores(
     source: str, train: FeatureSet, test: FeatureSet, config: EvaluateConfig, probe: ProbeConfig
 ) -> FeatureScores:
-    solver = choose_solver(probe.solver, train.features)
-    linear = fit_probe(train.features, train.labels, test.features, test.labels, probe.seed, solver)
-    predicted = _knn(train.features, train.labels, test.features, config)
+    solver, device = choose_solver(probe.solver, train.features), compute_device(config.gpu)
+    linear = fit_probe(train.features, train.labels, test.features, test.labels, probe.seed, solver, device)
+    predicted = _knn(train, None, test, None, config)
     return FeatureScores(
-        source=source, linear=linear, knn=share(int((predicted == test.labels).sum()), len(test.labels))
+        source=source,
+        dim=train.features.shape[1],
+        linear=linear,
+        knn=share(int((predicted == test.labels).sum()), len(test.labels)),
     )
 
 
 def _knn_held_out(train: FeatureSet, rows: Split, config: EvaluateConfig) -> float:
-    fitted, held = train.features[rows.fit], train.features[rows.held_out]
-    return float((_knn(fitted, train.labels[rows.fit], held, config) == train.labels[rows.held_out]).mean())
+    return float((_knn(train, rows.fit, train, rows.held_out, config) == train.labels[rows.held_out]).mean())
 
 
 def _knn(
-    train_x: NDArray[np.float32], train_y: NDArray[np.int64], test_x: NDArray[np.float32], config: EvaluateConfig
+    train: FeatureSet,
+    train_rows: NDArray[np.int64] | None,
+    test: FeatureSet,
+    test_rows: NDArray[np.int64] | None,
+    config: EvaluateConfig,
 ) -> NDArray[np.int64]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return knn_predict(
-        train_x,
-        train_y,
-        test_x,
+        train.features,
+        train.labels,
+        test.features,
+        train_rows=train_rows,
+        test_rows=test_rows,
         neighbours=config.knn_neighbours,
         temperature=config.knn_temperature,
-        device=device,
+        device=compute_device(config.gpu),
     )

@@ -79,7 +79,7 @@ def on_structure(result: Structure) -> list[str]:
     """Whether R^c falls and sparsity rises from layer to layer, in the trained model and in the controls."""
     own = result.encoders["trained"]
     if next(iter(own.trends.values())).steps < 1:
-        return ["The encoder has one layer: nothing goes from layer to layer."]
+        return ["The encoder has one layer: nothing goes from layer to layer.", *_on_undoing(result)]
     said = [
         _trend_sentence("R^c against the layer's codebook, on tokens as attention sees them,", own, "rate_after"),
         _trend_sentence(
@@ -116,15 +116,7 @@ def on_structure(result: Structure) -> list[str]:
                 f"The trend of {' and '.join(alike)} has the same direction without any training: it shows the "
                 "architecture at work, and by itself nothing that was learned."
             )
-    if own.undoing is not None:
-        errors = own.undoing["scaled"]
-        other_image = sum(e.value for e in own.undoing["other_image"]) / len(errors)
-        average = sum(e.value for e in errors) / len(errors)
-        said.append(
-            f"Decoder layers come within a relative error of {average:.2f} on average (best scale) of the tokens that "
-            f"they are to undo, against {other_image:.2f} for another image's tokens; 0 would be exact."
-        )
-    return said
+    return said + _on_undoing(result)
 
 
 def on_segmentation(result: Segmentation) -> list[str]:
@@ -150,6 +142,25 @@ def on_segmentation(result: Segmentation) -> list[str]:
                 f"{_versus(best.jaccard, theirs.jaccard)}."
             )
     said.append(f"No choice of whole patches could exceed {result.controls['grid'].jaccard.value:.3f}.")
+    return said
+
+
+def _on_undoing(result: Structure) -> list[str]:
+    """How nearly the trained model's decoder undoes its encoder, and of which models that has no meaning."""
+    said = []
+    if (undoing := result.encoders["trained"].undoing) is not None:
+        average, other_image = (
+            sum(error.value for error in undoing[name]) / len(undoing[name]) for name in ("scaled", "other_image")
+        )
+        said.append(
+            f"Decoder layers come within a relative error of {average:.2f} on average (best scale) of the tokens that "
+            f"they are to undo, against {other_image:.2f} for another image's tokens; 0 would be exact."
+        )
+    if without := [encoder.title for encoder in result.encoders.values() if encoder.undoing is None]:
+        said.append(
+            f"Of the {' and the '.join(without)} it is not measured how nearly decoder layers undo encoder layers: the "
+            "decoder has another depth or width than the encoder, so that its layers have no counterparts."
+        )
     return said
 
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import ray
 import ray.data
 import safetensors.torch
-import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
@@ -21,7 +20,7 @@ from crate_ray.data.reader import ShardReader, Unreadable
 from crate_ray.data.shards import load_dataset
 from crate_ray.data.storage import AlreadyExists, NotFound, Storage, open_storage
 from crate_ray.errors import UserError
-from crate_ray.evaluation.features import FeatureExtractor
+from crate_ray.evaluation.features import FeatureExtractor, compute_device
 from crate_ray.models import build_model
 from crate_ray.training.export import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
 
@@ -81,7 +80,15 @@ def embed(config: EmbedConfig, model: Path, record: EmbeddingRecord) -> None:
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         num_cpus=1,
         num_gpus=1 if config.gpu else 0,
-        fn_constructor_args=(data_uri, config.s3, description_json, weights, config.feature, config.batch_size),
+        fn_constructor_args=(
+            data_uri,
+            config.s3,
+            description_json,
+            weights,
+            config.feature,
+            config.batch_size,
+            config.gpu,
+        ),
     )
     embedded.write_parquet(path, filesystem=filesystem, min_rows_per_file=config.batch_size)
     done = record.model_copy(update={"complete": True})
@@ -92,15 +99,15 @@ class _Encoder:
     """Actor that reads ranges of a dataset and embeds them."""
 
     def __init__(
-        self, uri: str, s3: S3Config, description_json: str, weights: Any, feature: Feature, batch_size: int
+        self, uri: str, s3: S3Config, description_json: str, weights: Any, feature: Feature, batch_size: int, gpu: bool
     ) -> None:
         self._shards, self._batch_size = load_dataset(open_storage(uri, s3)), batch_size
         self._reader = ShardReader(self._shards)
         description = ModelDescription.model_validate_json(description_json)
         model = build_model(description.model)
         model.load_state_dict(safetensors.torch.load(ray.get(weights)))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._extractor = FeatureExtractor(model, description, feature, device)
+        # Ray does not hide the node's GPUs from an actor that asked for none.
+        self._extractor = FeatureExtractor(model, description, feature, compute_device(gpu))
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> pa.Table:
         start = int(batch["start"][0])

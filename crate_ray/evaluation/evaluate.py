@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from crate_ray.config import EvaluateConfig
 from crate_ray.data.loader import Batch
 from crate_ray.data.shards import ShardSet, load_dataset
@@ -16,7 +14,7 @@ from crate_ray.evaluation import conclusions, figures
 from crate_ray.evaluation.classification import classify
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache, default_folder
-from crate_ray.evaluation.features import iterate_dataset
+from crate_ray.evaluation.features import compute_device, iterate_dataset
 from crate_ray.evaluation.figures import Image
 from crate_ray.evaluation.layers import measure_structure
 from crate_ray.evaluation.reconstruction import measure_reconstruction
@@ -34,7 +32,7 @@ def evaluate(
     Datasets are opened before anything is measured. Features are computed by Ray, which is started where the cache
     lacks any; the rest runs in this process, on a GPU where it has one.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() and config.gpu is not False else "cpu")
+    device = compute_device(config.gpu)
     subjects = _subjects(config, trained, baseline)
     probe = config.probe
     labelled = [_open(uri, config) for uri in (probe.train, probe.test)] if probe else None

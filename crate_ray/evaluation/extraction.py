@@ -22,7 +22,7 @@ from crate_ray.data.shards import INDEX_STRIDE, Sample, ShardSet, load_dataset
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_cache import UNLABELLED, UNUSABLE, FeatureCache, FeatureSet
-from crate_ray.evaluation.features import FeatureExtractor, Tap, load_images, pixel_features, spread
+from crate_ray.evaluation.features import FeatureExtractor, Tap, compute_device, load_images, pixel_features, spread
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.ray_cluster import start_ray
@@ -93,7 +93,7 @@ class Extraction:
         rows = len(spread(shards.manifest.num_samples, max_samples))
         encode = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(_encode)
         job = ray.put(
-            _Job(shards.storage.uri, self.s3, max_samples, description.model_dump_json(), taps, ray.put(weights))
+            _Job(shards.storage.uri, self.s3, max_samples, description.model_dump_json(), taps, ray.put(weights), gpu)
         )
         starts = list(reversed(range(0, rows, _BATCH)))
         with self.cache.write(keys, rows, dims) as writer:
@@ -125,6 +125,8 @@ class _Job(NamedTuple):
     """None for pixels."""
     weights: Any
     """Ray's reference to the weights in safetensors."""
+    gpu: bool
+    """Whether tasks have a GPU: Ray does not hide the node's from those that asked for none."""
 
 
 class _Block(NamedTuple):
@@ -164,7 +166,7 @@ def _encode(job: _Job, first: int) -> _Block:
     if job.taps is None:
         features = pixel_features(images)
     else:
-        features = torch.cat(_extractor(job.description_json, job.weights).pooled(images, job.taps), 1)
+        features = torch.cat(_extractor(job.description_json, job.weights, job.gpu).pooled(images, job.taps), 1)
     found = [_label(sample, error) for sample, error in zip(samples, errors, strict=True)]
     return _Block(
         rows=np.arange(first, first + len(numbers)),
@@ -176,12 +178,12 @@ def _encode(job: _Job, first: int) -> _Block:
 
 
 @lru_cache(maxsize=1)
-def _extractor(description_json: str, weights: Any) -> FeatureExtractor:
+def _extractor(description_json: str, weights: Any, gpu: bool) -> FeatureExtractor:
     """The encoder, kept by the process from task to task; the weights are fetched once."""
     description = ModelDescription.model_validate_json(description_json)
     model = build_model(description.model)
     model.load_state_dict(safetensors.torch.load(ray.get(weights)))
-    return FeatureExtractor(model, description, device="cuda" if torch.cuda.is_available() else "cpu")
+    return FeatureExtractor(model, description, device=compute_device(gpu))
 
 
 def read_samples(reader: ShardReader, numbers: NDArray[np.int64]) -> list[Sample | Unreadable]:

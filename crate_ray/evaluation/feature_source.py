@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from crate_ray.data.shards import ShardSet
 from crate_ray.evaluation.feature_cache import UNLABELLED, FeatureSet
-from crate_ray.evaluation.features import FeatureExtractor, Tap, iterate_dataset, pixel_features
+from crate_ray.evaluation.features import FeatureExtractor, Tap, compute_device, iterate_dataset, pixel_features
 from crate_ray.evaluation.subject import Subject
 from crate_ray.training.export import ModelDescription
 
@@ -35,8 +34,7 @@ class InProcess:
         self, subject: Subject, shards: ShardSet, taps: Sequence[Tap], max_samples: int | None
     ) -> list[FeatureSet]:
         """See FeatureSource."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        extract = FeatureExtractor(subject.model, subject.description, device=device)
+        extract = FeatureExtractor(subject.model, subject.description, device=compute_device(None))
         return _collect(subject.description, shards, max_samples, lambda images: extract.pooled(images, taps))
 
     def pixels(self, description: ModelDescription, shards: ShardSet, max_samples: int | None) -> FeatureSet:

@@ -22,6 +22,7 @@ from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.export import ModelDescription, load_exported
 from crate_ray.training.step import Normalizer
 
+PIXELS = "raw pixels"
 _BATCH = 256
 _PIXEL_SIDE = 16
 
@@ -72,8 +73,22 @@ def pooled_features(model: MaskedAutoencoder, images_BCHW: Tensor, taps: Sequenc
 def pixel_features(images_BCHW: Tensor) -> Tensor:
     """The input itself, averaged down to 16 × 16 where it is larger, (B, channels · height · width)."""
     height, width = images_BCHW.shape[2:]
-    small = (min(height, _PIXEL_SIDE), min(width, _PIXEL_SIDE))
-    return F.adaptive_avg_pool2d(images_BCHW.float(), small).flatten(1)
+    return F.adaptive_avg_pool2d(images_BCHW.float(), _pixel_hw((height, width))).flatten(1)
+
+
+def pixels_title(model: ModelConfig) -> str:
+    """For people: what `pixel_features` of a model's input are."""
+    height, width = _pixel_hw(model.image_hw)
+    return PIXELS if (height, width) == model.image_hw else f"{PIXELS} averaged to {height} × {width}"
+
+
+def _pixel_hw(image_hw: tuple[int, int]) -> tuple[int, int]:
+    return min(image_hw[0], _PIXEL_SIDE), min(image_hw[1], _PIXEL_SIDE)
+
+
+def compute_device(gpu: bool | None) -> torch.device:
+    """A GPU where this process sees one and the setting `gpu` does not rule it out, else the CPU."""
+    return torch.device("cuda" if gpu is not False and torch.cuda.is_available() else "cpu")
 
 
 class FeatureExtractor:

@@ -183,7 +183,12 @@ def layer_measures(result: Structure) -> Image:
             for name, encoder in result.encoders.items():
                 estimates = encoder.measures[measure]
                 scale = 100 if label.endswith("%") else 1
-                _curve(axis, list(range(1, len(estimates) + 1)), estimates, name, encoder.title, scale)
+                layers = list(range(1, len(estimates) + 1))
+                _curve(axis, layers, estimates, name, encoder.title, scale)
+                if measure == "effective_rank":
+                    ranks_LK = np.array(encoder.effective_ranks)
+                    for edge_L in (ranks_LK.min(1), ranks_LK.max(1)):
+                        axis.plot(layers, edge_L, color=_INK[name], linestyle=":", linewidth=0.9)
             _layers_axis(axis, max(len(e.measures[measure]) for e in result.encoders.values()))
             axis.set_title(label)
         _legend(figure, axes[0, 0])
@@ -192,7 +197,7 @@ def layer_measures(result: Structure) -> Image:
             "Coding rates, effective rank and sparsity by layer",
             f"Means over {result.images} held-out images with 95 % bands. Top: compression against the layer's own "
             "codebook, in three scales; the paper says it falls. Bottom: sparsity after the layer; the paper says it "
-            "rises.",
+            "rises. Effective rank: mean over the subspaces, and dotted, the lowest and the highest of them.",
         )
 
 

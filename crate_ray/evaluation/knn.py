@@ -15,6 +15,8 @@ def knn_predict(
     train_y_N: NDArray[np.int64],
     test_x_MD: NDArray[np.float32],
     *,
+    train_rows: NDArray[np.int64] | None = None,
+    test_rows: NDArray[np.int64] | None = None,
     neighbours: int = 20,
     temperature: float = 0.07,
     device: torch.device | str = "cpu",
@@ -22,15 +24,18 @@ def knn_predict(
     """Class (M,) with the largest sum of exp(cosine / τ) over the k most similar training samples.
 
     k and τ are those of DINO (arXiv 2104.14294) and of instance discrimination (arXiv 1805.01978). Training features
-    of length one are held in memory, test features are read in blocks.
+    of length one are held in memory, once; test features are read in blocks. Of either, some rows may be used alone.
     """
-    train = F.normalize(torch.from_numpy(np.array(train_x_ND, np.float32)).to(device), dim=1)
-    labels = torch.from_numpy(train_y_N).to(device)
-    neighbours, classes = min(neighbours, len(train)), int(train_y_N.max()) + 1
-    rows = max(1, _SIMILARITIES // len(train))
+    train_rows = np.arange(len(train_x_ND)) if train_rows is None else train_rows
+    test_rows = np.arange(len(test_x_MD)) if test_rows is None else test_rows
+    train = torch.from_numpy(np.asarray(train_x_ND[train_rows], np.float32)).to(device)
+    train = F.normalize(train, dim=1, out=train)
+    labels = torch.from_numpy(train_y_N[train_rows]).to(device)
+    neighbours, classes = min(neighbours, len(train)), int(labels.max()) + 1
+    size = max(1, _SIMILARITIES // len(train))
     found = []
-    for start in range(0, len(test_x_MD), rows):
-        test = torch.from_numpy(np.array(test_x_MD[start : start + rows], np.float32)).to(device)
+    for start in range(0, len(test_rows), size):
+        test = torch.from_numpy(np.asarray(test_x_MD[test_rows[start : start + size]], np.float32)).to(device)
         cosine, nearest = (F.normalize(test, dim=1) @ train.T).topk(neighbours, dim=1)
         # Weights relative to the nearest one's: exp(1 / τ) leaves float32's range for a small τ.
         weight = ((cosine - cosine[:, :1]) / temperature).exp()

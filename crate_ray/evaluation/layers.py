@@ -71,7 +71,9 @@ class EncoderStructure(Settings):
     num_subspaces: int
     """K."""
     measures: dict[str, tuple[Estimate, ...]]
-    """Means over images by measure; see structure.layerwise.LayerMeasures."""
+    """Means over images by measure; see structure.layerwise.LayerMeasures. Effective ranks: over subspaces too."""
+    effective_ranks: tuple[tuple[float, ...], ...]
+    """Effective rank of U_kᵀ LN(Z½) of each layer's K subspaces, (L, K); means over images."""
     trends: dict[str, Trend]
     """Of some of the measures."""
     compressing_layers: int
@@ -158,7 +160,8 @@ def _measure(subject: Subject, images: torch.Tensor, epsilon: float, device: tor
         if len(part) > 1 and (errors := measure_undoing(model, normalised)) is not None:
             undone.append(errors)
     model.cpu()
-    layers = vars(LayerMeasures.concatenate(measured))
+    found = LayerMeasures.concatenate(measured)
+    layers = vars(found) | {"effective_rank": found.effective_rank.mean(2)}
     largest, means = measure_codebooks(model)
     heads, size, _ = view_layer(model.encoder[0]).codebook.shape
     return EncoderStructure(
@@ -167,6 +170,7 @@ def _measure(subject: Subject, images: torch.Tensor, epsilon: float, device: tor
         subspace_dim=size,
         num_subspaces=heads,
         measures={name: tuple(mean(row) for row in values.numpy()) for name, values in layers.items()},
+        effective_ranks=tuple(tuple(row) for row in found.effective_rank.mean(1).tolist()),
         trends={name: trend(layers[name].numpy()) for name in _TREND_MEASURES},
         compressing_layers=int((layers["rate_after"].mean(1) < layers["rate_before"].mean(1)).sum()),
         compressing_layers_span=int((layers["rate_after_span"].mean(1) < layers["rate_before_span"].mean(1)).sum()),

@@ -19,7 +19,7 @@ from crate_ray.config import ProbeConfig, Settings
 from crate_ray.data.shards import ShardSet
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
-from crate_ray.evaluation.features import Tap
+from crate_ray.evaluation.features import Tap, compute_device
 from crate_ray.evaluation.intervals import Estimate, share
 from crate_ray.evaluation.subject import Subject
 from crate_ray.evaluation.torch_probe import fit_path
@@ -78,34 +78,28 @@ def fit_probe(
     test_y: NDArray[np.int64],
     seed: int = 0,
     solver: Solver = "sklearn",
+    device: torch.device | str = "cpu",
 ) -> ProbeScore:
-    """Logistic regression on standardised features (n, d), labels (n,).
+    """Logistic regression on standardised features (n, d), labels (n,); the device is for the torch solver.
 
     The strength is the one with the best accuracy on a fifth of the training samples, over a logarithmic grid; the
     probe is then fitted on all of them. Test samples choose nothing.
     """
     rows = split_rows(train_y, seed)
-    held_x, held_y = train_x[rows.held_out], train_y[rows.held_out]
-    held = [
-        float((predicted == held_y).mean())
-        for predicted in _predictions(train_x[rows.fit], train_y[rows.fit], held_x, _STRENGTHS, solver)
-    ]
-    best = _STRENGTHS[int(np.argmax(held))]
-    (predicted,) = _predictions(train_x, train_y, test_x, (best,), solver)
+    best = _STRENGTHS[int(np.argmax(_held_out(train_x, train_y, rows, _STRENGTHS, solver, device)))]
+    (predicted,) = _predictions(train_x, train_y, None, test_x, None, (best,), solver, device)
     interval = share(int((predicted == test_y).sum()), len(test_y))
     return ProbeScore(accuracy=interval.value, interval=interval, strength=best, solver=solver)
 
 
-def held_out_accuracy(train_x: NDArray[np.float32], train_y: NDArray[np.int64], rows: Split) -> float:
+def held_out_accuracy(
+    train_x: NDArray[np.float32], train_y: NDArray[np.int64], rows: Split, device: torch.device | str = "cpu"
+) -> float:
     """Best accuracy over the grid of strengths on the held-out training samples: what layers are compared by.
 
     Always by the torch solver, which goes along the grid of strengths without starting anew.
     """
-    held_x, held_y = train_x[rows.held_out], train_y[rows.held_out]
-    predictions = _predictions(
-        train_x[rows.fit], train_y[rows.fit], held_x, _COMPARED_STRENGTHS, "torch", _COMPARED_ITERATIONS
-    )
-    return max(float((predicted == held_y).mean()) for predicted in predictions)
+    return max(_held_out(train_x, train_y, rows, _COMPARED_STRENGTHS, "torch", device, _COMPARED_ITERATIONS))
 
 
 def probe_encoder(
@@ -119,7 +113,8 @@ def probe_encoder(
     (fitted,), (tested,) = (InProcess().encoder(subject, part, taps, config.max_samples) for part in (train, test))
     check_labels(fitted.labels, tested.labels, train.storage.uri, test.storage.uri)
     solver = choose_solver(config.solver, fitted.features)
-    return fit_probe(fitted.features, fitted.labels, tested.features, tested.labels, config.seed, solver)
+    device = compute_device(None)
+    return fit_probe(fitted.features, fitted.labels, tested.features, tested.labels, config.seed, solver, device)
 
 
 def check_labels(train_y: NDArray[np.int64], test_y: NDArray[np.int64], train_uri: str, test_uri: str) -> None:
@@ -137,25 +132,54 @@ def check_labels(train_y: NDArray[np.int64], test_y: NDArray[np.int64], train_ur
         raise UserError(f"{train_uri} has {len(train_y)} samples; a probe needs at least ten")
 
 
+def _held_out(
+    train_x: NDArray[np.float32],
+    train_y: NDArray[np.int64],
+    rows: Split,
+    strengths: tuple[float, ...],
+    solver: Solver,
+    device: torch.device | str,
+    iterations: int = _ITERATIONS,
+) -> list[float]:
+    """Accuracy on the held-out rows for each of the strengths, fitted on the others."""
+    predictions = _predictions(
+        train_x, train_y, rows.fit, train_x, rows.held_out, strengths, solver, device, iterations
+    )
+    return [float((predicted == train_y[rows.held_out]).mean()) for predicted in predictions]
+
+
 def _predictions(
     train_x: NDArray[np.float32],
     train_y: NDArray[np.int64],
+    train_rows: NDArray[np.int64] | None,
     test_x: NDArray[np.float32],
+    test_rows: NDArray[np.int64] | None,
     strengths: tuple[float, ...],
     solver: Solver,
+    device: torch.device | str,
     iterations: int = _ITERATIONS,
 ) -> list[NDArray[np.int64]]:
-    """Predicted classes of the test samples for each of the strengths, which rise."""
-    with threadpool_limits(1 if train_x.nbytes <= _SMALL_BYTES else None), warnings.catch_warnings():
+    """Predicted classes of the test rows for each of the strengths, which rise; None is for all rows."""
+    fitted_y = train_y if train_rows is None else train_y[train_rows]
+    small = 4 * len(fitted_y) * train_x.shape[1] <= _SMALL_BYTES
+    with threadpool_limits(1 if small else None), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # at weak penalties; the grid has stronger ones
         if solver == "torch":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            classes = int(train_y.max()) + 1
-            path = fit_path(train_x, train_y, strengths, num_classes=classes, max_iterations=iterations, device=device)
-            return [fitted.predict(test_x) for fitted in path]
+            path = fit_path(
+                train_x,
+                train_y,
+                strengths,
+                num_classes=int(fitted_y.max()) + 1,
+                rows_M=train_rows,
+                max_iterations=iterations,
+                device=device,
+            )
+            return [fitted.predict(test_x, test_rows) for fitted in path]
+        fitted_x = train_x if train_rows is None else train_x[train_rows]
+        test_x = test_x if test_rows is None else test_x[test_rows]
         return [
             make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=iterations))
-            .fit(train_x, train_y)
+            .fit(fitted_x, fitted_y)
             .predict(test_x)
             for strength in strengths
         ]

@@ -1,6 +1,7 @@
 """Logistic regression on torch: the objective of scikit-learn's, for features that need not fit memory.
 
-Each evaluation of the objective is one pass over batches of the (memory-mapped) features, on a GPU where there is one.
+Each evaluation of the objective is one pass over batches of the (memory-mapped) features, on any device. Only a batch
+is in memory, also where some of the rows are used: give their numbers, not features[rows], which copies them all.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class LinearProbe(NamedTuple):
     std: Tensor
     """Their standard deviation, (D,); 1 where it is 0."""
 
-    def predict(self, x_ND: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Class of each row, (N,)."""
+    def predict(self, x_ND: NDArray[np.float32], rows_M: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """Class of each of the rows, (M,); of all without rows."""
         device = self.weight.device
         parts = [
             F.linear((part.to(device) - self.mean) / self.std, self.weight, self.bias).argmax(1).cpu()
-            for part, _ in _batches(x_ND, None)
+            for part, _ in _batches(x_ND, _numbers(x_ND, rows_M))
         ]
         return torch.cat(parts).numpy() if parts else np.empty(0, np.int64)
 
@@ -45,18 +46,21 @@ def fit_path(
     strengths: Sequence[float],
     *,
     num_classes: int,
+    rows_M: NDArray[np.int64] | None = None,
     max_iterations: int = 150,
     device: torch.device | str = "cpu",
 ) -> Iterator[LinearProbe]:
     """A probe for each inverse L2 strength C, each begun where the one before ended: give them in rising order.
 
-    Minimises C Σ_n cross-entropy + ½ ‖W‖² (scikit-learn's objective, the bias is not penalised), divided by C N, with
-    L-BFGS over all samples, not over random batches: the result depends on no learning rate and no seed.
+    Fitted on the M rows of the features and labels, on all N without rows. Minimises C Σ_n cross-entropy + ½ ‖W‖²
+    (scikit-learn's objective, the bias is not penalised), divided by C M, with L-BFGS over all of the rows, not over
+    random batches: the result depends on no learning rate and no seed.
     """
-    mean_D, std_D = (value.to(device) for value in _statistics(x_ND))
+    rows_M = _numbers(x_ND, rows_M)
+    mean_D, std_D = (value.to(device) for value in _statistics(x_ND, rows_M))
     weight_CD = torch.zeros(num_classes, x_ND.shape[1], device=device, requires_grad=True)
     bias_C = torch.zeros(num_classes, device=device, requires_grad=True)
-    count = len(x_ND)
+    count = len(rows_M)
     for strength in strengths:
         optimizer = torch.optim.LBFGS(
             [weight_CD, bias_C],
@@ -71,9 +75,9 @@ def fit_path(
             total = weight_CD.square().sum() / (2 * strength * count)
             total.backward()
             total = total.detach()
-            for part, labels in _batches(x_ND, y_N):
+            for part, rows in _batches(x_ND, rows_M):
                 logits = F.linear((part.to(device) - mean_D) / std_D, weight_CD, bias_C)
-                loss = F.cross_entropy(logits, labels.to(device), reduction="sum") / count
+                loss = F.cross_entropy(logits, torch.from_numpy(y_N[rows]).to(device), reduction="sum") / count
                 loss.backward()
                 total += loss.detach()
             return total
@@ -82,21 +86,26 @@ def fit_path(
         yield LinearProbe(weight_CD.detach().clone(), bias_C.detach().clone(), mean_D, std_D)
 
 
-def _batches(x_ND: NDArray[np.float32], y_N: NDArray[np.int64] | None) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, _BATCH_BYTES // (4 * max(1, x_ND.shape[1])))
-    for start in range(0, len(x_ND), rows):
-        # A copy: torch does not take read-only memory maps.
-        x = torch.from_numpy(np.array(x_ND[start : start + rows], np.float32))
-        yield x, torch.empty(0) if y_N is None else torch.from_numpy(y_N[start : start + rows])
+def _numbers(x_ND: NDArray[np.float32], rows_M: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    return np.arange(len(x_ND)) if rows_M is None else rows_M
 
 
-def _statistics(x_ND: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+def _batches(x_ND: NDArray[np.float32], rows_M: NDArray[np.int64]) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Features of some of the rows at a time, and which."""
+    size = max(1, _BATCH_BYTES // (4 * max(1, x_ND.shape[1])))
+    for start in range(0, len(rows_M), size):
+        rows = rows_M[start : start + size]
+        # Rows by number are a copy: torch does not take read-only memory maps.
+        yield torch.from_numpy(np.asarray(x_ND[rows], np.float32)), rows
+
+
+def _statistics(x_ND: NDArray[np.float32], rows_M: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     total = torch.zeros(x_ND.shape[1], dtype=torch.float64)
-    for part, _ in _batches(x_ND, None):
+    for part, _ in _batches(x_ND, rows_M):
         total += part.double().sum(0)
-    mean_D = total / len(x_ND)
+    mean_D = total / len(rows_M)
     squares = torch.zeros_like(total)
-    for part, _ in _batches(x_ND, None):
+    for part, _ in _batches(x_ND, rows_M):
         squares += (part.double() - mean_D).square().sum(0)
-    std_D = (squares / len(x_ND)).sqrt()
+    std_D = (squares / len(rows_M)).sqrt()
     return mean_D.float(), torch.where(std_D > 0, std_D, 1).float()

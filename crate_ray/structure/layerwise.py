@@ -45,7 +45,8 @@ class LayerView:
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """Measures of each of L encoder layers on each of B images, (L, B) float64; tokens include CLS.
+    """Measures of each of L encoder layers on each of B images, (L, B) float64 (one of K subspaces too); tokens
+    include CLS.
 
     Rates come in three forms, because a rate depends on the scale of tokens and codebook: of the tokens as the layer's
     attention sees them, LN(Z), against the codebook as it is; of the same against orthonormal bases of the codebook's
@@ -83,11 +84,11 @@ class LayerMeasures:
     gini: Tensor
     """Gini index of Z'."""
     effective_rank: Tensor
-    """Effective rank of U_kᵀ LN(Z½), mean over the subspaces: from 1 to p."""
+    """Effective rank of U_kᵀ LN(Z½) of each subspace, (L, B, K): from 1 to p."""
 
     def means(self) -> dict[str, list[float]]:
-        """Mean over the images, by measure, layer by layer."""
-        return {name: values.mean(1).tolist() for name, values in vars(self).items()}
+        """Mean over the images (and subspaces), by measure, layer by layer."""
+        return {name: values.flatten(1).mean(1).tolist() for name, values in vars(self).items()}
 
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
@@ -161,7 +162,7 @@ def measure_layers(
                 zero_share(next_BTD),
                 *(zero_share(relative_BTD, threshold) for threshold in THRESHOLDS),
                 gini(next_BTD),
-                effective_rank(project(seen_half_BTD, layer.codebook)).mean(-1),
+                effective_rank(project(seen_half_BTD, layer.codebook)),
             ]
         )
         z_BTD = next_BTD

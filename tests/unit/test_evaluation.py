@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from skimage.metrics import structural_similarity as reference_ssim
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from crate_ray.config import CrateMAEConfig, EvaluateConfig, PrepareConfig, S3Config, ViTMAEConfig
+from crate_ray.config import CrateMAEConfig, EvaluateConfig, PrepareConfig, ProbeConfig, S3Config, ViTMAEConfig
 from crate_ray.data.builtin import shapes_source
 from crate_ray.data.decode import decode_batch
 from crate_ray.data.packing import pack
@@ -27,18 +30,21 @@ from crate_ray.data.shards import ShardSet, load_dataset
 from crate_ray.data.storage import open_storage
 from crate_ray.data.transforms import centre_crops
 from crate_ray.errors import UserError
-from crate_ray.evaluation import masks
+from crate_ray.evaluation import masks, segmentation
+from crate_ray.evaluation.classification import Classification, EncoderScores, FeatureScores, classify, classify_by
+from crate_ray.evaluation.conclusions import on_classification, on_segmentation, on_structure
 from crate_ray.evaluation.evaluate import evaluate
 from crate_ray.evaluation.extraction import read_samples
-from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache
-from crate_ray.evaluation.features import Tap, all_taps, iterate_dataset, pooled_features
-from crate_ray.evaluation.intervals import bootstrap, mean, share
+from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache, FeatureSet
+from crate_ray.evaluation.feature_source import InProcess
+from crate_ray.evaluation.features import Tap, all_taps, compute_device, iterate_dataset, pooled_features
+from crate_ray.evaluation.intervals import Estimate, bootstrap, mean, share
 from crate_ray.evaluation.knn import knn_predict
-from crate_ray.evaluation.layers import trend
-from crate_ray.evaluation.probe import fit_probe
+from crate_ray.evaluation.layers import EncoderStructure, Structure, trend
+from crate_ray.evaluation.probe import ProbeScore, fit_probe
 from crate_ray.evaluation.reconstruction import measure_reconstruction, structural_similarity
 from crate_ray.evaluation.report import Report, render
-from crate_ray.evaluation.segmentation import measure_segmentation
+from crate_ray.evaluation.segmentation import EncoderSegmentation, MapScore, Segmentation, measure_segmentation
 from crate_ray.evaluation.subject import Subject, find_checkpoint, load_file
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import CrateMAE, build_model, export_published
@@ -142,6 +148,56 @@ def test_knn_is_the_weighted_vote_of_scikit_learn() -> None:
     found = knn_predict(x[:1000], y[:1000], x[1000:])
     assert (found == reference.predict(x[1000:])).mean() > 0.997  # but for ties in rounding
     assert np.array_equal(knn_predict(x[:5], y[:5], x[:5], neighbours=20, temperature=1e-3), y[:5])
+    some, others = np.arange(0, 1500, 2), np.arange(1, 1500, 3)
+    assert np.array_equal(
+        knn_predict(x, y, x, train_rows=some, test_rows=others), knn_predict(x[some], y[some], x[others])
+    )
+
+
+class Told:
+    """A source of features that was told them: of a training set, and of any other."""
+
+    def __init__(self, shards: ShardSet, train: list[FeatureSet], test: list[FeatureSet]) -> None:
+        self.shards, self.train, self.test = shards, train, test
+
+    def encoder(self, _: Subject, shards: ShardSet, taps: Sequence[Tap], __: int | None) -> list[FeatureSet]:
+        return (self.train if shards is self.shards else self.test)[: len(taps)]
+
+    def pixels(self, _: ModelDescription, shards: ShardSet, __: int | None) -> FeatureSet:
+        return (self.train if shards is self.shards else self.test)[0]
+
+
+def noise(seed: int) -> list[FeatureSet]:
+    """Features of six taps that say nothing of the labels."""
+    random, labels = np.random.default_rng(seed), np.arange(60) % 3
+    return [FeatureSet(random.normal(size=(60, 8)).astype(np.float32), labels, np.arange(60)) for _ in range(6)]
+
+
+def test_test_samples_choose_neither_feature_nor_strength(shapes: ShardSet) -> None:
+    # On noise, other labels of the test samples make another feature, layer and strength the best on them.
+    probe, who, held_out = ProbeConfig(train="", test=""), subject(shapes), without_masks(shapes)
+    config = EvaluateConfig(model="m", probe=probe)
+    train, test = noise(0), noise(1)
+    choices, accuracies = set(), set()
+    for seed in range(4):
+        labels = np.random.default_rng(seed).permutation(test[0].labels)
+        source = Told(shapes, train, [replace(part, labels=labels) for part in test])
+        found = classify_by(who, shapes, held_out, config, probe, source)
+        assert found.chosen_linear is not None and found.chosen_knn is not None
+        features = found.standard, found.chosen_linear, found.chosen_knn
+        choices.add((found.layers, *((one.source, one.linear.strength) for one in features)))
+        accuracies.add(found.chosen_linear.linear.accuracy)
+    assert len(choices) == 1 and len(accuracies) > 1
+
+
+def test_no_gpu_is_used_where_the_settings_say_so(shapes: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # without a GPU, whatever uses one fails
+    assert [compute_device(gpu).type for gpu in (None, True, False)] == ["cuda", "cuda", "cpu"]
+    probe = ProbeConfig(train="", test="", solver="torch")
+    config = EvaluateConfig(model="m", probe=probe, gpu=False)
+    source = Told(shapes, noise(0), noise(1))
+    found = classify([subject(shapes)], shapes, without_masks(shapes), config, probe, source)
+    assert found.encoders["trained"].standard.linear.solver == "torch"
 
 
 # --- Features -------------------------------------------------------------------------------------------------------
@@ -351,6 +407,33 @@ def test_segmentation_is_bounded_by_its_patches_and_by_chance(shapes: ShardSet) 
         measure_segmentation(subjects, without_masks(shapes), 40, 0.6, 0, CPU)
 
 
+def test_an_image_chooses_heads_and_components_or_is_measured_but_never_both(
+    shapes: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = subject(shapes)
+    loaded = masks.load_masked(shapes, who.description, 8)
+
+    def measured(changed: int | None) -> tuple[list[object], Estimate]:
+        """What was chosen, and the Jaccard index of something that is not, with one image's mask turned around."""
+        turned = loaded.masks.copy()
+        if changed is not None:
+            turned[changed] = ~turned[changed]
+        monkeypatch.setattr(segmentation, "load_masked", lambda *_: replace(loaded, masks=turned))
+        result, _ = measure_segmentation([who], shapes, 8, 0.6, 0, CPU)
+        own = result.encoders["trained"]
+        scores = [own.scores[name] for name in ("best_head", "best_last_head", "best_component")]
+        scores.append(result.controls["centre"])
+        return [own.heads, *((score.title, score.chosen_on) for score in scores)], result.controls["everything"].jaccard
+
+    choices, reported = measured(None)
+    tested = 0
+    for image in range(8):
+        now_choices, now_reported = measured(image)
+        assert (now_choices == choices) != (now_reported == reported)
+        tested += now_choices == choices
+    assert tested == 4
+
+
 def without_masks(shards: ShardSet) -> ShardSet:
     manifest = shards.manifest.model_copy(update={"suffixes": ("cls", "jpg")})
     return ShardSet(shards.storage, manifest, shards.shards, shards.index, shards.names)
@@ -372,6 +455,144 @@ def test_report_holds_all_numbers_escapes_names_and_needs_no_network(shapes: Sha
     assert again == report
     assert any("R^c falls and sparsity rises" in sentence for sentence in again.conclusions["structure"])
     assert all(math.isfinite(value) for value in report.metrics().values())
+
+
+def test_a_baseline_is_measured_beside_the_model(
+    shapes: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crate_ray.evaluation.evaluate.Extraction", lambda *_: InProcess())
+    uri = shapes.storage.uri
+    probe = ProbeConfig(train=uri, test=uri)
+    config = EvaluateConfig(
+        model="ours", baseline="theirs", probe=probe, data=uri, masks=uri, max_images=8, features_dir=str(tmp_path)
+    )
+    vit = ViTMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_heads=2, decoder_depth=1)
+    report, images = evaluate(config, subject(shapes), subject(shapes, vit, "baseline"), lambda _: None)
+    assert report.baseline is not None and report.baseline.title == "baseline ViT-MAE" and not report.left_out
+    sections = report.classification, report.reconstruction, report.structure, report.segmentation
+    assert all(section is not None for section in sections)
+    classification, _, structure, found = sections
+    assert classification is not None and structure is not None and found is not None
+    assert set(classification.encoders) == {"trained", "baseline", "untrained", "pixels"}
+    assert set(structure.encoders) == set(found.encoders) == {"trained", "baseline", "untrained"}
+    page = render(report, images).decode()
+    again = Report.model_validate_json(report.to_json())
+    assert again == report
+
+    # Images are larger than what pixels are probed at.
+    pixels = classification.encoders["pixels"]
+    assert (pixels.title, pixels.standard.dim) == ("raw pixels averaged to 16 × 16", 3 * 16 * 16)
+    assert "raw pixels averaged to 16 × 16, 768 numbers an image" in page
+    assert any("Against raw pixels averaged to 16 × 16 (" in line for line in report.conclusions["classification"])
+    # Every subspace has an effective rank, and the page says how far they are apart.
+    trained = structure.encoders["trained"]
+    for layer, ranks in zip(trained.measures["effective_rank"], trained.effective_ranks, strict=True):
+        assert len(ranks) == 2 and np.mean(ranks) == pytest.approx(layer.value)
+        assert f"{min(ranks):.3g} to {max(ranks):.3g}</td>" in page
+    # Shares of small numbers and the errors of decoder layers are in tables.
+    assert trained.undoing is not None
+    rows = [[re.sub(r" ±.*", "", cell) for cell in re.findall("<td>(.*?)</td>", row)] for row in page.split("<tr>")]
+    for i in range(2):
+        small = [f"{100 * trained.measures[name][i].value:.3g}" for name in ("zero_share", "below_01", "below_1")]
+        assert any(row[1:5] == [str(i + 1), *small] for row in rows)
+        errors = [f"{trained.undoing[name][i].value:.3g}" for name in ("relative", "scaled", "other_image")]
+        assert any(row[1:] == [str(i + 1), str(2 - i), *errors] for row in rows)
+    # The baseline's decoder is shallower than its encoder.
+    assert structure.encoders["baseline"].undoing is None
+    sentences = [line for line in report.conclusions["structure"] if "has another depth or width" in line]
+    assert len(sentences) == 1 and sentences[0].startswith("Of the baseline ViT-MAE it is not measured")
+
+
+counts = st.integers(0, 400)
+
+
+def differs(one: Estimate, other: Estimate) -> bool:
+    return one.low > other.high or one.high < other.low
+
+
+@given(counts, counts, counts, counts)
+@settings(max_examples=60, deadline=None)
+def test_sentences_on_accuracies_say_which_is_better_and_whether_it_is_sure(a: int, b: int, c: int, d: int) -> None:
+    def scores(title: str, linear: int, knn: int) -> EncoderScores:
+        interval = share(linear, 400)
+        probe = ProbeScore(accuracy=interval.value, interval=interval, strength=1.0, solver="sklearn")
+        return EncoderScores(
+            title=title, standard=FeatureScores(source="features", dim=4, linear=probe, knn=share(knn, 400))
+        )
+
+    own, other = scores("trained CRATE-MAE", a, b), scores("untrained CRATE-MAE", c, d)
+    said = on_classification(
+        Classification(
+            train="a", test="b", train_samples=400, test_samples=400, num_classes=2, majority=share(200, 400),
+            neighbours=20, temperature=0.07, encoders={"trained": own, "untrained": other},
+        )
+    )  # fmt: skip
+    (sentence,) = (line for line in said if line.startswith("Against the untrained CRATE-MAE"))
+    found = re.findall(r"([\d.]+) points (better|worse)( \(within the intervals\))?", sentence)
+    pairs = (own.standard.linear.interval, other.standard.linear.interval), (own.standard.knn, other.standard.knn)
+    for (points, direction, unsure), (ours, theirs) in zip(found, pairs, strict=True):
+        assert float(points) == pytest.approx(100 * abs(ours.value - theirs.value), abs=0.051)
+        assert direction == ("better" if ours.value >= theirs.value else "worse")
+        assert bool(unsure) != differs(ours, theirs)
+
+
+@given(counts, counts, counts)
+@settings(max_examples=60, deadline=None)
+def test_sentences_on_maps_compare_the_one_that_validation_chose(head: int, component: int, control: int) -> None:
+    def score(title: str, count: int, chosen_on: float | None = None) -> MapScore:
+        return MapScore(title=title, jaccard=share(count, 400), chosen_on=chosen_on)
+
+    # Which is best is what the validation half says, here the reverse of the test half.
+    maps = {
+        "best_head": score("head", head, 1 - head / 400),
+        "mean_head": score("mean", 100),
+        "best_component": score("component", component, 1 - component / 400),
+    }
+    result = Segmentation(
+        data="a", images=800, test_images=400, skipped=0, foreground=share(100, 400), mass=0.6, grid=(4, 4),
+        encoders={"trained": EncoderSegmentation(title="trained CRATE-MAE", scores=maps, heads=((0.5,),))},
+        controls={name: score(name, control) for name in ("everything", "centre", "random", "colours", "grid")},
+    )  # fmt: skip
+    ours, theirs = maps["best_head" if head <= component else "best_component"].jaccard, share(control, 400)
+    sentences = [line for line in on_segmentation(result) if "the trained model's best is" in line]
+    assert len(sentences) == 4
+    for sentence in sentences:
+        assert (
+            f" {abs(ours.value - theirs.value):.3f} {'above' if ours.value >= theirs.value else 'below'} it" in sentence
+        )
+        assert ("(within the intervals)" in sentence) != differs(ours, theirs)
+
+
+EVEN, MOSTLY, FLAT = (5.0, 4.0, 3.0, 2.0, 1.0), (5.0, 3.0, 3.5, 2.0, 1.0), (3.0, 2.9, 3.1, 2.9, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        (EVEN, EVEN, "falls at every step"),
+        (EVEN, MOSTLY, "falls on the whole, but not at every step"),
+        (EVEN, FLAT, "falls by one of its two measures only"),
+        (EVEN[::-1], EVEN, "falls by one of its two measures only"),
+        (EVEN[::-1], EVEN[::-1], "does not fall"),
+        (FLAT, FLAT, "does not fall"),
+    ],
+)
+def test_the_claim_on_compression_and_sparsity_follows_the_curves(
+    first: tuple[float, ...], second: tuple[float, ...], verdict: str
+) -> None:
+    curves = [np.array(curve)[:, None] + np.random.default_rng(0).normal(0, 0.01, (5, 40)) for curve in (first, second)]
+    rate, rate_span = map(trend, curves)
+    zeros, gini = (trend(-curve) for curve in curves)  # what rates do, sparsity does the other way round
+    one = EncoderStructure(
+        title="trained CRATE-MAE", codebook="U", subspace_dim=4, num_subspaces=2, measures={}, effective_ranks=(),
+        trends={"rate_after": rate, "rate_after_span": rate_span, "rate_after_raw": rate, "zero_share": zeros,
+                "gini": gini},
+        compressing_layers=5, compressing_layers_span=5, coherence_largest=(0.1,) * 5, coherence_mean=(0.1,) * 5,
+        undoing=None,
+    )  # fmt: skip
+    said = on_structure(Structure(data="a", images=40, epsilon=0.5, encoders={"trained": one}))
+    (claim,) = (line for line in said if line.startswith("The paper says"))
+    assert claim.endswith(f"Here R^c {verdict}, and sparsity {verdict.replace('fall', 'rise')}.")
 
 
 def test_what_a_user_can_mend_is_one_sentence(shapes: ShardSet, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from crate_ray.data.sources import open_source
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.evaluation.features import FeatureExtractor, Tap, iterate_dataset
-from crate_ray.evaluation.probe import fit_probe, probe_encoder
+from crate_ray.evaluation.probe import fit_probe, held_out_accuracy, probe_encoder, split_rows
+from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import build_model
 from crate_ray.training.export import ModelDescription
 
@@ -52,6 +54,26 @@ def test_scale_of_the_features_does_not_matter() -> None:
     assert fit_probe(train_x * scales, train_y, test_x * scales, test_y).accuracy == pytest.approx(
         plain.accuracy, abs=0.01
     )
+
+
+def test_features_on_disk_are_in_memory_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crate_ray.evaluation.torch_probe._BATCH_BYTES", 2**15)
+    x, y = blobs(2000, 20, 7)
+    x = np.tile(x, (1, 16))
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    rows = split_rows(y, 0)
+    expected = fit_probe(x, y, x, y, solver="torch"), held_out_accuracy(x, y, rows)  # imports what it needs, too
+    tracemalloc.start()
+    assert (fit_probe(mapped, y, mapped, y, solver="torch"), held_out_accuracy(mapped, y, rows)) == expected
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < mapped.nbytes / 2
+    # Rows by number are the rows themselves.
+    (chosen,) = fit_path(mapped, y, (0.1,), num_classes=4, rows_M=rows.fit)
+    (copied,) = fit_path(x[rows.fit], y[rows.fit], (0.1,), num_classes=4)
+    assert all(torch.equal(one, other) for one, other in zip(chosen, copied, strict=True))
+    assert np.array_equal(chosen.predict(mapped, rows.held_out), copied.predict(x[rows.held_out]))
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,32 @@ def test_a_step_down_the_rate_denoises_tokens_of_a_known_mixture() -> None:
     assert torch.nn.functional.cosine_similarity(z.grad.flatten(), signal.flatten(), dim=0).abs() < 0.01
 
 
+@pytest.mark.parametrize("epsilon", [0.1, 0.5, 2.0])
+def test_the_rate_of_a_whole_mixture_falls_against_the_noise_beside_each_tokens_subspace(epsilon: float) -> None:
+    # Tokens in all of K orthogonal subspaces that fill the space, plus noise, against the full codebook. Unprojected,
+    # the gradient is mostly along the signal, which a step down the rate shrinks; what it does beside a token's own
+    # subspace is to take the noise away.
+    count, p, per = 4, 4, 256
+    random = torch.Generator().manual_seed(3)
+    basis = orthonormal(count * p, count * p).reshape(count, p, -1)
+    own = basis[torch.arange(count).repeat_interleave(per)]
+
+    def beside(x_TD: torch.Tensor) -> torch.Tensor:
+        return x_TD - torch.einsum("tp,tpd->td", torch.einsum("td,tpd->tp", x_TD, own), own)
+
+    def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+        return torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0).item()
+
+    coordinates = torch.randn(count * per, p, generator=random, dtype=torch.float64)
+    signal = torch.einsum("tp,tpd->td", coordinates, own)
+    noise = 0.1 * torch.randn(count * per, count * p, generator=random, dtype=torch.float64)
+    z = (signal + noise).requires_grad_()
+    codebook_rates(project(z, basis), epsilon).sum().backward()
+    assert z.grad is not None
+    assert cosine(beside(z.grad), beside(noise)) > 0.98
+    assert cosine(z.grad, signal) > 0.95 and cosine(z.grad, beside(noise)) < 0.2
+
+
 def test_sparsity_of_known_codes() -> None:
     one_hot, even = torch.eye(8)[None], torch.full((1, 5, 8), -3.0)
     assert zero_share(one_hot).item() == 7 / 8 and zero_share(even).item() == 0
@@ -106,6 +132,9 @@ def test_layers_are_measured_where_they_act() -> None:
     codebook = last.mssa.subspaces.reshape(2, 8, 16)  # type: ignore[union-attr, operator]
     assert torch.allclose(found.rate_after[2], codebook_rates(project(tokens, codebook)).sum(-1))
     assert found.means()["gini"] == pytest.approx(found.gini.mean(1).tolist())
+    ranks = effective_rank(project(tokens, codebook))
+    assert ranks.shape == (5, 2) and torch.allclose(found.effective_rank[2], ranks)
+    assert found.means()["effective_rank"][2] == pytest.approx(ranks.mean().item())
 
 
 def test_effective_rank_is_the_entropy_of_singular_values() -> None:
