@@ -12,14 +12,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crate_ray.data.storage import Storage
 from crate_ray.errors import UserError
 
-_STRIPES = 64  # locks of a cache: two entries seldom share one
-_INDEX_DAYS = 7
+_STRIPES = 4096  # locks of a cache, empty files: two of some dozens of threads seldom wait for each other's fetch
+_INDEX_SECONDS = 7 * 86400
+_BROKEN_SECONDS = 3600  # a download that has written nothing for so long is dead
 _KEEP = 0.9  # eviction frees this much more than it must, so that it runs rarely
 
 
@@ -35,14 +36,12 @@ def fetched_once(storage: Storage, key: str, sha256: str) -> Path:
             path.touch()
             return path
         for old in folder.iterdir():
-            if not old.name.startswith(".lock") and old.stat().st_mtime < time.time() - _INDEX_DAYS * 86400:
-                old.unlink(missing_ok=True)
-        temporary = folder / f".new-{os.getpid()}-{sha256}"
-        try:
-            storage.download(key, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            if not old.name.startswith(".lock"):
+                kept = _BROKEN_SECONDS if old.name.startswith(".") else _INDEX_SECONDS
+                with suppress(FileNotFoundError):  # others clean too
+                    if old.stat().st_mtime < time.time() - kept:
+                        old.unlink()
+        storage.download(key, path)
     return path
 
 
@@ -98,17 +97,19 @@ class PartCache:
             usage[0] -= size
 
     def _write(self, path: Path, data: bytes) -> None:
-        temporary = self.folder / f".new-{os.getpid()}-{path.name}"
-        try:
-            with self._usage() as usage:  # until it is written: who makes room must see all that takes room
-                if usage[0] + len(data) > self.max_bytes:
-                    usage[0] = self._evict(int(self.max_bytes * _KEEP) - len(data))
+        temporary = self.folder / ".new"  # the same for all: one overwrites what a killed one has left
+        # A full disk is no reason to stop: the part is used without being kept.
+        # Locked until it is written: who makes room must see all that takes room.
+        with suppress(OSError), self._usage() as usage:
+            if usage[0] + len(data) > self.max_bytes:
+                usage[0] = self._evict(int(self.max_bytes * _KEEP) - len(data))
+            try:
                 path.parent.mkdir(exist_ok=True)
                 temporary.write_bytes(data)
                 temporary.replace(path)
                 usage[0] += len(data)
-        except OSError:  # a full disk is no reason to stop: the part is used without being kept
-            temporary.unlink(missing_ok=True)
+            except OSError:
+                temporary.unlink(missing_ok=True)
 
     def _evict(self, target: int) -> int:
         """Remove the entries used longest ago until what is left is at most target bytes; returns what is left."""
@@ -134,12 +135,11 @@ class PartCache:
         with _locked(self.folder / ".lock-usage"):
             try:
                 usage = [int(path.read_text())]
+                path.unlink()  # the next one counts anew if this one is killed
             except (FileNotFoundError, ValueError):
                 usage = [sum(entry.stat().st_size for entry in self.folder.glob("??/*"))]
-            before = usage[0]
             yield usage
-            if usage[0] != before or not path.exists():
-                path.write_text(str(usage[0]))
+            path.write_text(str(usage[0]))
 
 
 def _private_folder(path: Path) -> Path:

@@ -327,6 +327,9 @@ def _round_into(out: Tensor, rows: slice | Int64, resized: NDArray[np.float32]) 
 # --- JPEG -----------------------------------------------------------------------------------------------------------
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+"""Tables, comments and data of applications: what has a length and may come before a frame. Nothing else may: where
+decoders disagree whether a marker has a length, they see different frames behind it."""
 _SEQUENTIAL = frozenset({0xC0, 0xC1})
 _APP1, _START_OF_SCAN, _RESTART_INTERVAL = 0xE1, 0xDA, 0xDD
 
@@ -388,7 +391,7 @@ class _Jpeg(NamedTuple):
             wider = region._replace(left=region.left - margin, width=region.width + margin)
             pixels = np.empty((wider.height, wider.width, channels), np.uint8)
             try:
-                library.decode(self.content, wider, pixels, channels, factor)
+                library.decode(self.content, (self.height, self.width), wider, pixels, channels, factor)
             except RegionError:
                 return None
             return pixels[:, margin:]
@@ -447,7 +450,7 @@ class _Jpeg(NamedTuple):
                 return False
             if content[position + 1] == _START_OF_SCAN:
                 return content[position + 4] == self.components
-            if content[position + 1] in (_RESTART_INTERVAL, 0xFF):  # 0xFF: more of it may be hidden by fill bytes
+            if content[position + 1] == _RESTART_INTERVAL or content[position + 1] not in _SEGMENTS:
                 return False
 
 
@@ -456,25 +459,27 @@ def _damaged(cause: str) -> DecodeError:
 
 
 def _decode_jpeg(content: bytes | bytearray | memoryview, factor: int, out: NDArray[np.uint8]) -> None:
-    """Decode a JPEG at 1/factor of its scale. Raises ValueError, for warnings too."""
+    """Decode a JPEG at 1/factor of its scale. Raises ValueError, for warnings and other sizes than out's too."""
     colours = _COLOURS[out.shape[2]]
     if factor == 1:
-        simplejpeg.decode_jpeg(content, colours, buffer=out)
+        decoded = simplejpeg.decode_jpeg(content, colours, buffer=out)
     else:
         size = {"min_height": out.shape[0], "min_width": out.shape[1], "min_factor": factor}
-        simplejpeg.decode_jpeg(content, colours, buffer=out, **size)
+        decoded = simplejpeg.decode_jpeg(content, colours, buffer=out, **size)
+    if decoded.shape != out.shape:
+        raise ValueError(f"it has {decoded.shape[1]}×{decoded.shape[0]} pixels, not {out.shape[1]}×{out.shape[0]}")
 
 
 def _open_jpeg(content: bytes | memoryview, max_pixels: int) -> _Jpeg | _Other:
     """Read a JPEG's header up to its frame, ITU T.81 annex B."""
     orientation, position = _UPRIGHT, 2
     try:
-        while (marker := content[position + 1]) not in _START_OF_FRAME:
-            if content[position] != 0xFF or marker == _START_OF_SCAN:
-                raise DecodeError("the JPEG is damaged: its header has no frame", "damaged")
-            if marker == 0xFF:  # fill byte
+        while content[position] != 0xFF or (marker := content[position + 1]) not in _START_OF_FRAME:
+            if content[position : position + 2] == b"\xff\xff":  # fill byte
                 position += 1
                 continue
+            if content[position] != 0xFF or marker not in _SEGMENTS:
+                raise DecodeError("the JPEG is damaged: there is no frame where its header ends", "damaged")
             if marker == _APP1 and content[position + 4 : position + 10] == b"Exif\0\0":
                 size = content[position + 2] << 8 | content[position + 3]
                 orientation = _exif_orientation(bytes(content[position + 4 : position + 2 + size]))
@@ -494,6 +499,8 @@ def _open_jpeg(content: bytes | memoryview, max_pixels: int) -> _Jpeg | _Other:
     if max(height, width) <= LARGEST_SMALL_SIDE and orientation == _UPRIGHT:
         content = bytes(content)
         layout = layout_of(content)
+        if layout is not None and layout[1:4] != (height, width, components):  # of a second frame
+            layout = None
     return _Jpeg(content, position, height, width, components, orientation, layout)
 
 

@@ -57,7 +57,7 @@ def index_existing(
     share, skip = max(1, MEASURED_SAMPLES // len(infos)), -(-len(infos) // MEASURED_SAMPLES)
     plan = Plan(
         title="indexing",
-        digest=digest_of(["indexing", 1, source.uri, *((info.key, info.size, info.etag) for info in infos)]),
+        digest=digest_of(["indexing", 2, source.uri, *((info.key, info.size, info.etag) for info in infos)]),
         names=[info.key for info in infos],
         packs=False,
         work=scan_shard,

@@ -79,6 +79,8 @@ def measure_image(content: bytes, *, measure: bool = True, reduce: bool = True) 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        if sorted(image.size) != sorted(header[:2]):  # upright or not
+            raise BadSample("the image is damaged: it has two sizes")
         if reduce:
             image.draft(None, (256, 256))
         image.load()

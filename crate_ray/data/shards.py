@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from crate_ray.data.cache import fetched_once
+from crate_ray.data.measure import some
 from crate_ray.data.storage import NotFound, Storage
 from crate_ray.errors import UserError
 
@@ -469,14 +470,22 @@ class TableRow(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case suffix of a member as webdataset groups them; None for what webdataset leaves out.
+    """Key and lower-case suffix of a member as webdataset groups them; None for what webdataset leaves out, and for
+    names that `is_unsafe`.
 
     The key ends at the first dot of the base name, and a leading './' does not belong to it.
     """
-    if _METADATA.match(name):
+    if _METADATA.match(name) or is_unsafe(name):
         return None
     match = _KEY_AND_SUFFIX.match(_relative(name))
     return (match.group(1), match.group(2).lower()) if match else None
+
+
+def is_unsafe(name: str) -> bool:
+    """Whether a member's name, taken for a path, might lead out of the folder that a shard is unpacked into."""
+    if ".." in name and ".." in name.split("/"):
+        return True
+    return name.startswith(("/", "./")) and _relative(name).startswith("/")
 
 
 def _relative(name: str) -> str:
@@ -519,7 +528,8 @@ def read_table(buffer: Buffer, where: str) -> list[TableRow]:
     """All samples of a whole shard, checked: the only full pass over a shard that is made, when it is indexed.
 
     The members of a sample are gathered from anywhere in the shard; samples are in the order of their first members.
-    A hard link is a member with the content of the member that it names, which tar writes before it.
+    A hard link is a member with the content of the member that it names, which tar writes before it. Members without a
+    suffix, and those with unsafe names, belong to no sample; a warning counts them by cause.
 
     Args:
         buffer: the shard's bytes (memory-mapped: only headers are touched).
@@ -541,6 +551,7 @@ def read_table(buffer: Buffer, where: str) -> list[TableRow]:
     contents: dict[str, tuple[int, int]] = {}  # by name: what hard links may name
     linked: set[str] = set()
     ignored = 0
+    unsafe: list[str] = []
     for name, start, data, size, link in _members(view, where, whole=True):
         if link is None:
             content = (data, size)
@@ -554,7 +565,10 @@ def read_table(buffer: Buffer, where: str) -> list[TableRow]:
         contents[_relative(name)] = content
         parts = split_name(name)
         if parts is None:
-            ignored += not _METADATA.match(name)
+            if is_unsafe(name):
+                unsafe.append(name)
+            else:
+                ignored += not _METADATA.match(name)
             continue
         key, suffix = parts
         row = rows.get(key)
@@ -571,6 +585,11 @@ def read_table(buffer: Buffer, where: str) -> list[TableRow]:
             linked.add(key)
     if ignored:
         logger.warning("%s: %d members without a suffix belong to no sample and are ignored", where, ignored)
+    if unsafe:
+        logger.warning(
+            "%s: %d members have unsafe names, absolute ones or with '..', and are left out: %s",
+            where, len(unsafe), some(unsafe),
+        )  # fmt: skip
     return [row._replace(plain=False) if row.key in linked else row for row in table] if linked else table
 
 

@@ -24,6 +24,8 @@ LIBRARY_VARIABLE = "CRATE_RAY_TURBOJPEG"
 # From turbojpeg.h, TurboJPEG API 3.
 _TJINIT_DECOMPRESS = 1
 _TJPARAM_STOPONWARNING = 0
+_TJPARAM_JPEGWIDTH = 5
+_TJPARAM_JPEGHEIGHT = 6
 _PIXEL_FORMATS = {1: 6, 3: 0, 4: 2}
 """TJPF_GRAY, TJPF_RGB, TJPF_RGBX by channels."""
 
@@ -59,6 +61,7 @@ class TurboJpeg:
         self._init, self._init.argtypes, self._init.restype = quick.tj3Init, (integer,), handle
         self._destroy, self._destroy.argtypes, self._destroy.restype = quick.tj3Destroy, (handle,), None
         self._set, self._set.argtypes = quick.tj3Set, (handle, integer, integer)
+        self._get, self._get.argtypes = quick.tj3Get, (handle, integer)
         self._error, self._error.argtypes, self._error.restype = quick.tj3GetErrorStr, (handle,), ctypes.c_char_p
         self._header, self._header.argtypes = quick.tj3DecompressHeader, (handle, pointer, size)
         self._scale, self._scale.argtypes = quick.tj3SetScalingFactor, (handle, _ScalingFactor)
@@ -68,10 +71,17 @@ class TurboJpeg:
         self._local = threading.local()
 
     def decode(
-        self, content: bytes | memoryview, region: Region, out: NDArray[np.uint8], channels: int, factor: int = 1
+        self,
+        content: bytes | memoryview,
+        hw: tuple[int, int],
+        region: Region,
+        out: NDArray[np.uint8],
+        channels: int,
+        factor: int = 1,
     ) -> None:
         """Decode a region of a JPEG at 1/factor of its scale into out, contiguous (height, width, channels).
 
+        Its height and width, hw, are those that were judged: nothing is allocated for an image of another size.
         Channels are 1 (luma), 3 (RGB) or 4 (RGB, and one without meaning).
         Raises RegionError, after the first warning too.
         """
@@ -81,6 +91,9 @@ class TurboJpeg:
         if out.nbytes != region.height * region.width * channels or not out.flags.c_contiguous:
             raise ValueError(f"a buffer of {out.shape} does not hold {region} with {channels} channels")
         self._check(handle, self._header(handle, address, size))
+        found = (self._get(handle, _TJPARAM_JPEGHEIGHT), self._get(handle, _TJPARAM_JPEGWIDTH))
+        if found != hw:
+            raise RegionError(f"it has {found[1]}×{found[0]} pixels, not {hw[1]}×{hw[0]}")
         self._check(handle, self._scale(handle, _ScalingFactor(1, factor)))
         corner = _CroppingRegion(region.left, region.top, region.width, region.height)
         self._check(handle, self._crop(handle, corner))

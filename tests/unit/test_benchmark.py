@@ -96,6 +96,21 @@ def test_the_order_benchmark_measures_planning_and_mixing(tmp_path: Path) -> Non
     assert found["uniform"] == pytest.approx(60 * (1 - (1 - 1 / 60) ** 64), rel=0.1)
 
 
+def test_a_thousand_million_samples_are_planned_in_little_memory(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [*job("benchmark", "order"), "--json", str(file)]
+    environ = environment(tmp_path) | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "1,000,000,000 samples in 1,000,000 shards" in done.stdout, done.stderr
+    report = json.loads(file.read_text())
+    # The index alone takes 500 MB: it is mapped, not read.
+    assert report["planning"]["own_memory_bytes"] < 200e6
+    assert report["planning"]["plan_seconds"] < 30  # a second, but where other tests take the machine's time
+    # A batch of 4096 of 1000 classes that lie one after the other; shuffled evenly it has 982 of them.
+    found = report["distinct_classes"]
+    assert found["ours"] > 800 > 10 * found["stock"] and found["uniform"] == pytest.approx(982, abs=4)
+
+
 def test_what_the_user_can_mend_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'a' twice"):
         parse_config(BenchmarkDataConfig, ["--data", "a=x", "--data", "a=y"])

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pickle
+import re
 import tarfile
 import warnings
 import zlib
@@ -17,15 +18,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from crate_ray.data import decode as decode_module
 from crate_ray.data.decode import DecodeError, Kind, decode_batch, read_image_header
 from crate_ray.data.decode_cuda import check_nvjpeg, decode_batch_cuda
-from crate_ray.data.measure import measure_image
+from crate_ray.data.measure import BadSample, measure_image
 from crate_ray.data.order import uniform
 from crate_ray.data.transforms import CROP_UNIFORMS, Crops, Int64, centre_crops, random_crops
 from crate_ray.data.turbojpeg import LIBRARY_VARIABLE, Region, RegionError, find_turbojpeg
@@ -523,6 +526,87 @@ def test_the_header_alone_makes_a_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
         assert refusal(bomb) == ("too_large", f"{side}×{side} pixels are more than the limit of {2**26}"), name
 
 
+def frame_of(content: bytes) -> bytes:
+    """The segment with a JPEG's size."""
+    at = re.search(b"\xff[\xc0\xc2]\0[\x0b\x11\x14]\x08", content)
+    assert at is not None
+    return content[at.start() : at.start() + 2 + content[at.start() + 3]]
+
+
+def shown(height: int, width: int) -> bytes:
+    """A frame of another size."""
+    frame = frame_of(FORMATS["JPEG 4:4:4"])
+    return frame[:5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + frame[9:]
+
+
+def hidden(height: int, width: int, size: int) -> bytes:
+    """A comment with such a frame; fill bytes lead to it wherever one takes the header to go on."""
+    content = shown(height, width)[1:].rjust(size - 4, b"\xff")
+    return b"\xff\xfe" + (size - 2).to_bytes(2, "big") + content
+
+
+BEFORE = st.one_of(
+    st.builds(shown, st.sampled_from([40, 90]), st.just(48)),
+    st.builds(hidden, st.sampled_from([40, 90]), st.just(48), st.sampled_from([30, 65_000])),
+    st.integers(0, 255).map(lambda marker: bytes([0xFF, marker])),
+    st.builds(lambda marker, size: bytes([0xFF, marker, 0, size]), st.integers(0, 255), st.integers(0, 5)),
+    st.binary(max_size=4),
+)
+
+
+def assert_one_size_or_refused(content: bytes) -> None:
+    """Whatever is decoded has the size that was judged."""
+    sizes: list[tuple[int, int]] = []
+
+    def rule(heights: Int64, widths: Int64) -> Crops:
+        sizes.append((int(heights[0]), int(widths[0])))
+        return centre_crops(heights, widths, (32, 32))
+
+    out = torch.empty(1, 3, 32, 32, dtype=torch.uint8)
+    error = decode_batch([content], "image", rule, out)[0]
+    try:
+        measured = measure_image(content)[1].size
+    except BadSample:
+        measured = None
+    try:
+        judged = read_image_header(content)[:2]
+    except DecodeError:
+        assert error is not None and measured is None
+        return
+    if error is None:
+        assert simplejpeg.decode_jpeg_header(content, strict=False)[:2] == judged == sizes[0]
+    assert measured in (None, judged)
+
+
+@given(st.sampled_from([name for name in FORMATS if "JPEG" in name]), st.lists(BEFORE, max_size=4), st.booleans())
+@settings(max_examples=300, deadline=None)
+@example("JPEG progressive", [b"\xff\x01", hidden(90, 100, 65_000), hidden(90, 100, 65_000)], False)
+@example("JPEG 4:4:4", [shown(40, 48)], True)
+@example("JPEG 4:4:4", [b"\0" + shown(40, 48)[1:]], True)
+def test_the_size_that_is_judged_is_the_size_that_is_decoded(name: str, before: list[bytes], late: bool) -> None:
+    content = FORMATS[name]
+    at = content.index(frame_of(content)) if late else 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_one_size_or_refused(content[:at] + b"".join(before) + content[at:])
+
+
+@pytest.mark.parametrize("marker", [0x01, 0xD0, 0xD7])
+def test_a_bomb_behind_a_marker_without_a_length_is_refused(library: str, marker: int) -> None:
+    bomb = bytes([0xFF, marker]) + 2 * hidden(90, 100, 65_000)
+    for name in ("JPEG 4:2:0", "JPEG progressive"):
+        content = FORMATS[name]
+        out = torch.empty(1, 3, 16, 16, dtype=torch.uint8)
+        rule = lambda h, w: centre_crops(h, w, (16, 16))  # noqa: E731
+        assert decode_batch([content[:2] + bomb + content[2:]], "image", rule, out, max_pixels=90 * 100)[0] is not None
+
+
+def test_a_second_frame_is_not_measured() -> None:
+    at = JPEG.index(frame_of(JPEG))
+    with pytest.raises(BadSample, match="it has two sizes"):  # before Pillow allocates for the last one
+        measure_image(JPEG[:at] + shown(40, 48) + JPEG[at:])
+
+
 def test_images_for_other_numbers_of_channels_are_refused() -> None:
     cause, sentence = refusal(FORMATS["PNG"], channels=4)
     assert cause == "wrong_shape"
@@ -571,12 +655,61 @@ def test_regions_outside_of_the_image_are_refused() -> None:
     turbo = find_turbojpeg()
     if turbo is None:
         pytest.skip(f"no libjpeg-turbo 3 on this machine (set {LIBRARY_VARIABLE} to its libturbojpeg)")
-    turbo.decode(JPEG, Region(100, 16, 47, 145), np.empty((47, 145, 3), np.uint8), 3)
+    turbo.decode(JPEG, (147, 161), Region(100, 16, 47, 145), np.empty((47, 145, 3), np.uint8), 3)
     for region in (Region(100, 16, 48, 145), Region(0, 8, 10, 10), Region(-1, 0, 5, 5), Region(0, 176, 1, 1)):
         with pytest.raises(RegionError):
-            turbo.decode(JPEG, region, np.empty((region.height, region.width, 3), np.uint8), 3)
+            turbo.decode(JPEG, (147, 161), region, np.empty((region.height, region.width, 3), np.uint8), 3)
     with pytest.raises(ValueError, match="does not hold"):
-        turbo.decode(JPEG, Region(0, 0, 10, 10), np.empty((9, 10, 3), np.uint8), 3)
+        turbo.decode(JPEG, (147, 161), Region(0, 0, 10, 10), np.empty((9, 10, 3), np.uint8), 3)
+    with pytest.raises(RegionError, match="has 161×147 pixels, not 100×90"):
+        turbo.decode(JPEG, (90, 100), Region(0, 0, 10, 10), np.empty((10, 10, 3), np.uint8), 3)
+
+
+@pytest.mark.parametrize(
+    ("crop", "size", "factor"),
+    [
+        ((100, 200, 224, 230), 224, 1),
+        ((333, 0, 300, 300), 32, 1),  # small already
+        ((90, 300, 640, 641), 210, 2),
+        ((0, 200, 800, 800), 100, 4),
+        ((0, 0, 800, 1000), 60, 8),
+    ],
+)
+def test_only_the_region_of_the_crop_is_decoded_and_large_ones_at_a_reduced_scale(
+    monkeypatch: pytest.MonkeyPatch, crop: tuple[int, int, int, int], size: int, factor: int
+) -> None:
+    asked: list[tuple[Region, int]] = []
+
+    class Library:
+        """Cuts what libjpeg-turbo 3 would only decode in part."""
+
+        def decode(
+            self, content: bytes, hw: tuple[int, int], region: Region, out: Pixels, channels: int, factor: int
+        ) -> None:
+            assert hw == (800, 1000)
+            asked.append((region, factor))
+            scaled = {"min_height": -(-800 // factor), "min_width": 1000 // factor, "min_factor": factor}
+            whole = simplejpeg.decode_jpeg(content, "RGBX", **scaled)
+            assert channels == 4 and whole.shape[:2] == (scaled["min_height"], scaled["min_width"])
+            out[...] = whole[region.top :, region.left :][: region.height, : region.width]
+
+    content = encoded(detailed(800, 1000), "JPEG", quality=90)
+    crops = Crops(*(np.array([x]) for x in crop), np.array([False]))
+    images = []
+    for library in (None, Library()):
+        monkeypatch.setattr(decode_module, "find_turbojpeg", lambda library=library: library)
+        out = torch.empty(1, 3, size, size, dtype=torch.uint8)
+        assert decode_batch([content], "image", lambda h, w: crops, out) == [None]
+        images.append(out.numpy())
+    assert np.array_equal(*images)
+    ((region, used),) = asked
+    top, left, height, width = crop
+    assert used == factor
+    # In pixels of the whole image: at most an MCU more on the left, and what scaling cannot cut.
+    assert top - factor < region.top * factor <= top
+    assert left - factor - 16 < region.left * factor <= left and region.left * factor % 16 == 0
+    assert top + height <= (region.top + region.height) * factor < top + height + factor
+    assert left + width <= (region.left + region.width) * factor < left + width + factor
 
 
 # --- On the GPU -----------------------------------------------------------------------------------------------------

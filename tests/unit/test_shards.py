@@ -36,7 +36,7 @@ from crate_ray.data.shards import (
     split_name,
 )
 from crate_ray.data.sources import Item, Source, find_shards, open_source
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.data.storage import AlreadyExists, Storage, open_storage
 from crate_ray.errors import UserError
 
 Samples = list[tuple[str, dict[str, bytes]]]
@@ -347,6 +347,35 @@ def test_refused_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert "s.tar has no end marker" in caplog.text
 
 
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_unsafe_names_are_left_out_and_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tar_format: int, scattered: bool
+) -> None:
+    good = [*(f"{i:02d}" for i in range(36)), "./dot", "a/./b", "..c/d", "x/..y/z", ".../e"]
+    unsafe = ["/etc/abs", "../../up", "a/../b", ".//etc/abs", "./../up", "..", "a/b/.."]
+    names = [f"{name}.{suffix}" for name in good for suffix in ("cls", "png")]
+    for number, name in enumerate(unsafe):  # the first and the last too, and between the members of one sample
+        names[number * 15 : number * 15] = [f"{name}.png" if name[-2:] != ".." else f"{name}/x.png"]
+    if scattered:
+        names.sort(key=lambda name: name[-3:])
+    members = [(name, picture(i) if name.endswith("png") else b"1") for i, name in enumerate(names)]
+    (tmp_path / "x.tar").write_bytes(tar_of(members, tar_format))
+    with caplog.at_level(logging.WARNING):
+        manifest = index_existing(local(tmp_path))
+    assert "x.tar: 7 members have unsafe names" in caplog.text
+    assert all(f"{name}.png" in caplog.text or f"{name}/x.png" in caplog.text for name in unsafe)
+    assert manifest.num_samples == len(good) and manifest.num_classes == 2
+    content = dict(members)
+    expected = [
+        (name.removeprefix("./"), {suffix: content[f"{name}.{suffix}"] for suffix in ("cls", "png")}) for name in good
+    ]
+    dataset = load_dataset(local(tmp_path))
+    assert dataset.has_table(0) == scattered
+    assert read_shard(dataset, 0) == expected
+    assert len(open_source(local(tmp_path)).items) == len(good)
+
+
 def test_numbers_too_large_for_octal() -> None:
     for tar_format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         info = tarfile.TarInfo("big.jpg")
@@ -407,6 +436,14 @@ def test_manifest_and_files_must_agree(tmp_path: Path) -> None:
             load_dataset(storage)
         storage.write(name, content)
     assert load_dataset(storage).locate(39) == (4, 3)
+
+
+def test_of_two_that_make_a_dataset_one_wins(tmp_path: Path) -> None:
+    """The manifest is written where there is none, and never over another's."""
+    manifest = _indexed(tmp_path, tar_of([("a.jpg", b"")])).manifest
+    with pytest.raises(AlreadyExists, match=r"manifest\.json exists already"):
+        _indexed(tmp_path, tar_of([("b.jpg", b""), ("c.jpg", b"")]))
+    assert Manifest.model_validate_json((tmp_path / "manifest.json").read_bytes()) == manifest
 
 
 # --- Packing --------------------------------------------------------------------------------------------------------
@@ -667,6 +704,8 @@ def test_nothing_to_pack_or_index(tmp_path: Path) -> None:
         ("a.b/c", None),
         ("__meta__", None),
         ("__meta__/a.jpg", None),
+        ("/a.jpg", None),
+        ("..a/b..c.jpg", ("..a/b", ".c.jpg")),
     ],
 )
 def test_split_name(name: str, parts: tuple[str, str] | None) -> None:
