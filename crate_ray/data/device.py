@@ -32,14 +32,22 @@ class DeviceFeed:
         with torch.cuda.stream(self._stream):  # None: nothing happens
             yield
 
-    def hand_over(self, images: Tensor) -> Tensor:
-        """The batch on the device, for the caller's stream, which waits for it; the caller does not.
+    @property
+    def copies_ahead(self) -> bool:
+        """Whether a batch that is sent before it is asked for arrives meanwhile."""
+        return self._stream is not None
+
+    def send(self, images: Tensor) -> Tensor:
+        """Start the copy of a batch; what is returned is to be handed over before it is used.
 
         Args:
             images: in pinned memory, or filled inside `queue`.
         """
         with self.queue():
-            images = images.to(self.device, non_blocking=True)
+            return images.to(self.device, non_blocking=True)
+
+    def hand_over(self, images: Tensor) -> Tensor:
+        """A batch that was sent, for the caller's stream, which waits for it; the caller does not."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)

@@ -81,6 +81,10 @@ class SequentialOrder:
         self.num_samples, self.batch_size, self.block_samples = -(-num_samples // stride), batch_size, block_samples
         self.stride = stride
 
+    def describe(self) -> dict[str, object]:
+        """All that the order depends on, as plain data."""
+        return {"num_samples": self.num_samples, "batch_size": self.batch_size, "stride": self.stride}
+
     @property
     def num_steps(self) -> int:
         """Batches of one pass."""
@@ -159,6 +163,8 @@ class LoaderState(TypedDict):
     """The next step."""
     dataset: str
     """Digest of the dataset."""
+    order: dict[str, object]
+    """What the order of its samples depends on: seed, batch size, blocks."""
 
 
 class Loader:
@@ -241,12 +247,19 @@ class Loader:
             if isinstance(item, BaseException):
                 self.close()
                 raise item
-            for part in item.parts:
-                part.result()
-            self._step = item.batch.step + 1
-            batch = item.batch if item.usable.all() else item.batch.select(item.usable)
+            batch = item.finish(self._feed)
+            self._step = batch.step + 1
             batch.images = self._feed.hand_over(batch.images)
+            if self._feed.copies_ahead:
+                self._send_next()
             yield batch
+
+    def _send_next(self) -> None:
+        """Start the copy of the next batch to the device, if it is ready: beside the step that the caller begins."""
+        with self._ready.mutex:
+            item = self._ready.queue[0] if self._ready.queue else None
+        if isinstance(item, _Decoding) and item.is_ready:
+            item.finish(self._feed)
 
     def __enter__(self) -> Loader:
         return self
@@ -256,17 +269,23 @@ class Loader:
 
     def state_dict(self) -> LoaderState:
         """Position after the last batch that was handed out. It does not depend on the number of workers."""
-        return {"step": self._step, "dataset": self._mixture.digest}
+        return {"step": self._step, "dataset": self._mixture.digest, "order": self._order.describe()}
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Go to a position that `state_dict` gave, of a loader on any worker of any number of workers.
 
-        Raises UserError where it belongs to another dataset.
+        Raises UserError where it belongs to another dataset, or to another order of the samples.
         """
         if state["dataset"] != self._mixture.digest:
             raise UserError(
                 f"the saved position belongs to another dataset than {self._mixture.uri} "
                 f"(digest {state['dataset'][:12]}); open the dataset it was saved with"
+            )
+        if differences := _differences(state["order"], self._order.describe()):
+            raise UserError(
+                f"the saved position belongs to another order of {self._mixture.uri}, in which samples would be "
+                f"repeated or lost: {', '.join(differences)}; use the settings that it was saved with (unless they are "
+                "set, blocks, windows and lanes follow from memory_bytes, buffer_bytes and the planned workers)"
             )
         self.close()
         self._begin(state["step"])
@@ -302,7 +321,7 @@ class Loader:
 
         def request(first: int, step: int) -> int:
             """Ask for steps from `first` on, for a loader that takes `step` next; the first one left out."""
-            for ahead in range(first, min(step + self._lookahead, self._stop)):
+            for ahead in range(max(first, step), min(step + self._lookahead, self._stop)):
                 if not source.request(ahead):
                     return ahead
                 first = ahead + 1
@@ -418,6 +437,17 @@ def _labels(samples: Sequence[Sample | Unreadable], found: list[tuple[str, str] 
     return labels
 
 
+def _differences(saved: object, here: object, name: str = "") -> list[str]:
+    """What differs of two pieces of plain data, by name."""
+    if isinstance(saved, dict) and isinstance(here, dict):
+        pairs = [(f"{name}.{key}".lstrip("."), saved.get(key), here.get(key)) for key in {**saved, **here}]
+    elif isinstance(saved, list | tuple) and isinstance(here, list) and len(saved) == len(here):
+        pairs = [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(saved, here, strict=True))]
+    else:
+        return [] if saved == here else [f"{name} was {saved} and is {here}"]
+    return [difference for key, before, now in pairs for difference in _differences(before, now, key)]
+
+
 @dataclass
 class _Decoding:
     """A batch that the decode threads are filling."""
@@ -425,6 +455,24 @@ class _Decoding:
     batch: Batch
     usable: NDArray[np.bool_]
     parts: list[Future[None]]
+    is_sent: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is filled."""
+        return all(part.done() and not part.cancelled() and part.exception() is None for part in self.parts)
+
+    def finish(self, feed: DeviceFeed) -> Batch:
+        """The batch, its copy to the device begun; waits until it is filled, and raises what its threads raised."""
+        for part in self.parts:
+            part.result()
+        if not self.is_sent:
+            if not self.usable.all():
+                with feed.queue():
+                    self.batch = self.batch.select(self.usable)
+            self.batch.images = feed.send(self.batch.images)
+            self.is_sent = True
+        return self.batch
 
 
 def training_loader(

@@ -263,6 +263,10 @@ class SampleOrder(_OrderSettings):
             for d, weight in drawn
         )
 
+    def describe(self) -> dict[str, object]:
+        """All that the order depends on, as plain data."""
+        return self.model_dump(mode="json")
+
     @cached_property
     def first_sample(self) -> tuple[int, ...]:
         """Number of the first sample of each dataset, and at the end the number of all."""

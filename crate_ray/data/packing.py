@@ -31,7 +31,7 @@ from crate_ray.data.measure import (
     some,
 )
 from crate_ray.data.records import Finished, check_plan, digest_of, save_record
-from crate_ray.data.shards import MANIFEST_NAME, Manifest, index_shard, read_table
+from crate_ray.data.shards import INDEX_STRIDE, MANIFEST_NAME, Manifest, index_shard, read_table
 from crate_ray.data.shrink import shrink_image, shrink_mask
 from crate_ray.data.sources import Item, Source, in_order, map_file, size_in_tar
 from crate_ray.data.storage import Storage
@@ -120,16 +120,20 @@ def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
 
 
 def _shard_edges(items: Sequence[Item], config: PrepareConfig, shrinking: Shrinking | None) -> list[int]:
-    """Where the shards begin in the packing order, and the number of samples: a plan by what is known beforehand."""
+    """Where the shards begin in the packing order, and the number of samples: a plan by what is known beforehand.
+
+    A shard that is full of bytes is closed at a multiple of 16 samples, if it holds as many: blocks of the training's
+    order then begin at entries of the index, and nothing beside them is read.
+    """
     ratio = 1.0
     if shrinking is not None and sum(item.size for item in items) > config.shard_bytes:
         ratio = _shrinking_ratio(items, shrinking)
     edges, size = [0], 0.0
     for number, item in enumerate(items):
-        samples = number - edges[-1]
-        if samples and (samples >= config.shard_samples or size >= config.shard_bytes):
-            edges.append(number)
-            size = 0.0
+        while (samples := number - edges[-1]) and (samples >= config.shard_samples or size >= config.shard_bytes):
+            left = samples % INDEX_STRIDE if INDEX_STRIDE <= samples < config.shard_samples else 0
+            edges.append(number - left)
+            size = sum(item.size for item in items[edges[-1] : number]) * ratio
         size += item.size * ratio
     return [*edges, len(items)]
 

@@ -56,6 +56,9 @@ class Order(Protocol):
     def steps_per_window(self) -> int:
         """Steps that one window of a lane lasts for."""
 
+    def describe(self) -> dict[str, object]:
+        """All that the order depends on, as plain data."""
+
     def draw(self, step: int, start: int, stop: int) -> Draw:
         """Samples of slots [start, stop) of a step."""
 
@@ -80,7 +83,7 @@ class ShardReader:
         """Samples first .. first + count of the dataset, as far as it goes.
 
         Raises:
-            Replaced: a shard was overwritten since it was first read.
+            Replaced: a shard was overwritten since it was first read, or is not as large as the one that was indexed.
             NotFound: a shard was deleted.
         """
         out: list[Sample | Unreadable] = []
@@ -167,10 +170,16 @@ class ShardReader:
 
     def _checked(self, shard: int, start: int, end: int, check: _Check) -> bytes:
         """Bytes of a shard that pass the check, from the cache or from the storage."""
+
+        def check_all(data: bytes) -> None:
+            if len(data) != end - start:
+                raise DamagedShard(f"{self._uri(shard)} is truncated: it ends before byte {end}; pack it again")
+            check(data)
+
         if self._cache is None:
-            return self._fetch(shard, start, end, check)
+            return self._fetch(shard, start, end, check_all)
         name = hashlib.sha256(f"{self._dataset}:{shard}:{start}:{end}".encode()).hexdigest()
-        return self._cache.get(name, lambda: self._fetch(shard, start, end, check), check)
+        return self._cache.get(name, lambda: self._fetch(shard, start, end, check_all), check_all)
 
     def _fetch(self, shard: int, start: int, end: int, check: _Check) -> bytes:
         for attempt in range(1, _CHECKED_READS + 1):
@@ -180,23 +189,33 @@ class ShardReader:
             known = int(self._versions[shard])
             if known not in (0, version):
                 raise Replaced(
-                    f"{self.shards.shard_storage.uri}/{name} was replaced while it is being read; "
+                    f"{self._uri(shard)} was replaced while it is being read; "
                     "index or pack the dataset again and start a new run"
                 )
             try:
-                if len(data) != end - start:
-                    raise DamagedShard(
-                        f"{self.shards.shard_storage.uri}/{name} is truncated: it ends before byte {end}; pack it again"
-                    )
                 check(data)
             except DamagedShard as error:
                 if attempt == _CHECKED_READS:
+                    self._check_size(shard)
                     raise
                 logger.warning("%s; reading again", error)
                 continue
             self._versions[shard] = version
             return data
         raise AssertionError("unreachable")
+
+    def _check_size(self, shard: int) -> None:
+        """Raise Replaced where a shard has not the size that was indexed: then it is not damaged, but another one."""
+        name, size = self.shards.shard_name(shard), int(self.shards.bytes[shard])
+        last, _ = self.shards.shard_storage.read_version(name, size - 1, 2)
+        if len(last) != 1:
+            raise Replaced(
+                f"{self._uri(shard)} was replaced after it was indexed, when it had {size} bytes; "
+                "index or pack the dataset again and start a new run"
+            )
+
+    def _uri(self, shard: int) -> str:
+        return f"{self.shards.shard_storage.uri}/{self.shards.shard_name(shard)}"
 
 
 class _Check(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -115,6 +115,19 @@ def test_a_shard_that_is_replaced_stops_the_run(client: Any, s3_gateway: S3Gatew
         client.put_object(Bucket=BUCKET, Key=key, Body=content[:-1024] + b"\1" * 1024)
         with pytest.raises(UserError, match=r"shard-000002\.tar was replaced"):
             list(islice(steps, 100))
+
+
+@pytest.mark.parametrize("change", [lambda content: content[512:], lambda content: content[:512] + content])
+def test_a_shard_of_another_size_stops_the_run_that_has_not_read_it_yet(
+    client: Any, s3_gateway: S3Gateway, change: Callable[[bytes], bytes]
+) -> None:
+    key = "set/shard-000003.tar"
+    content = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    client.put_object(Bucket=BUCKET, Key=key, Body=change(content))
+    with pytest.raises(
+        UserError, match=rf"shard-000003\.tar was replaced after it was indexed, .* {len(content)} bytes"
+    ):
+        read(s3_gateway.endpoint)
 
 
 def test_a_shard_that_is_deleted_stops_the_run(client: Any, s3_gateway: S3Gateway) -> None:

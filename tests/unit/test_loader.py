@@ -29,6 +29,7 @@ from crate_ray.config import CrateMAEConfig, DataConfig, PrepareConfig, S3Config
 from crate_ray.data import loader as loader_module
 from crate_ray.data.cache import PartCache
 from crate_ray.data.decode import decode_batch
+from crate_ray.data.device import DeviceFeed
 from crate_ray.data.indexing import index_existing
 from crate_ray.data.loader import Batch, Loader, evaluation_loader, training_loader
 from crate_ray.data.mixture import Mixture, open_mixture
@@ -364,6 +365,28 @@ def test_streaming_reads_every_byte_at_most_once_an_epoch(shards: ShardSet, worl
             assert sum(length for *_, length in ranges) < 0.6 * shards.manifest.total_bytes
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Shards of 41, so that most blocks begin between two entries of the index."""
+    return pack_items(
+        tmp_path_factory.mktemp("uneven"), lambda n: {"png": picture(3 * n + 1)}, SAMPLES, shard_samples=41
+    )
+
+
+@pytest.mark.parametrize("windows", [0, 1.1, 1.5, 2, 3, 4.5])
+@pytest.mark.parametrize("batch_size", [10, 12, 30])
+def test_no_window_is_read_twice_however_tight_the_buffer(uneven: ShardSet, batch_size: int, windows: float) -> None:
+    storage, order = uneven.storage, sample_order(16, 1, 3, batch_size)
+    assert isinstance(storage, RecordingStorage)
+    steps, reader = range(order.batches_per_epoch), ShardReader(uneven)
+    needed = {window for step in steps for window in order.windows(step, 0, batch_size)}
+    sizes = [sum(reader.num_bytes(block.start, len(block)) for block in order.blocks(window)) for window in needed]
+    storage.reads.clear()
+    data = config(True, buffer_bytes=1 + int(windows * order.datasets[0].lanes * np.mean(sizes)))
+    assert len(batches(train_on(uneven, order, MODEL, data, steps=steps))) == len(steps)
+    assert sum(length for *_, length in storage.reads) == sum(sizes)
+
+
 @pytest.mark.parametrize(("window", "batch_size"), [(1, 12), (2, 12), (1, 30), (3, 3)])
 def test_streaming_holds_what_is_needed_and_ahead_only_what_the_buffer_has_room_for(
     shards: ShardSet, window: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
@@ -451,6 +474,59 @@ def test_a_slow_consumer_bounds_what_is_prepared(shards: ShardSet, monkeypatch: 
         assert len(decoded) == 5 * BATCH
 
 
+# --- Copies to the device -------------------------------------------------------------------------------------------
+
+
+class RecordingFeed(DeviceFeed):
+    """One of a device to which copies go on while the caller computes."""
+
+    copies_ahead = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.sent: list[Tensor] = []
+        self.handed_over: list[Tensor] = []
+
+    def send(self, images: Tensor) -> Tensor:
+        self.sent.append(super().send(images))
+        return self.sent[-1]
+
+    def hand_over(self, images: Tensor) -> Tensor:
+        self.handed_over.append(super().hand_over(images))
+        return images
+
+
+def test_the_next_batch_is_sent_before_this_one_is_used_if_it_is_ready(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, may_decode = load(shards, sample_order(), True, range(6)), threading.Semaphore(0)
+
+    def decode(*args: Any, **options: Any) -> Any:
+        assert may_decode.acquire(timeout=20)
+        return decode_batch(*args, **options)
+
+    monkeypatch.setattr(loader_module, "DeviceFeed", RecordingFeed)
+    monkeypatch.setattr(loader_module, "decode_batch", decode)
+    with train_on(shards, sample_order(), MODEL, config(True, decode_threads=1), steps=range(6)) as loader:
+        feed, steps = loader._feed, iter(loader)
+        assert isinstance(feed, RecordingFeed)
+        may_decode.release()
+        found = [next(steps)]  # the next one is not waited for
+        assert len(feed.sent) == len(feed.handed_over) == 1
+        may_decode.release(2)
+        deadline = time.monotonic() + 20
+        while sum(item.is_ready for item in list(loader._ready.queue)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        found.append(next(steps))
+        assert (len(feed.sent), len(feed.handed_over)) == (3, 2) and loader.state_dict()["step"] == 2
+        may_decode.release(3)
+        found += steps
+    assert_same(found, expected)
+    assert [id(images) for images in feed.sent] == [id(images) for images in feed.handed_over]
+    assert_no_threads()
+
+
 # --- Positions ------------------------------------------------------------------------------------------------------
 
 
@@ -479,13 +555,42 @@ def test_a_saved_position_continues_on_another_number_of_workers(shards: ShardSe
     assert_no_threads()
 
 
+@pytest.mark.parametrize(
+    ("saved", "difference"),
+    [
+        (sample_order(seed=6), r"datasets\[0\]\.seed was 6 and is 5"),
+        (sample_order(batch_size=21), "batch_size was 21 and is 20"),
+        (
+            sample_order(32, 2, 5),
+            r"block_samples was 32 and is 16, .*window_blocks was 2 and is 1, .*lanes was 5 and is 4",
+        ),
+        (sample_order(shuffle=False), "shuffle was False and is True"),
+    ],
+)
+def test_a_position_in_another_order_is_refused(shards: ShardSet, saved: SampleOrder, difference: str) -> None:
+    with train_on(shards, saved, MODEL, config(False), steps=range(3)) as loader:
+        state = json.loads(json.dumps(loader.state_dict()))
+    with train_on(shards, sample_order(), MODEL, config(False), steps=range(3)) as loader:
+        with pytest.raises(UserError, match=f"another order of .*: .*{difference}; use the settings"):
+            loader.load_state_dict(state)
+        assert [b.step for b in loader] == [0, 1, 2]
+    with evaluation_loader(shards, MODEL, config(False), batch_size=50) as loader:
+        evaluated = loader.state_dict()
+        loader.load_state_dict(json.loads(json.dumps(evaluated)))
+        with pytest.raises(UserError, match="another order"):
+            loader.load_state_dict(state)
+    other = evaluation_loader(shards, MODEL, config(False), batch_size=40, max_samples=60)
+    with other, pytest.raises(UserError, match="batch_size was 50 and is 40, stride was 1 and is 4"):
+        other.load_state_dict(evaluated)
+
+
 def test_a_loader_that_is_used_up_gives_nothing_more(shards: ShardSet, tmp_path: Path) -> None:
     with train_on(shards, sample_order(), MODEL, config(False), steps=range(3)) as loader:
         assert [b.step for b in loader] == [0, 1, 2] and list(loader) == []
         loader.load_state_dict({**loader.state_dict(), "step": 1})
         assert [b.step for b in loader] == [1, 2]
         with pytest.raises(UserError, match="belongs to another dataset"):
-            loader.load_state_dict({"step": 0, "dataset": "0" * 64})
+            loader.load_state_dict({**loader.state_dict(), "dataset": "0" * 64})
     loader.load_state_dict({**loader.state_dict(), "step": 0})
     loader.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -576,8 +681,12 @@ def test_a_deleted_or_replaced_shard_stops_the_loader(tmp_path: Path, streamed: 
     content = path.read_bytes()
     path.write_bytes(content)
     os.utime(path, ns=(1, 1))
-    with pytest.raises(Replaced, match=r"shard-000001\.tar was replaced"):
+    with pytest.raises(Replaced, match=r"shard-000001\.tar was replaced while"):
         reader.read(60, 1)
+    for other in (content + b"\0" * 10240, content[:-1], content[:2000], b""):  # before it was read for the first time
+        path.write_bytes(bytes(len(other) // 2) + other[len(other) // 2 :])
+        with pytest.raises(UserError, match=rf"shard-000001\.tar was replaced .* had {len(content)} bytes"):
+            batches(evaluation_loader(dataset, MODEL, config(streamed, max_bad_fraction=1), batch_size=8))
     path.unlink()
     with pytest.raises(UserError, match=r"shard-000001\.tar does not exist"):
         batches(evaluation_loader(dataset, MODEL, config(streamed), batch_size=8))
@@ -649,6 +758,9 @@ def test_a_cache_on_disk_is_shared_checked_and_limited(shards: ShardSet, tmp_pat
     entries[0].write_bytes(content)
     assert_same(read(), plain)
     assert len(storage.reads) == 1  # the damaged one was fetched again
+    entries[1].write_bytes(b"")
+    assert_same(read(), plain)
+    assert len(storage.reads) == 1 and entries[1].stat().st_size
 
     cache, size = PartCache(tmp_path / "small", 1000), 300
     names = [hashlib.sha256(bytes([i])).hexdigest() for i in range(10)]

@@ -13,7 +13,7 @@ from crate_ray.config import DataConfig
 from crate_ray.data.mixture import Mixture, whole_weights
 from crate_ray.data.order import DatasetOrder, SampleOrder, hash64, permute, uniform, worker_slots
 from crate_ray.data.plan import plan_order
-from crate_ray.data.shards import Manifest, ShardSet
+from crate_ray.data.shards import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE, Manifest, ShardSet
 from crate_ray.data.storage import LocalStorage
 from crate_ray.errors import UserError
 
@@ -162,11 +162,14 @@ def test_epochs_and_seeds_differ_and_blocks_mix() -> None:
     assert len(np.unique(first // 5)) > 15
 
 
-def mixture(num_samples: int, total_bytes: int) -> Mixture:
+def mixture(num_samples: int, total_bytes: int, shard_samples: int = 1024) -> Mixture:
     described = {"kind": "image", "image_suffixes": ("jpg",), "suffixes": ("jpg",), "channels": 3}
     measured = {"mean": (0.5,), "std": (0.2,), "num_measured": 1, "shards_sha256": "", "index_sha256": ""}
-    manifest = Manifest(num_samples=num_samples, num_shards=1, total_bytes=total_bytes, **described, **measured)
-    return Mixture.of(ShardSet(LocalStorage(Path("unused")), manifest, np.empty(0), np.empty(0)))
+    shards = np.zeros(-(-num_samples // shard_samples), SHARD_DTYPE)
+    shards["samples"] = np.diff(np.minimum(np.arange(len(shards) + 1) * shard_samples, num_samples))
+    counts = {"num_samples": num_samples, "num_shards": len(shards), "total_bytes": total_bytes}
+    manifest = Manifest.model_validate({**counts, **described, **measured})
+    return Mixture.of(ShardSet(LocalStorage(Path("unused")), manifest, shards, np.empty(0, INDEX_DTYPE)))
 
 
 def test_planned_order_fits_budgets_and_explains_what_does_not_fit() -> None:
@@ -182,6 +185,41 @@ def test_planned_order_fits_budgets_and_explains_what_does_not_fit() -> None:
     assert uneven.datasets[0].lanes == 3 and uneven.batches_per_epoch == 15
     with pytest.raises(UserError, match="do not fill one batch of 64"):
         plan_order(mixture(50, 10**6), DataConfig(train="x"), batch_size=64, seed=0, workers=2)
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+@pytest.mark.parametrize("shard_samples", [1000, 999, 500, 40])
+def test_blocks_that_begin_between_index_entries_are_large_enough(shard_samples: int, workers: int) -> None:
+    num_samples, sample_bytes = 200_000, 117_000
+    data = DataConfig(train="x", memory_bytes=1)
+
+    def plan(shard_samples: int, **values: Any) -> DatasetOrder:
+        settings = data.model_copy(update=values)
+        found = mixture(num_samples, num_samples * sample_bytes, shard_samples)
+        return plan_order(found, settings, batch_size=1024, seed=0, workers=workers).datasets[0]
+
+    def samples_read(order: DatasetOrder, first: int) -> int:
+        """Samples that are read for the block that begins at one, in whole entries of each of its shards."""
+        count, stop = 0, min(first + order.block_samples, order.num_samples)
+        while first < stop:
+            begin = first // shard_samples * shard_samples
+            size = min(shard_samples, order.num_samples - begin)
+            last = min(stop - begin, size)
+            count += min(-(-last // INDEX_STRIDE) * INDEX_STRIDE, size) - (first - begin) // INDEX_STRIDE * INDEX_STRIDE
+            first = begin + last
+        return count
+
+    order, aligned = plan(shard_samples), plan(1024)
+    read = [samples_read(order, first) for first in range(0, num_samples, order.block_samples)]
+    assert sum(read) <= 1.27 * num_samples
+    owned = -(-order.lanes // workers)
+    assert 2 * owned * order.window_blocks * np.mean(read) * sample_bytes <= data.buffer_bytes
+    assert order.lanes * order.window_blocks * order.block_samples > 0.4 * (
+        aligned.lanes * aligned.window_blocks * aligned.block_samples
+    )
+    assert aligned.block_samples == 16 == plan(num_samples).block_samples
+    assert plan(shard_samples, block_samples=48).block_samples == 48
+    assert plan(shard_samples, memory_bytes=2**40) == plan(1024, memory_bytes=2**40)
 
 
 def test_weights_are_the_decimals_that_were_written() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,27 @@ def test_processes_of_any_launcher_share_the_batches(dataset: str) -> None:
     assert state == same
     assert [*(a + b for a, b in zip(left, right, strict=True)), *rest] == whole
     assert Path(dataset).is_dir() and len({key for keys in whole[:7] for key in keys}) == 140
+
+
+def test_a_position_is_for_the_settings_it_was_saved_with(dataset: str) -> None:
+    usual = {"batch_size": 20, "image_size": 16, "seed": 3}
+    with stream(dataset, **usual) as batches:
+        keys = [next(iter(batches)).keys for _ in range(3)]
+        state = batches.state_dict()
+    streamed = {"memory_bytes": 1, "block_samples": 16}
+    for other, name in (
+        ({"seed": 1}, "seed was 3 and is 1"),
+        ({"batch_size": 10}, "batch_size"),
+        (streamed, "block_samples"),
+    ):
+        with stream(dataset, **{**usual, **other}) as batches, pytest.raises(UserError, match=f"another order.*{name}"):
+            batches.load_state_dict(state)
+    # How the same order is read does not matter, nor by whom.
+    with stream(dataset, **usual, memory_bytes=1, block_samples=1, window_blocks=150, lanes=1, world_size=2) as batches:
+        batches.load_state_dict(state)
+        following = next(iter(batches)).keys
+    with stream(dataset, **usual) as batches:
+        assert [keys, following] == [[b.keys for b in islice(batches, 3)], next(iter(batches)).keys[:10]]
 
 
 def test_wrong_use_is_told(dataset: str) -> None:
