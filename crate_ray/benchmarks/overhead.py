@@ -19,6 +19,7 @@ from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.progress import console
 from crate_ray.ray_cluster import start_ray
+from crate_ray.tracking.pretraining import track
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
 from crate_ray.training.planning import driver_lease
@@ -61,8 +62,8 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
         settings = _settings(f"overhead-{number}", folder, data, config)
         follower = _Follower()
         console().print(f"round {number + 1} of {config.rounds}: {config.steps} steps as a Ray Train job, then bare")
-        with driver_lease(settings) as lease:
-            train_on_ray(open_run(settings), lease, PretrainTask, [follower])
+        with driver_lease(settings) as lease, track(run := open_run(settings), lease) as tracker:
+            train_on_ray(run, lease, PretrainTask, [tracker, follower])
         taken = follower.values["step_seconds"]
         seconds["ray_train"] += [taken[step] for step in sorted(taken)[1:]]
         for name, found in shares.items():
@@ -136,7 +137,11 @@ def _settings(name: str, folder: Path, data: str, config: BenchmarkOverheadConfi
             "training": {"batch_size": config.batch_size, "steps": config.steps},
             "scaling": {"workers": config.workers, "cpus_per_worker": config.cpus_per_worker},
             "checkpoint": {"every_steps": 10 * config.steps},
-            "tracking": {"log_every": config.log_every, "picture_every": None},
+            "tracking": {
+                "uri": f"sqlite:///{folder}/mlflow.db",
+                "log_every": config.log_every,
+                "picture_every": None,
+            },
         }
     )
 

@@ -45,8 +45,9 @@ def open_finetuning(config: FinetuneConfig, load: Load) -> Run:
     """Check the settings against the data and, when the run exists, against its record; nothing is started yet.
 
     `load` gives the model behind a reference. It is looked up once, and the weights are stored beside the run: a start
-    that is repeated finds what the first one stored, wherever an alias points by then. Raises UserError when the data
-    is missing, has no labels or does not fit, or when the run was begun with other data or another model.
+    that is repeated finds what the first one stored, wherever an alias points by then. Where another driver could work
+    on the run, call it with the run's lease (see planning.driver_lease). Raises UserError when the data is missing, has
+    no labels or does not fit, or when the run was begun with other data or another model.
     """
     config = with_absolute_paths(config)
     train, classes = _labelled(config)

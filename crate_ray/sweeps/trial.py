@@ -18,6 +18,7 @@ from crate_ray.tracking.pretraining import track
 from crate_ray.tracking.registry import load_described
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
+from crate_ray.training.planning import driver_lease
 from crate_ray.training.pretraining import PretrainTask, validation_loss
 from crate_ray.training.run import Run, open_run, start_from
 from crate_ray.training.step import Normalizer
@@ -57,15 +58,16 @@ def run_trial(values: dict[str, Any], sweep: dict[str, Any], shared: dict[str, A
     record = _Record(folder, trial, values)
     try:
         config = trial_config(settings, shared, values, f"trial-{trial}")
-        run = start_from(open_run(config), lambda reference: initial_weights(reference, config))
-        record.update(run_key=run.record.run_key)
-        reporter = _Reporter(record, run.total_steps, settings.objective == "validation_loss")
-        tags = {TRIAL_TAG: trial} | ({PARENT_TAG: parent_run} if parent_run else {})
-        with track(run, tags) as tracker:
-            train_on_ray(run, PretrainTask, [tracker, reporter])
-            objective = _objective(settings, config, run, reporter.last_loss)
-            if settings.objective == "probe_accuracy":
-                tracker.metrics(run.total_steps, {"probe_accuracy_encoder": objective}, int(time.time() * 1000))
+        with driver_lease(config) as lease:
+            run = start_from(open_run(config), lambda reference: initial_weights(reference, config))
+            record.update(run_key=run.record.run_key)
+            reporter = _Reporter(record, run.total_steps, settings.objective == "validation_loss")
+            tags = {TRIAL_TAG: trial} | ({PARENT_TAG: parent_run} if parent_run else {})
+            with track(run, lease, tags) as tracker:
+                train_on_ray(run, lease, PretrainTask, [tracker, reporter])
+                objective = _objective(settings, config, run, reporter.last_loss)
+                if settings.objective == "probe_accuracy":
+                    tracker.metrics(run.total_steps, {"probe_accuracy_encoder": objective}, int(time.time() * 1000))
     except Exception as error:
         record.update(status="failed", cause=" ".join(str(error).split())[:500] or type(error).__name__)
         raise

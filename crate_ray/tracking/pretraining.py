@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mlflow.entities import Dataset
 
+from crate_ray.data.lease import Lease, LeaseLost
 from crate_ray.data.shards import ShardSet
 from crate_ray.tracking.runs import RunTracker, flatten, spool_folder
 from crate_ray.training.export import DESCRIPTION_FILE, export_run
@@ -24,8 +25,12 @@ _MODEL_FOLDER = "model"
 
 
 @contextmanager
-def track(run: Run, extra_tags: Mapping[str, str] | None = None) -> Iterator[RunTracker]:
-    """Follow a run in MLflow: RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED."""
+def track(run: Run, lease: Lease, extra_tags: Mapping[str, str] | None = None) -> Iterator[RunTracker]:
+    """Follow a run in MLflow: RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED.
+
+    Drivers of one run share its entry in MLflow and, on one machine, its spool: so the run's lease is needed, entered.
+    """
+    lease.check()
     config = run.config
     start = run.record.finetune
     tags = source_tags("finetune" if start else "pretrain") | dict(extra_tags or {})
@@ -53,6 +58,9 @@ def track(run: Run, extra_tags: Mapping[str, str] | None = None) -> Iterator[Run
     tracker.text("environment.txt", environment())
     try:
         yield tracker
+    except LeaseLost:
+        tracker.abandon()
+        raise
     except BaseException as error:
         stopped = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         patience = min(10, run.config.tracking.deliver_seconds)

@@ -1,7 +1,8 @@
 """A training run in MLflow: everything is written to a spool on disk, and a thread of our own delivers it.
 
 A slow or absent server never slows training: what was not delivered stays in the spool and is delivered by the next
-start of the run. Deliveries carry their own time, so that repeating one changes nothing.
+start of the run. Deliveries carry their own time, so that repeating one changes nothing. A spool without room never
+stops training either: what cannot be written is lost, and a warning says so.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +103,11 @@ class RunTracker(Listener):
         self._folder = spool_folder(key)
         (self._folder / "files").mkdir(parents=True, exist_ok=True)
         self._events, self._sent = self._folder / "events.jsonl", self._folder / "sent"
+        self._events.touch()
+        self._delivered = int(self._sent.read_text()) if self._sent.exists() else 0  # bytes of the events
         self._wake, self._stop, self._give_up = threading.Event(), threading.Event(), threading.Event()
         self._problem: Exception | None = None
+        self._lost: OSError | None = None  # why the spool did not take something
         self._sender = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
         self._append({"kind": "status", "status": "RUNNING"})
         self._sender.start()
@@ -113,32 +118,27 @@ class RunTracker(Listener):
 
     def picture(self, step: int, name: str, png: bytes) -> None:
         """Record a picture as the artifact <name>/step-<step>.png."""
-        path = self._folder / "files" / f"{name}-{step:08d}.png"
-        path.write_bytes(png)
-        self._append({"kind": "file", "path": path.as_posix(), "folder": name, "name": f"step-{step:08d}.png"})
+        self._append_file(f"{name}-{step:08d}.png", png, name, f"step-{step:08d}.png")
 
     def bad_samples(self, step: int, causes: dict[str, str]) -> None:
         """Record keys and causes of unusable samples as an artifact bad_samples/step-<step>-<id>.json."""
         name = f"step-{step:08d}-{uuid.uuid4().hex[:8]}.json"
-        path = self._folder / "files" / f"bad-{name}"
-        path.write_text(json.dumps(causes, indent=1))
-        self._append({"kind": "file", "path": path.as_posix(), "folder": "bad_samples", "name": name})
+        self._append_file(f"bad-{name}", json.dumps(causes, indent=1).encode(), "bad_samples", name)
 
     def note(self, step: int, text: str) -> None:
         """Record what happened as an artifact notes/step-<step>-<id>.txt."""
         name = f"step-{step:08d}-{uuid.uuid4().hex[:8]}.txt"
-        path = self._folder / "files" / f"note-{name}"
-        path.write_text(text + "\n")
-        self._append({"kind": "file", "path": path.as_posix(), "folder": "notes", "name": name})
+        self._append_file(f"note-{name}", f"{text}\n".encode(), "notes", name)
 
     def text(self, name: str, content: str) -> None:
         """Record a text file as an artifact."""
-        path = self._folder / "files" / name
-        path.write_text(content)
-        self._append({"kind": "file", "path": path.as_posix(), "folder": None, "name": name})
+        self._append_file(name, content.encode(), None, name)
 
     def model(self, exported: Path) -> None:
-        """Record an exported model (see training.export) as an MLflow model, and its files as artifacts."""
+        """Record an exported model (see training.export) as an MLflow model, and its files as artifacts.
+
+        Raises OSError when the spool has no room: the run is not complete without it.
+        """
         copy = self._folder / "files" / MODEL_FOLDER
         shutil.copytree(exported, copy, dirs_exist_ok=True)
         self._append({"kind": "model", "path": copy.as_posix()})
@@ -149,15 +149,21 @@ class RunTracker(Listener):
         The timeout is in seconds, by default tracking.deliver_seconds.
         Returns whether all was delivered. What was not stays in the spool; `undelivered` says where and why.
         """
-        self._append({"kind": "status", "status": status, "time": int(time.time() * 1000)})
+        told = self._append({"kind": "status", "status": status, "time": int(time.time() * 1000)})
         self._stop.set()
         self._wake.set()
         self._sender.join(self._deliver_seconds if timeout is None else timeout)
         self._give_up.set()
-        if self._pending():
+        if not told or self._pending():
             return False
         shutil.rmtree(self._folder, ignore_errors=True)
         return True
+
+    def abandon(self) -> None:
+        """Stop here, and leave the run and its spool to another driver that has taken it over."""
+        self._give_up.set()
+        self._stop.set()
+        self._wake.set()
 
     def wait_for_run(self, timeout: float = 15.0) -> str:
         """The run's id as soon as the server was reached; empty when that takes longer than the timeout (seconds)."""
@@ -174,19 +180,41 @@ class RunTracker(Listener):
     @property
     def undelivered(self) -> str:
         """A sentence on where undelivered records are, and why."""
-        cause = " ".join(str(self._problem).split())[:200] if self._problem else "the server is slow"
+        problem = self._problem or self._lost
+        cause = " ".join(str(problem).split())[:200] if problem else "the server is slow"
         return f"MLflow at {redact(self._uri)} did not take everything ({cause}); the rest waits in {self._folder}"
 
-    def _append(self, event: dict[str, Any]) -> None:
-        with self._events.open("a") as file:
-            file.write(json.dumps(event) + "\n")
-        self._wake.set()
+    def _append_file(self, spooled: str, content: bytes, folder: str | None, name: str) -> None:
+        """Spool a file for the artifact <folder>/<name>."""
+        path = self._folder / "files" / spooled
+        self._append({"kind": "file", "path": path.as_posix(), "folder": folder, "name": name}, content)
 
-    def _offset(self) -> int:
-        return int(self._sent.read_text()) if self._sent.exists() else 0
+    def _append(self, event: dict[str, Any], content: bytes | None = None) -> bool:
+        """Spool an event, and first what its file holds; False where the disk does not take it."""
+        size = None
+        try:
+            if content is not None:
+                Path(event["path"]).write_bytes(content)
+            size = self._events.stat().st_size
+            with self._events.open("a") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                if size is not None:
+                    os.truncate(self._events, size)  # half a line would spoil the next one
+            if self._lost is None:
+                logger.warning(
+                    "%s cannot be written (%s): metrics and pictures for MLflow are lost until it can",
+                    self._folder,
+                    error,
+                )
+            self._lost = error
+            return False
+        self._wake.set()
+        return True
 
     def _pending(self) -> bool:
-        return self._offset() < self._events.stat().st_size
+        return self._events.exists() and self._delivered < self._events.stat().st_size
 
     def _deliver(self) -> None:
         client = None
@@ -244,7 +272,7 @@ class RunTracker(Listener):
 
     def _send_pending(self, client: MlflowClient) -> None:
         metrics: list[Metric] = []
-        for event, end in self._events_after(self._offset()):
+        for event, end in self._events_after(self._delivered):
             if event["kind"] == "metrics":
                 metrics += [Metric(n, v, event["time"], event["step"]) for n, v in event["values"].items()]
                 if len(metrics) < _BATCH and end < self._events.stat().st_size:
@@ -259,7 +287,11 @@ class RunTracker(Listener):
                     raise
                 # Sending it again would block everything behind it.
                 logger.warning("MLflow refuses a record of run %s, which is left out: %s", self._name, error)
-            self._sent.write_text(str(end))
+            self._delivered = end
+            with suppress(OSError):  # of a full disk; the next start sends it again
+                new = self._sent.with_suffix(".new")
+                new.write_text(str(end))
+                new.replace(self._sent)
 
     def _send(self, client: MlflowClient, event: dict[str, Any]) -> None:
         if event["kind"] == "file":

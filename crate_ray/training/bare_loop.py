@@ -76,7 +76,7 @@ def train(
     normalizer = Normalizer.of(record.mean, record.std, device)
     mixture = open_mixture(config.data.train, config.s3)
     place = Place(record, mixture, validation, rank, world_size, device, autocast, normalizer)
-    task, trained, optimizer, micro_steps = assemble(task_class, config, place)
+    task, trained, optimizer, micro_steps, _ = assemble(task_class, config, place)
     if weights is not None:
         task.model.load_state_dict(weights)
     loader = training_loader(

@@ -131,6 +131,8 @@ class CheckpointState(Settings):
     """Workers that wrote it."""
     torch_version: str
     """torch.__version__"""
+    arithmetic: tuple[str, ...] = ()
+    """How their layers computed (see task.Assembled); empty where that was not kept."""
 
 
 class FileRecord(Settings):
@@ -250,6 +252,24 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
     with _plain_errors():
         dcp.load(checkpoint_tensors(model, optimizer), storage_reader=reader, no_dist=True)
     return CheckpointState.model_validate_json((folder / STATE_FILE).read_bytes())
+
+
+def check_arithmetic(state: CheckpointState, now: tuple[str, ...], world_size: int, device: torch.device) -> None:
+    """Compare how the workers compute with how a checkpoint was computed.
+
+    Raises UserError where the resumed run would not end with the bits that it is promised to end with, those of a run
+    that nothing disturbed: on the CPU, with as many workers. Elsewhere a difference is logged.
+    """
+    if not state.arithmetic or state.arithmetic == now:
+        return
+    then = " and ".join(state.arithmetic)
+    sentence = f"the checkpoint of step {state.step} comes from {then}, and the workers now have {' and '.join(now)}"
+    if device.type == "cpu" and world_size == state.world_size and len(state.arithmetic) == 1:
+        raise UserError(
+            f"{sentence}, which round differently; set training.compile and training.precision to what it comes from, "
+            "on machines that can do that, or begin another run with its weights: another --name and --init-from"
+        )
+    logger.warning("%s, which round differently", sentence)
 
 
 # --- Files to the storage and back ----------------------------------------------------------------------------------

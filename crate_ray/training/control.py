@@ -24,8 +24,15 @@ import torch.distributed as dist
 from crate_ray.errors import UserError
 from crate_ray.training.mailbox import Sign
 
+START, END = "start", "end"
+"""Phases before the first step and after the last one."""
 _POLL_SECONDS = 0.5
 _PACKAGE = Path(__file__).parents[1].as_posix()
+
+
+def beat_seconds(hang_seconds: float) -> float:
+    """Time between two signs of life, so that some may be late."""
+    return min(10.0, hang_seconds / 6)
 
 
 class Agreed(NamedTuple):
@@ -38,9 +45,10 @@ class Agreed(NamedTuple):
 
 
 class WorkerControl:
-    """A worker's side. Use it as a context manager around the training loop.
+    """A worker's side. Use it as a context manager around all that a worker does.
 
     Args:
+        group: names the workers that were started together.
         rank, world_size: of this worker.
         show: tells the driver a sign of life; called from a thread.
         asked_to_stop: whether the driver wants the run to stop; called from rank 0's thread.
@@ -50,6 +58,7 @@ class WorkerControl:
 
     def __init__(
         self,
+        group: str,
         rank: int,
         world_size: int,
         show: Callable[[Sign], None],
@@ -58,11 +67,11 @@ class WorkerControl:
         beat_seconds: float,
         look_seconds: float | None,
     ) -> None:
-        self._rank, self._show, self._asked = rank, show, asked_to_stop
+        self._name, self._rank, self._show, self._asked = group, rank, show, asked_to_stop
         self._beat_seconds, self._look_seconds = beat_seconds, look_seconds
         # On the CPU, whatever trains: no device waits for it.
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
-        self._step, self._phase = 0, "start"
+        self._step, self._phase = 0, START
         self._stop_asked = False
         self._looked = time.monotonic()
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
@@ -89,7 +98,7 @@ class WorkerControl:
 
     def agree(self, step: int) -> Agreed:
         """What all ranks do before a step. All ranks call it before each step."""
-        self._step = step
+        self._step, self._phase = step, "step"
         look = self._look_seconds is not None and time.monotonic() - self._looked >= self._look_seconds
         if look:
             self._looked = time.monotonic()
@@ -108,15 +117,16 @@ class WorkerControl:
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None
+        self._phase = END
 
     def _beat(self) -> None:
-        shown = -self._beat_seconds
+        shown, phase = -self._beat_seconds, START
         while not self._end.wait(_POLL_SECONDS):
             if self._rank == 0 and not self._stop_asked:
                 self._stop_asked = self._asked()
-            if time.monotonic() - shown >= self._beat_seconds:
-                shown = time.monotonic()
-                self._show(Sign(self._rank, self._step, self._phase, self._place()))
+            if time.monotonic() - shown >= self._beat_seconds or (phase == START and self._phase != START):
+                shown, phase = time.monotonic(), self._phase
+                self._show(Sign(self._name, self._rank, self._step, self._phase, self._place()))
 
     def _place(self) -> str:
         """Innermost line of this package in the main thread."""
@@ -133,31 +143,46 @@ class Watchdog:
 
     hang_seconds: float
     """A run that makes no step for so long hangs."""
+    _group: str = ""
     _signs: dict[int, tuple[float, Sign]] = field(default_factory=dict)
-    _progress: float | None = None
-    _furthest: tuple[int, str] = (-1, "")
+    _furthest: int = -1
+    _progress: float = 0.0
+    """When the step was first seen that is the furthest."""
 
     def seen(self, sign: Sign, now: float) -> None:
         """Take a sign of life, at a time by the driver's clock."""
+        if sign.group != self._group:  # the workers were started again, perhaps fewer of them
+            self._group, self._signs, self._furthest, self._progress = sign.group, {}, -1, now
         self._signs[sign.rank] = (now, sign)
-        if sign.step < self._furthest[0]:  # a new group of workers began at an earlier checkpoint
-            self._signs = {sign.rank: (now, sign)}
-        if (sign.step, sign.phase) != self._furthest and sign.step != self._furthest[0]:
-            self._progress = now
-            self._furthest = (sign.step, sign.phase)
+        if sign.phase != START and sign.step > self._furthest:
+            self._furthest, self._progress = sign.step, now
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the workers of now have come to their first step."""
+        return self._furthest >= 0
 
     def silence(self, now: float) -> float:
         """Seconds since the last sign of life of any worker; infinite before the first."""
         return now - max((seen for seen, _ in self._signs.values()), default=-math.inf)
 
     def check(self, now: float) -> None:
-        """Raise UserError, naming the rank, when nothing has moved for too long."""
-        if self._progress is None or now - self._progress < self.hang_seconds:
+        """Raise UserError, naming the rank, when nothing has moved for too long.
+
+        Signs come from threads of their own: where none comes, no worker is there to hang, and Ray Train waits for a
+        node. Before the first step only silence counts, as restoring and compiling take their time, and after the last
+        one nothing does: the workers upload, and leave one by one.
+        """
+        if now - self._progress < self.hang_seconds or self.silence(now) > 3 * beat_seconds(self.hang_seconds):
+            return
+        if any(sign.phase == END for _, sign in self._signs.values()):
             return
         latest = max(seen for seen, _ in self._signs.values())
         silent = [sign for seen, sign in self._signs.values() if latest - seen > self.hang_seconds / 2]
         if silent:
             blamed, why = silent, "gives no sign of life"
+        elif not self.has_begun:
+            return
         else:
             least = min(sign.step for _, sign in self._signs.values())
             behind = [sign for _, sign in self._signs.values() if sign.step == least]

@@ -32,12 +32,13 @@ _POLL_SECONDS = 0.25
 _SILENT_SECONDS = 30.0  # without a sign of life, no worker is there that could save a checkpoint
 
 
-def train_on_ray(run: Run, task_class: type[Task], listeners: Sequence[Listener]) -> None:
+def train_on_ray(run: Run, lease: Lease, task_class: type[Task], listeners: Sequence[Listener]) -> None:
     """Train to the last step, on `scaling.workers` Ray Train workers; recovers from up to max_failures failures, and
     from the newest checkpoint when an elastic run gets another number of workers.
 
-    Needs Ray (see ray_cluster.start_ray). Listeners hear of metrics and pictures in this thread. Returns at once when
-    the run is already finished. Raises UserError for what a worker found wrong with the user's input.
+    Needs Ray (see ray_cluster.start_ray), and the run's lease, entered (see planning.driver_lease). Listeners hear of
+    metrics and pictures in this thread. Returns at once when the run is already finished. Raises UserError for what a
+    worker found wrong with the user's input, and LeaseLost when another driver has taken the run over.
     """
     if run.is_finished:
         return
@@ -52,10 +53,8 @@ def train_on_ray(run: Run, task_class: type[Task], listeners: Sequence[Listener]
             f"run {config.name!r} was begun with {threads} CPUs per worker and results depend on it; "
             f"set scaling.cpus_per_worker {threads}"
         )
-    with (
-        Lease(run.storage, "driver.lease", f"run {config.name!r}", lease_seconds=config.scaling.lease_seconds) as lease,
-        stop_signals() as asked,
-    ):
+    lease.check()
+    with stop_signals() as asked:
         _fit_and_follow(run, task_class, listeners, lease, asked, resources, use_gpu=use_gpu, threads=threads)
 
 
@@ -111,7 +110,7 @@ def _fit_and_follow(
                 stopping = True
                 logger.warning("stopping: a checkpoint is saved first (Ctrl-C again to stop at once)")
                 mailbox.stop.remote()
-            if stopping and watchdog.silence(time.monotonic()) > _SILENT_SECONDS:
+            if stopping and (not watchdog.has_begun or watchdog.silence(time.monotonic()) > _SILENT_SECONDS):
                 raise Stopped(asked.signal)
         _deliver(mailbox, listeners, watchdog)
         try:

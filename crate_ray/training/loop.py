@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -41,11 +40,14 @@ from crate_ray.training.worker import Reporter, judged, notes
 from crate_ray.training.worker_checkpoints import WorkerCheckpoints
 
 
-def train(task_class: type[Task], payload: dict[str, Any], space: Path, node_space: Path) -> None:
+def train(
+    task_class: type[Task], payload: dict[str, Any], control: WorkerControl, space: Path, node_space: Path
+) -> None:
     """Train one worker's share of a run, from its newest committed checkpoint to its last step.
 
     The payload is the driver's: `config` and `record` as plain data, `total_steps`, the folder `attempt` of this
-    start's checkpoints, and its `mailbox`. The folders are local, of this worker and of the first one on its node.
+    start's checkpoints, and its `mailbox`. The control is this worker's, entered. The folders are local, of this worker
+    and of the first one on its node.
     """
     config = task_class.config_class.model_validate(payload["config"])
     record = RunRecord.model_validate(payload["record"])
@@ -69,11 +71,11 @@ def train(task_class: type[Task], payload: dict[str, Any], space: Path, node_spa
     autocast = autocast_dtype(config.training.precision, device)
     normalizer = Normalizer.of(record.mean, record.std, device)
     place = Place(record, mixture, validation, rank, world_size, device, autocast, normalizer)
-    task, trained, optimizer, micro_steps = assemble(task_class, config, place)
+    task, trained, optimizer, micro_steps, arithmetic = assemble(task_class, config, place)
     model = task.model
     reporter = Reporter(payload["mailbox"] if rank == 0 else None)
     checkpoints = WorkerCheckpoints(
-        run, payload["attempt"], record, config.checkpoint, (space, node_space), reporter.checkpoint
+        run, payload["attempt"], record, arithmetic, config.checkpoint, (space, node_space), reporter.checkpoint
     )
     step = checkpoints.restore(model, optimizer)
 
@@ -95,17 +97,8 @@ def train(task_class: type[Task], payload: dict[str, Any], space: Path, node_spa
         together=task.together,
     )
     first_slot, _ = worker_slots(config.training.batch_size, rank, world_size, task.together)
-    mailbox = payload["mailbox"]
-    control = WorkerControl(
-        rank,
-        world_size,
-        show=lambda sign: mailbox.put.remote(("alive", sign.step, sign)),
-        asked_to_stop=lambda: ray.get(mailbox.is_stopping.remote()),
-        beat_seconds=min(10.0, config.scaling.hang_seconds / 6),
-        look_seconds=config.scaling.preemption_seconds,
-    )
     profile = StepProfile(config.training.profile_steps, rank, run, space)
-    with loader, control, profile:
+    with loader, profile:
         if step < total_steps:
             settle(trained, *task.blank(1))
         watch, batches = Stopwatch(device), iter(loader)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 class Sign(NamedTuple):
     """What a worker shows of itself."""
 
+    group: str
+    """Workers that were started together."""
     rank: int
     step: int
     phase: str

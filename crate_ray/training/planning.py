@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crate_ray.config import CrateMAEConfig, FinetuneConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.data.lease import Lease
 from crate_ray.data.mixture import Mixture, open_mixture
 from crate_ray.data.plan import plan_order
 from crate_ray.data.shards import load_dataset
@@ -40,6 +41,15 @@ class Run:
     def is_finished(self) -> bool:
         """Whether no step is left."""
         return self.first_step >= self.total_steps
+
+
+def driver_lease(config: RunConfig) -> Lease:
+    """The right to write to a run's folder and to track it, for one driver at a time.
+
+    Enter it before the run is opened, so that nobody writes between, and leave it when all is told.
+    """
+    storage = open_storage(config.storage, config.s3).under(config.name)
+    return Lease(storage, "driver.lease", f"run {config.name!r}", lease_seconds=config.scaling.lease_seconds)
 
 
 def plan_run(
@@ -146,7 +156,6 @@ def _difference(record: RunRecord, config: RunConfig, model: CrateMAEConfig | Vi
             return f"another model (model.{name} was {old_model.get(name)}, is {new_model.get(name)})"
     pairs: dict[str, tuple[Any, Any]] = {
         "training.batch_size": (old.training.batch_size, config.training.batch_size),
-        "training.compile": (old.training.compile, config.training.compile),  # which rounds differently
         "seed": (old.seed, config.seed),
     }
     if isinstance(old, PretrainConfig) and isinstance(config, PretrainConfig):

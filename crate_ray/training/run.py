@@ -28,7 +28,8 @@ def start_from(run: Run, load: Callable[[str], Mapping[str, Tensor]]) -> Run:
     """The run, with the weights of `init_from` stored beside it, where it has not begun yet; else the run as it is.
 
     `load` gives the weights behind the reference. They are looked up once: a start that is repeated finds what the
-    first one stored, wherever an alias points by then. Raises UserError when they do not fit the model.
+    first one stored, wherever an alias points by then. Call it with the run's lease (see planning.driver_lease). Raises
+    UserError when they do not fit the model.
     """
     config, record = run.config, run.record
     assert isinstance(config, PretrainConfig)

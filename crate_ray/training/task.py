@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from crate_ray.config import FinetuneConfig, ImageModelConfig, PretrainConfig
@@ -94,14 +95,17 @@ class Assembled(NamedTuple):
     optimizer: torch.optim.Optimizer
     micro_steps: int
     """Forward passes per optimiser step."""
+    arithmetic: tuple[str, ...]
+    """How layers compute, as it turned out, which decides how they round: one entry where all workers are alike."""
 
 
 def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, place: Place) -> Assembled:
     """Build a task's model, compile its layers and make it parallel, as the settings say. A collective call."""
     task, training = task_class(config, place), config.training
-    if should_compile(training.compile, place.device):
+    compiled = should_compile(training.compile, place.device)
+    if compiled:
         blank = task.blank(largest_micro_batch(training, place.world_size))
-        compile_layers(task.model, task.layers, blank, place.autocast)
+        compiled = compile_layers(task.model, task.layers, blank, place.autocast)
     trained = parallelize(
         task.model,
         task.layers,
@@ -110,4 +114,14 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, pl
         device=place.device,
         autocast=place.autocast,
     )
-    return Assembled(task, trained, task.build_optimizer(), micro_steps_of(training, task.model, place.world_size))
+    micro_steps = micro_steps_of(training, task.model, place.world_size)
+    return Assembled(task, trained, task.build_optimizer(), micro_steps, _arithmetic(compiled, place))
+
+
+def _arithmetic(compiled: bool, place: Place) -> tuple[str, ...]:
+    kinds = [f"{layers} layers in {dtype}" for layers in ("eager", "compiled") for dtype in ("float32", "bfloat16")]
+    workers = torch.zeros(len(kinds), dtype=torch.int64, device=place.device)
+    workers[2 * compiled + (place.autocast is not None)] = 1
+    if place.world_size > 1:
+        dist.all_reduce(workers)
+    return tuple(kind for kind, number in zip(kinds, workers.tolist(), strict=True) if number)

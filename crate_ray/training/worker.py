@@ -1,4 +1,5 @@
-"""What every Ray Train worker does around its training loop: local folders, telling errors and measurements."""
+"""What every Ray Train worker does around its training loop: local folders, signs of life, telling errors and
+measurements."""
 
 from __future__ import annotations
 
@@ -12,22 +13,34 @@ import ray
 import ray.train
 from ray.train.collective import broadcast_from_rank_zero
 
+from crate_ray.config import ScalingConfig
 from crate_ray.errors import UserError
+from crate_ray.training.control import WorkerControl, beat_seconds
 from crate_ray.training.guard import Judgement
 from crate_ray.training.local_space import local_space
 
 
-def run_worker(payload: dict[str, Any], train: Callable[[dict[str, Any], Path, Path], None]) -> None:
-    """Run a training loop with temporary folders on the node's disk: this worker's, and that of the first one on its
-    node. Errors that the user can mend are told to the driver at once."""
+def run_worker(payload: dict[str, Any], train: Callable[[dict[str, Any], WorkerControl, Path, Path], None]) -> None:
+    """Run a training loop, seen by the driver, with temporary folders on the node's disk: this worker's, and that of
+    the first one on its node. Errors that the user can mend are told to the driver at once."""
+    mailbox, scaling = payload["mailbox"], ScalingConfig.model_validate(payload["config"]["scaling"])
     try:
         context = ray.train.get_context()
         start = broadcast_from_rank_zero(uuid.uuid4().hex[:12])
         names = [f"{start}-{context.get_node_rank()}-{local_rank}" for local_rank in (context.get_local_rank(), 0)]
-        with local_space(names[0]) as own:
-            train(payload, own, own.with_name(names[1]))
+        control = WorkerControl(
+            start,
+            context.get_world_rank(),
+            context.get_world_size(),
+            show=lambda sign: mailbox.put.remote(("alive", sign.step, sign)),
+            asked_to_stop=lambda: ray.get(mailbox.is_stopping.remote()),
+            beat_seconds=beat_seconds(scaling.hang_seconds),
+            look_seconds=scaling.preemption_seconds,
+        )
+        with local_space(names[0]) as own, control:
+            train(payload, control, own, own.with_name(names[1]))
     except UserError as error:
-        ray.get(payload["mailbox"].put.remote(("error", 0, str(error))))
+        ray.get(mailbox.put.remote(("error", 0, str(error))))
         raise
 
 

@@ -25,6 +25,7 @@ from crate_ray.training.checkpoint import (
     CheckpointState,
     Commit,
     RunRecord,
+    check_arithmetic,
     checkpoint_tensors,
     commit_checkpoint,
     fetch_checkpoint,
@@ -57,6 +58,7 @@ class WorkerCheckpoints:
         run: the run's folder.
         attempt: folder under it for the checkpoints of this start of the driver.
         record: the run's record.
+        arithmetic: how the workers compute; see task.Assembled.
         config: what to keep.
         spaces: local folder of this worker, and that of the first worker on its node.
         told: hears, on rank 0 and from another thread, how long the background part of a save took: step and seconds.
@@ -67,11 +69,13 @@ class WorkerCheckpoints:
         run: Storage,
         attempt: str,
         record: RunRecord,
+        arithmetic: tuple[str, ...],
         config: CheckpointConfig,
         spaces: tuple[Path, Path],
         told: Callable[[int, float], None],
     ) -> None:
         self._run, self._attempt, self._record, self._config, self._told = run, attempt, record, config, told
+        self._arithmetic = arithmetic
         self._space, self._node_space = spaces
         context = ray.train.get_context()
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
@@ -89,7 +93,8 @@ class WorkerCheckpoints:
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Load the newest valid checkpoint, else the weights that the run is to start from, if any; returns its step.
 
-        Rank 0 decides which one is valid; one worker of each node fetches the files for all of them.
+        Rank 0 decides which one is valid; one worker of each node fetches the files for all of them. Raises UserError
+        where the workers compute otherwise than it was computed (see checkpoint.check_arithmetic).
         """
         folder = self._node_space / "restore"
         commit = None
@@ -109,7 +114,10 @@ class WorkerCheckpoints:
         if chosen is None:
             restore_weights(folder, model)
         else:
-            step = restore_checkpoint(folder, model, optimizer).step
+            state = restore_checkpoint(folder, model, optimizer)
+            device = next(model.parameters()).device
+            check_arithmetic(state, self._arithmetic, self._world_size, device)
+            step = state.step
         barrier()
         if self._is_first_of_node:
             shutil.rmtree(folder)
@@ -128,7 +136,11 @@ class WorkerCheckpoints:
         part = self._stager.stage(own_part(checkpoint_tensors(model, optimizer), self._rank, self._world_size))
         assert isinstance(part, dict)
         state = CheckpointState(
-            step=step, run=self._record, world_size=self._world_size, torch_version=torch.__version__
+            step=step,
+            run=self._record,
+            world_size=self._world_size,
+            torch_version=torch.__version__,
+            arithmetic=self._arithmetic,
         )
 
         def upload(_: Checkpoint, name: str) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,11 +15,19 @@ from pathlib import Path
 
 import boto3
 import pytest
+from mlflow import MlflowClient
 
-from crate_ray.config import S3Config
+from crate_ray.config import CrateMAEConfig, FinetuneConfig, PretrainConfig, S3Config
 from crate_ray.data.lease import Lease
 from crate_ray.data.storage import AlreadyExists, NotFound, Replaced, Storage, open_storage
 from crate_ray.errors import UserError
+from crate_ray.finetuning.run import open_finetuning
+from crate_ray.models import build_model
+from crate_ray.tracking.pretraining import track
+from crate_ray.training.export import ModelDescription, export_model
+from crate_ray.training.planning import driver_lease
+from crate_ray.training.run import open_run, start_from
+from tests.jobs import ROOT
 
 KEY = "run/driver.lease"
 SECONDS = 3.0
@@ -138,6 +147,55 @@ def test_one_that_was_stopped_for_too_long_learns_that_it_lost(storage: Storage)
             assert b"run 'x'" in storage.read(KEY)
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+def test_a_refused_driver_leaves_the_run_and_its_spool_alone(
+    job: str, digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one with other settings, for which the run would begin anew, under another key and with weights of its own,
+    as long as there is no checkpoint. Both share the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    encoder = CrateMAEConfig(image_size=8, patch_size=2, channels=1, dim=16, depth=1, num_subspaces=2)
+    model = build_model(encoder).eval()
+    description = ModelDescription(model=encoder, mean=(0.25,), std=(0.4,), kind="image")
+    export_model(tmp_path / "model", model.state_dict(), description)
+    values = {
+        "name": "run",
+        "storage": str(tmp_path / "runs"),
+        "data": {"train": digits},
+        "training": {"steps": 3, "batch_size": 20},
+        "scaling": {"lease_seconds": 3, "cpus_per_worker": 1},
+        "tracking": {"uri": f"sqlite:///{Path(digits).parent}/mlflow.db"},
+    }
+    config: PretrainConfig | FinetuneConfig
+    if job == "pretrain":
+        config = PretrainConfig.model_validate(values | {"model": encoder, "init_from": str(tmp_path / "model")})
+    else:
+        config = FinetuneConfig.model_validate(values | {"model": str(tmp_path / "model")})
+    main = runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]
+    with driver_lease(config) as ours:
+        if isinstance(config, PretrainConfig):
+            run = start_from(open_run(config), lambda reference: model.state_dict())
+        else:
+            run = open_finetuning(config, lambda reference: (model, description))
+        with track(run, ours) as tracker:
+            assert tracker.wait_for_run()
+            before = contents(tmp_path / "runs")
+            for second in (config, config.model_copy(update={"seed": 1})):
+                with pytest.raises(UserError, match=f"run 'run' is in use by process {os.getpid()} on"):
+                    main(second)
+            assert contents(tmp_path / "runs") == before and len(before) == 2
+            tracker.metrics(1, {"loss": 0.5}, 1_700_000_000_000)
+    told = MlflowClient(config.tracking.uri).get_run(tracker.run_id)
+    assert (told.info.status, told.data.metrics) == ("FINISHED", {"loss": 0.5})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files of a folder, but for leases."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lease"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_one_of_many_follows_a_dead_one(storage: Storage) -> None:

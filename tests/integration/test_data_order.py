@@ -15,6 +15,7 @@ from crate_ray.data.packing import pack
 from crate_ray.data.storage import open_storage
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
+from crate_ray.training.planning import driver_lease
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import open_run
 from crate_ray.training.telemetry import keys_digest
@@ -73,8 +74,9 @@ def settings(folder: Path, mixture: dict[str, float], workers: int, steps: int) 
 
 def train(folder: Path, mixture: dict[str, float], workers: int, steps: int = STEPS) -> dict[int, float]:
     """Begin a run, or go on with it, to so many steps; digests of the batches of its steps."""
-    run, digests = open_run(settings(folder, mixture, workers, steps)), Digests()
-    train_on_ray(run, PretrainTask, [digests])
+    config, digests = settings(folder, mixture, workers, steps), Digests()
+    with driver_lease(config) as lease:
+        train_on_ray(open_run(config), lease, PretrainTask, [digests])
     return digests.by_step
 
 

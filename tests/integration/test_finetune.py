@@ -36,6 +36,7 @@ from crate_ray.tracking.runs import find_run
 from crate_ray.training.checkpoint import committed
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
+from crate_ray.training.planning import driver_lease
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import open_run
 from tests.jobs import free_port
@@ -102,9 +103,8 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
         settings(digits, tmp_path, name="pretrained", model=encoder, training={"steps": 40, "batch_size": 64})
         | {"optim": {"lr": 2e-3}}
     )
-    source = open_run(earlier)
-    with track(source) as tracker:
-        train_on_ray(source, PretrainTask, [tracker])
+    with driver_lease(earlier) as lease, track(source := open_run(earlier), lease) as tracker:
+        train_on_ray(source, lease, PretrainTask, [tracker])
 
     config = FinetuneConfig.model_validate(
         settings(digits, tmp_path, name="tuned", recipe="mae", model=source.storage.uri)
@@ -120,9 +120,9 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
     def open_it() -> Any:
         return open_finetuning(config, lambda reference: pretrained_model(reference, config.tracking, config.s3))
 
-    run, follower = open_it(), Follower(kill_at=EVERY + 5)
-    with track(run) as tracker:
-        train_on_ray(run, FinetuneTask, [follower, tracker])
+    follower = Follower(kill_at=EVERY + 5)
+    with driver_lease(config) as lease, track(run := open_it(), lease) as tracker:
+        train_on_ray(run, lease, FinetuneTask, [follower, tracker])
         publish(run, tracker)
     assert follower.killed and committed(run.storage)[0].step == STEPS
     assert len({path.parent.name for path in (tmp_path / "runs/tuned").glob("attempt-001/step-*/state.json")}) == 2

@@ -28,6 +28,7 @@ from crate_ray.training.checkpoint import (
 )
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
+from crate_ray.training.planning import driver_lease
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import Run, open_run, start_from
 from crate_ray.training.telemetry import keys_digest
@@ -95,8 +96,9 @@ def settings(folder: Path, digits: str, **changes: Any) -> PretrainConfig:
 
 
 def follow(config: PretrainConfig) -> tuple[Run, Follower]:
-    run, follower = start_from(open_run(config), lambda reference: initial_weights(reference, config)), Follower()
-    train_on_ray(run, PretrainTask, [follower])
+    with driver_lease(config) as lease:
+        run, follower = start_from(open_run(config), lambda reference: initial_weights(reference, config)), Follower()
+        train_on_ray(run, lease, PretrainTask, [follower])
     return run, follower
 
 
@@ -157,8 +159,8 @@ def test_a_node_joins_and_a_node_leaves_while_a_run_trains(cluster: Cluster, dig
         raise AssertionError(f"no checkpoint of {workers} workers after step {after}")
 
     elastic = Follower()
-    with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(train_on_ray, run, PretrainTask, [elastic])
+    with driver_lease(config) as lease, ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train_on_ray, run, lease, PretrainTask, [elastic])
         step = wait_for(2)
         node = cluster.add_node(num_cpus=1)
         step = wait_for(3, step)

@@ -22,8 +22,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crate_ray.config import CheckpointConfig, CrateMAEConfig, OptimConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.config import CheckpointConfig, CrateMAEConfig, OptimConfig, PrepareConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.data.builtin import digits_source
+from crate_ray.data.mixture import open_mixture
 from crate_ray.data.order import DatasetOrder, SampleOrder
+from crate_ray.data.packing import pack
 from crate_ray.data.storage import LocalStorage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
@@ -34,6 +37,7 @@ from crate_ray.training.checkpoint import (
     Commit,
     FileRecord,
     RunRecord,
+    check_arithmetic,
     checkpoint_tensors,
     commit_checkpoint,
     committed,
@@ -49,8 +53,10 @@ from crate_ray.training.checkpoint import (
 )
 from crate_ray.training.export import ModelDescription, export_model, load_exported
 from crate_ray.training.local_space import local_space
+from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
-from crate_ray.training.step import build_optimizer, learning_rate, train_step
+from crate_ray.training.step import Normalizer, build_optimizer, learning_rate, train_step
+from crate_ray.training.task import Place, assemble
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,6 +135,48 @@ def restored(run: LocalStorage) -> Trainer | None:
     assert state.run == RECORD
     fresh.step = state.step
     return fresh
+
+
+def test_other_arithmetic_is_refused_where_bits_are_promised(caplog: pytest.LogCaptureFixture) -> None:
+    eager, compiled = "eager layers in float32", "compiled layers in float32"
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+
+    def check(then: tuple[str, ...], now: tuple[str, ...], world_size: int = 2, device: torch.device = cpu) -> None:
+        state = CheckpointState(step=5, run=RECORD, world_size=2, torch_version="2", arithmetic=then)
+        check_arithmetic(state, now, world_size, device)
+
+    check((eager,), (eager,))
+    check((), (eager,))  # a checkpoint of before this was kept
+    assert not caplog.records
+    for then, now in (((eager,), (compiled,)), ((compiled,), (eager,)), ((eager,), (eager, compiled))):
+        words = f"step 5 comes from {then[0]}, and the workers now have {' and '.join(now)}, which"
+        with pytest.raises(UserError, match=words):
+            check(then, now)
+    check((eager,), (compiled,), world_size=3)
+    check((eager,), (compiled,), device=gpu)
+    check((eager, compiled), (compiled,))
+    assert len(caplog.records) == 3
+
+
+def test_arithmetic_is_what_it_turned_out_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = PrepareConfig(source="digits", output=str(tmp_path))
+    pack(digits_source("test"), LocalStorage(tmp_path), prepared)
+    config = PretrainConfig.model_validate(
+        {
+            "model": {**MODEL.model_dump(), "channels": 1},
+            "data": {"train": str(tmp_path)},
+            "training": {"steps": 1, "batch_size": 4, "compile": "layers"},
+        }
+    )
+    cpu, mixture = torch.device("cpu"), open_mixture(str(tmp_path), config.s3)
+    for autocast, works, expected in (
+        (None, True, "compiled layers in float32"),
+        (torch.bfloat16, True, "compiled layers in bfloat16"),
+        (torch.bfloat16, False, "eager layers in bfloat16"),
+    ):
+        monkeypatch.setattr("crate_ray.training.task.compile_layers", lambda *given, works=works: works)
+        place = Place(RECORD, mixture, None, 0, 1, cpu, autocast, Normalizer.of((0.0,), (1.0,), cpu))
+        assert assemble(PretrainTask, config, place).arithmetic == (expected,)
 
 
 def test_a_restored_run_goes_on_bitwise_the_same(run: LocalStorage, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ def _agree(rank: int, world: int, port: int, out: Any) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     asked = threading.Event()
     signs: list[Sign] = []
-    control = WorkerControl(rank, world, signs.append, asked.is_set, beat_seconds=0.5, look_seconds=1)
+    control = WorkerControl("a", rank, world, signs.append, asked.is_set, beat_seconds=0.5, look_seconds=1)
     stopped = None
     looks = []
     with control:
+        time.sleep(0.6)
         for step in range(400):
             agreed = control.agree(step)
             if agreed.look:
@@ -33,7 +34,8 @@ def _agree(rank: int, world: int, port: int, out: Any) -> None:
                 asked.set()
             time.sleep(0.01 * (1 + rank % 2))
         control.finish()
-    out.put((rank, stopped, looks, len(signs)))
+        time.sleep(0.6)
+    out.put((rank, stopped, looks, [sign.phase for sign in signs]))
     dist.destroy_process_group()
 
 
@@ -53,7 +55,12 @@ def test_all_ranks_stop_and_look_at_the_same_step() -> None:
         process.join(30)
     assert len({(stopped, tuple(looks)) for _, stopped, looks, _ in found}) == 1
     _, stopped, looks, signs = found[0]
-    assert stopped is not None and 100 < stopped < 400 and looks and signs >= 1
+    assert stopped is not None and 100 < stopped < 400 and looks
+    assert signs[0] == "start" and signs[-1] == "end" and set(signs[1:-1]) == {"step"}
+
+
+def sign(rank: int, step: int, phase: str = "step", group: str = "a") -> Sign:
+    return Sign(group, rank, step, phase, "training/step.py:9 in train_step")
 
 
 def test_the_silent_rank_is_named() -> None:
@@ -62,7 +69,7 @@ def test_the_silent_rank_is_named() -> None:
     for now in range(0, 200, 10):
         for rank in range(3):
             if rank != 1 or now < 50:
-                dog.seen(Sign(rank, min(now, 50), "step", "training/step.py:9 in train_step"), now)
+                dog.seen(sign(rank, min(now, 50)), now)
         if now < 100:
             dog.check(now)
     with pytest.raises(UserError, match=r"no step was made for 60 s: rank 1 \(step 40.*gives no sign of life"):
@@ -72,11 +79,51 @@ def test_the_silent_rank_is_named() -> None:
 def test_the_rank_that_is_elsewhere_is_named() -> None:
     dog = Watchdog(60)
     for now in range(0, 100, 10):
-        dog.seen(Sign(0, 7, "step", "training/step.py:9 in train_step"), now)
-        dog.seen(Sign(1, 7, "data", "data/loader.py:1 in __iter__"), now)
-        dog.seen(Sign(2, 7, "step", "training/step.py:9 in train_step"), now)
+        dog.seen(sign(0, 7), now)
+        dog.seen(Sign("a", 1, 7, "data", "data/loader.py:1 in __iter__"), now)
+        dog.seen(sign(2, 7), now)
     with pytest.raises(UserError, match=r"rank 1 \(step 7, data, data/loader.py:1 in __iter__\) does not go on"):
         dog.check(95)
     # A group that begins anew at an earlier step is not behind.
-    dog.seen(Sign(0, 2, "step", "x"), 100)
+    dog.seen(sign(0, 2, group="b"), 100)
     dog.check(150)
+
+
+def test_workers_that_wait_for_a_node_do_not_hang() -> None:
+    dog = Watchdog(60)
+    for now in range(0, 100, 10):  # then one is lost, and Ray Train ends the others
+        for rank in range(3):
+            dog.seen(sign(rank, now), now)
+    for now in range(100, 1000):
+        dog.check(now)
+    # They begin anew, as two, at the step of their newest checkpoint; the one that was lost is not blamed afterwards.
+    for now in range(1000, 1200, 10):
+        for rank in range(2):
+            dog.seen(sign(rank, min(90 + now - 1000, 150), group="b"), now)
+        if now < 1120:
+            dog.check(now)
+    with pytest.raises(UserError, match=r"s: rank 0 [^,]*,[^,]*,[^,]*, rank 1 [^,]*,[^,]*,[^,]* does not go on"):
+        dog.check(1200)
+
+
+def test_a_slow_start_and_a_slow_end_are_no_hang_but_silence_in_a_start_is() -> None:
+    dog = Watchdog(60)
+    for now in range(0, 500, 10):
+        for rank in range(2):
+            dog.seen(sign(rank, 0, "start"), now)
+        dog.check(now)
+    assert not dog.has_begun
+    for now in range(500, 550, 10):
+        for rank in range(2):
+            dog.seen(sign(rank, 40), now)
+        dog.check(now)
+    assert dog.has_begun
+    for now in range(550, 900, 10):  # rank 1 has uploaded and is gone
+        dog.seen(sign(0, 41, "end"), now)
+        dog.check(now)
+    for now in range(1000, 1100, 10):
+        dog.seen(sign(0, 0, "start", "b"), now)
+        if now < 1020:
+            dog.seen(sign(1, 0, "start", "b"), now)
+    with pytest.raises(UserError, match=r"rank 1 \(step 0, start, .* gives no sign of life"):
+        dog.check(1100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from mlflow.entities import Dataset, Run
 from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, TrackingConfig
+from crate_ray.data.lease import LeaseLost
 from crate_ray.data.packing import pack
 from crate_ray.data.sources import Item, Source
 from crate_ray.data.storage import LocalStorage
@@ -187,6 +189,47 @@ def test_a_torn_line_in_the_spool_costs_only_itself(uri: str, tmp_path: Path) ->
     assert history(uri, find(uri, "torn"), "loss") == [(1, 0.25, NOW), (2, 0.5, NOW)]
 
 
+def test_a_full_disk_costs_what_it_does_not_take_and_no_more(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("crate_ray.tracking.runs._RETRY_SECONDS", 0.05)
+    full = tracker(AWAY, "full")
+    for step in range(1, 101):
+        full.metrics(step, {"loss": 1 / step}, NOW + step)
+    events = spool(tmp_path, "full") / "events.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size + 20, limits[1]))  # room for a part of a line
+    try:
+        full.metrics(101, {"loss": 1 / 101}, NOW + 101)
+        full.picture(101, "reconstruction", b"x" * 2 * events.stat().st_size)
+        full.note(101, "x" * 2 * events.stat().st_size)
+        full.bad_samples(101, {"x": "x" * 2 * events.stat().st_size})
+        full.metrics(102, {"loss": 1 / 102}, NOW + 102)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (told,) = [record.message for record in caplog.records if "cannot be written" in record.message]
+    assert str(spool(tmp_path, "full")) in told and "metrics and pictures for MLflow are lost until it can" in told
+    full.metrics(103, {"loss": 1 / 103}, NOW + 103)
+    assert full.finish("FAILED", timeout=0.5) is False
+
+    back = tracker(uri, "full")
+    assert back.finish("FINISHED") is True, back.undelivered
+    run = find(uri, "full")
+    assert history(uri, run, "loss") == [(step, 1 / step, NOW + step) for step in [*range(1, 101), 103]]
+    assert "cut off" not in caplog.text
+    assert not MlflowClient(uri).list_artifacts(run.info.run_id)
+
+    # A run whose end cannot be told is not taken for one that MLflow has all of.
+    ended = tracker(uri, "ended")
+    ended.wait_for_run()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        assert ended.finish("FINISHED", timeout=0.5) is False
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert spool(tmp_path, "ended").exists()
+
+
 MODEL = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=2)
 
 
@@ -241,6 +284,7 @@ def test_a_pretraining_run_records_settings_and_lineage_but_no_secret(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from crate_ray.tracking.pretraining import track
+    from crate_ray.training.planning import driver_lease
     from crate_ray.training.run import open_run
 
     secrets = {
@@ -263,18 +307,29 @@ def test_a_pretraining_run_records_settings_and_lineage_but_no_secret(
             "tracking": {"uri": uri, "experiment": "secrets"},
         }
     )
-    run = open_run(config)
-    key = run.record.run_key
-    for error, status in ((ValueError(), "FAILED"), (KeyboardInterrupt(), "KILLED"), (None, "FINISHED")):
-        try:
-            with track(run) as run_tracker:
-                run_tracker.metrics(1, {"loss": 0.5}, NOW)
-                if error:
-                    raise error
-        except (ValueError, KeyboardInterrupt):
-            assert error is not None
-        found = find(uri, key, "secrets")
-        assert found.info.status == status
+    with driver_lease(config) as lease:
+        run = open_run(config)
+        key = run.record.run_key
+        for error, status in (
+            (LeaseLost(), "RUNNING"),  # by another driver now
+            (ValueError(), "FAILED"),
+            (KeyboardInterrupt(), "KILLED"),
+            (None, "FINISHED"),
+        ):
+            try:
+                with track(run, lease) as run_tracker:
+                    run_tracker.metrics(1, {"loss": 0.5}, NOW)
+                    run_tracker.wait_for_run()
+                    if error:
+                        raise error
+            except (LeaseLost, ValueError, KeyboardInterrupt):
+                assert error is not None
+            found = find(uri, key, "secrets")
+            assert found.info.status == status
+            assert spool(tmp_path, key).exists() == (status == "RUNNING")
+    with pytest.raises(LeaseLost), track(run, driver_lease(config)):  # which nobody has taken
+        pass
+    assert not spool(tmp_path, key).exists()
     assert found.data.params["model.dim"] == "16" and found.data.params["training.batch_size"] == "4"
     assert (
         found.data.params["order.lanes"] == str(run.record.order.datasets[0].lanes)
