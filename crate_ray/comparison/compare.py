@@ -20,6 +20,7 @@ from crate_ray.data.storage import Storage, open_storage
 from crate_ray.evaluation.classification import classify_by, classify_by_pixels
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.subject import Subject
+from crate_ray.finetuning.run import check_augmentation
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.training.export import ModelDescription
 from crate_ray.training.planning import Run
@@ -86,8 +87,9 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
             # Whatever would stop the last run stops the comparison before the first.
             given[run.name] = _given(config, open_run(run), labelled)
             check_unchanged(folder, f"{run.name}.pretrained", given[run.name].pretraining)
-            for name, settings in given[run.name].finetunings.items():
-                check_unchanged(folder, name, settings)
+            for settings in plan_finetunings(config, run).values():
+                check_augmentation(settings, train.manifest.kind, run.model.channels)
+                check_unchanged(folder, settings.name, given[run.name].finetunings[settings.name])
     variants: dict[str, Variant] = {}
     for name, runs in plan.items():
         variants[name] = Variant(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from crate_ray.config import ClassifierConfig, CrateMAEConfig, FinetuneConfig, ViTMAEConfig
+from crate_ray.data.decode import Kind
 from crate_ray.data.shards import Manifest, load_dataset
 from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
@@ -64,8 +65,7 @@ def open_finetuning(config: FinetuneConfig, load: Load) -> Run:
             f"{config.model} takes {encoder.description.kind}s, and {config.data.train} holds {train.kind}s; give "
             "data of the kind that it was trained on"
         )
-    if config.augment.randaugment and (train.kind == "grid" or encoder.config.channels not in (1, 3)):
-        raise UserError(f"RandAugment is for images, and {config.data.train} holds grids; set augment.randaugment 0")
+    check_augmentation(config, train.kind, encoder.config.channels)
     description = encoder.description
     parent = None
     if encoder.pretrained is not None and description is not None:
@@ -79,6 +79,12 @@ def open_finetuning(config: FinetuneConfig, load: Load) -> Run:
         finetune=FinetuneStart(encoder=encoder.config, classifier=classifier, parent=parent),
     )
     return _with_weights(run, encoder)
+
+
+def check_augmentation(config: FinetuneConfig, kind: Kind, channels: int) -> None:
+    """Raise UserError for RandAugment of what is no picture."""
+    if config.augment.randaugment and (kind == "grid" or channels not in (1, 3)):
+        raise UserError(f"RandAugment is for images, and {config.data.train} holds grids; set augment.randaugment 0")
 
 
 def _begun(storage: Storage, config: FinetuneConfig) -> RunRecord | None:

@@ -15,6 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from crate_ray.config import SweepConfig
 from crate_ray.data.arrow import arrow_filesystem
+from crate_ray.data.lease import Lease
 from crate_ray.data.shards import load_dataset
 from crate_ray.data.storage import NotFound, Storage, open_storage
 from crate_ray.errors import UserError
@@ -60,9 +61,15 @@ def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
 def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> list[TrialRecord]:
     """Run or continue a sweep that `open_sweep` has checked; needs Ray. Returns how every trial ended.
 
-    Leaves results.csv and best.yaml in the sweep's folder, and with a picture in its MLflow run.
+    Leaves results.csv and best.yaml in the sweep's folder, and with a picture in its MLflow run. Raises UserError where
+    another process runs this sweep.
     """
     folder = open_storage(sweep.storage, sweep.s3).under(sweep.name)
+    with Lease(folder, "sweep.lease", f"sweep {sweep.name!r}"):
+        return _run_sweep(sweep, shared, folder)
+
+
+def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> list[TrialRecord]:
     key = _key(folder, sweep, shared)
     params = flatten(sweep.model_dump(mode="json"))
     tracker = RunTracker(sweep.tracking, key, sweep.name, params, source_tags("sweep"))

@@ -6,6 +6,7 @@ import gc
 import logging
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,20 @@ def train(
     )
     first_slot, _ = worker_slots(config.training.batch_size, rank, world_size, task.together)
     profile = StepProfile(config.training.profile_steps, rank, run, space)
-    with loader, profile:
+    told: set[str] = set()
+
+    def tell_bad_samples() -> None:
+        if new := {key: cause for key, cause in list(loader.bad.causes.items()) if key not in told}:
+            told.update(new)
+            payload["mailbox"].put.remote(("bad_samples", step, new))
+
+    with loader, profile, ExitStack() as at_the_end:
+        at_the_end.callback(tell_bad_samples)  # too many of them are why a run stops
         if step < total_steps:
             settle(trained, *task.blank(1))
         watch, batches = Stopwatch(device), iter(loader)
         step_log, guard = StepLog(config.tracking.log_every, device), Guard(config.training.max_skipped_steps)
         logged = step
-        told: set[str] = set()
         saved, rescued = step, False
         while step < total_steps:
             agreed = control.agree(step)
@@ -158,9 +166,7 @@ def train(
                     reporter.metrics(step, values)
                     for text in notes(judgement):
                         reporter.note(step, text)
-                    if new := {key: cause for key, cause in list(loader.bad.causes.items()) if key not in told}:
-                        told |= new.keys()
-                        payload["mailbox"].put.remote(("bad_samples", step, new))
+                    tell_bad_samples()
             saves = step % config.checkpoint.every_steps == 0 or step == total_steps
             validates = step % validate_every == 0 or step == total_steps or (saves and config.checkpoint.keep_best)
             held_out: dict[str, float] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import tarfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +15,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from crate_ray.config import PrepareConfig, PretrainConfig
+from crate_ray.config import PrepareConfig, PretrainConfig, S3Config
 from crate_ray.data.builtin import digits_source
+from crate_ray.data.indexing import index_existing
 from crate_ray.data.loader import training_loader
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import open_storage
+from crate_ray.errors import UserError
 from crate_ray.models import build_model
 from crate_ray.tracking.initial import initial_weights
 from crate_ray.training.checkpoint import (
@@ -129,6 +133,33 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(cluster: Cluster
     start = {"init_from": run.storage.uri, "scaling": {"strategy": "fsdp"}, "training": {"steps": 1}}
     _, another = follow(settings(tmp_path / "another", digits, **start))
     assert another.values["loss"][1] < 0.95 * ddp.values["loss"][1]
+
+
+def test_a_run_stopped_by_bad_samples_says_which_they_are(cluster: Cluster, digits: str, tmp_path: Path) -> None:
+    """Also when it is stopped before its metrics are logged for the first time."""
+    (tmp_path / "data").mkdir()
+    (packed,) = Path(digits).glob("*.tar")
+    with tarfile.open(packed) as source, tarfile.open(tmp_path / "data" / "foreign.tar", "w") as target:
+        for number, member in enumerate(source):
+            file = source.extractfile(member)
+            assert file is not None
+            broken = number % 7 == 0 and member.name.endswith("png")
+            content = b"no image" if broken else file.read()
+            member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    index_existing(open_storage(str(tmp_path / "data"), S3Config()))
+    config = settings(
+        tmp_path / "runs", str(tmp_path / "data"), data={"validation": None}, tracking={"log_every": 1000}
+    )
+    told: dict[str, str] = {}
+
+    class Told(Listener):
+        def bad_samples(self, step: int, causes: dict[str, str]) -> None:
+            told.update(causes)
+
+    with driver_lease(config) as lease, pytest.raises(UserError, match="are unusable, more than data.max_bad_fraction"):
+        train_on_ray(open_run(config), lease, PretrainTask, [Told()])
+    assert len(told) > 10 and set(told.values()) == {"not_an_image"}
 
 
 @pytest.mark.timeout(600)

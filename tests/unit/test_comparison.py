@@ -35,6 +35,7 @@ from crate_ray.config import (
 )
 from crate_ray.data.builtin import digits_source
 from crate_ray.data.packing import pack
+from crate_ray.data.sources import open_source
 from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
@@ -198,3 +199,18 @@ def test_what_was_measured_counts_only_for_what_it_was_measured_with(tmp_path: P
     ]
     with pytest.raises(UserError, match=r"crate-mae-seed-0-finetuned of .* with finetuning.training.steps 5, not 6"):
         measure(**tuned, finetune_settings={"training.steps": 6})
+    for number in range(20):
+        (tmp_path / "grids" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "grids" / "ab"[number % 2] / f"{number}.npy", np.zeros((1, 8, 8), np.float32))
+    config = PrepareConfig(source=str(tmp_path / "grids"), output=str(tmp_path / "packed"))
+    pack(
+        open_source(open_storage(str(tmp_path / "grids"), S3Config())), open_storage(config.output, S3Config()), config
+    )
+    (tmp_path / "tune.yaml").write_text("training: {steps: 5, batch_size: 16}\n")
+    with pytest.raises(UserError, match=r"RandAugment is for images"):
+        measure(
+            **tuned,
+            name="grids",
+            settings={"data.train": config.output, "data.validation": config.output},
+            probe={"train": config.output, "test": config.output},
+        )

@@ -10,10 +10,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
+from crate_ray.config import PretrainConfig, S3Config, SearchSpace, SweepConfig
+from crate_ray.data.lease import Lease
+from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.sweeps.report import best_trial, picture, results_table
-from crate_ray.sweeps.run import best_yaml
+from crate_ray.sweeps.run import RECORD_FILE, best_yaml, run_sweep
 from crate_ray.sweeps.space import shared_values, trial_config
 from crate_ray.sweeps.trial import TrialRecord
 
@@ -38,6 +40,14 @@ def test_defaults_follow_the_sampled_values(tmp_path: Path) -> None:
     assert trial.model.decoder_depth == 3
     assert trial.training.steps == 7
     assert trial.storage.endswith("/sweep/trials")
+
+
+def test_a_second_driver_of_a_sweep_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    config = sweep(tmp_path, {"model.num_subspaces": {"choice": [2, 8]}}, storage=str(tmp_path / "runs"))
+    folder = open_storage(config.storage, S3Config()).under(config.name)
+    with Lease(folder, "sweep.lease", "sweep 'sweep'"), pytest.raises(UserError, match="sweep 'sweep' is in use by"):
+        run_sweep(config, shared_values(config))
+    assert not folder.exists(RECORD_FILE)
 
 
 @pytest.mark.parametrize(
