@@ -488,7 +488,7 @@ def test_a_baseline_is_measured_beside_the_model(
     trained = structure.encoders["trained"]
     for layer, ranks in zip(trained.measures["effective_rank"], trained.effective_ranks, strict=True):
         assert len(ranks) == 2 and np.mean(ranks) == pytest.approx(layer.value)
-        assert f"{min(ranks):.3g} to {max(ranks):.3g}</td>" in page
+        assert f"{min(ranks):.3g} to {max(ranks):.3g})</td>" in page
     # Shares of small numbers and the errors of decoder layers are in tables.
     assert trained.undoing is not None
     rows = [[re.sub(r" ±.*", "", cell) for cell in re.findall("<td>(.*?)</td>", row)] for row in page.split("<tr>")]
