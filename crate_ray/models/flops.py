@@ -85,15 +85,18 @@ def _crate_flops(config: CrateMAEConfig, batch: int) -> int:
         return 2 * batch * tokens * dim * rows + products
 
     def ista(tokens: int) -> int:
-        together = batch * tokens
-        # One product of the tokens and Dᵀ D, or two products of the tokens.
-        return dim * dim * (together + dim if together > dim else 2 * together)
+        return batch * tokens * dim * dim * (1 if forms_gram(tokens) else 2)
+
+    def forms_gram(tokens: int) -> bool:
+        return batch * tokens > dim
 
     seen = 1 + (config.num_visible if config.encoder_tokens == "visible" else config.num_patches)
     every = 1 + config.num_patches
     encoder = config.depth * (mssa(seen) + ista(seen))
     decoder = config.decoder_depth * (mssa(every) + batch * every * dim * dim)
-    return 6 * (encoder + decoder) + _embedding(config, batch, dim) + _prediction(config, batch, dim)
+    # Dᵀ D, a product in each pass, takes the place of the second product of the tokens.
+    gram = 4 * config.depth * dim**3 if forms_gram(seen) else 0
+    return 6 * (encoder + decoder) + gram + _embedding(config, batch, dim) + _prediction(config, batch, dim)
 
 
 def _vit_flops(config: ViTMAEConfig, batch: int) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crate_ray.models.linear import gram, linear
+
 
 class ISTA(nn.Module):
     """ISTA(Z) = ReLU(Z + η Dᵀ(Z − D Z) − η λ), D ∈ R^{d×d}  (arXiv 2404.02446).
@@ -36,11 +38,11 @@ class ISTA(nn.Module):
         dictionary_DD = self.dictionary
         # An exported program is for any number of tokens, and cannot choose by it.
         if not torch.compiler.is_exporting() and z_BTD.shape[:-1].numel() > z_BTD.shape[-1]:
-            step_DD = self.step_size * (dictionary_DD.t() - dictionary_DD.t() @ dictionary_DD)
+            step_DD = self.step_size * (dictionary_DD.t() - gram(dictionary_DD))
             moved_BTD = z_BTD + F.linear(z_BTD, step_DD)
         else:
-            residual_BTD = z_BTD - F.linear(z_BTD, dictionary_DD)
-            moved_BTD = z_BTD + self.step_size * F.linear(residual_BTD, dictionary_DD.t())
+            residual_BTD = z_BTD - linear(z_BTD, dictionary_DD)
+            moved_BTD = z_BTD + self.step_size * linear(residual_BTD, dictionary_DD.t())
         return _relu(moved_BTD - self.step_size * self.sparsity_lambda)
 
 

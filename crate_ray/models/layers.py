@@ -6,11 +6,11 @@ Shapes: B batch, T tokens, D token dimension, C = K·P rows of the codebook.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_ray.config import CrateMAEConfig
 from crate_ray.models.ista import ISTA
+from crate_ray.models.linear import linear
 from crate_ray.models.mssa import MSSA
 
 
@@ -82,7 +82,7 @@ class DecoderLayer(nn.Module):
         """Tokens (B, T, D) after this layer; E and V_[K] (rows V_1ᵀ … V_Kᵀ) are given where the layer has none."""
         expansion_DD = self.expansion if expansion_DD is None else expansion_DD
         assert expansion_DD is not None, "a tied decoder layer needs the encoder's maps"
-        y_half_BTD = F.linear(self.expansion_norm(y_BTD), expansion_DD)
+        y_half_BTD = linear(self.expansion_norm(y_BTD), expansion_DD)
         return y_half_BTD - self.mssa(self.mssa_norm(y_half_BTD), subspaces_CD)
 
 

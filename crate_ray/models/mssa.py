@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_ray.models.cpu_attention import self_attention
+from crate_ray.models.linear import linear
 
 
 def split_subspaces(w_BTC: Tensor, num_subspaces: int) -> Tensor:
@@ -98,7 +99,7 @@ class MSSA(nn.Module):
 
     def keys(self, z_BTD: Tensor, subspaces_CD: Tensor | None = None) -> Tensor:
         """Coordinates U_kᵀz of every token in all subspaces, (B, T, K·P); they are query, key and value at once."""
-        return F.linear(z_BTD, self._codebook(subspaces_CD))
+        return linear(z_BTD, self._codebook(subspaces_CD))
 
     def attention(self, z_BTD: Tensor, subspaces_CD: Tensor | None = None) -> Tensor:
         """Attention maps, (B, K, T, T), [.., i, j] = weight of token j in the update of token i."""
@@ -113,14 +114,16 @@ class MSSA(nn.Module):
         `subspaces_CD` holds U_1ᵀ … U_Kᵀ as its rows.
         """
         codebook_CD = self._codebook(subspaces_CD)
-        w_BKTP = split_subspaces(F.linear(z_BTD, codebook_CD), self.num_subspaces)
+        w_BKTP = split_subspaces(linear(z_BTD, codebook_CD), self.num_subspaces)
         if self.linear_attention:
             # (w wᵀ) w = w (wᵀ w): linear in the number of tokens without the softmax.
             o_BKTP = w_BKTP @ (w_BKTP.transpose(-1, -2) @ (w_BKTP * _linear_scale(w_BKTP)))
         else:
             o_BKTP = self_attend(w_BKTP)
         o_BTC = merge_subspaces(o_BKTP)
-        return F.linear(o_BTC, codebook_CD.t()) if self.output is None else self.output(o_BTC)
+        if self.output is None:
+            return linear(o_BTC, codebook_CD.t())
+        return linear(o_BTC, self.output.weight, self.output.bias)
 
     def _codebook(self, subspaces_CD: Tensor | None) -> Tensor:
         codebook_CD = self.subspaces if subspaces_CD is None else subspaces_CD

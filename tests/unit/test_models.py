@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,6 +28,7 @@ from crate_ray.models import (
     load_published,
 )
 from crate_ray.models.cpu_attention import self_attention
+from crate_ray.models.linear import gram, linear
 from crate_ray.models.masking import patchify, random_masking, sample_losses, sincos_positions, unpatchify
 from crate_ray.models.mssa import attend, self_attend, softmax_attention
 from tests.unit import numpy_crate
@@ -379,6 +382,49 @@ def test_every_form_of_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) ->
     (gradient,) = torch.autograd.grad((expected * direction).sum(), w)
     (low_gradient,) = torch.autograd.grad((self_attend(low) * direction).sum(), low)
     torch.testing.assert_close(low_gradient.double(), gradient, rtol=0.1, atol=0.1)
+
+
+def test_products_keep_no_copies_of_weights() -> None:
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 4), (3, 4), (3,)))
+    square = torch.randn(4, 4, requires_grad=True)
+    leaves = (x, weight, bias, square)
+
+    def ours() -> list[Tensor]:
+        y = linear(x, weight, bias)
+        return [y, linear(y, weight.t()), gram(square)]
+
+    def autocast() -> list[Tensor]:
+        y = F.linear(x, weight, bias)
+        return [y, F.linear(y, weight.t()), square.t() @ square]
+
+    def run(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = function()
+        gradients = torch.autograd.grad(sum(y.float().square().sum() for y in outputs), leaves)
+        return outputs, list(gradients)
+
+    expected, found = run(autocast), run(ours)
+    torch._dynamo.reset()
+    compiled = run(torch.compile(ours, backend="aot_eager", fullgraph=True))
+    for outputs, gradients in (found, compiled):
+        assert all(torch.equal(*pair) for pair in zip(outputs, expected[0], strict=True))
+        assert all(torch.equal(*pair) for pair in zip(gradients[:3], expected[1][:3], strict=True))
+        torch.testing.assert_close(gradients[3], expected[1][3], rtol=0.02, atol=0.1)
+    assert torch.autograd.gradcheck(gram, square.detach().double().requires_grad_())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x.double(), weight.double()).dtype == gram(weight.double()).dtype == torch.float64
+
+    # Of all matrices as large as the layers' weights only ISTA's own are kept: Dᵀ − DᵀD of each layer.
+    model, kept = CrateMAE(CrateMAEConfig(**SMALL)), {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(images_for(model.config), noise_for(model.config))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert sum(t.shape == (16, 16) for place, t in kept.items() if place not in own) == model.config.depth
 
 
 @pytest.mark.parametrize("config", MODELS)

@@ -1,0 +1,68 @@
+"""Products with weights that keep no copies of the weights for the backward pass.
+
+Under autocast PyTorch keeps every weight once more, rounded, from the forward to the backward pass, which for a small
+batch is much of the memory. Rounding it again there costs less than a hundredth of the product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias): x (…, I), a parameter (O, I) or the transpose of one, (O,) to (…, O)."""
+    dtype = _product_dtype(weight)
+    return F.linear(x, weight, bias) if dtype == weight.dtype else _RoundedLinear.apply(x.to(dtype), weight, bias)
+
+
+def gram(weight: Tensor) -> Tensor:
+    """weightᵀ weight, (I, I), of a parameter (O, I), with one product in the backward pass instead of two."""
+    return _Gram.apply(weight, _product_dtype(weight))
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    device_type = weight.device.type
+    # Autocast leaves float64 as it is, and FSDP may have rounded the weight already.
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+class _RoundedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        weight_gradient = (rows.t() @ x.flatten(0, -2)).to(weight.dtype)
+        bias_gradient = None if ctx.bias_dtype is None else rows.sum(0).to(ctx.bias_dtype)
+        return gradient @ weight.to(x.dtype), weight_gradient, bias_gradient
+
+
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        rounded = weight.to(dtype)
+        return rounded.t() @ rounded
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return (weight.to(gradient.dtype) @ (gradient + gradient.t())).to(weight.dtype), None
