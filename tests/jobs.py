@@ -82,6 +82,16 @@ class RayCluster:
         nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
         return str(next(node.node_id for node in nodes if _raylet(node) == raylet))
 
+    def announce_loss(self, raylet: psutil.Process, seconds: int) -> None:
+        """A notice of preemption: a node will be taken away in so many seconds (which is left to kill_node)."""
+        notice = ["--node-id", self.node_id(raylet), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        notice += ["--reason-message", "its time is over", "--deadline-remaining-seconds", str(seconds)]
+        ray = Path(sys.executable).with_name("ray")
+        subprocess.run(
+            [ray, "drain-node", "--address", self.address, *notice],
+            env=environment(self.folder), check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
     def workers(self, driver: int) -> list[psutil.Process]:
         """Ray Train workers of the job whose driver has a process id, by age."""
         jobs = {job["JobID"] for job in self._cluster.global_state.job_table() if job["DriverPid"] == driver}
@@ -134,6 +144,13 @@ def running_ray(cpus: int) -> Iterator[RayCluster]:
             yield cluster
         finally:
             cluster.shutdown()
+
+
+def kill_node(raylet: psutil.Process) -> None:
+    """As when its machine is switched off."""
+    for process in (raylet, *raylet.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def free_port() -> int:

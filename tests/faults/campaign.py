@@ -2,27 +2,31 @@
 
 Each run trains on 1, 2 or 3 workers, into a folder or an S3 server; one to three faults hit it at random moments or in
 a chosen phase of its work; a driver that is gone is started again. Its final weights must be bitwise those of an
-undisturbed run on as many workers, and where MLflow was away it must have everything in the end. Half a minute a run.
+undisturbed run on as many workers, and where MLflow was away it must have everything in the end. The first fault goes
+through all kinds in turn, the others are any that fit. Half a minute a run, more where MLflow is away for long.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import queue
 import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import boto3.session
 import psutil
@@ -36,17 +40,37 @@ from tests.faults.phases import PHASES, kill_in
 from tests.faults.proxy import ErrorAnswer, FaultProxy, Reset
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pack_digits, pretrain, run_in
 from tests.faults.services import full_disk, give_keys, mlflow_server
-from tests.jobs import Job, RayCluster, end, final_weights, free_port, newest_commit, running_ray, start
+from tests.jobs import (
+    Job,
+    RayCluster,
+    end,
+    final_weights,
+    finish,
+    forkserver,
+    free_port,
+    kill_node,
+    newest_commit,
+    running_ray,
+    start,
+)
 from tests.s3_gateway import S3Gateway, running_gateway
 
 _MOST_SECONDS = 600.0
+_SHARES = {"S3": 0.4, "MLflow": 0.3}
+"""Of the runs whose first fault does not need it anyway."""
 
 
 class Outcome(NamedTuple):
     """How a run went."""
 
+    number: int
     workers: int
+    has: list[str]
+    """What it had beside workers: see Kind.needs."""
+    first: str
+    """The fault that was its first one in any case, whether or not it could strike."""
     faults: list[str]
+    """Those that struck."""
     starts: int
     seconds: float
     result: str
@@ -54,8 +78,13 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Disturbed:
-    """A run under faults."""
+    """A run under faults. Its driver is started by start()."""
 
+    first: str
+    """The fault that is its first one."""
+    num_workers: int
+    has: set[str]
+    """What faults need: see Kind.needs."""
     command: list[str]
     folder: Path
     cluster: RayCluster
@@ -65,38 +94,45 @@ class Disturbed:
     """In front of its storage, where that is S3."""
     tracking: FaultProxy | None = None
     """In front of its MLflow server, where it has one."""
+    node_cpus: int = 0
+    """CPUs of each node of its workers, where nobody else uses the cluster."""
     faults: list[str] = field(default_factory=list)
     starts: int = 0
     job: Job = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.start()
+    back: threading.Timer | None = None
+    """Brings MLflow back, where it is away for long."""
+    _began: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
         """Start the driver, again where it has ended."""
         assert self.starts < 10, f"the driver ends again and again:\n{self.job.log[-3000:]}"
         self.job, self.starts = start(self.command, self.folder, self.cluster), self.starts + 1
 
-    def hit(self) -> None:
-        """One fault at a random moment."""
-        step = self.chance.randrange(0, STEPS, EVERY)
-        while self.job.returncode is None and newest_commit(self.run) < step:
+    def hit(self, name: str, last: int) -> None:
+        """A fault at a random moment, of a random step up to the last one."""
+        step = self.chance.randrange(0, last + 1, EVERY)
+        while self.is_running and newest_commit(self.run) < step:
             time.sleep(0.05)
         time.sleep(self.chance.uniform(0, 1))
-        kinds = dict(FAULTS)
-        if self.store is None:
-            del kinds["store slow down"], kinds["store resets"], kinds["store away"]
-        if self.tracking is None:
-            del kinds["MLflow away"]
-        name = self.chance.choice([*kinds])
-        if self.job.returncode is None and kinds[name](self):
+        if self.is_running:
+            self.strike(name)
+
+    def strike(self, name: str) -> None:
+        """A fault now."""
+        if KINDS[name].strike(self):
             self.faults.append(name)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the driver runs; an error where it has done so for too long."""
+        assert time.monotonic() < self._began + _MOST_SECONDS, f"not finished:\n{self.job.log[-3000:]}"
+        return self.job.returncode is None
 
     def go_on(self) -> bool:
         """Whether it goes on, after a driver that has ended early was started again."""
         if self.job.returncode not in (None, 0):
             self.start()
-        return self.job.returncode is None
+        return self.is_running
 
 
 # --- Faults: each says whether it could strike ----------------------------------------------------------------------
@@ -165,23 +201,95 @@ def mlflow_away(it: Disturbed) -> bool:
     return _for_a_while(it.tracking, it.chance, partial(_plan, Reset(forward=False), 1.0))
 
 
-FAULTS: dict[str, Callable[[Disturbed], bool]] = {
-    "worker killed": kill_worker,
-    **{f"worker killed: {phase}": partial(kill_worker_in, phase) for phase in PHASES},
-    "worker stalled": stall_worker,
-    "disk full": fill_disk,
-    "driver killed": partial(signal_driver, signal.SIGKILL),
-    "driver terminated": partial(signal_driver, signal.SIGTERM),
-    "driver interrupted": partial(signal_driver, signal.SIGINT),
-    "store slow down": store_slow_down,
-    "store resets": store_resets,
-    "store away": store_away,
-    "MLflow away": mlflow_away,
+def mlflow_away_long(seconds: tuple[float, float] | None, it: Disturbed) -> bool:
+    """MLflow is not there for a time within these limits (None: as long as the run works); the run goes on."""
+    assert it.tracking
+    _plan(Reset(forward=False), 1.0, it.tracking)
+    if seconds:
+        it.back = threading.Timer(it.chance.uniform(*seconds), it.tracking.clear)
+        it.back.start()
+    return True
+
+
+def kill_raylet(it: Disturbed) -> bool:
+    """SIGKILL to the raylet of a node that has workers, which notice it or write on; then another node comes."""
+    return _lose_node(it, psutil.Process.kill)
+
+
+def switch_off_node(it: Disturbed) -> bool:
+    """A node that has workers dies with all that runs on it; then another one comes."""
+    return _lose_node(it, kill_node)
+
+
+def take_node(it: Disturbed) -> bool:
+    """A notice of preemption: the run saves a checkpoint in time; then the node leaves, and another one comes."""
+    raylet, workers = _busy_node(it), it.job.workers()
+    if not raylet:
+        return False
+    for worker in workers:  # else the run may be over before the notice has come
+        with suppress(psutil.NoSuchProcess):
+            worker.suspend()
+    try:
+        it.cluster.announce_loss(raylet, seconds=60)
+        time.sleep(1)
+        before = newest_commit(it.run)
+    finally:
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.resume()
+    deadline = time.monotonic() + 50
+    while it.job.workers() == workers and newest_commit(it.run) <= before < STEPS:
+        assert time.monotonic() < deadline, f"no checkpoint after a notice of preemption:\n{it.job.log[-3000:]}"
+        time.sleep(0.05)
+    return _replace(it, raylet, kill_node)
+
+
+class Kind(NamedTuple):
+    """A kind of fault."""
+
+    strike: Callable[[Disturbed], bool]
+    """Says whether it could."""
+    needs: Literal["", "two", "S3", "MLflow", "nodes"] = ""
+    """What a run has for it: at least two workers, S3 as its storage, an MLflow server, nodes that may go."""
+    place: Literal["any", "first", "before"] = "any"
+    """Where it may stand: 'first', as it lasts while the others strike; or even 'before' the driver is started."""
+
+
+KINDS: dict[str, Kind] = {
+    "worker killed": Kind(kill_worker),
+    **{
+        f"worker killed: {phase}": Kind(partial(kill_worker_in, phase), "two" if phase == "all-reduce" else "")
+        for phase in PHASES
+    },
+    "worker stalled": Kind(stall_worker),
+    "disk full": Kind(fill_disk),
+    "driver killed": Kind(partial(signal_driver, signal.SIGKILL)),
+    "driver terminated": Kind(partial(signal_driver, signal.SIGTERM)),
+    "driver interrupted": Kind(partial(signal_driver, signal.SIGINT)),
+    "store slow down": Kind(store_slow_down, "S3"),
+    "store resets": Kind(store_resets, "S3"),
+    "store away": Kind(store_away, "S3"),
+    "MLflow away": Kind(mlflow_away, "MLflow"),
+    "MLflow away for a minute": Kind(partial(mlflow_away_long, (60, 70)), "MLflow", "first"),
+    "MLflow away from the start": Kind(partial(mlflow_away_long, (20, 60)), "MLflow", "before"),
+    "MLflow away for good": Kind(partial(mlflow_away_long, None), "MLflow", "first"),
+    "MLflow never there": Kind(partial(mlflow_away_long, None), "MLflow", "before"),
+    "raylet killed": Kind(kill_raylet, "nodes"),
+    "node switched off": Kind(switch_off_node, "nodes"),
+    "node preempted": Kind(take_node, "nodes"),
 }
+FOR_EVER = {"MLflow away for good", "MLflow never there"}
+
+
+def _workers(it: Disturbed) -> list[psutil.Process]:
+    """Those that live, as soon as there are any; none where the driver ends before."""
+    while not (workers := it.job.workers()) and it.is_running:
+        time.sleep(0.1)
+    return workers
 
 
 def _to_worker(it: Disturbed, fault: Callable[[psutil.Process], None]) -> bool:
-    workers = it.job.workers()
+    workers = _workers(it)
     if not workers:
         return False
     with suppress(psutil.NoSuchProcess):
@@ -201,6 +309,28 @@ def _for_a_while(proxy: FaultProxy | None, chance: random.Random, plan: Callable
     return True
 
 
+def _lose_node(it: Disturbed, kill: Callable[[psutil.Process], None]) -> bool:
+    raylet = _busy_node(it)
+    return raylet is not None and _replace(it, raylet, kill)
+
+
+def _replace(it: Disturbed, raylet: psutil.Process, kill: Callable[[psutil.Process], None]) -> bool:
+    """Take a node away and let another one come after a while."""
+    struck = it.is_running
+    kill(raylet)
+    time.sleep(it.chance.uniform(0, 5))
+    it.cluster.add_node(it.node_cpus)
+    return struck
+
+
+def _busy_node(it: Disturbed) -> psutil.Process | None:
+    """Raylet of a node that has workers; None where the driver ends before any has."""
+    workers = _workers(it)
+    with suppress(psutil.NoSuchProcess):
+        return it.chance.choice(workers).parent() if workers else None
+    return None
+
+
 # --- Runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -210,54 +340,116 @@ class Campaign:
 
     root: Path
     digits: str
-    cluster: RayCluster
-    undisturbed: Undisturbed
+    undisturbed: dict[int, str]
+    """Digest of the final weights by number of workers."""
     gateway: S3Gateway
     mlflow: str
     """Address of an MLflow server."""
+    seed: int
+    faults: list[str]
+    """Kinds of faults, in the order in which they are the first."""
 
-    def run(self, number: int, seed: int) -> Outcome:
-        """One run under faults that its number and the seed decide."""
-        chance, began = random.Random(f"{seed}-{number}"), time.monotonic()
-        folder = self.root / f"run-{number}"
-        folder.mkdir()
-        num_workers, it, result = chance.randint(1, 3), None, "FAILED"
-        on_s3, on_server = chance.random() < 0.4, chance.random() < 0.3
-        settings: dict[str, object] = {"scaling__max_failures": 8}
-        run = run_in(folder)
+    def run_all(self, numbers: Queue[int | None], outcomes: Queue[Outcome]) -> None:
+        """Do runs, on a Ray of this process's own, until there is no number any more.
+
+        A process: nodes are started from its main thread, in an environment that is changed for that.
+        """
+        os.environ.update(self.gateway.environment)
+        with running_ray(4) as cluster:
+            for number in iter(numbers.get, None):
+                outcomes.put(self.run(number, cluster))
+
+    def run(self, number: int, cluster: RayCluster) -> Outcome:
+        """One run under faults that its number and the seed decide; on nodes of its own where it loses some."""
+        chance, began = random.Random(f"{self.seed}-{number}"), time.monotonic()
+        first = self.faults[number % len(self.faults)]
+        it, result = None, "FAILED"
         try:
             with ExitStack() as stack:
-                store = stack.enter_context(FaultProxy(self.gateway.endpoint)) if on_s3 else None
-                tracking = stack.enter_context(FaultProxy(self.mlflow)) if on_server else None
-                if store:
-                    uri = f"s3://campaign/{seed}-{number}"
-                    settings |= {"storage": uri, "s3__endpoint_url": store.url}
-                    run = open_storage(uri, S3Config(endpoint_url=self.gateway.endpoint)).under("run")
-                if tracking:
-                    settings |= {"tracking__uri": tracking.url, "tracking__experiment": f"{seed}-{number}"}
-                command = pretrain(self.digits, num_workers, **settings)
-                it = Disturbed(command, folder, self.cluster, run, chance, store, tracking)
-                try:
-                    for _ in range(chance.randint(1, 3)):
-                        if it.go_on():
-                            it.hit()
-                    while it.go_on():
-                        assert time.monotonic() < began + _MOST_SECONDS, f"not finished:\n{it.job.log[-3000:]}"
-                        time.sleep(0.1)
-                finally:
-                    end(it.job)
-            assert final_weights(run) == self.undisturbed.weights(num_workers), "other weights"
-            if on_server:
-                self._delivered(f"{seed}-{number}")
+                it = self._set_up(stack, number, first, chance, cluster)
+                self._disturb(it)
+                assert final_weights(it.run) == self.undisturbed[it.num_workers], "other weights"
+                if it.tracking:
+                    self._check_delivered(it, number)
             result = "equal"
         except Exception as error:
             result = f"FAILED: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             print(f"--- run {number}\n{traceback.format_exc()[-6000:]}", file=sys.stderr, flush=True)
-        faults, starts = (it.faults, it.starts) if it else ([], 0)
-        return Outcome(num_workers, faults, starts, time.monotonic() - began, result)
+        workers, has, struck, starts = (it.num_workers, it.has, it.faults, it.starts) if it else (0, set(), [], 0)
+        return Outcome(number, workers, sorted(has - {"two"}), first, struck, starts, time.monotonic() - began, result)
 
-    def _delivered(self, experiment: str) -> None:
-        client = MlflowClient(self.mlflow)
+    def _set_up(
+        self, stack: ExitStack, number: int, first: str, chance: random.Random, cluster: RayCluster
+    ) -> Disturbed:
+        """All that a run needs, up to its driver, which is not started yet."""
+        folder = self.root / f"run-{number}"
+        folder.mkdir()
+        has: set[str] = {thing for thing, share in _SHARES.items() if chance.random() < share}
+        if KINDS[first].needs:
+            has.add(KINDS[first].needs)
+        num_workers = chance.randint(2 if "two" in has else 1, 3)
+        if num_workers > 1:
+            has.add("two")
+        settings: dict[str, object] = {"scaling__max_failures": 8}
+        run, store, tracking, node_cpus = run_in(folder), None, None, 0
+        if "nodes" in has:
+            cluster = stack.enter_context(running_ray(0))  # the head has room for the driver only
+            node_cpus = chance.choice([1, num_workers])
+            for _ in range(num_workers // node_cpus):
+                cluster.add_node(node_cpus)
+            settings["scaling__preemption_seconds"] = 0.1
+        give_keys(self.gateway, cluster)
+        if "S3" in has:
+            store = stack.enter_context(FaultProxy(self.gateway.endpoint))
+            uri = f"s3://campaign/{self.seed}-{number}"
+            settings |= {"storage": uri, "s3__endpoint_url": store.url}
+            run = open_storage(uri, S3Config(endpoint_url=self.gateway.endpoint)).under("run")
+        if "MLflow" in has:
+            tracking = stack.enter_context(FaultProxy(self.mlflow))
+            settings |= {"tracking__uri": tracking.url, "tracking__experiment": f"{self.seed}-{number}"}
+        if first in FOR_EVER:
+            settings["tracking__deliver_seconds"] = 3
+        command = pretrain(self.digits, num_workers, **settings)
+        return Disturbed(first, num_workers, has, command, folder, cluster, run, chance, store, tracking, node_cpus)
+
+    def _disturb(self, it: Disturbed) -> None:
+        """From the first start of the driver to its end, successful at last."""
+        first = KINDS[it.first]
+        more = [
+            name
+            for name, kind in KINDS.items()
+            if name in self.faults
+            and kind.place == "any"
+            and kind.needs in {*it.has, ""}
+            and not (kind.needs == first.needs and first.place != "any")  # it would end what lasts
+        ]
+        if first.place == "before":
+            it.strike(it.first)
+        it.start()
+        try:
+            if first.place != "before":
+                it.hit(it.first, STEPS // 2)
+            for name in it.chance.choices(more, k=it.chance.randint(0, 2)) if more else []:
+                if it.go_on():
+                    it.hit(name, STEPS - 1)
+            while it.go_on():
+                time.sleep(0.1)
+        finally:
+            end(it.job)
+            if it.back:
+                it.back.cancel()
+
+    def _check_delivered(self, it: Disturbed, number: int) -> None:
+        """MLflow has everything; where it did not come back during the run, once the same job is started again."""
+        assert it.tracking
+        if it.first in FOR_EVER:
+            told = "the rest waits in" in it.job.log
+            assert told or it.first not in it.faults, "nothing was said of what MLflow did not take"
+            it.tracking.clear()
+            it.command += ["--tracking.deliver_seconds", "120"]
+            it.start()
+            finish(it.job)
+        client, experiment = MlflowClient(self.mlflow), f"{self.seed}-{number}"
         found = client.get_experiment_by_name(experiment)
         assert found is not None, "MLflow was told nothing"
         (run,) = client.search_runs([found.experiment_id])
@@ -273,45 +465,85 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=1, help="number of the first run, to repeat one")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--faults", nargs="+", choices=KINDS, default=[*KINDS], help="only these kinds", metavar="KIND")
+    parser.add_argument("--json", type=Path, help="write the outcomes into this file, too", metavar="FILE")
     options = parser.parse_args()
-    table = Table(title=f"{options.runs} runs of {STEPS} steps, a checkpoint every {EVERY}")
-    for heading in ("run", "workers", "faults", "driver starts", "seconds", "final weights"):
-        table.add_column(heading)
-    outcomes: Counter[str] = Counter()
+    # A shell's background job ignores Ctrl-C; drivers would inherit that, and are to be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    order = random.Random(options.seed).sample(options.faults, len(options.faults))
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        cluster = stack.enter_context(running_ray(4 * options.parallel))
         gateway = stack.enter_context(running_gateway())
         server = stack.enter_context(mlflow_server(root, free_port()))
-        _use(gateway, cluster)
+        _make_bucket(gateway)
         digits = pack_digits(root)
-        campaign = Campaign(root, digits, cluster, Undisturbed(digits, root), gateway, server)
-        pool = stack.enter_context(ThreadPoolExecutor(options.parallel))
-        numbers = range(options.first, options.first + options.runs)
-        running = {pool.submit(campaign.run, number, options.seed): number for number in numbers}
-        for done in as_completed(running):
-            outcome = done.result()
-            outcomes[outcome.result.split(":")[0]] += 1
-            row = (
-                str(running[done]),
-                str(outcome.workers),
-                ", ".join(outcome.faults),
-                str(outcome.starts),
-                f"{outcome.seconds:.0f}",
-                outcome.result,
-            )
-            print("  ".join(row), flush=True)
-            table.add_row(*row)
-    Console(width=160).print(table)
-    print(f"{outcomes['equal']} of {options.runs} ended equal")
-    sys.exit(outcomes["equal"] != options.runs)
+        alone = Undisturbed(digits, root)
+        campaign = Campaign(
+            root, digits, {n: alone.weights(n) for n in (1, 2, 3)}, gateway, server, options.seed, order
+        )
+        outcomes = _run_in_processes(campaign, range(options.first, options.first + options.runs), options.parallel)
+    struck = Counter(name for outcome in outcomes for name in outcome.faults)
+    table = Table(title=f"{options.runs} runs of {STEPS} steps, a checkpoint every {EVERY}")
+    for heading in ("run", "workers", "with", "faults", "driver starts", "seconds", "final weights"):
+        table.add_column(heading)
+    for outcome in outcomes:
+        table.add_row(*_row(outcome))
+    Console(width=180).print(table)
+    print(", ".join(f"{name} {struck[name]}" for name in options.faults))
+    equal = sum(outcome.result == "equal" for outcome in outcomes)
+    if options.json:
+        summary = {"seed": options.seed, "runs": options.runs, "equal": equal, "struck": struck}
+        told = summary | {"outcomes": [outcome._asdict() for outcome in outcomes]}
+        options.json.write_text(json.dumps(told, indent=1) + "\n")
+    print(f"{equal} of {options.runs} ended equal")
+    sys.exit(equal != options.runs)
 
 
-def _use(gateway: S3Gateway, cluster: RayCluster) -> None:
-    """To all that runs on the cluster, and to this process; with a bucket for the runs."""
-    give_keys(gateway, cluster)
-    os.environ.update(gateway.environment)
-    client = boto3.session.Session().client("s3", endpoint_url=gateway.endpoint, region_name="us-east-1")
+def _run_in_processes(campaign: Campaign, numbers: range, parallel: int) -> list[Outcome]:
+    context = forkserver()
+    waiting: Queue[int | None] = context.Queue()
+    ended: Queue[Outcome] = context.Queue()
+    for number in [*numbers, *[None] * parallel]:
+        waiting.put(number)
+    processes = [context.Process(target=campaign.run_all, args=(waiting, ended)) for _ in range(parallel)]
+    for process in processes:
+        process.start()
+    outcomes: list[Outcome] = []
+    try:
+        while len(outcomes) < len(numbers):
+            alive = any(process.is_alive() for process in processes)
+            try:
+                outcomes.append(ended.get(timeout=1))
+            except queue.Empty:
+                if alive:
+                    continue
+                break  # outcomes are missing then, which are not equal
+            print("  ".join(_row(outcomes[-1])), flush=True)
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    return sorted(outcomes)
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    return (
+        str(outcome.number),
+        str(outcome.workers),
+        ", ".join(outcome.has),
+        ", ".join(outcome.faults),
+        str(outcome.starts),
+        f"{outcome.seconds:.0f}",
+        outcome.result,
+    )
+
+
+def _make_bucket(gateway: S3Gateway) -> None:
+    client = boto3.session.Session(gateway.access_key, gateway.secret_key).client(
+        "s3", endpoint_url=gateway.endpoint, region_name="us-east-1"
+    )
     client.create_bucket(Bucket="campaign")
 
 

@@ -4,8 +4,6 @@ dies without notice."""
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +15,9 @@ from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.jobs import (
     Job,
     end,
-    environment,
     final_weights,
     finish,
+    kill_node,
     newest_commit,
     running_ray,
     start,
@@ -33,12 +31,6 @@ def node_of(workers: list[psutil.Process]) -> psutil.Process:
     (raylet,) = {worker.parent() for worker in workers}
     assert raylet
     return raylet
-
-
-def kill_node(raylet: psutil.Process) -> None:
-    """As when its machine is switched off."""
-    for process in (raylet, *raylet.children(recursive=True)):
-        process.kill()
 
 
 @pytest.mark.timeout(400)
@@ -58,12 +50,7 @@ def test_a_node_that_is_announced_to_go_and_one_that_dies(
             # While a step takes long, the notice comes: the next one is preceded by a checkpoint.
             for worker in workers:
                 worker.suspend()
-            notice = ["--node-id", cluster.node_id(first), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-            notice += ["--reason-message", "its time is over", "--deadline-remaining-seconds", "60"]
-            ray = Path(sys.executable).with_name("ray")
-            subprocess.run(
-                [ray, "drain-node", "--address", cluster.address, *notice], env=environment(tmp_path), check=True
-            )
+            cluster.announce_loss(first, seconds=60)
             time.sleep(1)
             before = newest_commit(run)
             for worker in workers:
