@@ -344,11 +344,12 @@ class DataConfig(Settings):
     memory_bytes: PositiveInt = 2 * 2**30
     """Data up to this many bytes is kept in memory by every worker, and shuffled sample by sample."""
     buffer_bytes: PositiveInt = 2**30
-    """Encoded bytes of the windows that one worker holds while streaming, those ahead included. The more there are of
-    them, over all workers, the better data is shuffled that lies sorted in its shards. Batches that wait for decoding
-    (up to prefetch_batches + 2) keep the windows in memory that they were drawn from, beyond these bytes: up to half as
-    much again where a window lasts for more steps than that, more where it lasts for fewer (measured: 1.4 times
-    buffer_bytes in all with 14 steps to a window, 2.1 times with 4)."""
+    """Most encoded bytes that one worker has in memory while streaming: of the windows that its lanes draw from, of
+    those ahead, and of batches that wait for decoding. The more there are of them, over all workers, the better data is
+    shuffled that lies sorted in its shards. What the lanes draw from is fixed when a run begins: where a run goes on
+    with fewer workers than it was planned for and that exceeds these bytes, the rest waits in unnamed files in
+    cache_dir or the temporary folder (up to fetch_threads reads of part_bytes each are in memory on the way there), no
+    window is read ahead, and a warning says so."""
     fetch_threads: PositiveInt = 8
     """Concurrent ranged reads per worker."""
     part_bytes: PositiveInt = 8 * 2**20

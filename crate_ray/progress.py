@@ -66,11 +66,11 @@ class ProgressDisplay(Listener):
                 f"step {step}/{self._total}  {text}  lr {values['lr']:.2e}  {left:,.0f} s left", soft_wrap=True
             )
 
-    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
         """Say how many samples are unusable; their keys are in the run's artifacts."""
         counts = ", ".join(f"{count} {cause}" for cause, count in Counter(causes.values()).most_common())
         self._console.print(
-            f"step {step}: replaced samples that cannot be used ({counts}), such as {next(iter(causes))!r}",
+            f"step {step}: {split} samples that cannot be used ({counts}), such as {next(iter(causes))!r}",
             soft_wrap=True,
         )
 

@@ -92,7 +92,8 @@ def scan_shard(task: ShardTask, report: Report) -> Finished:
     counts, measurement = SampleCounts(), Measurement()
     bad: list[str] = []
     with open_shard(scan.source, task.name) as buffer:
-        table = read_table(buffer, f"{scan.source.uri}/{task.name}")
+        table, unsafe = read_table(buffer, f"{scan.source.uri}/{task.name}")
+        counts.add_unsafe([f"{task.name}: {name}" for name in unsafe])
         for row in table:
             start, size = row.members.get("cls", (0, 0))
             counts.add(row.members, bytes(buffer[start : start + size]) if size else None, row.key)

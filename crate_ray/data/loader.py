@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
-from typing import TypedDict
+from typing import TypedDict, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.config import DataConfig, ImageModelConfig
-from crate_ray.data.decode import decode_batch
+from crate_ray.data.decode import Cause, decode_batch
 from crate_ray.data.decode_cuda import check_nvjpeg, decode_batch_cuda
 from crate_ray.data.device import DeviceFeed
 from crate_ray.data.mixture import Mixture
@@ -44,6 +44,8 @@ _SMALL_PIXELS = 2**20  # and at the most
 _WINDOWS_AHEAD = 8  # the buffer's bytes are the limit; this one bounds the planning
 _REPORTED_BAD = 10_000
 _CPU = torch.device("cpu")
+BAD_CAUSES: tuple[str, ...] = (*get_args(Cause), "damaged_shard", "no_image", "no_label")
+"""Why samples cannot be used."""
 _JUDGED_SAMPLES = 1000  # the share of bad samples is taken of at least so many
 _REPLACEMENTS_TRIED = 64
 _CLOSING_SECONDS = 1.0  # a store that is away holds the planner for longer
@@ -126,14 +128,21 @@ class SequentialOrder:
 class BadSamples:
     """Samples that could not be used, by key, with their causes; a loader's own share of them."""
 
-    def __init__(self, max_fraction: float, uri: str) -> None:
+    def __init__(self, max_fraction: float, uri: str, causes: dict[str, str] | None = None) -> None:
         self._max_fraction, self._uri = max_fraction, uri
         self._lock = threading.Lock()
         self._drawn = self._bad = 0
-        self.causes: dict[str, str] = {}
+        self._taken: Counter[str] = Counter()
+        self.causes = {} if causes is None else causes
         """Cause of each bad sample's key, of the first 10,000 of them."""
         self.counts: Counter[str] = Counter()
         """Times that a sample was not usable, by cause; a sample counts again in every epoch."""
+
+    def take_counts(self) -> list[int]:
+        """The counts of BAD_CAUSES since the last call."""
+        with self._lock:
+            new, self._taken = self.counts - self._taken, self.counts.copy()
+        return [new[cause] for cause in BAD_CAUSES]
 
     def drawn(self, count: int) -> None:
         """Count samples that a batch asked for."""
@@ -184,6 +193,7 @@ class Loader:
         data: DataConfig,
         device: torch.device,
         replacements: Callable[[int, int, int], Iterator[int]] | None = None,
+        causes: dict[str, str] | None = None,
     ) -> None:
         """Start the threads.
 
@@ -198,6 +208,7 @@ class Loader:
             device: where batches are to be.
             replacements: numbers to try in the place of (step, slot, sample) when that sample is bad; without it, bad
                 samples are left out of their batch.
+            causes: takes up the keys of bad samples with their causes.
         """
         self._mixture, self._order, self._slots, self._stop = mixture, order, slots, steps.stop
         self._make_crops, self._model, self._data, self._replacements = make_crops, model, data, replacements
@@ -206,7 +217,7 @@ class Loader:
         self._on_device = data.decode_device == "cuda"
         if self._on_device:
             check_nvjpeg(device)
-        self.bad = BadSamples(data.max_bad_fraction, mixture.uri)
+        self.bad = BadSamples(data.max_bad_fraction, mixture.uri, causes)
         """What could not be used so far."""
         self._suffixes = [dataset.manifest.image_suffixes for dataset in mixture.datasets]
         self._threads = data.decode_threads or len(os.sched_getaffinity(0))
@@ -330,9 +341,10 @@ class Loader:
         try:
             requested = request(self._step, self._step)
             for step in range(self._step, self._stop):
-                draw, samples = source.take(step)
+                # No name of ours: the samples' bytes are to be free as soon as they are decoded.
+                decoding = self._start_decoding(pool, step, *source.take(step))
                 requested = request(requested, step + 1)
-                if not put(self._start_decoding(pool, step, draw, samples)):
+                if not put(decoding):
                     return
             put(None)
         except BaseException as error:
@@ -378,6 +390,9 @@ class Loader:
         decode = decode_batch_cuda if self._on_device else decode_batch
         with self._feed.queue():
             errors = decode(contents, kind, crop, batch.images[rows], max_pixels=self._data.max_pixels)
+        for error in errors:
+            if error is not None:  # else it holds itself, and so the samples, until the garbage is collected
+                error.__traceback__ = error.__context__ = error.__cause__ = None
         return [
             bad or (None if error is None else (error.cause, str(error)))
             for bad, error in zip(found, errors, strict=True)
@@ -535,12 +550,13 @@ def evaluation_loader(
     world_size: int = 1,
     device: torch.device = _CPU,
     max_samples: int | None = None,
+    causes: dict[str, str] | None = None,
 ) -> Loader:
     """Every sample exactly once, centre-cropped and resized; batch t holds samples tB .. (t+1)B, shared by the workers.
 
     With max_samples at most so many, spread evenly (`stride_of`); nothing else is decoded. All workers get the same
     number of batches; a worker's part of the last one may be short or empty. Samples that cannot be used are left out
-    and counted (`Loader.bad`).
+    and counted (`Loader.bad`); causes takes up their keys, for who counts over several passes.
     """
     total = shards.manifest.num_samples
     stride = stride_of(total, max_samples)
@@ -550,4 +566,5 @@ def evaluation_loader(
     def make_crops(draw: Draw) -> CropRule:
         return lambda heights, widths: centre_crops(heights, widths, model.image_hw)
 
-    return Loader(Mixture.of(shards), order, slots, range(order.num_steps), make_crops, model, data, device)
+    steps = range(order.num_steps)
+    return Loader(Mixture.of(shards), order, slots, steps, make_crops, model, data, device, causes=causes)

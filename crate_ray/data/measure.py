@@ -29,6 +29,7 @@ MEASURED_SAMPLES = 2048
 
 _NUMBERED_SUFFIX = re.compile(r"\d[\d.]*\.(jpe?g|png|webp|npy)")
 _REPORTED_NAMES = 10
+_REPORTED_UNSAFE = 100
 _GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 
 
@@ -197,6 +198,9 @@ class SampleCounts(BaseModel):
     without_image: int = 0
     without_image_names: list[str] = []
     """The first few."""
+    num_unsafe: int = 0
+    unsafe_names: list[str] = []
+    """As in the manifest."""
 
     def add(self, members: Iterable[str], label: bytes | None, key: str = "") -> None:
         """Add a sample: its suffixes, the content of its `cls` member, its key."""
@@ -213,6 +217,13 @@ class SampleCounts(BaseModel):
             self.labelled += 1
             self.max_label = max(self.max_label, int(label))
 
+    def add_unsafe(self, names: Sequence[str]) -> None:
+        """Add members with unsafe names, each behind its shard's name."""
+        self.num_unsafe += len(names)
+        # Bytes that are no UTF-8 cannot be written to JSON.
+        named = [name.encode("utf-8", "backslashreplace").decode() for name in names[:_REPORTED_UNSAFE]]
+        self.unsafe_names = [*self.unsafe_names, *named][:_REPORTED_UNSAFE]
+
     def merge(self, other: SampleCounts) -> None:
         """Add what was counted in another part."""
         self.samples += other.samples
@@ -222,6 +233,8 @@ class SampleCounts(BaseModel):
         self.max_label = max(self.max_label, other.max_label)
         self.without_image += other.without_image
         self.without_image_names = (self.without_image_names + other.without_image_names)[:_REPORTED_NAMES]
+        self.num_unsafe += other.num_unsafe
+        self.unsafe_names = (self.unsafe_names + other.unsafe_names)[:_REPORTED_UNSAFE]
 
     def describe(self, uri: str) -> dict[str, Any]:
         """Fields of the manifest; warnings and errors where samples do not agree."""
@@ -251,4 +264,6 @@ class SampleCounts(BaseModel):
             "image_suffixes": tuple(suffix for suffix in (*IMAGE_SUFFIXES, "npy") if suffix in self.images),
             "suffixes": tuple(sorted(self.suffixes)),
             "num_classes": self.max_label + 1 if self.labelled == self.samples else None,
+            "num_unsafe": self.num_unsafe,
+            "unsafe_names": tuple(self.unsafe_names),
         }

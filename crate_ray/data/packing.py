@@ -111,6 +111,7 @@ def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
             logger.warning("%d of %d samples cannot be decoded and are left out: %s", len(bad), len(items), some(bad))
         if not counts.samples or not measurement.count:
             raise UserError(f"none of the {len(items)} samples can be packed: {some(bad)}")
+        counts.add_unsafe(source.unsafe_names)
         return counts.describe(storage.uri) | measurement.describe() | {"classes": source.classes}
 
     return make_dataset(storage, plan, describe, overwrite=config.overwrite, lease_seconds=config.lease_seconds)
@@ -208,7 +209,7 @@ def pack_shard(task: ShardTask, report: Report) -> Finished:
                     measurement.add(measured)
                 report(counts.samples, len(bad))
         with map_file(path) as buffer:
-            table = read_table(buffer, task.name)
+            table = read_table(buffer, task.name).rows
             assert len(table) == counts.samples
             row, entries, _ = index_shard(buffer, table)
         if counts.samples:

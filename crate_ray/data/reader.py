@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 import xxhash
-from numpy.typing import NDArray
 
 from crate_ray.config import DataConfig
 from crate_ray.data.cache import PartCache
@@ -31,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 _CHECKED_READS = 3  # of bytes whose digest is wrong: they may have changed on the way
 _JOIN_GAP = 64 * 2**10  # members closer together than this are read in one request
+_RELEASE_SECONDS = 10.0  # without a batch that was decoded, its bytes are not waited for any longer
+
+Keep = Callable[[bytes], memoryview]
+"""Where bytes that were read are kept: gives the view that samples' members become parts of."""
 
 
 class Unreadable(NamedTuple):
@@ -79,8 +87,8 @@ class ShardReader:
         self._table = lru_cache(maxsize=64)(shards.table)
         self._dataset = shards.manifest.digest()
 
-    def read(self, first: int, count: int) -> list[Sample | Unreadable]:
-        """Samples first .. first + count of the dataset, as far as it goes.
+    def read(self, first: int, count: int, keep: Keep = memoryview) -> list[Sample | Unreadable]:
+        """Samples first .. first + count of the dataset, as far as it goes, their bytes as `keep` keeps them.
 
         Raises:
             Replaced: a shard was overwritten since it was first read, or is not as large as the one that was indexed.
@@ -92,12 +100,12 @@ class ShardReader:
             shard, local = self.shards.locate(first)
             take = min(stop - first, int(self.shards.samples[shard]) - local)
             try:
-                out += self._read(shard, local, take)
+                out += self._read(shard, local, take, keep)
             except DamagedShard:  # only the 16 samples around the damage are lost
                 for low in range(local - local % INDEX_STRIDE, local + take, INDEX_STRIDE):
                     begin, end = max(low, local), min(low + INDEX_STRIDE, local + take)
                     try:
-                        out += self._read(shard, begin, end - begin)
+                        out += self._read(shard, begin, end - begin, keep)
                     except DamagedShard as error:
                         name = self.shards.shard_name(shard)
                         out += [Unreadable(f"{name}#{number}", str(error)) for number in range(begin, end)]
@@ -118,23 +126,23 @@ class ShardReader:
             first += take
         return total
 
-    def _read(self, shard: int, first: int, count: int) -> Sequence[Sample]:
-        return (self._listed if self.shards.has_table(shard) else self._contiguous)(shard, first, count)
+    def _read(self, shard: int, first: int, count: int, keep: Keep) -> Sequence[Sample]:
+        return (self._listed if self.shards.has_table(shard) else self._contiguous)(shard, first, count, keep)
 
-    def _contiguous(self, shard: int, first: int, count: int) -> list[Sample]:
+    def _contiguous(self, shard: int, first: int, count: int, keep: Keep) -> list[Sample]:
         start, end, covered = self.shards.byte_range(shard, first, count)
 
         def check(data: bytes) -> None:
             self.shards.check(shard, start, data)
 
         name = self.shards.shard_name(shard)
-        parsed = parse_samples(self._checked(shard, start, end, check), name)
+        parsed = parse_samples(keep(self._checked(shard, start, end, check)), name)
         found = parsed[first - covered : first - covered + count]
         if len(found) != count:
             raise DamagedShard(f"{name} holds other samples than its index says; index it again")
         return found
 
-    def _listed(self, shard: int, first: int, count: int) -> list[Sample]:
+    def _listed(self, shard: int, first: int, count: int, keep: Keep) -> list[Sample]:
         """Samples of a shard with a table: their members, read in as few requests as they lie in."""
         table = self._table(shard)
         low, high = np.searchsorted(table["sample"], [first, first + count])
@@ -146,19 +154,23 @@ class ShardReader:
         for group in np.split(by_offset, np.flatnonzero(gaps > _JOIN_GAP) + 1):
             start = int(rows["offset"][group[0]])
             end = int((rows["offset"][group] + rows["size"][group]).max())
+            offsets = rows["offset"][group].astype(np.int64) - start
+            spans = {
+                i: slice(offset, offset + size)
+                for i, offset, size in zip(group.tolist(), offsets.tolist(), rows["size"][group].tolist(), strict=True)
+            }
 
-            def check(data: bytes, group: NDArray[np.int64] = group, start: int = start) -> None:
+            def check(data: bytes, spans: dict[int, slice] = spans) -> None:
                 view = memoryview(data)
-                for i in group.tolist():
-                    offset = int(rows["offset"][i]) - start
-                    content = contents[i] = view[offset : offset + int(rows["size"][i])]
-                    if xxhash.xxh3_64_intdigest(content) & 0xFFFFFFFF != int(rows["digest"][i]):
+                for i, span in spans.items():
+                    if xxhash.xxh3_64_intdigest(view[span]) & 0xFFFFFFFF != int(rows["digest"][i]):
                         raise DamagedShard(
                             f"member {rows['key'][i]!r} of {self.shards.shard_name(shard)} is not what was indexed; "
                             "index or pack it again"
                         )
 
-            check(self._checked(shard, start, end, check))
+            view = keep(self._checked(shard, start, end, check))
+            contents.update((i, view[span]) for i, span in spans.items())
         samples: list[Sample] = []
         for number, members in groupby(range(len(rows)), key=lambda i: int(rows["sample"][i])):
             listed = list(members)
@@ -232,10 +244,10 @@ class MixtureReader:
         self._readers = [ShardReader(dataset, cache) for dataset in mixture.datasets]
         self._part_bytes = data.part_bytes
 
-    def read(self, samples: range) -> list[Sample | Unreadable]:
-        """Consecutive samples of one dataset. Raises as `ShardReader.read` does."""
+    def read(self, samples: range, keep: Keep = memoryview) -> list[Sample | Unreadable]:
+        """Consecutive samples of one dataset, their bytes as `keep` keeps them. Raises as `ShardReader.read` does."""
         dataset, first = self.mixture.locate(samples.start)
-        return self._readers[dataset].read(first, len(samples))
+        return self._readers[dataset].read(first, len(samples), keep)
 
     def num_bytes(self, samples: range) -> int:
         """Bytes that `read` of these samples fetches, nearly."""
@@ -260,46 +272,68 @@ class MixtureReader:
         ]
 
 
+@dataclass(eq=False)
+class _InMemory:
+    """Bytes of a part that are in memory, or will be: the planning thread's count."""
+
+    num_bytes: int
+    is_passed: bool = False
+    """No window holds the part any more, only batches that wait for decoding."""
+
+
 @dataclass
 class _Part:
     """Consecutive samples that are read together."""
 
     content: Future[list[Sample | Unreadable]]
+    memory: _InMemory
     windows: int = 1
     """Windows that hold it: the end of one epoch and the begin of the next can share a block."""
 
 
 class StreamedSource:
-    """Blocks of the worker's lanes, fetched by threads as many windows ahead as the buffer holds, dropped when used."""
+    """Blocks of the worker's lanes, fetched by threads as many windows ahead as the buffer holds, dropped when used.
+
+    Bytes count until nothing refers to them: batches that wait for decoding hold those of windows that are passed. What
+    the lanes' current windows need beyond the buffer lies on disk. One thread calls `request` and `take`.
+    """
 
     def __init__(self, reader: MixtureReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
         self._reader, self._order, self._slots = reader, order, slots
-        self._buffer_bytes, self._held = data.buffer_bytes, 0
+        self._buffer_bytes, self._folder = data.buffer_bytes, data.cache_dir or tempfile.gettempdir()
+        self._held = self._passed = 0  # bytes in memory, and those of them that are of passed parts
+        # Filled by whichever thread drops the last reference, which no lock may stop.
+        self._freed: SimpleQueue[tuple[_InMemory, int]] = SimpleQueue()
         self._pool = ThreadPoolExecutor(data.fetch_threads, "fetch")
-        self._windows: dict[Window, tuple[list[range], int]] = {}  # parts, bytes
+        self._windows: dict[Window, list[range]] = {}  # their parts
         self._parts: dict[int, _Part] = {}  # by first sample
         self._starts = np.empty(0, np.int64)  # of the parts, in order
-        self._size = lru_cache(maxsize=64)(self._measure)  # asked again at every step until there is room
+        self._measured = lru_cache(maxsize=64)(self._measure)  # asked again at every step until there is room
+        self._is_closed = self._uses_disk = self._disk_failed = False
 
     def request(self, step: int) -> bool:
         """Start fetching what a step needs, as far as the buffer has room; returns at once, whether all is on its way.
 
-        There is always room for each lane's current window.
+        A lane's current window is fetched in any case, at the latest when it is taken: beyond the buffer to disk.
         """
+        self._count_freed()
         for window in self._order.windows(step, *self._slots):
             if window not in self._windows:
-                blocks, size = self._size(window)
                 is_ahead = any(held.lane == window.lane for held in self._windows)
-                if is_ahead and self._held + size > self._buffer_bytes:
+                if (is_ahead or self._passed) and not self._has_room(window):
                     return False
-                self._fetch(window, blocks, size)
+                self._fetch(window, step)
         return True
 
     def take(self, step: int) -> tuple[Draw, list[Sample | Unreadable]]:
         """Numbers and encoded samples of a step's slots; waits for what has not arrived. Steps follow each other."""
-        for window in self._order.windows(step, *self._slots):
-            if window not in self._windows:
-                self._fetch(window, *self._size(window))
+        needed = self._order.windows(step, *self._slots)
+        if not self._windows.keys() >= set(needed):
+            self._drop_before(needed)
+            for window in needed:
+                if window not in self._windows:
+                    self._wait_for_room(window)
+                    self._fetch(window, step)
         draw = self._order.draw(step, *self._slots)
         owners = np.searchsorted(self._starts, draw.samples, "right") - 1
         loaded = {part: self._parts[self._starts[part]].content.result() for part in np.unique(owners).tolist()}
@@ -308,39 +342,111 @@ class StreamedSource:
         self._drop_before(self._order.windows(step + 1, *self._slots))
         return draw, samples
 
-    def _measure(self, window: Window) -> tuple[list[range], int]:
-        """Blocks of a window, and their bytes."""
-        blocks = self._order.blocks(window)
-        return blocks, sum(map(self._reader.num_bytes, blocks))
+    def _measure(self, window: Window) -> tuple[list[tuple[range, int]], int]:
+        """Parts of a window with their bytes, and the bytes of all."""
+        parts = [part for block in self._order.blocks(window) for part in self._reader.parts(block)]
+        sizes = [self._reader.num_bytes(part) for part in parts]
+        return list(zip(parts, sizes, strict=True)), sum(sizes)
 
-    def _fetch(self, window: Window, blocks: list[range], num_bytes: int) -> None:
-        parts = [part for block in blocks for part in self._reader.parts(block)]
-        self._windows[window] = (parts, num_bytes)
-        self._held += num_bytes
-        for part in parts:
-            held = self._parts.get(part.start)
-            if held is None:
-                self._parts[part.start] = _Part(self._pool.submit(self._reader.read, part))
-            else:
+    def _has_room(self, window: Window) -> bool:
+        return self._held + self._measured(window)[1] <= self._buffer_bytes
+
+    def _wait_for_room(self, window: Window) -> None:
+        """Wait until batches that hold bytes of passed windows are decoded, as far as a window needs their room."""
+        while self._passed and not self._has_room(window) and not self._is_closed:
+            if not self._count_freed(_RELEASE_SECONDS):
+                return
+
+    def _count_freed(self, seconds: float = 0.0) -> bool:
+        """Count the bytes that nothing refers to any more, if any within so many seconds."""
+        found = False
+        with suppress(Empty):
+            while True:
+                memory, num_bytes = self._freed.get(timeout=0.0 if found else seconds)
+                memory.num_bytes -= num_bytes
+                self._held -= num_bytes
+                self._passed -= num_bytes if memory.is_passed else 0
+                found = True
+        return found
+
+    def _fetch(self, window: Window, step: int) -> None:
+        parts, _ = self._measured(window)
+        self._windows[window] = [part for part, _ in parts]
+        for part, num_bytes in parts:
+            if (held := self._parts.get(part.start)) is not None:
                 held.windows += 1
+                continue
+            fits = self._held + num_bytes <= self._buffer_bytes
+            if not fits and not self._uses_disk:
+                self._uses_disk = True
+                self._tell_of_disk(step)
+            memory = _InMemory(num_bytes if fits else 0)
+            self._held += memory.num_bytes
+            content = self._pool.submit(self._read, part, memory, memory.num_bytes, on_disk=not fits)
+            self._parts[part.start] = _Part(content, memory)
         self._starts = np.sort(np.fromiter(self._parts, np.int64))
+
+    def _tell_of_disk(self, step: int) -> None:
+        needed = sum(self._measured(window)[1] for window in self._order.windows(step, *self._slots))
+        logger.warning(
+            "a worker draws from windows of %.0f MiB at a time, more than data.buffer_bytes (%.0f MiB) has room for; "
+            "the rest waits in unnamed files under %s, which is slower: raise data.buffer_bytes, or use more workers",
+            needed / 2**20, self._buffer_bytes / 2**20, self._folder,
+        )  # fmt: skip
+
+    def _read(self, part: range, memory: _InMemory, reserved: int, on_disk: bool) -> list[Sample | Unreadable]:
+        """Thread: samples of a part, in memory for which so many bytes are counted, or on disk."""
+
+        def keep(data: bytes) -> memoryview:
+            nonlocal reserved
+            if on_disk and not self._disk_failed:
+                try:
+                    return _on_disk(data, self._folder)
+                except OSError as error:
+                    self._disk_failed = True
+                    logger.warning("%s takes no files (%s): what data.buffer_bytes has no room for stays in memory",
+                                   self._folder, error)  # fmt: skip
+            array = np.frombuffer(data, np.uint8)
+            weakref.finalize(array, self._freed.put, (memory, len(data))).atexit = False
+            reserved -= len(data)
+            return array.data
+
+        samples = self._reader.read(part, keep)
+        self._freed.put((memory, reserved))  # what was read may have another size than was counted
+        return samples
 
     def _drop_before(self, needed: Iterable[Window]) -> None:
         current: dict[int, Window] = {}
         for window in needed:
             current[window.lane] = min(current.get(window.lane, window), window)
         for window in [w for w in self._windows if w.lane in current and w < current[w.lane]]:
-            parts, num_bytes = self._windows.pop(window)
-            self._held -= num_bytes
-            for part in parts:
-                self._parts[part.start].windows -= 1
-                if not self._parts[part.start].windows:
-                    del self._parts[part.start]
+            for part in self._windows.pop(window):
+                held = self._parts[part.start]
+                held.windows -= 1
+                if not held.windows:
+                    held.memory.is_passed = True
+                    self._passed += held.memory.num_bytes
+                    del self._parts[part.start], held
             self._starts = np.sort(np.fromiter(self._parts, np.int64))
+        self._count_freed()
 
     def close(self) -> None:
         """Stop fetching."""
+        self._is_closed = True
+        self._freed.put((_InMemory(0), 0))  # wakes who waits
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_disk(data: bytes, folder: str) -> memoryview:
+    """The same bytes, mapped from a file that nobody else sees: pages that the kernel can take out of memory.
+
+    Raises OSError when they cannot be written.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(data)
+        file.flush()
+        # Unlike mmap, torch keeps no file open: there may be more parts than a process may have open.
+        return torch.from_file(file.name, size=len(data), dtype=torch.uint8).numpy().data
 
 
 class ResidentSource:

@@ -54,6 +54,7 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap
 # webdataset's own rule (webdataset.tariterators.base_plus_ext), for members and for what it skips as metadata
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _METADATA = re.compile(r"__[^/]*__($|/)")
+_UNSAFE_FIELDS = {"num_unsafe", "unsafe_names"}
 _PATTERN = re.compile(r"[^{}]*\{:0[1-9][0-9]?d\}[^{}]*")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _REFUSED = {
@@ -113,6 +114,10 @@ class Manifest(BaseModel):
     """Standard deviation per channel over the pixels of the measured samples, on the same scale."""
     num_measured: int
     """Number of samples, spread evenly, that channels, size, mean and std were measured on."""
+    num_unsafe: int = 0
+    """Members that no sample has for their names: absolute ones, and those with '..'."""
+    unsafe_names: tuple[str, ...] = ()
+    """The first hundred of them, each behind its shard's name."""
     shards_sha256: str
     index_sha256: str
     names_sha256: str | None = None
@@ -125,13 +130,23 @@ class Manifest(BaseModel):
         return pattern
 
     def digest(self) -> str:
-        """Identity of the dataset: sha256 of the canonical JSON, which holds the digests of the binary files."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Identity of the dataset: sha256 of the canonical JSON, which holds the digests of the binary files.
+
+        Members that no sample has are no part of it.
+        """
+        values = self.model_dump(mode="json", exclude=_UNSAFE_FIELDS)
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def to_json(self) -> bytes:
         """The content of manifest.json."""
-        return (self.model_dump_json(indent=2) + "\n").encode()
+        return (self.model_dump_json(indent=2, exclude=None if self.num_unsafe else _UNSAFE_FIELDS) + "\n").encode()
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The members with unsafe names as bad samples are reported: cause by key."""
+        more = self.num_unsafe - len(self.unsafe_names)
+        return dict.fromkeys((*self.unsafe_names, *([f"and {more} more"] if more else [])), "unsafe_name")
 
 
 class ByteRange(NamedTuple):
@@ -469,6 +484,15 @@ class TableRow(NamedTuple):
     """False where a member is a hard link to content elsewhere in the shard."""
 
 
+class Table(NamedTuple):
+    """What a shard holds."""
+
+    rows: list[TableRow]
+    """Its samples, in the order of their first members."""
+    unsafe: list[str]
+    """Members with unsafe names, which belong to no sample."""
+
+
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and lower-case suffix of a member as webdataset groups them; None for what webdataset leaves out, and for
     names that `is_unsafe`.
@@ -524,7 +548,7 @@ def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
     return samples
 
 
-def read_table(buffer: Buffer, where: str) -> list[TableRow]:
+def read_table(buffer: Buffer, where: str) -> Table:
     """All samples of a whole shard, checked: the only full pass over a shard that is made, when it is indexed.
 
     The members of a sample are gathered from anywhere in the shard; samples are in the order of their first members.
@@ -590,7 +614,9 @@ def read_table(buffer: Buffer, where: str) -> list[TableRow]:
             "%s: %d members have unsafe names, absolute ones or with '..', and are left out: %s",
             where, len(unsafe), some(unsafe),
         )  # fmt: skip
-    return [row._replace(plain=False) if row.key in linked else row for row in table] if linked else table
+    if linked:
+        table = [row._replace(plain=False) if row.key in linked else row for row in table]
+    return Table(table, unsafe)
 
 
 def _members(view: memoryview, where: str, whole: bool = False) -> Iterator[tuple[str, int, int, int, str | None]]:

@@ -31,7 +31,7 @@ from crate_ray.data.shards import (
     NAMES_NAME,
     SHARDS_NAME,
     TABLE_SUFFIX,
-    TableRow,
+    Table,
     load_dataset,
     read_table,
 )
@@ -73,6 +73,8 @@ class Source:
     items: Sequence[Item]
     classes: tuple[str, ...] | None = None
     """Names of the classes that `cls` members number."""
+    unsafe_names: Sequence[str] = ()
+    """Members of its shards that no item has for their names, each behind its shard's name."""
 
 
 def size_in_tar(*sizes: int) -> int:
@@ -180,11 +182,12 @@ def known_classes(storage: Storage) -> tuple[str, ...] | None:
 
 def _shard_source(storage: Storage, shards: Sequence[ObjectInfo], classes: tuple[str, ...] | None) -> Source:
     """Samples of tar shards, members gathered from anywhere in their shard."""
-    found: dict[int, list[TableRow]] = {}
+    found: dict[int, Table] = {}
     on_cluster = wants_cluster(len(shards), 0, sum(info.size for info in shards))
     jobs = ((storage, info.key) for info in shards)
-    for number, rows in run_tasks(_read_rows, jobs, lambda *_: None, on_cluster=on_cluster, threads=THREADS):
-        found[number] = rows
+    for number, table in run_tasks(_read_table, jobs, lambda *_: None, on_cluster=on_cluster, threads=THREADS):
+        found[number] = table
+    unsafe = [f"{info.key}: {name}" for number, info in enumerate(shards) for name in found[number].unsafe]
     items = [
         Item(
             f"{info.key}/{row.key}",
@@ -193,12 +196,12 @@ def _shard_source(storage: Storage, shards: Sequence[ObjectInfo], classes: tuple
             info.etag,
         )
         for number, info in enumerate(shards)
-        for row in found.pop(number)
+        for row in found.pop(number).rows
     ]
-    return Source(items, classes)
+    return Source(items, classes, unsafe)
 
 
-def _read_rows(job: tuple[Storage, str], _: Report) -> list[TableRow]:
+def _read_table(job: tuple[Storage, str], _: Report) -> Table:
     storage, name = job
     with open_shard(storage, name) as buffer:
         return read_table(buffer, f"{storage.uri}/{name}")

@@ -40,10 +40,11 @@ def measure_accuracy(
     autocast: torch.dtype | None = None,
     rank: int = 0,
     world_size: int = 1,
+    bad: dict[str, str] | None = None,
 ) -> Accuracy:
     """Accuracy over every usable sample of a labelled dataset exactly once, centre-cropped. A collective call.
 
-    batch_size is each worker's.
+    batch_size is each worker's; `bad` takes up the samples that cannot be used: cause by key.
     """
     device, config = normalizer.mean.device, model.encoder_config
     total = torch.zeros(4, device=device, dtype=torch.float64)  # loss, top-1, top-5, number of samples
@@ -51,7 +52,14 @@ def measure_accuracy(
     was_training = model.training
     model.eval()
     with evaluation_loader(
-        shards, config, data, batch_size=batch_size * world_size, rank=rank, world_size=world_size, device=device
+        shards,
+        config,
+        data,
+        batch_size=batch_size * world_size,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        causes=bad,
     ) as loader:
         for batch in loader:
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):

@@ -50,7 +50,7 @@ class FinetuneTask(Task):
         images = torch.zeros(count, encoder.channels, *encoder.image_hw, device=device)
         return images, torch.zeros(count, self._num_classes, device=device)
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, bad: dict[str, str] | None = None) -> dict[str, float]:
         """Cross entropy, top-1 and top-5 accuracy."""
         place = self._place
         assert place.validation is not None
@@ -63,6 +63,7 @@ class FinetuneTask(Task):
             autocast=place.autocast,
             rank=place.rank,
             world_size=place.world_size,
+            bad=bad,
         )._asdict()
 
 

@@ -120,10 +120,10 @@ class RunTracker(Listener):
         """Record a picture as the artifact <name>/step-<step>.png."""
         self._append_file(f"{name}-{step:08d}.png", png, name, f"step-{step:08d}.png")
 
-    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
-        """Record keys and causes of unusable samples as an artifact bad_samples/step-<step>-<id>.json."""
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
+        """Record keys and causes of unusable samples as an artifact bad_samples/<split>/step-<step>-<id>.json."""
         name = f"step-{step:08d}-{uuid.uuid4().hex[:8]}.json"
-        self._append_file(f"bad-{name}", json.dumps(causes, indent=1).encode(), "bad_samples", name)
+        self._append_file(f"bad-{name}", json.dumps(causes, indent=1).encode(), f"bad_samples/{split}", name)
 
     def note(self, step: int, text: str) -> None:
         """Record what happened as an artifact notes/step-<step>-<id>.txt."""

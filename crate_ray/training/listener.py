@@ -15,8 +15,9 @@ class Listener:
     def picture(self, step: int, name: str, png: bytes) -> None:
         """A picture made after so many steps."""
 
-    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
-        """Samples that a worker could not use and had not told of before: cause by key."""
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
+        """Samples of the 'training' or 'validation' data that a worker could not use and had not told of before: cause
+        by key."""
 
     def note(self, step: int, text: str) -> None:
         """A sentence on something that happened and that people should know of."""

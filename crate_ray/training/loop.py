@@ -15,7 +15,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from crate_ray.data.loader import training_loader
+from crate_ray.data.loader import BAD_CAUSES, training_loader
 from crate_ray.data.mixture import open_mixture
 from crate_ray.data.order import worker_slots
 from crate_ray.data.shards import load_dataset
@@ -99,12 +99,24 @@ def train(
     )
     first_slot, _ = worker_slots(config.training.batch_size, rank, world_size, task.together)
     profile = StepProfile(config.training.profile_steps, rank, run, space)
-    told: set[str] = set()
+    told: dict[str, set[str]] = {"training": set(), "validation": set()}
+    letters: list[ray.ObjectRef] = []
+    bad_held_out: dict[str, str] = {}
+
+    def tell_bad(split: str, causes: dict[str, str]) -> None:
+        if new := {key: cause for key, cause in list(causes.items()) if key not in told[split]}:
+            told[split].update(new)
+            letters.append(payload["mailbox"].put.remote(("bad_samples", step, new, split)))
 
     def tell_bad_samples() -> None:
-        if new := {key: cause for key, cause in list(loader.bad.causes.items()) if key not in told}:
-            told.update(new)
-            payload["mailbox"].put.remote(("bad_samples", step, new))
+        tell_bad("training", loader.bad.causes)
+        tell_bad("validation", bad_held_out)
+
+    if rank == 0 and step == 0:
+        for dataset in mixture.datasets:
+            tell_bad("training", dataset.manifest.left_out)
+        if validation:
+            tell_bad("validation", validation.manifest.left_out)
 
     with loader, profile, ExitStack() as at_the_end:
         at_the_end.callback(tell_bad_samples)  # too many of them are why a run stops
@@ -151,16 +163,19 @@ def train(
 
             if step % config.tracking.log_every == 0 or step == total_steps:
                 with watch.logging():
-                    digest = torch.tensor(keys_digest(batch.keys, first_slot), device=device)
+                    sums = torch.tensor([keys_digest(batch.keys, first_slot), *loader.bad.take_counts()], device=device)
                     if world_size > 1:
-                        dist.all_reduce(digest)
+                        dist.all_reduce(sums)
+                    digest, *bad = sums.tolist()
                     losses, norms = step_log.take(config.training.batch_size, world_size)
                     judgement = guard.judge(logged + 1, losses, norms)
                     rates = watch.lap(step - logged, config.training.batch_size)
                     logged = step
                     epoch = step / record.order.batches_per_epoch
                     values = {"lr": lr, "epoch": epoch, **judged(judgement), **rates, **used_memory(device)}
-                    values["batch_digest"] = float(digest.item() % KEYS_DIGEST_RANGE)
+                    values["batch_digest"] = float(digest % KEYS_DIGEST_RANGE)
+                    times = zip(BAD_CAUSES, bad, strict=True)
+                    values |= {f"bad_samples/{cause}": float(count) for cause, count in times if count}
                     if peak_flops and task.flops_per_image:
                         values["mfu"] = task.flops_per_image * rates["images_per_second"] / (peak_flops * world_size)
                     reporter.metrics(step, values)
@@ -172,7 +187,7 @@ def train(
             held_out: dict[str, float] = {}
             if validation and validates:
                 with control.phase("validation"):
-                    held_out = task.validate()
+                    held_out = task.validate(bad_held_out)
                 reporter.metrics(step, held_out)
             if look_every and (step % look_every == 0 or step == total_steps):
                 _show(reporter, step, task.look(step))
@@ -186,6 +201,7 @@ def train(
 
     checkpoints.finish()
     reporter.flush()
+    ray.get(letters)
     if world_size > 1:
         # Without this gloo can deadlock when the process group is destroyed.
         del trained

@@ -53,7 +53,7 @@ class PretrainTask(Task):
         images = torch.zeros(count, model.channels, *model.image_hw, device=device)
         return images, torch.zeros(count, model.num_patches, device=device)
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, bad: dict[str, str] | None = None) -> dict[str, float]:
         """The masked loss."""
         place = self._place
         assert place.validation is not None
@@ -65,6 +65,7 @@ class PretrainTask(Task):
             place.autocast,
             place.rank,
             place.world_size,
+            bad,
         )
         return {"validation_loss": loss}
 
@@ -88,15 +89,26 @@ def validation_loss(
     autocast: torch.dtype | None,
     rank: int = 0,
     world_size: int = 1,
+    bad: dict[str, str] | None = None,
 ) -> float:
-    """Mean masked loss over every usable held-out sample exactly once, each with one fixed mask. A collective call."""
+    """Mean masked loss over every usable held-out sample exactly once, each with one fixed mask. A collective call.
+
+    `bad` takes up the samples that cannot be used: cause by key.
+    """
     device = normalizer.mean.device
     batch_size = min(config.training.micro_batch_size or config.training.batch_size, 256) * world_size
     total = torch.zeros(2, device=device, dtype=torch.float64)  # sum of losses, number of samples
     nothing = torch.zeros(1, config.model.channels, *config.model.image_hw, device=device)
     model.eval()
     with evaluation_loader(
-        validation, config.model, config.data, batch_size=batch_size, rank=rank, world_size=world_size, device=device
+        validation,
+        config.model,
+        config.data,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        causes=bad,
     ) as loader:
         for batch in loader:
             if not len(batch.samples) and not is_sharded(model):

@@ -78,8 +78,11 @@ class Task(ABC):
         """Inputs of the same shapes for so many samples, of zeros."""
 
     @abstractmethod
-    def validate(self) -> dict[str, float]:
-        """Metrics over the held-out data, with `validation_loss`. A collective call."""
+    def validate(self, bad: dict[str, str] | None = None) -> dict[str, float]:
+        """Metrics over the held-out data, with `validation_loss`. A collective call.
+
+        `bad` takes up this worker's held-out samples that cannot be used: cause by key.
+        """
 
     def look(self, step: int) -> Look | None:
         """What the model shows of itself. A collective call where the model is sharded, of rank 0 alone otherwise."""

@@ -1,7 +1,11 @@
-"""Real runs on Ray Train: the same global batches on 1, 2, 3 and 4 workers, and on a number that changes between."""
+"""Real runs on Ray Train: the same global batches on 1, 2, 3 and 4 workers, and on a number that changes between; and
+what is told of bad samples."""
 
 from __future__ import annotations
 
+import io
+import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import ray
 
 from crate_ray.config import PrepareConfig, PretrainConfig
 from crate_ray.data.builtin import digits_source, shapes_source
+from crate_ray.data.indexing import index_existing
 from crate_ray.data.loader import training_loader
 from crate_ray.data.packing import pack
 from crate_ray.data.storage import open_storage
@@ -22,17 +27,25 @@ from crate_ray.training.telemetry import keys_digest
 from tests.jobs import free_port
 
 STEPS = 12
+BROKEN = (3, 27, 51, 70)
+UNSAFE = {"shapes.tar: ../up.png": "unsafe_name"}
 
 
-class Digests(Listener):
-    """Keeps the digest of every batch."""
+class Told(Listener):
+    """Keeps the digest of every batch, and what is told of bad samples."""
 
     def __init__(self) -> None:
-        self.by_step: dict[int, float] = {}
+        self.digests: dict[int, float] = {}
+        self.times: Counter[str] = Counter()
+        self.bad: dict[str, dict[str, str]] = {"training": {}, "validation": {}}
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         if "batch_digest" in values:
-            self.by_step[step] = values["batch_digest"]
+            self.digests[step] = values["batch_digest"]
+        self.times += Counter({k.split("/")[1]: int(v) for k, v in values.items() if k.startswith("bad_samples/")})
+
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
+        self.bad[split] |= causes
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +61,20 @@ def four_workers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Digits and shapes, 3 to 1."""
+    """Digits and shapes, 3 to 1; some shapes are broken, and a member of theirs is of no sample."""
     folder = tmp_path_factory.mktemp("data")
-    sets = {"digits": digits_source("test"), "shapes": shapes_source("all", 80, 16, 0)}
-    for name, source in sets.items():
-        config = PrepareConfig(source=name, output=str(folder / name), shard_samples=100)
-        pack(source, open_storage(config.output, config.s3), config)
+    config = PrepareConfig(source="digits", output=str(folder / "digits"), shard_samples=100)
+    pack(digits_source("test"), open_storage(config.output, config.s3), config)
+    (folder / "shapes").mkdir()
+    with tarfile.open(folder / "shapes" / "shapes.tar", "w") as tar:
+        members = [(f"{n:02d}.jpg", item.load()["jpg"]) for n, item in enumerate(shapes_source("all", 80, 16, 0).items)]
+        for n in BROKEN:
+            members[n] = (members[n][0], b"no image")
+        for name, content in [*members, ("../up.png", b"")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    index_existing(open_storage(str(folder / "shapes"), config.s3))
     return {str(folder / "digits"): 3, str(folder / "shapes"): 1}
 
 
@@ -62,7 +83,14 @@ def settings(folder: Path, mixture: dict[str, float], workers: int, steps: int) 
         {
             "name": "run",
             "storage": str(folder),
-            "data": {"memory_bytes": 1, "block_samples": 16, "window_blocks": 2, "lanes": 3, "train": mixture},
+            "data": {
+                "memory_bytes": 1,
+                "block_samples": 16,
+                "window_blocks": 2,
+                "lanes": 3,
+                "train": mixture,
+                "validation": list(mixture)[1],
+            },
             "model": {"image_size": 8, "patch_size": 2, "channels": 1, "dim": 16, "depth": 1, "num_subspaces": 2},
             "training": {"batch_size": 22, "micro_batch_size": 4, "steps": steps},
             "scaling": {"workers": workers, "cpus_per_worker": 1},
@@ -72,12 +100,12 @@ def settings(folder: Path, mixture: dict[str, float], workers: int, steps: int) 
     )
 
 
-def train(folder: Path, mixture: dict[str, float], workers: int, steps: int = STEPS) -> dict[int, float]:
-    """Begin a run, or go on with it, to so many steps; digests of the batches of its steps."""
-    config, digests = settings(folder, mixture, workers, steps), Digests()
+def train(folder: Path, mixture: dict[str, float], workers: int, steps: int = STEPS) -> Told:
+    """Begin a run, or go on with it, to so many steps; what it told of them."""
+    config, told = settings(folder, mixture, workers, steps), Told()
     with driver_lease(config) as lease:
-        train_on_ray(open_run(config), lease, PretrainTask, [digests])
-    return digests.by_step
+        train_on_ray(open_run(config), lease, PretrainTask, [told])
+    return told
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(
@@ -88,10 +116,15 @@ def test_batches_do_not_depend_on_the_number_of_workers(
     with loader:
         expected = {batch.step + 1: float(keys_digest(batch.keys, 0)) for batch in loader}
     assert sorted(expected) == list(range(1, STEPS + 1)) and len(set(expected.values())) == STEPS
-    assert train(tmp_path / "4", mixture, 4) == expected
-    elastic: dict[int, float] = {}
+    four = train(tmp_path / "4", mixture, 4)
+    assert four.digests == expected
+    assert loader.bad.causes and four.times == loader.bad.counts
+    assert four.bad["training"] == loader.bad.causes | UNSAFE
+    assert four.bad["validation"] == {f"{n:02d}": "not_an_image" for n in BROKEN} | UNSAFE
+    elastic, times = dict[int, float](), Counter[str]()
     for workers, steps in ((2, 4), (3, 9), (1, STEPS)):
         part = train(tmp_path / "elastic", mixture, workers, steps)
-        assert not set(part) & set(elastic)
-        elastic |= part
-    assert elastic == expected
+        assert not set(part.digests) & set(elastic)
+        elastic |= part.digests
+        times += part.times
+    assert elastic == expected and times == four.times

@@ -3,6 +3,7 @@ reading. Evaluation sees every sample once; bad samples are named; buffers stay 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -22,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
@@ -33,7 +36,7 @@ from crate_ray.data.device import DeviceFeed
 from crate_ray.data.indexing import index_existing
 from crate_ray.data.loader import Batch, Loader, evaluation_loader, training_loader
 from crate_ray.data.mixture import Mixture, open_mixture
-from crate_ray.data.order import STREAM_CROP, DatasetOrder, SampleOrder, uniform
+from crate_ray.data.order import STREAM_CROP, DatasetOrder, SampleOrder, Window, uniform, worker_slots
 from crate_ray.data.packing import pack
 from crate_ray.data.reader import ShardReader, StreamedSource, Unreadable
 from crate_ray.data.shards import INDEX_STRIDE, ShardSet, load_dataset
@@ -389,9 +392,9 @@ def test_no_window_is_read_twice_however_tight_the_buffer(uneven: ShardSet, batc
 
 @pytest.mark.parametrize(("window", "batch_size"), [(1, 12), (2, 12), (1, 30), (3, 3)])
 def test_streaming_holds_what_is_needed_and_ahead_only_what_the_buffer_has_room_for(
-    shards: ShardSet, window: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+    shards: ShardSet, window: int, batch_size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    held: list[tuple[int, int]] = []
+    held: list[int] = []
     requested_late: list[int] = []
 
     class Watched(StreamedSource):
@@ -409,9 +412,8 @@ def test_streaming_holds_what_is_needed_and_ahead_only_what_the_buffer_has_room_
             return taken
 
         def note(self) -> None:
-            assert {part.start for parts, _ in self._windows.values() for part in parts} == set(self._parts)
-            assert self._held == sum(size for _, size in self._windows.values())
-            held.append((self._held, max(Counter(window.lane for window in self._windows).values(), default=0)))
+            assert {part.start for parts in self._windows.values() for part in parts} == set(self._parts)
+            held.append(max(Counter(window.lane for window in self._windows).values(), default=0))
 
     monkeypatch.setattr(loader_module, "StreamedSource", Watched)
     order = sample_order(16, window, 3, batch_size)
@@ -419,13 +421,88 @@ def test_streaming_holds_what_is_needed_and_ahead_only_what_the_buffer_has_room_
     for buffer_bytes, most in ((1, 2), (int(3 * windows), 5), (2**30, 20)):
         held.clear()
         requested_late.clear()
+        caplog.clear()
         data = config(True, buffer_bytes=buffer_bytes)
         batches(train_on(shards, order, MODEL, data, steps=range(2 * order.batches_per_epoch)))
-        assert buffer_bytes == 1 or not requested_late
-        assert max(lane for _, lane in held) <= most
-        if most == 5:
-            assert max(size for size, _ in held) <= buffer_bytes
-    assert max(lane for _, lane in held) >= 3  # with room, several windows ahead
+        assert buffer_bytes < 2**30 or not requested_late
+        assert max(held) <= most
+        told = [record.getMessage() for record in caplog.records]
+        if buffer_bytes == 1:
+            assert len(told) == 1 and "rest waits in unnamed files under /" in told[0]
+        elif window > 1:  # a step needs no more than two windows of a lane
+            assert not told
+    assert max(held) >= 3  # with room, several windows ahead
+
+
+class CountedBytes(bytes):
+    """Says when it is no longer there."""
+
+    storage: CountingStorage
+
+    def __del__(self) -> None:
+        self.storage.count(-len(self))
+
+
+class CountingStorage(LocalStorage):
+    """Counts the bytes that were read from it and are still in memory."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.alive = self.most = 0
+        self.lock = threading.RLock()
+
+    def count(self, num_bytes: int) -> None:
+        with self.lock:
+            self.alive += num_bytes
+            self.most = max(self.most, self.alive)
+
+    def read_version(self, key: str, start: int = 0, length: int | None = None) -> tuple[bytes, str]:
+        data, version = super().read_version(key, start, length)
+        counted = CountedBytes(data)
+        counted.storage = self
+        self.count(len(data))
+        return counted, version
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    block=st.sampled_from([7, 16]), window=st.integers(1, 3), lanes=st.sampled_from([1, 3, 5]),
+    batch_size=st.sampled_from([5, 12, 30]), world=st.integers(1, 2), room=st.sampled_from([0, 0.6, 1, 1.3, 2.2]),
+)  # fmt: skip
+@example(block=16, window=1, lanes=1, batch_size=12, world=1, room=1)
+def test_encoded_bytes_in_memory_never_exceed_the_buffer(
+    shards: ShardSet, block: int, window: int, lanes: int, batch_size: int, world: int, room: float
+) -> None:
+    """Those of batches that wait for a slow decoder included, in every order; and the batches stay what they are."""
+    order, storage = sample_order(block, window, lanes, batch_size), CountingStorage(shards.storage.root)  # type: ignore[attr-defined]
+    steps, dataset = range(min(order.batches_per_epoch + 3, 20)), load_dataset(storage)
+    slots, reader = worker_slots(batch_size, world - 1, world), ShardReader(dataset)
+
+    def size(window: Window) -> int:
+        return sum(reader.num_bytes(block.start, len(block)) for block in order.blocks(window))
+
+    drawn = [set(order.windows(step, *slots)) for step in steps]
+    largest = max(map(size, set().union(*drawn)))
+    # A lane that a step does not draw from may hold a window that is past, and the next one.
+    needed = max(
+        sum(map(size, windows)) + 2 * largest * (lanes - len({window.lane for window in windows})) for windows in drawn
+    )
+    part = max(reader.num_bytes(n, block) for n in range(0, SAMPLES, block))
+    data = config(True, buffer_bytes=max(1, int(room * needed)), decode_threads=1)
+
+    def decode(*args: Any, **options: Any) -> Any:
+        time.sleep(0.002)
+        return decode_batch(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_module, "decode_batch", decode)
+        place = {"steps": steps, "rank": world - 1, "world_size": world}
+        with train_on(dataset, order, MODEL, data, **place) as loader:
+            found = list(loader)
+            uses_disk = loader._source._uses_disk  # type: ignore[union-attr]
+    assert 0 < storage.most <= data.buffer_bytes + uses_disk * data.fetch_threads * part
+    assert not (uses_disk and room >= 1)
+    assert_same(found, load(shards, order, False, steps, world - 1, world))
 
 
 def loader_threads() -> list[str]:
@@ -647,6 +724,21 @@ def test_evaluation_leaves_bad_samples_out(with_bad: ShardSet, streamed: bool) -
     seen = np.concatenate([b.samples for b in batches(loader)])
     assert seen.tolist() == [n for n in range(80) if n not in BAD]
     assert loader.bad.causes == {f"{n:03d}": cause for n, cause in CAUSES.items()}
+
+
+def test_bad_samples_are_not_kept_in_memory_by_their_errors(with_bad: ShardSet) -> None:
+    order = sample_order(16, 1, 2, 16, num_samples=80)
+    gc.disable()  # which would find them in the end
+    try:
+        with train_on(with_bad, order, MODEL, config(True, max_bad_fraction=0.2), steps=range(15)) as loader:
+            assert len(list(loader)) == 15 and loader.bad.causes
+        source, deadline = loader._source, time.monotonic() + 10
+        assert isinstance(source, StreamedSource)
+        while source._count_freed(0.1) or (source._passed and time.monotonic() < deadline):
+            pass  # a decoding thread may still be letting go of its last task
+        assert source._passed == 0
+    finally:
+        gc.enable()
 
 
 def test_too_many_bad_samples_stop_the_loader(with_bad: ShardSet) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
 import random
 import subprocess
@@ -21,6 +23,7 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from crate_ray.config import PrepareConfig, S3Config
 from crate_ray.data.indexing import index_existing
+from crate_ray.data.measure import SampleCounts
 from crate_ray.data.packing import pack
 from crate_ray.data.shards import (
     SHARD_DTYPE,
@@ -167,7 +170,7 @@ def test_ranges_hold_what_stock_readers_read(
 
     folder = tmp_path_factory.mktemp("shards")
     (folder / "x.tar").write_bytes(shard)
-    table = read_table(shard, "x.tar")
+    table = read_table(shard, "x.tar").rows
     assert [(row.key, {s: shard[o : o + n] for s, (o, n) in row.members.items()}) for row in table] == expected
     dataset = _indexed(folder, shard)
     for _ in range(5):
@@ -182,7 +185,7 @@ def test_ranges_hold_what_stock_readers_read(
 
 def _indexed(folder: Path, shard: bytes) -> ShardSet:
     """The dataset of one shard whose members are no real images, which packing.index_existing would not take."""
-    row, entries, table = index_shard(shard, read_table(shard, "x.tar"))
+    row, entries, table = index_shard(shard, read_table(shard, "x.tar").rows)
     storage = local(folder)
     if table is not None:
         storage.write("x.tar.table.npy", table)
@@ -343,7 +346,7 @@ def test_refused_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         assert "sparse" in error(subprocess.run(command, check=True, capture_output=True).stdout)
 
     with caplog.at_level(logging.WARNING):
-        assert len(read_table(tar_of(good)[: 512 * 12], "s.tar")) == 3
+        assert len(read_table(tar_of(good)[: 512 * 12], "s.tar").rows) == 3
     assert "s.tar has no end marker" in caplog.text
 
 
@@ -373,7 +376,29 @@ def test_unsafe_names_are_left_out_and_listed(
     dataset = load_dataset(local(tmp_path))
     assert dataset.has_table(0) == scattered
     assert read_shard(dataset, 0) == expected
-    assert len(open_source(local(tmp_path)).items) == len(good)
+    source = open_source(local(tmp_path))
+    assert len(source.items) == len(good)
+
+    left_out = {f"x.tar: {name}" for name, _ in members if name.removesuffix("/x.png").removesuffix(".png") in unsafe}
+    packed = pack(source, local(tmp_path / "packed"), PrepareConfig(output="unused"))
+    for told in (dataset.manifest, packed):
+        assert told.num_unsafe == 7 and told.left_out == dict.fromkeys(left_out, "unsafe_name")
+    # Manifests from before, and of shards without such members, have no word of them.
+    before = {key: value for key, value in manifest.model_dump(mode="json").items() if "unsafe" not in key}
+    (tmp_path / "manifest.json").write_text(json.dumps(before))
+    earlier = load_dataset(local(tmp_path)).manifest
+    assert json.loads(earlier.to_json()) == before and earlier.left_out == {}
+    canonical = json.dumps(before, sort_keys=True, separators=(",", ":"))
+    assert earlier.digest() == manifest.digest() == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def test_of_many_unsafe_names_some_are_kept() -> None:
+    counts, part = SampleCounts(), SampleCounts()
+    part.add_unsafe([f"x.tar: ../{number}\udcff" for number in range(80)])
+    for _ in range(2):
+        counts.merge(SampleCounts.model_validate_json(part.model_dump_json()))
+    assert counts.num_unsafe == 160 and len(counts.unsafe_names) == 100
+    assert counts.unsafe_names[80] == "x.tar: ../0\\udcff"
 
 
 def test_numbers_too_large_for_octal() -> None:

@@ -203,7 +203,7 @@ def test_a_full_disk_costs_what_it_does_not_take_and_no_more(
         full.metrics(101, {"loss": 1 / 101}, NOW + 101)
         full.picture(101, "reconstruction", b"x" * 2 * events.stat().st_size)
         full.note(101, "x" * 2 * events.stat().st_size)
-        full.bad_samples(101, {"x": "x" * 2 * events.stat().st_size})
+        full.bad_samples(101, {"x": "x" * 2 * events.stat().st_size}, "training")
         full.metrics(102, {"loss": 1 / 102}, NOW + 102)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
