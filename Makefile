@@ -32,7 +32,7 @@ demo: $(READY)
 	@echo "  $(PY) jobs/pretrain.py --name mine --data.train data/mine --model.preset tiny --training.epochs 1"
 
 test: $(READY)
-	$(PY) -m pytest -n 2 --no-loadscope-reorder tests/integration tests/faults tests/unit
+	$(PY) -m pytest -n 2 --no-loadscope-reorder --durations=25 tests/integration tests/faults tests/unit
 
 unit: $(READY)
 	$(PY) -m pytest tests/unit

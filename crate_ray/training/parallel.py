@@ -44,11 +44,13 @@ def settle(trained: nn.Module, images_BCHW: Tensor, given: Any) -> None:
 
     DDP with a static graph records the graph in its first backward pass, notes in which order gradients come in its
     second, and orders its buckets by that before its third forward pass. With three or more workers the order of
-    summation changes with the buckets, so that a run resumed without this would differ in its last bits.
+    summation changes with the buckets, so that a run resumed without this would differ in its last bits. Layers are not
+    compiled for these inputs, which have fewer samples than a step.
     """
     if isinstance(trained, DistributedDataParallel):
-        for _ in range(2):
-            discard_step(trained, images_BCHW, given)
+        with torch.compiler.set_stance("force_eager"):
+            for _ in range(2):
+                discard_step(trained, images_BCHW, given)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -61,33 +61,69 @@ def compile_layers(
     """Compile layers of a model in place, and whether that worked; if not, the model is as before and the log says so.
 
     Layers of one kind share one program. They are compiled here, by one step on the inputs (as many samples as the
-    largest micro-batch has) whose gradients are thrown away; another number is compiled when it comes. Passes without
-    gradients, as for validation, stay uncompiled. Call it before the model is wrapped or sharded. Names of parameters
-    do not change.
+    largest micro-batch has) whose gradients are thrown away; another number is compiled when it comes, and a layer for
+    which that fails goes on uncompiled. Passes without gradients, as for validation, stay uncompiled. Call it before
+    the model is wrapped or sharded. Names of parameters do not change.
     """
+    # Else a program's backward half is compiled in the first backward pass, where nothing can replace it.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    compilation = _Compilation()
     for layer in layers:
-        _compile_in_training(layer)
+        _compile_in_training(layer, compilation)
     try:
         discard_step(model, *inputs, autocast)
     except Exception as error:  # whatever compilers do: none at hand, out of memory, an error of their own
         for layer in layers:
             del layer.forward
         model.zero_grad(set_to_none=True)
-        reason = str(error).strip().partition("\n")[0]
-        logger.warning("layers cannot be compiled, training goes on without (%s: %s)", type(error).__name__, reason)
+        logger.warning("layers cannot be compiled, training goes on without (%s)", _described(error))
         return False
+    compilation.has_worked = True
     return True
 
 
-def _compile_in_training(layer: nn.Module) -> None:
+@dataclass
+class _Compilation:
+    """What the compiled layers of a model have in common."""
+
+    has_worked: bool = False
+    """For the first number of samples."""
+    has_failed: bool = False
+    """For another one, which has been told."""
+
+
+def _compile_in_training(layer: nn.Module, compilation: _Compilation) -> None:
     eager = layer.forward
     compiled = torch.compile(eager, dynamic=False)
 
     def forward(*inputs: Tensor) -> Tensor:
-        return compiled(*inputs) if torch.is_grad_enabled() else eager(*inputs)
+        if not torch.is_grad_enabled():
+            return eager(*inputs)
+        try:
+            return compiled(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:  # of compiling: nothing was computed yet
+            if not compilation.has_worked:
+                raise
+            if not compilation.has_failed:
+                shape, compilation.has_failed = list(inputs[0].shape), True
+                logger.warning(
+                    "layers cannot be compiled for tokens of shape %s, training goes on with them uncompiled (%s)",
+                    shape,
+                    _described(error),
+                )
+        # This layer alone: where layers are computed twice (activation checkpointing), those before it in this pass
+        # have to be computed the same way again.
+        del layer.forward
+        return eager(*inputs)
 
     # Not the layer as a whole, so that hooks, such as FSDP's, stay outside.
     layer.forward = forward
+
+
+def _described(error: Exception) -> str:
+    cause = getattr(error, "inner_exception", error)  # what a compiler raised, in Dynamo's exception
+    reason = str(cause).strip().partition("\n")[0]
+    return f"{type(cause).__name__}: {reason}"
 
 
 def peak_learning_rate(optim: OptimConfig, batch_size: int) -> float:

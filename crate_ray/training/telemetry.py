@@ -38,6 +38,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lap, self._waited, self._logged = time.perf_counter(), 0.0, 0.0
+        self._logging_since: float | None = None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -48,17 +49,20 @@ class Stopwatch:
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Inside, the worker logs. Its time counts to the next lap when the lap is taken inside."""
+        """Inside, the worker logs; a lap may be taken there."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        began = time.perf_counter()
+        self._logging_since = time.perf_counter()
         yield
-        self._logged += time.perf_counter() - began
+        self._logged += time.perf_counter() - self._logging_since
+        self._logging_since = None
 
     def lap(self, steps: int, batch_size: int) -> dict[str, float]:
         """Rates since the last lap, and a new lap: images/s of all workers, seconds per step, shares of the time."""
         now = time.perf_counter()
         seconds = max(now - self._lap, 1e-9)
+        if self._logging_since is not None:
+            self._logged, self._logging_since = self._logged + now - self._logging_since, now
         rates = {
             "images_per_second": steps * batch_size / seconds,
             "step_seconds": seconds / steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from mlflow import MlflowClient
 
+from crate_ray.data.storage import Storage
 from crate_ray.tracking.runs import find_run
 from crate_ray.training.step import autocast_dtype
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
@@ -19,11 +21,20 @@ from tests.jobs import RayCluster, end, final_weights, finish, free_port, newest
 def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
     digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """With an MLflow server that is away for ever, which neither stops it nor is told to be the cause. And it does not
-    go on in another precision."""
-    run, reached = run_in(tmp_path), 0
-    command = pretrain(digits, tracking__uri=f"http://127.0.0.1:{free_port()}", tracking__deliver_seconds=1)
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    """With layers that are computed twice, and an MLflow server that is away for ever, which neither stops it nor is
+    told to be the cause. It does not go on in another precision, and stops before a checkpoint holds what a learning
+    rate has ruined."""
+    run = run_in(tmp_path)
+    command = pretrain(
+        digits,
+        tracking__uri=f"http://127.0.0.1:{free_port()}",
+        tracking__deliver_seconds=1,
+        training__activation_checkpointing="true",
+        training__profile_steps="4,6",
+    )
+
+    def stop(number: signal.Signals, code: int, reached: int) -> int:
+        """Start it, stop it after its next checkpoint; the step that it has saved."""
         job = start(command, tmp_path, cluster)
         try:
             wait_for_commit(run, reached + 1, job)
@@ -33,8 +44,26 @@ def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
         finally:
             end(job)
         assert reached < began <= newest_commit(run) < STEPS
-        reached = newest_commit(run)
         assert not run.exists("driver.lease")  # nobody has to wait for it
+        return newest_commit(run)
+
+    good = stop(signal.SIGTERM, 143, 0)
+    assert operators(run, "profile/steps-4-6-rank-0") == {
+        # Two of each layer and two outside, and in the backward pass those of layers again; in 3 steps of 3 parts.
+        "aten::native_layer_norm": 9 * (2 * 8 + 2),
+        "aten::native_layer_norm_backward": 9 * (8 + 2),
+        "aten::_fused_adamw_": 3 * 2,  # with weight decay and without
+    }
+    absurd = {"optim.lr": 1e30, "training.max_skipped_steps": 2, "tracking.log_every": 1, "checkpoint.every_steps": 99}
+    spoilt = start([*command, *(f"--{name}={value}" for name, value in absurd.items())], tmp_path, cluster)
+    try:
+        assert spoilt.wait(120) == 2, spoilt.log[-3000:]
+    finally:
+        end(spoilt)
+    (error,) = [line for line in spoilt.log.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: the last 3 steps up to step {good + 4} had a loss or gradient that is not finite")
+    assert newest_commit(run) == good
+    reached = stop(signal.SIGINT, 130, good)
     native = autocast_dtype("auto", torch.device("cpu"))
     other = start([*command, "--training.precision", "bf16" if native is None else "fp32"], tmp_path, cluster)
     assert other.wait(120) == 2 and f"the checkpoint of step {reached} comes from eager layers in" in other.log
@@ -42,8 +71,20 @@ def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
     finish(last)
     assert final_weights(run) == undisturbed.weights(2)
     spool = tmp_path / "cache" / "crate-ray" / json.loads(run.read("run.json"))["run_key"]
-    assert last.log.count(f"the rest waits in {spool}") == 4
-    assert f'"step": {STEPS}' in (spool / "events.jsonl").read_text()
+    assert last.log.count(f"the rest waits in {spool}") == 5
+    events = [json.loads(line) for line in (spool / "events.jsonl").read_text().splitlines()]
+    measured = [(event["step"], event["values"]) for event in events if event["kind"] == "metrics"]
+    skipped = {step: values["skipped_steps"] for step, values in measured if values.get("skipped_steps")}
+    assert skipped == {good + 2: 1, good + 3: 1}
+    assert measured[-1][0] == STEPS
+
+
+def operators(run: Storage, profile: str) -> dict[str, int]:
+    """How often the operators that tell most were called, by a profile's trace."""
+    assert b"Self CPU" in (table := run.read(f"{profile}.txt")) and b"aten::" in table
+    trace = json.loads(gzip.decompress(run.read(f"{profile}.json.gz")))
+    names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "cpu_op"]
+    return {name: names.count(name) for name in names if "native_layer_norm" in name or "fused_adamw" in name}
 
 
 def test_a_run_whose_workers_cannot_start_stops_when_asked(digits: str, cluster: RayCluster, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster
     losses = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
     assert losses[STEPS] < 0.8 * losses[10]
     assert run.data.metrics["validation_loss"] < losses[10]
+    told_of_steps(client, run.info.run_id)
     (dataset,) = run.inputs.dataset_inputs
     assert (
         dataset.dataset.digest
@@ -101,6 +102,27 @@ def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster
     # No secret of the cluster has found its way into MLflow.
     for secret in ("AWS_SECRET_ACCESS_KEY",):
         assert cluster.env[secret] not in json.dumps(run.to_dictionary()) + environment
+
+
+def told_of_steps(client: mlflow.MlflowClient, run_id: str) -> None:
+    """Require what training tells of itself at every log step, with values that can be."""
+    names = ("images_per_second", "step_seconds", "data_wait_share", "logging_share", "gradient_norm", "memory_bytes")
+    names += ("lr", "skipped_steps", "loss_spikes", "batch_digest")
+    found = {name: {m.step: m.value for m in client.get_metric_history(run_id, name)} for name in names}
+    assert all(values.keys() == set(range(10, STEPS + 1, 10)) for values in found.values())
+    for step in range(10, STEPS + 1, 10):
+        of = {name: values[step] for name, values in found.items()}
+        assert 0 < of["gradient_norm"] < 100 and 0 <= of["lr"] <= 0.003 and of["skipped_steps"] == 0
+        assert of["images_per_second"] * of["step_seconds"] == pytest.approx(64) and 1e-4 < of["step_seconds"] < 60
+        assert 0 <= of["data_wait_share"] < 1 and 0 < of["logging_share"] < 1
+        assert of["data_wait_share"] + of["logging_share"] < 1
+        assert 2**26 < of["memory_bytes"] < psutil.virtual_memory().total
+        assert of["batch_digest"] == int(of["batch_digest"]) and len(set(found["batch_digest"].values())) == 6
+    assert "mfu" not in client.get_run(run_id).data.metrics  # of a CPU the peak is not known
+    for name in ("checkpoint_blocking_seconds", "checkpoint_background_seconds"):
+        seconds = {m.step: m.value for m in client.get_metric_history(run_id, name)}
+        assert STEPS in seconds and seconds.keys() <= set(range(EVERY, STEPS + 1, EVERY))
+        assert all(0 < value < 60 for value in seconds.values())
 
 
 def test_registry_gate_and_embeddings(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:

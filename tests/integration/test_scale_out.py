@@ -53,7 +53,7 @@ class Follower(Listener):
     def picture(self, step: int, name: str, png: bytes) -> None:
         self.pictures.append((step, name))
 
-    def bad_samples(self, step: int, causes: dict[str, str]) -> None:
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
         raise AssertionError(causes)
 
 
@@ -203,7 +203,7 @@ def test_a_run_stopped_by_bad_samples_says_which_they_are(cluster: Cluster, digi
     told: dict[str, str] = {}
 
     class Told(Listener):
-        def bad_samples(self, step: int, causes: dict[str, str]) -> None:
+        def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
             told.update(causes)
 
     with driver_lease(config) as lease, pytest.raises(UserError, match="are unusable, more than data.max_bad_fraction"):

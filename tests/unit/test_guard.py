@@ -1,9 +1,10 @@
-"""Steps that are not finite change nothing and are counted; jumps of the loss are found."""
+"""Steps that are not finite change nothing and are counted; jumps of the loss are found; shares of the time add up."""
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from crate_ray.errors import UserError
 from crate_ray.models import build_model
 from crate_ray.training.guard import Guard
 from crate_ray.training.step import build_optimizer, mask_noise, train_step
-from crate_ray.training.telemetry import StepLog
+from crate_ray.training.telemetry import StepLog, Stopwatch
 
 CONFIG = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=1)
 
@@ -117,3 +118,22 @@ def test_the_step_log_gives_back_what_each_step_had() -> None:
         for loss_sum, norm in zip(sums, norms, strict=True):
             log.add(torch.tensor(loss_sum), torch.tensor(norm))
         assert log.take(batch_size=8, world_size=1) == ([s / 8 for s in sums], norms)
+
+
+def test_shares_of_a_lap_are_of_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is taken while the worker logs, as training does."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("crate_ray.training.telemetry.time.perf_counter", lambda: clock.now)
+    watch, laps = Stopwatch(torch.device("cpu")), []
+    for waits, steps, before, after in ((3.0, 4.0, 3.0, 30.0), (1.0, 1.0, 8.0, 0.0)):
+        with watch.waiting():
+            clock.now += waits
+        clock.now += steps
+        with watch.logging():
+            clock.now += before
+            laps.append(watch.lap(steps=5, batch_size=8))
+            clock.now += after
+    assert laps == [
+        {"images_per_second": 4.0, "step_seconds": 2.0, "data_wait_share": 0.3, "logging_share": 0.3},
+        {"images_per_second": 1.0, "step_seconds": 8.0, "data_wait_share": 0.025, "logging_share": 0.95},
+    ]

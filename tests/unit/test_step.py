@@ -8,6 +8,7 @@ import logging
 import math
 import socket
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ from crate_ray.data.order import worker_slots
 from crate_ray.finetuning.batches import TrainingBatches
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.flops import training_flops
+from crate_ray.training.parallel import parallelize, settle
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.step import (
     Normalizer,
@@ -190,17 +192,22 @@ def test_autocast_computes_in_bf16_and_keeps_weights_and_loss_in_fp32() -> None:
 
 # --- Two processes --------------------------------------------------------------------------------------------------
 
-STEPS, GLOBAL_BATCH, ACCUMULATION = 3, 5, 2
+STEPS, POISONED, GLOBAL_BATCH, ACCUMULATION = 4, 1, 5, 2
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1)
 
 
 def run_steps(model: torch.nn.Module, rank: int, world: int) -> None:
+    """One process alone leaves out a step, in which one of several has a sample that is not finite."""
     # The parameters of the step are those of the module under DistributedDataParallel.
     optimizer = build_optimizer(model, OPTIM)
     start, stop = worker_slots(GLOBAL_BATCH, rank, world)
     for step in range(STEPS):
         images, noise = batch64(GLOBAL_BATCH)
         images = images + step
+        if step == POISONED:
+            if world == 1:
+                continue
+            images[-1] = math.nan
         train_step(
             model,
             optimizer,
@@ -219,9 +226,13 @@ def ddp_worker(rank: int, world: int, port: int, path: str) -> None:
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timeout)
     model = model64()
-    ddp = DistributedDataParallel(model)
-    discard_step(ddp, *batch64(1))
+    layers = [*model.encoder, *model.decoder]
+    ddp = parallelize(model, layers, "ddp", world_size=world, device=torch.device("cpu"))
+    assert isinstance(ddp, DistributedDataParallel) and ddp.static_graph
+    settle(ddp, *batch64(1))
     run_steps(ddp, rank, world)
+    buckets = {g.untyped_storage().data_ptr() for p in model.parameters() if (g := p.grad) is not None}
+    assert len(buckets) == 1  # so small a model has one, and its gradients lie in it
     torch.save([p.detach() for p in model.parameters()], f"{path}/{rank}.pt")
     dist.barrier()
     del ddp
@@ -445,6 +456,71 @@ def test_without_a_compiler_training_goes_on_and_says_so(caplog: pytest.LogCaptu
     )
     assert torch.equal(model(images, noise).loss, expected)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("half", "working", "checkpointed"), [("forward", 0, False), ("forward", 1, True), ("backward", 1, True)]
+)
+def test_a_layer_that_cannot_be_compiled_for_another_number_of_samples_goes_on_without(
+    half: str, working: int, checkpointed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In whichever half of its program, and when the layers before it could: `working` kinds of two."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    tried: dict[str, int] = dict.fromkeys(("forward", "backward"), 0)
+
+    def compiler(name: str) -> Any:
+        def compile_half(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+            if any(getattr(given, "ndim", 0) == 3 and len(given) == 5 for given in inputs):
+                tried[name] += 1
+                if name == half and tried[name] > working:
+                    raise RuntimeError("out of registers\nand more")
+            return make_boxed_func(graph.forward)
+
+        return compile_half
+
+    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    config = CONFIG.model_copy(update={"depth": 2, "decoder_depth": 2})
+    ours, eager = model64(config), model64(config)
+    ours.checkpoint_layers = checkpointed
+    layers = [*ours.encoder, *ours.decoder]
+    assert compile_layers(ours, layers, batch64(4)) and "cannot be compiled" not in caplog.text
+    for number in (5, 4, 5):
+        for model in (ours, eager):
+            model.zero_grad()
+            model(*batch64(number)).loss.backward()
+        assert close(gradients(ours), gradients(eager), 1e-9)
+    assert ["forward" in vars(layer) for layer in layers] == [working == 1] * 2 + [False] * 2
+    assert tried[half] == (3 if working else 4)  # once for each layer that goes on without, never again
+    (record,) = [record for record in caplog.records if record.name == "crate_ray.training.step"]
+    assert record.getMessage().startswith("layers cannot be compiled for tokens of shape [5, 17, 16], training goes on")
+    assert record.getMessage().endswith("(RuntimeError: out of registers)")
+
+
+def test_settling_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        programs.append(graph.code)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    model = model64()
+    layers = [*model.encoder, *model.decoder]
+    assert compile_layers(model, layers, batch64(4)) and len(programs) == 2
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        settle(DistributedDataParallel(model, static_graph=True), *batch64(1))
+        model(*batch64(4))
+        assert len(programs) == 2
+        model(*batch64(1))
+        assert len(programs) == 4
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_is_compiled_by_default() -> None:
