@@ -212,7 +212,7 @@ def start(command: list[str], folder: Path, cluster: RayCluster) -> Job:
     log = folder / "job.log"
     process = forkserver().Process(target=_run, args=(command[1:], folder, env, log, log))
     process.start()
-    while _ignores(process.pid, signal.SIGINT):  # as the process does that it is forked from
+    while _ignores(process.pid, signal.SIGINT):
         time.sleep(0.001)
     return Job(process, folder, cluster)
 
@@ -239,6 +239,8 @@ def call(
 
 
 def _run(argv: list[str], folder: Path, env: dict[str, str], stdout: Path, stderr: Path) -> None:
+    # The process that it is forked from ignores Ctrl-C, and so does all that a shell starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)

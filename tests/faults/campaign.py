@@ -468,8 +468,6 @@ def main() -> None:
     parser.add_argument("--faults", nargs="+", choices=KINDS, default=[*KINDS], help="only these kinds", metavar="KIND")
     parser.add_argument("--json", type=Path, help="write the outcomes into this file, too", metavar="FILE")
     options = parser.parse_args()
-    # A shell's background job ignores Ctrl-C; drivers would inherit that, and are to be interrupted.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     order = random.Random(options.seed).sample(options.faults, len(options.faults))
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
