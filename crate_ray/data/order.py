@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -40,11 +40,26 @@ def mix64(x: UInt64) -> UInt64:
 
 def hash64(*parts: int | NDArray[np.integer]) -> UInt64:
     """Hash of integers, broadcast over arrays, in at least one dimension. The order of the parts matters."""
+    ints = tuple(int(part) for part in takewhile(lambda part: isinstance(part, int), parts))
+    state = _hash_of_ints(ints)
+    for part in parts[len(ints) :]:
+        state = _absorb(state, part)
+    return state
+
+
+@lru_cache(maxsize=4096)
+def _hash_of_ints(parts: tuple[int, ...]) -> UInt64:
+    """(1,): nearly all hashes begin with the same few keys, and of so little NumPy's calls take as long as of much."""
     state = np.full(1, 0x9E3779B97F4A7C15, np.uint64)
     for part in parts:
-        word = np.atleast_1d(np.asarray(part)).astype(np.uint64)
-        state = mix64((state + np.uint64(0x9E3779B97F4A7C15)) ^ mix64(word + np.uint64(0xD1B54A32D192ED03)))
+        state = _absorb(state, part)
+    state.flags.writeable = False
     return state
+
+
+def _absorb(state: UInt64, part: int | NDArray[np.integer]) -> UInt64:
+    word = np.atleast_1d(np.asarray(part)).astype(np.uint64)
+    return mix64((state + np.uint64(0x9E3779B97F4A7C15)) ^ mix64(word + np.uint64(0xD1B54A32D192ED03)))
 
 
 def uniform(*parts: int | NDArray[np.integer]) -> NDArray[np.float64]:
