@@ -45,9 +45,7 @@ def _map(scaled_HTP: Tensor, w_HTP: Tensor) -> Tensor:
 
 def _parts(w_HTP: Tensor) -> Iterator[slice]:
     heads, tokens, _ = w_HTP.shape
-    threads = torch.get_num_threads()
-    # At the least a head for each thread, though its map may not fit: two share one badly.
-    size = max(threads, threads * _CACHE_BYTES // (tokens * tokens * w_HTP.element_size()))
+    size = max(1, torch.get_num_threads() * _CACHE_BYTES // (tokens * tokens * w_HTP.element_size()))
     return (slice(first, first + size) for first in range(0, heads, size))
 
 
