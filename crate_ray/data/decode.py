@@ -5,7 +5,6 @@ Of a JPEG only what the crop needs is decoded. Nothing is allocated before the h
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import struct
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from crate_ray.data import npy
 from crate_ray.data.jpeg_stack import Layout, layout_of, resize_stacked
 from crate_ray.data.scratch import scratch
 from crate_ray.data.transforms import (
@@ -67,7 +67,6 @@ _COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBX"}
 """simplejpeg's names by channels."""
 _DECODED = {1: 1, 3: 4}
 """Channels that large JPEGs are decoded to: resize_image is faster with a fourth one."""
-_MAX_NPY_HEADER = 10_000
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = Orientation()
 _ORIENTATIONS = (
@@ -665,17 +664,14 @@ class _Grid(NamedTuple):
 
 
 def _open_grid(content: bytes | memoryview, channels: int, max_pixels: int) -> _Grid:
-    start = bytes(content[:12])
+    start = bytes(content[:6])
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         raise DecodeError("a pickle, not a plain .npy array", "pickled")
-    if start[:6] != b"\x93NUMPY":
+    if start != npy.MAGIC:
         raise DecodeError("not a plain .npy array", "not_an_array")
     try:
-        offset = (
-            10 + struct.unpack_from("<H", start, 8)[0] if start[6] == 1 else 12 + struct.unpack_from("<I", start, 8)[0]
-        )
-        shape, fortran, dtype = _npy_header(bytes(content[: min(offset, _MAX_NPY_HEADER)]))
-    except Exception as error:  # NumPy lets through whatever a damaged header does to Python's parser
+        shape, fortran, dtype, offset = npy.read_header(content)
+    except ValueError as error:
         raise DecodeError(f"not a plain .npy array: {error}", "not_an_array") from None
     _check_grid(shape, dtype, channels)
     _check_pixels(shape[-2], shape[-1], max_pixels)
@@ -691,13 +687,3 @@ def _check_grid(shape: tuple[int, ...], dtype: np.dtype[Any], channels: int) -> 
         raise DecodeError(f"an array of {dtype} of shape {shape}, not of numbers", "not_numbers")
     if len(shape) not in (2, 3) or min(shape) < 1 or (shape[0] if len(shape) == 3 else 1) != channels:
         raise DecodeError(f"shape {shape}, but the model expects ({channels}, height, width)", "wrong_shape")
-
-
-@functools.lru_cache(maxsize=256)
-def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    file = io.BytesIO(header)
-    read = np.lib.format.read_array_header_1_0
-    if np.lib.format.read_magic(file) != (1, 0):
-        read = np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    return shape, fortran, dtype

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict
 
+from crate_ray.data import npy
 from crate_ray.data.decode import DecodeError, read_image_header, to_eight_bits
 from crate_ray.errors import UserError
 
@@ -105,11 +106,11 @@ def measure_grid(content: bytes, *, measure: bool = True) -> Measured:
     Raises:
         BadSample: it is no such array of finite numbers.
     """
-    if not content.startswith(b"\x93NUMPY"):
+    if not content.startswith(npy.MAGIC):
         raise BadSample("not a .npy array")
     try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # NumPy lets through whatever a damaged header does to Python's parser
+        array = npy.read(content)
+    except ValueError as error:
         raise BadSample(f"not a readable .npy array: {error}") from None
     if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or not array.size:
         raise BadSample(f"an array of {array.dtype} of shape {array.shape}, not numbers of shape (C, H, W) or (H, W)")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from crate_ray.data import npy
 from crate_ray.data.measure import Measurement, SampleCounts
 from crate_ray.data.shards import INDEX_DTYPE
 from crate_ray.data.storage import NotFound, Storage
@@ -133,7 +134,7 @@ def load_records(storage: Storage, plan: str) -> dict[int, Finished]:
             return None
         if record.plan != plan or hashlib.sha256(data).hexdigest() != record.index_sha256:
             return None
-        entries: NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
+        entries: NDArray[np.void] = npy.read(data)
         return Finished(record, entries) if entries.dtype == INDEX_DTYPE else None
 
     keys = [key for key in _keys(storage) if key.endswith(".json") and key != _PLAN]

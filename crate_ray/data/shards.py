@@ -25,6 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from crate_ray.data import npy
 from crate_ray.data.cache import fetched_once
 from crate_ray.data.measure import some
 from crate_ray.data.storage import NotFound, Storage
@@ -224,8 +225,7 @@ class ShardSet:
             raise _disagrees(self.storage, key) from None
         if xxhash.xxh3_64_intdigest(data) != int(self.shards["table"][shard]):
             raise _disagrees(self.storage, key)
-        table: NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
-        return table
+        return npy.read(data)
 
     def byte_range(self, shard: int, first: int, count: int) -> ByteRange:
         """Smallest indexed byte range of a shard that covers its samples first .. first + count (numbers within it).
@@ -448,10 +448,7 @@ def _load_array(storage: Storage, key: str, sha256: str) -> NDArray[Any]:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise _disagrees(storage, key)
-        array: NDArray[Any] = np.load(
-            path, mmap_mode="r" if path.stat().st_size > mmap.PAGESIZE else None, allow_pickle=False
-        )
-        return array
+        return npy.map_file(path) if path.stat().st_size > mmap.PAGESIZE else npy.read(path.read_bytes())
     except (ValueError, FileNotFoundError, NotFound):
         raise _disagrees(storage, key) from None
 

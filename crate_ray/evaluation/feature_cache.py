@@ -18,6 +18,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from crate_ray.data import npy
+
 _FEATURES, _LABELS, _SAMPLES = "features.npy", "labels.npy", "samples.npy"
 _PARTIAL = ".partial-"
 
@@ -57,9 +59,9 @@ class FeatureCache:
         """The features under a key; None when they are not there, or damaged."""
         entry = self._folder / key
         try:
-            features = np.load(entry / _FEATURES, mmap_mode="r", allow_pickle=False)
-            labels, samples = (np.load(entry / name, allow_pickle=False) for name in (_LABELS, _SAMPLES))
-        except (OSError, ValueError, EOFError):
+            features = npy.map_file(entry / _FEATURES)
+            labels, samples = (npy.read((entry / name).read_bytes()) for name in (_LABELS, _SAMPLES))
+        except (OSError, ValueError):
             return None
         if not len(features) == len(labels) == len(samples):
             return None
