@@ -99,8 +99,9 @@ class RayCluster:
         for raylet in self.raylets:
             for child in raylet.children():
                 with suppress(psutil.Error):
-                    title = " ".join(child.cmdline())
-                    if "RayTrainWorker" in title and child.environ()["RAY_JOB_ID"] in jobs:
+                    # The second is what one is called that Ray Train has join the process group.
+                    is_worker = child.cmdline()[0].startswith(("ray::RayTrainWorker", "ray::execute."))
+                    if is_worker and child.environ()["RAY_JOB_ID"] in jobs:
                         found.append(child)
         return sorted(found, key=psutil.Process.create_time)
 

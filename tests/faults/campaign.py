@@ -36,7 +36,7 @@ from rich.table import Table
 
 from crate_ray.config import S3Config
 from crate_ray.data.storage import Storage, open_storage
-from tests.faults.phases import PHASES, kill_in
+from tests.faults.phases import PHASES, SET_UP, kill_in
 from tests.faults.proxy import ErrorAnswer, FaultProxy, Reset
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pack_digits, pretrain, run_in
 from tests.faults.services import full_disk, give_keys, mlflow_server
@@ -144,7 +144,9 @@ def kill_worker(it: Disturbed) -> bool:
 
 
 def kill_worker_in(phase: str, it: Disturbed) -> bool:
-    """SIGKILL to one worker in a phase of its work."""
+    """SIGKILL to one worker in a phase of its work; where they are to be set up again, after another one."""
+    if phase == SET_UP and not kill_worker(it):
+        return False
     return kill_in(phase, it.job, it.chance, timeout=20)
 
 
@@ -259,7 +261,7 @@ KINDS: dict[str, Kind] = {
     "worker killed": Kind(kill_worker),
     **{
         f"worker killed: {phase}": Kind(partial(kill_worker_in, phase), "two" if phase == "all-reduce" else "")
-        for phase in PHASES
+        for phase in (*PHASES, SET_UP)
     },
     "worker stalled": Kind(stall_worker),
     "disk full": Kind(fill_disk),

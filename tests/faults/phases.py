@@ -17,6 +17,9 @@ import psutil
 from tests.jobs import Job
 
 PHASES = ("forward", "all-reduce", "checkpoint write", "upload")
+"""While it trains."""
+SET_UP = "set-up"
+"""Before: it joins a process group."""
 _SPY = Path(sys.executable).with_name("py-spy")
 
 
@@ -38,7 +41,7 @@ def stacks(worker: psutil.Process) -> list[list[Frame]]:
 
 
 def phase_of(threads: list[list[Frame]]) -> set[str]:
-    """Those of PHASES that a worker is in: one of its training thread, one of the thread that saves."""
+    """Those of PHASES that a worker that trains is in: one of its training thread, one of the thread that saves."""
     found = set()
     for frames in threads:
         functions = {frame.function for frame in frames}
@@ -65,7 +68,7 @@ def kill_in(phase: str, job: Job, chance: random.Random, timeout: float = 60) ->
         try:
             if _try(phase, job.workers(), chance):
                 return True
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, FileNotFoundError):
             continue
         time.sleep(chance.uniform(0, 0.05))
     return False
@@ -75,6 +78,8 @@ def _try(phase: str, workers: list[psutil.Process], chance: random.Random) -> bo
     if not workers:
         return False
     victim = chance.choice(workers)
+    if phase == SET_UP:
+        return _kill_where_set_up(workers)
     if phase == "forward":
         return _kill_if(victim, lambda: "forward" in phase_of(stacks(victim)))
     if phase == "all-reduce":
@@ -100,6 +105,19 @@ def _try(phase: str, workers: list[psutil.Process], chance: random.Random) -> bo
                 return True
         else:
             time.sleep(0.0005)
+    return False
+
+
+def _kill_where_set_up(workers: list[psutil.Process]) -> bool:
+    """Kill the first of those that Ray Train has run something: it does so to join them to a process group."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for worker in workers:
+            title = worker.cmdline()[0]
+            if title.startswith("ray::execute."):
+                worker.kill()
+                return True
+        time.sleep(0.002)
     return False
 
 

@@ -1,5 +1,5 @@
 """A run whose node is going to be taken away saves what it has in time, and goes on elsewhere; likewise one whose node
-dies without notice."""
+dies without notice, and one whose workers die before they train."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from crate_ray.data.storage import Storage
+from tests.faults.phases import SET_UP, kill_in
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.jobs import (
     Job,
@@ -34,12 +35,12 @@ def node_of(workers: list[psutil.Process]) -> psutil.Process:
 
 
 @pytest.mark.timeout(400)
-def test_a_node_that_is_announced_to_go_and_one_that_dies(
+def test_a_node_that_is_announced_to_go_a_start_that_fails_and_a_node_that_dies(
     digits: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     run = run_in(tmp_path)
     with running_ray(0) as cluster:  # the head has room for the driver only
-        for _ in range(3):
+        for _ in range(2):
             cluster.add_node(2)
         # A preemption is none of the failures.
         job = start(pretrain(digits, scaling__preemption_seconds=0.1, scaling__max_failures=1), tmp_path, cluster)
@@ -57,9 +58,12 @@ def test_a_node_that_is_announced_to_go_and_one_that_dies(
                 worker.resume()
             rescued = wait_for_rescue(run, before, job)
             kill_node(first)
+            # There is no room now for what a start that fails would leave behind.
+            assert kill_in(SET_UP, job, random.Random(4))
             second = node_of(wait_for_workers(job, 2))
             assert second != first
             wait_for_commit(run, rescued + 1, job)
+            cluster.add_node(2)
             time.sleep(random.Random(3).uniform(0, 0.2))
             kill_node(second)
             finish(job)
