@@ -100,7 +100,7 @@ class RayCluster:
             for child in raylet.children():
                 with suppress(psutil.Error):
                     # The second is what one is called that Ray Train has join the process group.
-                    is_worker = child.cmdline()[0].startswith(("ray::RayTrainWorker", "ray::execute."))
+                    is_worker = " ".join(child.cmdline()).startswith(("ray::RayTrainWorker", "ray::execute."))
                     if is_worker and child.environ()["RAY_JOB_ID"] in jobs:
                         found.append(child)
         return sorted(found, key=psutil.Process.create_time)

@@ -113,8 +113,7 @@ def _kill_where_set_up(workers: list[psutil.Process]) -> bool:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for worker in workers:
-            title = worker.cmdline()[0]
-            if title.startswith("ray::execute."):
+            if " ".join(worker.cmdline()).startswith("ray::execute."):
                 worker.kill()
                 return True
         time.sleep(0.002)
