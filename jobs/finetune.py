@@ -1,21 +1,25 @@
-"""Fine-tune a pretrained encoder to classify: python jobs/finetune.py --model runs/mine --data.train data/labelled …"""
+"""Fine-tune a pretrained encoder to classify: python jobs/finetune.py --model runs/mine --data.train data/labelled …
+
+What takes seconds to import is imported once the settings are read.
+"""
 
 from __future__ import annotations
 
 from crate_ray.cli import run_job
 from crate_ray.config import FinetuneConfig
-from crate_ray.finetuning.run import open_finetuning
-from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.progress import ProgressDisplay
-from crate_ray.ray_cluster import start_ray
-from crate_ray.tracking.initial import pretrained_model
-from crate_ray.tracking.pretraining import is_published, publish, track
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.planning import driver_lease
 
 
 def main(config: FinetuneConfig) -> None:
     """Start or resume the run, follow it, and leave its classifier in the run's folder and in MLflow."""
+    from crate_ray.finetuning.run import open_finetuning
+    from crate_ray.finetuning.task import FinetuneTask
+    from crate_ray.ray_cluster import start_ray
+    from crate_ray.tracking.initial import pretrained_model
+    from crate_ray.tracking.pretraining import is_published, publish, track
+    from crate_ray.training.driver import train_on_ray
+    from crate_ray.training.planning import driver_lease
+
     with driver_lease(config) as lease:
         run = open_finetuning(config, lambda reference: pretrained_model(reference, config.tracking, config.s3))
         if run.is_finished and is_published(run):

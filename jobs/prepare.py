@@ -1,21 +1,27 @@
-"""Pack images or .npy grids into WebDataset shards with a manifest and an index, or index shards that are there."""
+"""Pack images or .npy grids into WebDataset shards with a manifest and an index, or index shards that are there.
+
+What takes seconds to import is imported once the settings are read.
+"""
 
 from __future__ import annotations
 
 import shlex
+from typing import TYPE_CHECKING
 
 from crate_ray.cli import run_job
 from crate_ray.config import PrepareConfig
-from crate_ray.data.builtin import digits_source, shapes_source
-from crate_ray.data.indexing import index_existing
-from crate_ray.data.packing import pack
-from crate_ray.data.sources import Source, is_address, open_source
-from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from crate_ray.data.sources import Source
 
 
 def main(config: PrepareConfig) -> None:
     """Write the dataset and say what was written and what to do next."""
+    from crate_ray.data.indexing import index_existing
+    from crate_ray.data.packing import pack
+    from crate_ray.data.storage import open_storage
+
     output = open_storage(config.output, config.s3)
     if config.source is None:
         if config.max_side is not None:
@@ -38,6 +44,10 @@ def main(config: PrepareConfig) -> None:
 
 def find_source(config: PrepareConfig, output_uri: str) -> Source:
     """The built-in dataset or the folder that config.source names."""
+    from crate_ray.data.builtin import digits_source, shapes_source
+    from crate_ray.data.sources import is_address, open_source
+    from crate_ray.data.storage import open_storage
+
     assert config.source is not None
     if config.source == "digits":
         return digits_source(config.split)

@@ -1,21 +1,25 @@
-"""Pretrain CRATE-MAE (or ViT-MAE) on sharded images: python jobs/pretrain.py --config jobs/configs/demo.yaml"""
+"""Pretrain CRATE-MAE (or ViT-MAE) on sharded images: python jobs/pretrain.py --config jobs/configs/demo.yaml
+
+What takes seconds to import is imported once the settings are read.
+"""
 
 from __future__ import annotations
 
 from crate_ray.cli import run_job
 from crate_ray.config import PretrainConfig
 from crate_ray.progress import ProgressDisplay
-from crate_ray.ray_cluster import start_ray
-from crate_ray.tracking.initial import initial_weights
-from crate_ray.tracking.pretraining import is_published, publish, track
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.planning import driver_lease
-from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.run import open_run, start_from
 
 
 def main(config: PretrainConfig) -> None:
     """Start or resume the run, follow it, and leave its model in the run's folder and in MLflow."""
+    from crate_ray.ray_cluster import start_ray
+    from crate_ray.tracking.initial import initial_weights
+    from crate_ray.tracking.pretraining import is_published, publish, track
+    from crate_ray.training.driver import train_on_ray
+    from crate_ray.training.planning import driver_lease
+    from crate_ray.training.pretraining import PretrainTask
+    from crate_ray.training.run import open_run, start_from
+
     with driver_lease(config) as lease:
         run = open_run(config)
         if run.is_finished and is_published(run):

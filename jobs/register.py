@@ -1,4 +1,7 @@
-"""The model registry: python jobs/register.py register|promote|list"""
+"""The model registry: python jobs/register.py register|promote|list
+
+What takes seconds to import is imported once the settings are read.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,13 @@ from rich.table import Table
 
 from crate_ray.cli import run_subcommand
 from crate_ray.config import ListConfig, PromoteConfig, RegisterConfig
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import open_storage
-from crate_ray.evaluation.probe import probe_encoder
 from crate_ray.progress import console
-from crate_ray.tracking import registry
 
 
 def register(config: RegisterConfig) -> None:
     """Register a run's encoder or classifier and say which version it became."""
+    from crate_ray.tracking import registry
+
     version = registry.register(config.run, config.name, config.tracking, config.s3)
     kind = version.tags[registry.KIND_TAG]
     print(f"{config.name} version {version.version} is the {kind} of {config.run}")
@@ -26,6 +27,11 @@ def register(config: RegisterConfig) -> None:
 
 def promote(config: PromoteConfig) -> None:
     """Probe a version and the champion on the same data, and promote the version when it is not worse."""
+    from crate_ray.data.shards import load_dataset
+    from crate_ray.data.storage import open_storage
+    from crate_ray.evaluation.probe import probe_encoder
+    from crate_ray.tracking import registry
+
     train, test = (load_dataset(open_storage(uri, config.s3)) for uri in (config.probe.train, config.probe.test))
     champion = registry.champion_version(config.name, config.tracking)
 
@@ -43,6 +49,8 @@ def promote(config: PromoteConfig) -> None:
 
 def show(config: ListConfig) -> None:
     """A table of the versions."""
+    from crate_ray.tracking import registry
+
     table = Table(title=config.name)
     for heading in ("version", "alias", "probe accuracy", "step", "run", "registered"):
         table.add_column(heading)

@@ -1,4 +1,7 @@
-"""Search over pretraining settings: python jobs/sweep.py --config jobs/configs/sweep-codebook.yaml"""
+"""Search over pretraining settings: python jobs/sweep.py --config jobs/configs/sweep-codebook.yaml
+
+What takes seconds to import is imported once the settings are read.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from crate_ray.cli import run_job
 from crate_ray.config import SweepConfig
 from crate_ray.errors import UserError
 from crate_ray.progress import console
-from crate_ray.ray_cluster import start_ray
-from crate_ray.sweeps.report import best_trial, results_table
-from crate_ray.sweeps.run import BEST_FILE, open_sweep, run_sweep
 
 
 def main(config: SweepConfig) -> None:
     """Run or continue the sweep, and show its trials."""
+    from crate_ray.ray_cluster import start_ray
+    from crate_ray.sweeps.report import best_trial, results_table
+    from crate_ray.sweeps.run import BEST_FILE, open_sweep, run_sweep
+
     sweep, shared = open_sweep(config)
     start_ray()
     records = run_sweep(sweep, shared)
