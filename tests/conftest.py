@@ -12,9 +12,10 @@ from tests.s3_gateway import S3Gateway, running_gateway
 
 _RAY = {
     "test_kill", "test_nodes", "test_services", "test_stop", "test_jobs", "test_local_cluster", "test_scale_out",
-    "test_data_order", "test_evaluate", "test_finetune", "test_prepare_ray",
+    "test_evaluate", "test_finetune", "test_prepare_ray",
 }  # fmt: skip
-"""Files whose tests start Ray: those of one folder run one at a time, and share what they start."""
+"""Files whose tests start Ray: those of one folder run one at a time, and share what they start. Not test_data_order,
+whose Ray is its own and short."""
 
 
 class _Scheduling(LoadScopeScheduling):
