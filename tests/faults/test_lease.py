@@ -193,9 +193,9 @@ def test_a_refused_driver_leaves_the_run_and_its_spool_alone(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files of a folder, but for leases."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lease"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    """Files of a folder, but for leases, also those that are just being written."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lease" and not p.name.startswith(".tmp-")]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def test_one_of_many_follows_a_dead_one(storage: Storage) -> None:
