@@ -15,7 +15,7 @@ _RAY = {
     "test_evaluate", "test_finetune", "test_prepare_ray",
 }  # fmt: skip
 """Files whose tests start Ray: those of one folder run one at a time, and share what they start. Not test_data_order,
-whose Ray is its own and short."""
+which has a Ray of its own."""
 
 
 class _Scheduling(LoadScopeScheduling):

@@ -77,9 +77,9 @@ def kill_in(phase: str, job: Job, chance: random.Random, timeout: float = 60) ->
 def _try(phase: str, workers: list[psutil.Process], chance: random.Random) -> bool:
     if not workers:
         return False
-    victim = chance.choice(workers)
     if phase == SET_UP:
         return _kill_where_set_up(workers)
+    victim = chance.choice(workers)
     if phase == "forward":
         return _kill_if(victim, lambda: "forward" in phase_of(stacks(victim)))
     if phase == "all-reduce":
