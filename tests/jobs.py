@@ -29,12 +29,16 @@ from crate_ray.data.storage import Storage
 
 ROOT = Path(__file__).parents[1]
 _OF_SERVICES = ("RAY_", "MLFLOW_", "AWS_")
+_NOT_NICE = {"RAY_worker_niceness": "0"}
+"""Ray lets its workers give way to all else on the machine: to other tests."""
+os.environ.update(_NOT_NICE)
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Environment of a job that uses a Ray of its own and leaves nothing outside a folder."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_SERVICES)}
-    return env | {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled", "XDG_CACHE_HOME": (folder / "cache").as_posix()}
+    ray = {"RAY_ADDRESS": "local", "RAY_AUTH_MODE": "disabled"}
+    return env | ray | _NOT_NICE | {"XDG_CACHE_HOME": (folder / "cache").as_posix()}
 
 
 def job(name: str, *arguments: str) -> list[str]:
@@ -123,7 +127,8 @@ class RayCluster:
             patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
             patch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")
             patch.setenv("RAY_health_check_period_ms", "1000")
-            patch.setenv("RAY_worker_niceness", "0")
+            for name, value in _NOT_NICE.items():
+                patch.setenv(name, value)
             # Processes that Ray starts ahead cannot be used by jobs with an environment of their own.
             patch.setenv("RAY_enable_worker_prestart", "0")
             patch.setenv("RAY_prestart_worker_first_driver", "0")

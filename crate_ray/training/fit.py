@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
 
 
@@ -46,10 +47,12 @@ def _work(given: dict[str, Any]) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train, which gives back what workers held that died while they were started."""
+    """Ray Train, which gives back what workers held that died while they were started, and starts no process for Ray
+    Data's datasets, which there are none of."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [_GiveBack(), *super()._create_default_callbacks()]  # the first to hear of workers, before any can fail
+        callbacks = [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        return [_GiveBack(), *callbacks]  # the first to hear of workers, before any can fail
 
 
 class _GiveBack(WorkerGroupCallback):

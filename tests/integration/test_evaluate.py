@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.tracking.runs import RUN_KEY_TAG
 from crate_ray.training.export import ModelDescription, export_model, load_exported
-from tests.jobs import call, environment, job
+from tests.jobs import call, environment, job, running_ray
 
 MODEL = CrateMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_subspaces=2)
 NO_CLUSTER = {"RAY_ADDRESS": "http://127.0.0.1:1"}  # refused at once by a job that needs Ray
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[dict[str, str]]:
+    """Environment of jobs that use one Ray."""
+    with running_ray(2) as cluster:
+        yield {"RAY_ADDRESS": cluster.address}
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +56,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(path: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(path: Path, name: str, *arguments: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a job in a folder to its end."""
     done = call(job(name, *arguments), path, environment(path) | variables)
-    assert done.returncode == 0 or variables, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
-def test_report_features_cache_and_mlflow(folder: Path) -> None:
+def test_report_features_cache_and_mlflow(folder: Path, ray: dict[str, str]) -> None:
     settings = ["--model", "model", "--probe.train", "train", "--probe.test", "test", "--data", "test",
                 "--masks", "test", "--max_images", "24", "--tracking.uri", f"sqlite:///{folder}/mlflow.db"]  # fmt: skip
-    said = run(folder, "evaluate", *settings).stdout
+    said = run(folder, "evaluate", *settings, **ray).stdout
     page = folder / "model" / "evaluation" / "report.html"
     assert f"report     {page}" in said
     first = json.loads(page.with_name("report.json").read_text())
@@ -98,11 +106,11 @@ def test_report_features_cache_and_mlflow(folder: Path) -> None:
     with torch.no_grad():
         model.encoder_norm.bias[0] += 0.1
     export_model(folder / "other", model.state_dict(), description)
-    refused = run(folder, "evaluate", *settings, "--model", "other", **NO_CLUSTER)
-    assert refused.returncode == 2 and refused.stderr.count("error: RAY_ADDRESS is http") == 1
+    refused = run(folder, "evaluate", *settings, "--model", "other", code=2, **NO_CLUSTER)
+    assert refused.stderr.count("error: RAY_ADDRESS is http") == 1
 
 
-def test_samples_that_cannot_be_decoded_are_left_out_or_stop_the_job(folder: Path) -> None:
+def test_samples_that_cannot_be_decoded_are_left_out_or_stop_the_job(folder: Path, ray: dict[str, str]) -> None:
     pictures = folder / "pictures"
     for label in ("a", "b"):
         (pictures / label).mkdir(parents=True)
@@ -116,12 +124,13 @@ def test_samples_that_cannot_be_decoded_are_left_out_or_stop_the_job(folder: Pat
     at = content.index(b"IDAT")
     content[at + 40 : at + 60] = bytes(20)
     shard.write_bytes(bytes(content))
-    refused = run(folder, "evaluate", *model, "--probe.train", "packed", "--probe.test", "packed", RAY_ADDRESS="local")
-    assert refused.returncode == 2
+    refused = run(folder, "evaluate", *model, "--probe.train", "packed", "--probe.test", "packed", code=2, **ray)
     assert "of 40 samples of" in refused.stderr and "are unusable" in refused.stderr
 
 
-def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(folder: Path) -> None:
+def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(
+    folder: Path, ray: dict[str, str]
+) -> None:
     (folder / "base.yaml").write_text(
         "model: {image_size: 16, patch_size: 4, dim: 16, depth: 2, num_subspaces: 2}\n"
         "data: {train: train, validation: test}\n"
@@ -145,7 +154,7 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(fo
         return read(name)["variants"]
 
     command = ["compare", "--config", "compare.yaml"]
-    run(folder, "evaluate", *command)
+    run(folder, "evaluate", *command, **ray)
     found = table("compare")
     assert list(found) == ["crate-mae"]
     (figures,) = found["crate-mae"]["runs"]
@@ -156,16 +165,15 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(fo
     assert all(0 <= figures[measure] <= 1 for measure in accuracies)
     assert found["crate-mae"]["intervals"]["finetuned"][0] == figures["finetuned"]
     # Nothing is trained again, nothing is measured again.
-    again = run(folder, "evaluate", *command, **NO_CLUSTER)
-    assert again.returncode == 0, again.stderr
+    run(folder, "evaluate", *command, **NO_CLUSTER)
     assert table("compare") == found
     # With other settings, it is not taken for the same; nor is a run that something else trained.
-    other = run(folder, "evaluate", *command, "--settings", '{"training.steps": 30}', **NO_CLUSTER)
-    assert other.returncode == 2 and "was measured with training.steps 20, not 30; give the comp" in other.stderr
+    other = run(folder, "evaluate", *command, "--settings", '{"training.steps": 30}', code=2, **NO_CLUSTER)
+    assert "was measured with training.steps 20, not 30; give the comp" in other.stderr
     for file in (folder / "runs/compare/figures").iterdir():
         file.unlink()
-    other = run(folder, "evaluate", *command, **NO_CLUSTER)
-    assert other.returncode == 2 and "'crate-mae-seed-3' is finished, but the comparison did not follow" in other.stderr
+    other = run(folder, "evaluate", *command, code=2, **NO_CLUSTER)
+    assert "'crate-mae-seed-3' is finished, but the comparison did not follow" in other.stderr
 
     # What runs on a machine without Ray and MLflow finds the same.
     (folder / "absent").mkdir()

@@ -28,17 +28,21 @@ from crate_ray.errors import UserError
 from crate_ray.finetuning.predict import Predictor
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
+from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
 from crate_ray.tracking.initial import pretrained_model
 from crate_ray.tracking.pretraining import is_published, publish, track
 from crate_ray.tracking.registry import register
 from crate_ray.tracking.runs import find_run
-from crate_ray.training.checkpoint import committed
+from crate_ray.training.bare_loop import train
+from crate_ray.training.checkpoint import checkpoint_tensors, committed, write_record
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
-from crate_ray.training.planning import driver_lease
+from crate_ray.training.planning import Run, driver_lease
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import open_run
+from crate_ray.training.step import build_optimizer
+from tests.checkpoints import save
 from tests.jobs import free_port
 
 STEPS, EVERY = 60, 15
@@ -92,7 +96,20 @@ def settings(digits: tuple[str, str], folder: Path, **changes: Any) -> dict[str,
     return {**values, **changes}
 
 
-@pytest.mark.timeout(240)
+def pretrain(run: Run, scratch: Path) -> None:
+    """Train to the last step, without Ray, and leave a checkpoint of that."""
+    threads, model = torch.get_num_threads(), build_model(run.record.model)
+    try:
+        model.load_state_dict(train(PretrainTask, run.config, run.record, run.total_steps).weights)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+    write_record(run.storage, run.record)
+    tensors = checkpoint_tensors(model, build_optimizer(model, run.config.optim))
+    save(run.storage, tensors, run.record, run.total_steps, scratch)
+
+
+@pytest.mark.timeout(400)
 def test_a_pretrained_encoder_becomes_a_registered_classifier(
     local_ray: None, digits: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,8 +120,8 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
         settings(digits, tmp_path, name="pretrained", model=encoder, training={"steps": 40, "batch_size": 64})
         | {"optim": {"lr": 2e-3}}
     )
-    with driver_lease(earlier) as lease, track(source := open_run(earlier), lease) as tracker:
-        train_on_ray(source, lease, PretrainTask, [tracker])
+    with driver_lease(earlier) as lease, track(source := open_run(earlier), lease):
+        pretrain(source, tmp_path / "scratch")
 
     config = FinetuneConfig.model_validate(
         settings(digits, tmp_path, name="tuned", recipe="mae", model=source.storage.uri)

@@ -130,7 +130,7 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(cluster: Cluster
     folders = {path.parent.name for path in (tmp_path / "fsdp" / "run").glob("attempt-001/*/state.json")}
     assert folders == {commit.directory.split("/")[1] for commit in committed(run.storage)}
     # Another run starts where it ended, which its first loss shows, with a schedule of its own.
-    start = {"init_from": run.storage.uri, "scaling": {"strategy": "fsdp"}, "training": {"steps": 1}}
+    start = {"init_from": run.storage.uri, "scaling": {"strategy": "fsdp", "workers": 1}, "training": {"steps": 1}}
     _, another = follow(settings(tmp_path / "another", digits, **start))
     assert another.values["loss"][1] < 0.95 * ddp.values["loss"][1]
 

@@ -44,11 +44,9 @@ from crate_ray.training.checkpoint import (
     fetch_newest,
     load_weights,
     newest_complete,
-    own_part,
     read_record,
     restore_checkpoint,
     upload_part,
-    write_part,
     write_record,
 )
 from crate_ray.training.export import ModelDescription, export_model, load_exported
@@ -57,6 +55,7 @@ from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
 from crate_ray.training.step import Normalizer, build_optimizer, learning_rate, train_step
 from crate_ray.training.task import Place, assemble
+from tests.checkpoints import save, upload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,20 +101,11 @@ class Trainer:
 
     def save(self, run: LocalStorage, scratch: Path, name: str = "", world_size: int = 2) -> str:
         """A checkpoint as so many workers write it, which all hold the same."""
-        directory = f"attempt-001/step-{self.step:08d}{name}"
-        for rank in range(world_size):
-            self.upload(run, scratch, directory, rank, world_size)
-        commit = commit_checkpoint(run, directory, self.step, world_size, timeout=0)
-        assert commit.directory == directory
-        return directory
+        return save(run, self.tensors(), RECORD, self.step, scratch, name, world_size)
 
     def upload(self, run: LocalStorage, scratch: Path, directory: str, rank: int, world_size: int) -> None:
-        local = scratch / "local" / directory / str(rank)
-        write_part(local, own_part(self.tensors(), rank, world_size), rank, world_size)
-        if rank == 0:
-            state = CheckpointState(step=self.step, run=RECORD, world_size=world_size, torch_version="2")
-            (local / STATE_FILE).write_text(state.model_dump_json())
-        upload_part(run, directory, local, rank, world_size)
+        state = CheckpointState(step=self.step, run=RECORD, world_size=world_size, torch_version="2")
+        upload(run, self.tensors(), state, directory, rank, scratch)
 
     def tensors(self) -> dict[str, Tensor]:
         return checkpoint_tensors(self.model, self.optimizer)
@@ -513,11 +503,11 @@ class Payload:
 def test_a_pickle_in_place_of_weights_is_refused_and_not_run(run: LocalStorage, tmp_path: Path) -> None:
     made, folder = tmp_path / "made", tmp_path / "model"
     export_model(folder, build_model(MODEL).state_dict(), describe(MODEL))
-    for save in (
+    for attack in (
         lambda path: path.write_bytes(pickle.dumps(Payload(made))),
         lambda path: torch.save(Payload(made), path),
     ):
-        save(folder / "model.safetensors")
+        attack(folder / "model.safetensors")
         with pytest.raises(UserError, match=r"model does not hold a model as this version writes them: .+"):
             load_exported(folder)
         assert not made.exists()

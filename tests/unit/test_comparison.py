@@ -49,7 +49,7 @@ def test_the_baseline_of_the_same_size_is_the_published_one() -> None:
     assert count_parameters(base) == count_parameters(ViTMAEConfig(preset="base"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     heads=st.sampled_from([1, 2, 3, 4, 6]),
     width=st.integers(2, 12),

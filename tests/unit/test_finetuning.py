@@ -46,20 +46,15 @@ from crate_ray.finetuning.task import new_classifier
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.classifier import Classifier, Targets
 from crate_ray.training.checkpoint import (
-    STATE_FILE,
-    CheckpointState,
     checkpoint_tensors,
-    commit_checkpoint,
     fetch_newest,
-    own_part,
     restore_checkpoint,
-    upload_part,
-    write_part,
     write_record,
 )
 from crate_ray.training.export import ModelDescription, export_run, load_any, load_exported
 from crate_ray.training.planning import Run
 from crate_ray.training.step import Normalizer, learning_rate, train_step
+from tests.checkpoints import save
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -365,12 +360,7 @@ class Trainer:
         self.step = until
 
     def save(self, scratch: Path) -> None:
-        directory = f"attempt-001/step-{self.step:08d}"
-        write_part(scratch, own_part(checkpoint_tensors(self.model, self.optimizer), 0, 1), 0, 1)
-        state = CheckpointState(step=self.step, run=self.run.record, world_size=1, torch_version="2")
-        (scratch / STATE_FILE).write_text(state.model_dump_json())
-        upload_part(self.run.storage, directory, scratch, 0, 1)
-        commit_checkpoint(self.run.storage, directory, self.step, 1, timeout=0)
+        save(self.run.storage, checkpoint_tensors(self.model, self.optimizer), self.run.record, self.step, scratch)
         shutil.rmtree(scratch)
 
 
