@@ -242,7 +242,10 @@ class LocalStorage(Storage):
                     continue
                 for name in names:
                     if (base + name).startswith(prefix) and not name.startswith(_TEMPORARY_PREFIX):
-                        status = os.stat(os.path.join(folder, name))  # noqa: PTH116, PTH118 - a million files
+                        try:
+                            status = os.stat(os.path.join(folder, name))  # noqa: PTH116, PTH118 - a million files
+                        except FileNotFoundError:  # deleted meanwhile
+                            continue
                         found.append(ObjectInfo(base + name, status.st_size, f"{status.st_mtime_ns}-{status.st_size}"))
         found.sort(key=lambda info: info.key)
         yield from found

@@ -92,15 +92,9 @@ def _fit_and_follow(
         resources_per_worker=resources,
         elastic_resize_monitor_interval_s=config.scaling.resize_seconds,
     )
-    # A task of its own: it leaves the driver's signal handlers alone, ends with the driver, and the address lets Ray
-    # Train clean up after that even where several Rays run on one machine.
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    task = ray.remote(num_cpus=0, max_retries=0)(fit).options(
-        scheduling_strategy=here, runtime_env={"env_vars": address}
-    )
     loop = partial(run_worker, train=partial(train, task_class))
-    done = task.remote([ray.put(loop)], payload, scaling, config.scaling.max_failures)
-    try:
+
+    def follow(done: ray.ObjectRef) -> None:
         watchdog, stopping = Watchdog(config.scaling.hang_seconds), False
         while not ray.wait([done], timeout=_POLL_SECONDS)[0]:
             _deliver(mailbox, listeners, watchdog)
@@ -113,20 +107,18 @@ def _fit_and_follow(
             if stopping and (not watchdog.has_begun or watchdog.silence(time.monotonic()) > _SILENT_SECONDS):
                 raise Stopped(asked.signal)
         _deliver(mailbox, listeners, watchdog)
-        try:
-            ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            if sentence := _failure_to_mend(error.cause):
-                raise UserError(sentence) from None
-            raise
-        newest = newest_complete(run.storage)
-        if newest is None or newest.step < run.total_steps:
-            if asked.signal:
-                raise Stopped(asked.signal)
-            raise RuntimeError(f"the workers ended before step {run.total_steps} was committed: {newest}")
-    except BaseException:
-        ray.cancel(done, force=True)
+
+    try:
+        fit(loop, payload, scaling, config.scaling.max_failures, follow)
+    except ray.train.TrainingFailedError as error:
+        if sentence := _failure_to_mend(error):
+            raise UserError(sentence) from None
         raise
+    newest = newest_complete(run.storage)
+    if newest is None or newest.step < run.total_steps:
+        if asked.signal:
+            raise Stopped(asked.signal)
+        raise RuntimeError(f"the workers ended before step {run.total_steps} was committed: {newest}")
 
 
 def _failure_to_mend(error: BaseException) -> str | None:

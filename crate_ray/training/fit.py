@@ -1,37 +1,51 @@
-"""Ray Train, in the process of its own that starts its controller.
+"""Ray Train, started and followed by the driver itself.
 
-It imports nothing of ours: a run begins no sooner than this process does.
+Ray Train (2.60) runs a controller, an actor that starts workers anew where they fail. It lives as long as the driver
+does. What is changed here needs classes of Ray Train that are not for users.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.train
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
-def fit(loop: list[Any], payload: dict[str, Any], scaling: ray.train.ScalingConfig, max_failures: int) -> None:
-    """Ray task: train until the workers are done. Raises what Ray Train gives up with, once they fail too often.
+def fit(
+    loop: Callable[[dict[str, Any]], None],
+    payload: dict[str, Any],
+    scaling: ray.train.ScalingConfig,
+    max_failures: int,
+    follow: Callable[[ray.ObjectRef], None],
+) -> None:
+    """Train until the workers are done. Raises what Ray Train gives up with, once they fail too often.
 
     Args:
-        loop: Ray's reference to what every worker runs, in a list, so that it is not fetched here.
+        loop: what every worker runs.
         payload: what it is called with.
         scaling: workers and their resources.
         max_failures: how often they are started again.
+        follow: called with what will be ready when the workers are done. What it raises ends them.
     """
     # Ray Train's own record of checkpoints, which nobody reads, stays on this node: where it lies in the run's storage,
     # a connection that breaks while the controller writes it ends the run.
     with tempfile.TemporaryDirectory(prefix="crate-ray-train-") as folder:
         _Trainer(
+            follow,
             _work,
-            train_loop_config={"loop": loop, "payload": payload},
+            # By reference: workers fetch what is large to import after they have been started.
+            train_loop_config={"loop": [ray.put(loop)], "payload": payload},
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name=payload["attempt"],
@@ -47,12 +61,38 @@ def _work(given: dict[str, Any]) -> None:
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train, which gives back what workers held that died while they were started, and starts no process for Ray
-    Data's datasets, which there are none of."""
+    """Ray Train, whose controller the driver follows while it works, and can end.
+
+    It gives back what workers held that died while they were started, and starts no process for Ray Data's datasets,
+    which there are none of.
+    """
+
+    def __init__(self, follow: Callable[[ray.ObjectRef], None], *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._follow = follow
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         callbacks = [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
         return [_GiveBack(), *callbacks]  # the first to hear of workers, before any can fail
+
+    def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
+        context = ray.get_runtime_context()
+        # The address lets Ray Train clean up after a driver that was killed even where several Rays run on one machine.
+        environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
+        environment["RAY_ADDRESS"] = context.gcs_address
+        here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+        actor = ray.remote(TrainController).options(
+            num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment}
+        )
+        controller = actor.remote(**settings)
+        try:
+            done = controller.run.remote()
+            self._follow(done)
+            ray.get(done)
+            return ray.get(controller.get_result.remote())
+        except BaseException:
+            ray.kill(controller)
+            raise
 
 
 class _GiveBack(WorkerGroupCallback):

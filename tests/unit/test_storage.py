@@ -124,6 +124,26 @@ def test_if_absent_lets_one_writer_win(storage: Storage, tmp_path: Path) -> None
         storage.write("once", file, if_absent=True)
 
 
+def test_what_is_deleted_meanwhile_is_not_listed(storage: Storage) -> None:
+    """A run's checkpoints are listed by one process while another deletes the old ones."""
+    for number in range(40):
+        storage.write(f"commits/{number:03d}", b"old")
+    storage.write("commits/kept", b"new")
+
+    def delete() -> None:
+        for number in range(40):
+            storage.delete(f"commits/{number:03d}")
+
+    with ThreadPoolExecutor(1) as pool:
+        deleting = pool.submit(delete)
+        found = [[info.key for info in storage.list("commits/")]]
+        while not deleting.done():
+            found.append([info.key for info in storage.list("commits/")])
+        deleting.result()
+    assert all(keys[-1] == "commits/kept" and keys == sorted(keys) for keys in found)
+    assert [info.key for info in storage.list("commits/")] == ["commits/kept"]
+
+
 def test_pickled_copy_works(storage: Storage) -> None:
     storage.write("key", b"content")
     assert pickle.loads(pickle.dumps(storage)).read("key") == b"content"  # noqa: S301
