@@ -8,13 +8,14 @@ READY := $(VENV)/.ready
 .PHONY: demo test unit lint format clean
 .DELETE_ON_ERROR:
 
-# Pinned versions; a torch build that is already in $(VENV) is kept when it is of the pinned version.
+# Pinned versions; a torch build that is already in $(VENV) is kept when it is of the pinned version. What is imported is
+# compiled then: compiling all of it here takes a minute more.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing packages into $(VENV) (a few minutes the first time)"
-	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)

@@ -76,7 +76,14 @@ def train(
     model = task.model
     reporter = Reporter(payload["mailbox"] if rank == 0 else None)
     checkpoints = WorkerCheckpoints(
-        run, payload["attempt"], record, arithmetic, config.checkpoint, (space, node_space), reporter.checkpoint
+        run,
+        payload["attempt"],
+        record,
+        arithmetic,
+        config.checkpoint,
+        (space, node_space),
+        reporter.wait_until_recorded,
+        reporter.checkpoint,
     )
     step = checkpoints.restore(model, optimizer)
 

@@ -26,6 +26,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[tuple[Any, ...]] = []
+        self._put = self._handled = 0
         self._stopping = False
 
     def stop(self) -> None:
@@ -36,11 +37,18 @@ class Mailbox:
         """Whether they were asked to."""
         return self._stopping
 
-    def put(self, event: tuple[Any, ...]) -> None:
-        """Add an event."""
+    def put(self, event: tuple[Any, ...]) -> int:
+        """Add an event; its number, from 1 on."""
         self._events.append(event)
+        self._put += 1
+        return self._put
 
     def drain(self) -> list[tuple[Any, ...]]:
-        """All events since the last call."""
+        """All events since the last call, which the driver has handled before it calls again."""
+        self._handled = self._put - len(self._events)
         events, self._events = self._events, []
         return events
+
+    def handled(self) -> int:
+        """Number of the last event that the driver has handled."""
+        return self._handled

@@ -19,6 +19,9 @@ from crate_ray.training.control import WorkerControl, beat_seconds
 from crate_ray.training.guard import Judgement
 from crate_ray.training.local_space import local_space
 
+_RECORDED_SECONDS = 10.0  # a driver that is held up longer holds up no checkpoint
+_LOOK_SECONDS = 0.1
+
 
 def run_worker(payload: dict[str, Any], train: Callable[[dict[str, Any], WorkerControl, Path, Path], None]) -> None:
     """Run a training loop, seen by the driver, with temporary folders on the node's disk: this worker's, and that of
@@ -58,6 +61,14 @@ class Reporter:
         """Wait until the driver's mailbox has everything."""
         if self._last is not None:
             ray.get(self._last)
+
+    def wait_until_recorded(self) -> None:
+        """Wait until the driver has handled what was sent, so that it outlives the driver; some seconds at the most."""
+        if self._last is None:
+            return
+        number, deadline = ray.get(self._last), time.monotonic() + _RECORDED_SECONDS
+        while ray.get(self._mailbox.handled.remote()) < number and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Send measured values."""

@@ -61,6 +61,8 @@ class WorkerCheckpoints:
         arithmetic: how the workers compute; see task.Assembled.
         config: what to keep.
         spaces: local folder of this worker, and that of the first worker on its node.
+        recorded: called on rank 0, from another thread, before a checkpoint is committed; returns when what was
+            measured up to it is safe. A run that goes on from there does not measure it again.
         told: hears, on rank 0 and from another thread, how long the background part of a save took: step and seconds.
     """
 
@@ -72,9 +74,11 @@ class WorkerCheckpoints:
         arithmetic: tuple[str, ...],
         config: CheckpointConfig,
         spaces: tuple[Path, Path],
+        recorded: Callable[[], None],
         told: Callable[[int, float], None],
     ) -> None:
-        self._run, self._attempt, self._record, self._config, self._told = run, attempt, record, config, told
+        self._run, self._attempt, self._record, self._config = run, attempt, record, config
+        self._recorded, self._told = recorded, told
         self._arithmetic = arithmetic
         self._space, self._node_space = spaces
         context = ray.train.get_context()
@@ -157,6 +161,7 @@ class WorkerCheckpoints:
             try:
                 _repeat(upload_own, directory)
                 if self._rank == 0:
+                    self._recorded()
                     _repeat(lambda: self._commit(directory, step, validation_loss), directory)
                     self._told(step, time.perf_counter() - began)
             except Exception as error:

@@ -51,17 +51,22 @@ def test_workers_killed_in_every_phase(
 
 def test_driver_killed(digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path) -> None:
     run = run_in(tmp_path)
-    job = start(pretrain(digits, 1), tmp_path, cluster)
+    command = pretrain(digits, 1, tracking__log_every=1)
+    job = start(command, tmp_path, cluster)
     wait_for_commit(run, 2 * EVERY, job)
     time.sleep(random.Random(2).uniform(0, 0.3))
+    job.send_signal(signal.SIGSTOP)  # it hears nothing more of what its worker measures
+    time.sleep(3)
     job.send_signal(signal.SIGKILL)
     assert job.wait(30) == -signal.SIGKILL
     assert not run.exists("model/model.safetensors")
-    finish(start(pretrain(digits, 1), tmp_path, cluster))
+    finish(start(command, tmp_path, cluster))
     assert final_weights(run) == undisturbed.weights(1)
     # It went on from a checkpoint: the second attempt has none of the first steps.
     second = sorted(info.key for info in run.list("attempt-002/step-"))
     assert int(second[0].split("-")[2]) > EVERY
-    # And in MLflow it is one run.
-    _, record = mlflow_run(digits, json.loads(run.read("run.json"))["run_key"])
+    # And in MLflow it is one run, which lacks nothing.
+    client, record = mlflow_run(digits, json.loads(run.read("run.json"))["run_key"])
     assert record.info.status == "FINISHED"
+    points = client.get_metric_history(record.info.run_id, "loss")
+    assert {point.step for point in points} == set(range(1, STEPS + 1))
