@@ -8,14 +8,16 @@ READY := $(VENV)/.ready
 .PHONY: demo test unit lint format clean
 .DELETE_ON_ERROR:
 
-# Pinned versions; a torch build that is already in $(VENV) is kept when it is of the pinned version. What is imported is
-# compiled then: compiling all of it here takes a minute more.
+# Pinned versions; a torch build that is already in $(VENV) is kept when it is of the pinned version. All is compiled, by all
+# cores: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would do it again for what it imports,
+# which takes longer than Ray waits for workers. (Files for other versions of Python fail, and may.)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 2; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing packages into $(VENV) (a few minutes the first time)"
 	@$(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	@touch $@
 
 demo: $(READY)
