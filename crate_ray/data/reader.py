@@ -295,7 +295,8 @@ class StreamedSource:
     """Blocks of the worker's lanes, fetched by threads as many windows ahead as the buffer holds, dropped when used.
 
     Bytes count until nothing refers to them: batches that wait for decoding hold those of windows that are passed. What
-    the lanes' current windows need beyond the buffer lies on disk. One thread calls `request` and `take`.
+    the lanes' current windows need beyond the buffer lies on disk, and then what the next ones do, too. One thread
+    calls `request` and `take`.
     """
 
     def __init__(self, reader: MixtureReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
@@ -319,8 +320,9 @@ class StreamedSource:
         self._count_freed()
         for window in self._order.windows(step, *self._slots):
             if window not in self._windows:
-                is_ahead = any(held.lane == window.lane for held in self._windows)
-                if (is_ahead or self._passed) and not self._has_room(window):
+                of_lane = sum(held.lane == window.lane for held in self._windows)
+                may_use_disk = self._uses_disk and not self._disk_failed and of_lane < 2
+                if (of_lane or self._passed) and not may_use_disk and not self._has_room(window):
                     return False
                 self._fetch(window, step)
         return True
