@@ -21,6 +21,8 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGr
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+_KILLED_SECONDS = 5.0  # where its node does not answer any more
+
 
 def fit(
     loop: Callable[[dict[str, Any]], None],
@@ -40,7 +42,7 @@ def fit(
     """
     # Ray Train's own record of checkpoints, which nobody reads, stays on this node: where it lies in the run's storage,
     # a connection that breaks while the controller writes it ends the run.
-    with tempfile.TemporaryDirectory(prefix="crate-ray-train-") as folder:
+    with tempfile.TemporaryDirectory(prefix="crate-ray-train-", ignore_cleanup_errors=True) as folder:
         _Trainer(
             follow,
             _work,
@@ -85,13 +87,14 @@ class _Trainer(TorchTrainer):
             num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment}
         )
         controller = actor.remote(**settings)
+        done = controller.run.remote()
         try:
-            done = controller.run.remote()
             self._follow(done)
             ray.get(done)
             return ray.get(controller.get_result.remote())
         except BaseException:
             ray.kill(controller)
+            ray.wait([done], timeout=_KILLED_SECONDS)  # what it still writes would hinder the removal of its folder
             raise
 
 

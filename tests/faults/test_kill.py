@@ -31,7 +31,7 @@ def test_workers_killed_in_every_phase(
 ) -> None:
     run, chance = run_in(tmp_path), random.Random(1)
     kills: list[tuple[float, int]] = []
-    job = start(pretrain(digits, 3, tracking__log_every=1, scaling__max_failures=len(PHASES)), tmp_path, cluster)
+    job = start(pretrain(digits, tracking__log_every=1, scaling__max_failures=len(PHASES)), tmp_path, cluster)
     try:
         wait_for_commit(run, EVERY, job)
         for phase in PHASES:
@@ -40,7 +40,7 @@ def test_workers_killed_in_every_phase(
         finish(job)
     finally:
         end(job)
-    assert final_weights(run) == undisturbed.weights(3)
+    assert final_weights(run) == undisturbed.weights(2)
     assert newest_commit(run) == STEPS
     client, record = mlflow_run(digits, json.loads(run.read("run.json"))["run_key"])
     points = client.get_metric_history(record.info.run_id, "loss")

@@ -117,12 +117,12 @@ def test_a_store_that_fails_during_uploads(
 
         busy = [parts(ErrorAnswer("SlowDown", 503), 1), parts(Reset(forward=False), 2), parts(Reset(), 3)]
         job = start(
-            pretrain(digits, storage=f"s3://{bucket}", s3__endpoint_url=proxy.url, scaling__max_failures=1),
+            pretrain(digits, 3, storage=f"s3://{bucket}", s3__endpoint_url=proxy.url, scaling__max_failures=1),
             tmp_path,
             cluster,
         )
         try:
-            worker = wait_for_workers(job, 2)[0]
+            worker = wait_for_workers(job, 3)[0]
             wait_for_commit(run, EVERY, job)
             assert sum(rule.struck for rule in busy) > 0
             proxy.clear()
@@ -143,4 +143,4 @@ def test_a_store_that_fails_during_uploads(
             assert killed.struck == 1
         finally:
             end(job)
-    assert final_weights(run) == undisturbed.weights(2)
+    assert final_weights(run) == undisturbed.weights(3)

@@ -1,7 +1,9 @@
-"""One local cluster (cluster/local.sh) per test session: two Ray nodes, S3, PostgreSQL and MLflow on free ports."""
+"""What tests share: a cluster of cluster/local.sh, with two Ray nodes, S3, PostgreSQL and MLflow on free ports, and a
+plain Ray of one small node."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -14,6 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
+import ray
+
+from tests.jobs import RayCluster, running_ray
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cluster/local.sh"
@@ -106,3 +111,21 @@ def local_cluster() -> Iterator[LocalCluster]:
     finally:
         cluster.local_sh("down")
         shutil.rmtree(cluster.state, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def small_ray() -> Iterator[RayCluster]:
+    """A Ray with room for two workers."""
+    with running_ray(2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def driver_here(small_ray: RayCluster) -> Iterator[RayCluster]:
+    """The same, and this process is a driver of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(small_ray.address, logging_level=logging.WARNING)
+        yield small_ray
+        ray.shutdown()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,16 @@ from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.tracking.runs import RUN_KEY_TAG
 from crate_ray.training.export import ModelDescription, export_model, load_exported
-from tests.jobs import call, environment, job, running_ray
+from tests.jobs import RayCluster, call, environment, job
 
 MODEL = CrateMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_subspaces=2)
 NO_CLUSTER = {"RAY_ADDRESS": "http://127.0.0.1:1"}  # refused at once by a job that needs Ray
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[dict[str, str]]:
-    """Environment of jobs that use one Ray."""
-    with running_ray(2) as cluster:
-        yield {"RAY_ADDRESS": cluster.address}
+def ray(small_ray: RayCluster) -> dict[str, str]:
+    """Environment of jobs that use the shared Ray."""
+    return {"RAY_ADDRESS": small_ray.address}
 
 
 @pytest.fixture(scope="module")

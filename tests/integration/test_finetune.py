@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
-import ray
 import torch
 from mlflow import MlflowClient
 
@@ -43,7 +41,7 @@ from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import open_run
 from crate_ray.training.step import build_optimizer
 from tests.checkpoints import save
-from tests.jobs import free_port
+from tests.jobs import RayCluster
 
 STEPS, EVERY = 60, 15
 
@@ -56,16 +54,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         pack(digits_source(split), open_storage(config.output, config.s3), config)
         made.append(config.output)
     return made[0], made[1]
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init("local", num_cpus=2, include_dashboard=False, dashboard_port=free_port(), logging_level="warning")
-        yield
-        ray.shutdown()
 
 
 class Follower(Listener):
@@ -111,7 +99,7 @@ def pretrain(run: Run, scratch: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_a_pretrained_encoder_becomes_a_registered_classifier(
-    local_ray: None, digits: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    driver_here: RayCluster, digits: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     encoder = {"image_size": 8, "patch_size": 4, "channels": 1, "dim": 64, "depth": 2, "num_subspaces": 4}
