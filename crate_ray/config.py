@@ -476,7 +476,7 @@ class ScalingConfig(Settings):
     preemption_seconds: Annotated[float, Field(gt=0)] | None = 10.0
     """Seconds between looks for a notice that a node will be taken away: a checkpoint is saved then. null: never."""
     lease_seconds: Annotated[float, Field(ge=1)] = 15.0
-    """One driver at a time works on a run. One that was killed keeps it for so many seconds."""
+    """One driver at a time works on a run, or on a sweep. One that was killed keeps it for so many seconds."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures to recover from before the run ends with an error; -1 for any number."""
 

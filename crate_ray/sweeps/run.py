@@ -65,7 +65,8 @@ def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> list[TrialRecord]:
     another process runs this sweep.
     """
     folder = open_storage(sweep.storage, sweep.s3).under(sweep.name)
-    with Lease(folder, "sweep.lease", f"sweep {sweep.name!r}"):
+    seconds = trial_config(sweep, shared, {}, "check").scaling.lease_seconds
+    with Lease(folder, "sweep.lease", f"sweep {sweep.name!r}", lease_seconds=seconds):
         return _run_sweep(sweep, shared, folder)
 
 

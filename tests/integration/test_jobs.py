@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -24,13 +27,14 @@ from crate_ray import load_model
 from crate_ray.config import PretrainConfig, S3Config, TrackingConfig
 from crate_ray.data.arrow import arrow_filesystem
 from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import open_storage
+from crate_ray.data.storage import Storage, open_storage
 from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
 from crate_ray.tracking.registry import load_described
 from tests.integration.conftest import LocalCluster
-from tests.jobs import ROOT, call, job
+from tests.jobs import ROOT, call, job, newest_commit
 
 STEPS, EVERY = 60, 15
+RAY = str(Path(sys.executable).with_name("ray"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = {"image_size": 8, "patch_size": 2, "channels": 1, "dim": 64, "depth": 2, "num_subspaces": 4, "mask_ratio": 0.5}
 
@@ -49,7 +53,7 @@ def cluster(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def trained(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a finished run, one of whose workers was killed in the middle."""
+    """Folder of a finished run, which was stopped by `ray job stop` in the middle, and submitted again."""
     config = {
         "name": "digits",
         "storage": "s3://runs",
@@ -61,17 +65,36 @@ def trained(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> 
         "checkpoint": {"every_steps": EVERY},
         "tracking": {"experiment": "it", "picture_every": 30},
     }
-    arguments = [f"--{name}={value}" for name, value in flat(config).items()]
-    submitted = subprocess.Popen(
-        [*ray_job_submit(), "python", "jobs/pretrain.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    entrypoint = ["--", "python", "jobs/pretrain.py", *(f"--{name}={value}" for name, value in flat(config).items())]
     run = open_storage("s3://runs/digits", S3Config())
-    wait_until(lambda: any(run.list("commits/")), "no checkpoint")
-    victim = next(p for p in psutil.process_iter() if is_worker_of(cluster, p))
-    victim.send_signal(signal.SIGKILL)
-    output, _ = submitted.communicate(timeout=300)
-    assert submitted.returncode == 0, output.decode()[-4000:]
+    stop_job([*ray_job_submit(), *entrypoint], cluster, run, tmp_path_factory.mktemp("stopped") / "log")
+    again = subprocess.run([*ray_job_submit(), *entrypoint], capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, (again.stdout + again.stderr)[-4000:]
     return "s3://runs/digits"
+
+
+def stop_job(command: list[str], cluster: LocalCluster, run: Storage, log: Path) -> None:
+    """Start a run as a job and stop it after its first checkpoint; require that it saved another one first."""
+    with log.open("wb") as output:
+        submitted = subprocess.Popen(command, stdout=output, stderr=output)
+    workers: list[psutil.Process] = []
+    try:
+        wait_until(lambda: len(workers_of(cluster)) == 2, "no workers", submitted)
+        workers = workers_of(cluster)
+        wait_until(lambda: newest_commit(run), "no checkpoint", submitted)
+        for worker in workers:  # else they would be done before the command has started
+            worker.suspend()
+        regular = newest_commit(run)
+        (job_id,) = re.findall(r"Job '(\S+)' submitted successfully", log.read_text())
+        stop = subprocess.Popen([RAY, "job", "stop", job_id], stdout=subprocess.PIPE, text=True)
+        wait_until(lambda: "stopping: a checkpoint is saved first" in log.read_text(), "not stopping", submitted)
+    finally:
+        for worker in workers:
+            worker.resume()
+    assert "was stopped" in stop.communicate(timeout=100)[0]
+    assert regular < newest_commit(run) < STEPS and newest_commit(run) % EVERY, log.read_text()[-3000:]
+    assert not run.exists("driver.lease")
+    submitted.wait(30)
 
 
 def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
@@ -120,7 +143,7 @@ def told_of_steps(client: mlflow.MlflowClient, run_id: str) -> None:
     assert "mfu" not in client.get_run(run_id).data.metrics  # of a CPU the peak is not known
     for name in ("checkpoint_blocking_seconds", "checkpoint_background_seconds"):
         seconds = {m.step: m.value for m in client.get_metric_history(run_id, name)}
-        assert STEPS in seconds and seconds.keys() <= set(range(EVERY, STEPS + 1, EVERY))
+        assert STEPS in seconds and seconds.keys() <= set(range(EVERY, STEPS + 1))
         assert all(0 < value < 60 for value in seconds.values())
 
 
@@ -182,7 +205,7 @@ def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, tr
                 "model": MODEL,
                 "data": {"train": "s3://data/digits-train", "validation": "s3://data/digits-test"},
                 "training": {"batch_size": 64, "steps": 12},
-                "scaling": {"workers": 1, "cpus_per_worker": 1},
+                "scaling": {"workers": 1, "cpus_per_worker": 1, "lease_seconds": 4},
             }
         )
     )
@@ -296,11 +319,8 @@ def fail_here(name: str, *arguments: str) -> str:
 
 
 def ray_job_submit() -> list[str]:
-    import sys
-
-    environment = json.dumps({"env_vars": {"CRATE_RAY_GIT_COMMIT": COMMIT}})
-    ray = str(Path(sys.executable).with_name("ray"))
-    return [ray, "job", "submit", "--working-dir", ".", "--runtime-env-json", environment, "--"]
+    variables = {"CRATE_RAY_GIT_COMMIT": COMMIT, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    return [RAY, "job", "submit", "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": variables})]
 
 
 def flat(settings: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -332,13 +352,15 @@ def records_etag(records: object, trial: str) -> str:
     return next(info.etag for info in records.list() if info.key == f"{trial}.json")  # type: ignore[attr-defined]
 
 
-def is_worker_of(cluster: LocalCluster, process: psutil.Process) -> bool:
-    """Whether a process is a Ray Train worker of this cluster, and of no other on the machine."""
-    try:
-        ours = process.environ().get("CRATE_RAY_CLUSTER_DIR") == str(cluster.state)
-        return ours and "RayTrainWorker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+def workers_of(cluster: LocalCluster) -> list[psutil.Process]:
+    """Ray Train workers of this cluster, and of no other on the machine."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            ours = process.environ().get("CRATE_RAY_CLUSTER_DIR") == str(cluster.state)
+            if ours and "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def wait_until(condition: object, words: str, process: subprocess.Popen[bytes] | None = None) -> None:
