@@ -230,7 +230,7 @@ def _ignores(pid: int | None, number: signal.Signals) -> bool:
 
 
 def call(
-    command: list[str], folder: Path, env: dict[str, str], timeout: float = 240
+    command: list[str], folder: Path, env: dict[str, str], timeout: float = 500
 ) -> subprocess.CompletedProcess[str]:
     """Run a job to its end as a process of its own, in a folder, with just this environment."""
     with tempfile.TemporaryDirectory() as outputs:
@@ -259,7 +259,7 @@ def _run(argv: list[str], folder: Path, env: dict[str, str], stdout: Path, stder
         atexit._run_exitfuncs()  # which a forked process does not do by itself
 
 
-def finish(job: Job, timeout: float = 240) -> None:
+def finish(job: Job, timeout: float = 500) -> None:
     """Wait for a job and require that it succeeded."""
     try:
         assert job.wait(timeout) == 0, job.log[-5000:]
@@ -273,7 +273,7 @@ def end(job: Job) -> None:
     job.wait(30)
 
 
-def wait_for_workers(job: Job, number: int, timeout: float = 120) -> list[psutil.Process]:
+def wait_for_workers(job: Job, number: int, timeout: float = 240) -> list[psutil.Process]:
     """A job's workers as soon as they are so many."""
     deadline = time.monotonic() + timeout
     while len(workers := job.workers()) < number:
@@ -288,7 +288,7 @@ def newest_commit(run: Storage) -> int:
     return max((int(info.key.split("-")[1]) for info in run.list("commits/step-")), default=0)
 
 
-def wait_for_commit(run: Storage, step: int, job: Job, timeout: float = 180) -> None:
+def wait_for_commit(run: Storage, step: int, job: Job, timeout: float = 400) -> None:
     """Wait until a run has committed a checkpoint of at least so many steps."""
     deadline = time.monotonic() + timeout
     while newest_commit(run) < step:

@@ -25,7 +25,7 @@ def mlflow_run(digits: str, run_key: str) -> tuple[MlflowClient, Run]:
     return client, run
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_workers_killed_in_every_phase(
     digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def node_of(workers: list[psutil.Process]) -> psutil.Process:
     return raylet
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_node_that_is_announced_to_go_a_start_that_fails_and_a_node_that_dies(
     digits: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

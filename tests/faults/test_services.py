@@ -43,7 +43,7 @@ def wait_for_log(job: Job, text: str, timeout: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
     digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
@@ -93,7 +93,7 @@ def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
         assert not spool.exists()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_store_that_fails_during_uploads(
     s3_gateway: S3Gateway,
     digits: str,

@@ -4,12 +4,9 @@ the order and of Ray Train's overhead."""
 from __future__ import annotations
 
 import json
-import logging
 import os
-import runpy
 import statistics
 import subprocess
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +15,14 @@ from PIL import Image
 
 from crate_ray.benchmarks.data_loading import Measurement, entropy_floor
 from crate_ray.cli import parse_config
-from crate_ray.config import BenchmarkDataConfig, BenchmarkOverheadConfig, PrepareConfig
+from crate_ray.config import BenchmarkDataConfig, PrepareConfig
 from crate_ray.data.builtin import shapes_source
 from crate_ray.data.packing import pack
 from crate_ray.data.shards import load_dataset
 from crate_ray.data.sources import open_source
 from crate_ray.data.storage import LocalStorage
 from crate_ray.errors import UserError
-from crate_ray.training.listener import Listener
-from crate_ray.training.planning import Run
-from tests.jobs import ROOT, environment, job
+from tests.jobs import environment, job
 
 
 def test_every_figure_of_both_loaders(tmp_path: Path) -> None:
@@ -118,42 +113,28 @@ def test_a_thousand_million_samples_are_planned_in_little_memory(tmp_path: Path)
     assert found["ours"] > 800 > 10 * found["stock"] and found["uniform"] == pytest.approx(982, abs=4)
 
 
-def test_the_overhead_benchmark_compares_a_job_with_torchrun(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The bare loop runs under torchrun; of the Ray Train job there is only what it tells."""
-    from crate_ray.benchmarks import overhead
-
-    def job_that_tells(run: Run, lease: object, task: object, listeners: list[Listener]) -> None:
-        for step, seconds in ((2, 9.0), (4, 0.2), (6, 0.8), (8, 0.4)):
-            values = {"step_seconds": seconds, "data_wait_share": seconds / 2, "logging_share": seconds / 4}
-            for listener in listeners:
-                listener.metrics(step, values, 0)
-
-    monkeypatch.setattr(overhead, "start_ray", lambda: None)
-    monkeypatch.setattr(overhead, "track", lambda run, lease: nullcontext(Listener()))
-    monkeypatch.setattr(overhead, "train_on_ray", job_that_tells)
-    caplog.set_level(logging.WARNING, "crate_ray")  # as it does itself, but no longer than this test
+def test_the_overhead_benchmark_compares_a_job_with_torchrun(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     settings = {
         "model.image_size": 8, "model.patch_size": 4, "model.dim": 8, "model.depth": 1, "model.num_subspaces": 2,
         "samples": 40, "batch_size": 4, "workers": 1, "cpus_per_worker": 1, "steps": 8, "log_every": 2, "rounds": 1,
-        "checkpoint_preset": "null", "json": file,
+        "checkpoint_preset": "tiny", "checkpoint_batch_size": 1, "json": file,
     }  # fmt: skip
-    config = parse_config(BenchmarkOverheadConfig, [f"--{name}={value}" for name, value in settings.items()])
-    runpy.run_path((ROOT / "jobs" / "benchmark.py").as_posix())["overhead"](config)
+    command = job("benchmark", "overhead", *(f"--{name}={value}" for name, value in settings.items()))
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
-    ours, bare = report["intervals"]["ray_train"], report["intervals"]["torchrun"]
-    assert ours == [0.2, 0.8, 0.4] and len(bare) == 3 and min(bare) > 0  # without the first of four
-    assert report["step_seconds"] == {"ray_train": 0.4, "torchrun": statistics.median(bare)}
-    assert report["ray_overhead"] == pytest.approx(0.4 / statistics.median(bare) - 1)
-    assert report["data_wait_share"] == pytest.approx(0.7 / 3) and report["logging_share"] == pytest.approx(0.35 / 3)
-    assert report["machine"]["libraries"]["torch"] and "checkpoint" not in report
-    shown = capsys.readouterr().out
-    assert all(share in shown for share in (f"{report['ray_overhead']:+.2%}", "23.33%", "11.67%"))
+    medians = {name: statistics.median(seconds) for name, seconds in report["intervals"].items()}
+    assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in report["intervals"].values())  # not the first of 4
+    assert report["step_seconds"] == medians
+    assert report["ray_overhead"] == pytest.approx(medians["ray_train"] / medians["torchrun"] - 1)
+    assert 0 <= report["data_wait_share"] < 1 and 0 < report["logging_share"] < 1
+    assert report["machine"]["libraries"]["torch"]
+    saved = report["checkpoint"]
+    assert saved["preset"] == "tiny" and 0 < saved["blocking_seconds"] < 60 and 0 < saved["background_seconds"] < 60
+    assert saved["share"] == pytest.approx(saved["lost_seconds"] / (500 * saved["step_seconds"]))
+    assert all(f"{report[share]:.2%}" in done.stdout for share in ("data_wait_share", "logging_share"))
+    assert f"{report['ray_overhead']:+.2%}" in done.stdout
 
 
 def test_what_the_user_can_mend_is_said_before_anything_is_measured(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ def test_samples_that_cannot_be_decoded_are_left_out_or_stop_the_job(folder: Pat
     assert "of 40 samples of" in refused.stderr and "are unusable" in refused.stderr
 
 
+@pytest.mark.timeout(900)
 def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(
     folder: Path, ray: dict[str, str]
 ) -> None:
@@ -183,7 +184,7 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(
         env=environment(folder) | {"PYTHONPATH": str(folder / "absent")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     assert "fine-tuned" in done.stdout and "from scratch" in done.stdout and "| raw pixels |" in done.stdout

@@ -97,7 +97,7 @@ def pretrain(run: Run, scratch: Path) -> None:
     save(run.storage, tensors, run.record, run.total_steps, scratch)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_pretrained_encoder_becomes_a_registered_classifier(
     driver_here: RayCluster, digits: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

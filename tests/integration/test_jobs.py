@@ -68,7 +68,7 @@ def trained(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> 
     entrypoint = ["--", "python", "jobs/pretrain.py", *(f"--{name}={value}" for name, value in flat(config).items())]
     run = open_storage("s3://runs/digits", S3Config())
     stop_job([*ray_job_submit(), *entrypoint], cluster, run, tmp_path_factory.mktemp("stopped") / "log")
-    again = subprocess.run([*ray_job_submit(), *entrypoint], capture_output=True, text=True, timeout=300, check=False)
+    again = subprocess.run([*ray_job_submit(), *entrypoint], capture_output=True, text=True, timeout=500, check=False)
     assert again.returncode == 0, (again.stdout + again.stderr)[-4000:]
     return "s3://runs/digits"
 
@@ -233,7 +233,7 @@ def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, tr
     done = finished()
     first.send_signal(signal.SIGKILL)
     first.wait()
-    again = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=300, check=False)
+    again = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, timeout=500, check=False)
     assert again.returncode == 0, again.stderr[-4000:]
     assert "best.yaml" in again.stdout
     after = finished()
@@ -303,7 +303,7 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
 
 def run_here(name: str, *arguments: str) -> str:
     """Run a job in this environment and require success; its output."""
-    result = call(job(name, *arguments), ROOT, dict(os.environ), timeout=400)
+    result = call(job(name, *arguments), ROOT, dict(os.environ))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 
@@ -364,7 +364,7 @@ def workers_of(cluster: LocalCluster) -> list[psutil.Process]:
 
 
 def wait_until(condition: object, words: str, process: subprocess.Popen[bytes] | None = None) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if condition():  # type: ignore[operator]
             return

@@ -115,7 +115,7 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(
     assert another.values["loss"][1] < 0.95 * ddp.values["loss"][1]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_node_joins_and_a_node_leaves_while_a_run_trains(
     driver_here: RayCluster, digits: str, tmp_path: Path
 ) -> None:
