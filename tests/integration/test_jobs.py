@@ -92,7 +92,8 @@ def stop_job(command: list[str], cluster: LocalCluster, run: Storage, log: Path)
         for worker in workers:
             worker.resume()
     assert "was stopped" in stop.communicate(timeout=100)[0]
-    assert regular < newest_commit(run) < STEPS and newest_commit(run) % EVERY, log.read_text()[-3000:]
+    # They were some steps further: a checkpoint is committed after they have gone on.
+    assert regular < newest_commit(run) < STEPS, log.read_text()[-3000:]
     assert not run.exists("driver.lease")
     submitted.wait(30)
 
