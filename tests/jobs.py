@@ -28,6 +28,7 @@ from torch import Tensor
 from crate_ray.data.storage import Storage
 
 ROOT = Path(__file__).parents[1]
+RAY = Path(sys.executable).with_name("ray").as_posix()
 _OF_SERVICES = ("RAY_", "MLFLOW_", "AWS_")
 _NOT_NICE = {"RAY_worker_niceness": "0"}
 """Ray lets its workers give way to all else on the machine: to other tests."""
@@ -90,9 +91,8 @@ class RayCluster:
         """A notice of preemption: a node will be taken away in so many seconds (which is left to kill_node)."""
         notice = ["--node-id", self.node_id(raylet), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
         notice += ["--reason-message", "its time is over", "--deadline-remaining-seconds", str(seconds)]
-        ray = Path(sys.executable).with_name("ray")
         subprocess.run(
-            [ray, "drain-node", "--address", self.address, *notice],
+            [RAY, "drain-node", "--address", self.address, *notice],
             env=environment(self.folder), check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
 

@@ -42,6 +42,8 @@ class _Record:
     pid: int
     since: str
     what: str
+    seconds: float
+    """Without a heartbeat for so long, it may be taken over."""
     beat: int
 
     def to_json(self) -> bytes:
@@ -64,14 +66,14 @@ class Lease:
         storage: where the lease is; an S3-compatible store must honour If-Match and If-None-Match.
         key: name of the lease's object.
         what: what the messages say is in use, such as "run 'x'".
-        lease_seconds: without a heartbeat for so long, a lease may be taken over.
+        lease_seconds: without a heartbeat for so long, others may take this lease over, whatever theirs are.
     """
 
     def __init__(self, storage: Storage, key: str, what: str, *, lease_seconds: float = 30.0) -> None:
         self._storage, self._key, self._what = storage, key, what
         self._seconds = lease_seconds
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._mine = _Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), now, what, 0)
+        self._mine = _Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), now, what, lease_seconds, 0)
         self._renewed = 0.0  # when the last renewal began
         self._lost: LeaseLost | None = None
         self._renewing = threading.Lock()
@@ -81,7 +83,7 @@ class Lease:
     def __enter__(self) -> Self:
         """Take the lease.
 
-        A holder that is alive shows it within a sixth of lease_seconds; one that is dead is waited for that long.
+        A holder that is alive shows it within a sixth of its lease_seconds; one that is dead is waited for that long.
 
         Raises:
             UserError: another process holds it and is alive.
@@ -127,20 +129,21 @@ class Lease:
             except (NotFound, Replaced):
                 continue
             holder = _Record.parse(data)
+            seconds = holder.seconds if holder else self._seconds
             if not seen:
                 seen, seen_at = etag, time.monotonic()
                 logger.warning(
                     "%s: %s is waited for up to %.0f s, to see whether it is alive",
                     self._what,
                     _named(holder),
-                    self._seconds,
+                    seconds,
                 )
             elif etag != seen:
                 raise UserError(
                     f"{self._what} is in use by {_named(holder)}, as {self._storage.uri}/{self._key} says; wait until "
                     "it ends, or stop it and start again"
                 )
-            elif looked_at - seen_at >= self._seconds:
+            elif looked_at - seen_at >= seconds:
                 self._renewed = time.monotonic()
                 try:
                     self._storage.write(self._key, self._mine.to_json(), if_match=etag)
@@ -148,7 +151,7 @@ class Lease:
                     continue  # it is alive after all, or another was faster
                 logger.warning("%s: %s gave no sign of life, its lease is taken over", self._what, _named(holder))
                 return
-            time.sleep(self._seconds / _BEATS / _LOOKS)
+            time.sleep(seconds / _BEATS / _LOOKS)
 
     def _keep(self) -> None:
         while not self._stop.wait(self._seconds / _BEATS):

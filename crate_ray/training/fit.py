@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGr
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-_KILLED_SECONDS = 5.0  # where its node does not answer any more
+_KILLED_SECONDS = 5.0  # for the controller to be gone, at the most
 
 
 def fit(

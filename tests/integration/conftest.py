@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from tests.jobs import RayCluster, running_ray
+from tests.jobs import RAY, ROOT, RayCluster, running_ray
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cluster/local.sh"
 
 
@@ -57,9 +56,8 @@ class LocalCluster:
 
     def submit(self, *entrypoint: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`ray job submit` from the repository root, until the job has ended."""
-        ray = Path(sys.executable).with_name("ray")
         return subprocess.run(
-            [ray, "job", "submit", "--working-dir", ".", "--", *entrypoint],
+            [RAY, "job", "submit", "--working-dir", ".", "--", *entrypoint],
             env=self.environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
 

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -31,10 +30,9 @@ from crate_ray.data.storage import Storage, open_storage
 from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
 from crate_ray.tracking.registry import load_described
 from tests.integration.conftest import LocalCluster
-from tests.jobs import ROOT, call, job, newest_commit
+from tests.jobs import RAY, ROOT, call, job, newest_commit
 
 STEPS, EVERY = 60, 15
-RAY = str(Path(sys.executable).with_name("ray"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = {"image_size": 8, "patch_size": 2, "channels": 1, "dim": 64, "depth": 2, "num_subspaces": 4, "mask_ratio": 0.5}
 

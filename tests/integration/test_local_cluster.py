@@ -7,7 +7,6 @@ import re
 import socket
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,10 @@ import boto3
 import pytest
 from mlflow.tracking import MlflowClient
 
+from tests.jobs import RAY
+
 if TYPE_CHECKING:
     from conftest import LocalCluster
-
-RAY = str(Path(sys.executable).with_name("ray"))
 
 
 def command_lines() -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,9 +118,12 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(
 
 @pytest.mark.timeout(900)
 def test_a_node_joins_and_a_node_leaves_while_a_run_trains(
-    driver_here: RayCluster, digits: str, tmp_path: Path
+    driver_here: RayCluster, digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would train on for hours; it is ended once it has been seen with two workers, three, and two again."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", temporary.as_posix())
 
     class OverError(Exception):
         pass
@@ -160,14 +164,17 @@ def test_a_node_joins_and_a_node_leaves_while_a_run_trains(
     elastic = Elastic()
     with driver_lease(config) as lease, ThreadPoolExecutor(1) as pool:
         training = pool.submit(train_on_ray, run, lease, PretrainTask, [elastic])
-        step = wait_for(2)
-        node = driver_here.add_node(1)
-        step = wait_for(3, step)
-        kill_node(node)
-        wait_for(2, step)
-        elastic.is_over = True
+        try:
+            step = wait_for(2)
+            node = driver_here.add_node(1)
+            step = wait_for(3, step)
+            kill_node(node)
+            wait_for(2, step)
+        finally:
+            elastic.is_over = True
         with pytest.raises(OverError):
             training.result()
+    assert not list(temporary.glob("crate-ray-train-*"))
     assert sizes == [2, 3, 2]
     digests, losses = elastic.values["batch_digest"], elastic.values["loss"]
     assert digests == batch_digests(run, max(digests))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ def test_a_second_driver_of_a_sweep_is_refused_and_writes_nothing(tmp_path: Path
     with Lease(folder, "sweep.lease", "sweep 'sweep'"), pytest.raises(UserError, match="sweep 'sweep' is in use by"):
         run_sweep(config, shared_values(config))
     assert not folder.exists(RECORD_FILE)
+
+
+def test_a_sweeps_lease_lasts_as_long_as_that_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sweep(tmp_path, {"model.num_subspaces": {"choice": [2]}}, storage=str(tmp_path / "runs"))
+    config = config.model_copy(update={"settings": {"scaling.lease_seconds": 7}})
+    monkeypatch.setattr("crate_ray.sweeps.run._run_sweep", lambda sweep, shared, folder: folder.read("sweep.lease"))
+    assert json.loads(run_sweep(config, shared_values(config)))["seconds"] == 7  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
