@@ -20,7 +20,7 @@ def main(config: SweepConfig) -> None:
     from crate_ray.sweeps.run import BEST_FILE, open_sweep, run_sweep
 
     sweep, shared = open_sweep(config)
-    start_ray()
+    start_ray(dashboard=True)  # for what gives back what trials held that were killed, see training/fit.py
     records = run_sweep(sweep, shared)
     frame = results_table(records, sweep)
     table = Table(title=f"{sweep.name}: {sweep.objective}")

@@ -66,8 +66,7 @@ class RayCluster:
     def __init__(self, folder: Path, cpus: int) -> None:
         self.folder = folder
         with self._environment():
-            # On a port of its own: Ray Train asks the dashboard whether its controller lives, not another Ray's.
-            head = {"num_cpus": cpus, "include_dashboard": True, "dashboard_port": free_port()}
+            head = {"num_cpus": cpus, "include_dashboard": False, "dashboard_port": free_port()}
             self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address
 
@@ -95,6 +94,16 @@ class RayCluster:
             [RAY, "drain-node", "--address", self.address, *notice],
             env=environment(self.folder), check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
+
+    def held(self) -> list[str]:
+        """Placement groups, which hold CPUs for workers; none as soon as there are none, within ten seconds."""
+        deadline = time.monotonic() + 10
+        while True:
+            table = self._cluster.global_state.placement_group_table()
+            groups = [name for name, group in table.items() if group["state"] != "REMOVED"]
+            if not groups or time.monotonic() > deadline:
+                return groups
+            time.sleep(0.1)
 
     def workers(self, driver: int) -> list[psutil.Process]:
         """Ray Train workers of the job whose driver has a process id, by age."""

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -293,9 +293,11 @@ def commit_checkpoint(
     *,
     validation_loss: float | None = None,
     timeout: float = 1800.0,
+    before: Callable[[], None] = lambda: None,
 ) -> Commit:
     """Wait until all workers have uploaded their parts, then write the record that makes the checkpoint count.
 
+    What is to be done between the two, `before` does.
     Raises TimeoutError when they have not within the timeout, in seconds.
     """
     files: dict[str, FileRecord] = {}
@@ -314,6 +316,7 @@ def commit_checkpoint(
                 time.sleep(pause)
                 pause = min(2 * pause, 2.0)
         files |= _Uploaded.model_validate_json(record).files
+    before()
     commit = Commit(step=step, directory=directory, files=files, time=time.time(), validation_loss=validation_loss)
     run.write(record_name(commit), commit.model_dump_json(indent=2).encode())
     return commit

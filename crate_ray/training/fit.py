@@ -13,12 +13,15 @@ from typing import Any
 
 import ray
 import ray.train
+from ray import PlacementGroupID
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _KILLED_SECONDS = 5.0  # for the controller to be gone, at the most
@@ -66,7 +69,8 @@ class _Trainer(TorchTrainer):
     """Ray Train, whose controller the driver follows while it works, and can end.
 
     It gives back what workers held that died while they were started, and starts no process for Ray Data's datasets,
-    which there are none of.
+    which there are none of, nor, for a driver, one that asks the dashboard every second whether the controller lives:
+    Ray gives back what was held when the driver's job ends, and until then the driver does so itself.
     """
 
     def __init__(self, follow: Callable[[ray.ObjectRef], None], *args: Any, **settings: Any) -> None:
@@ -74,18 +78,22 @@ class _Trainer(TorchTrainer):
         self._follow = follow
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        callbacks = [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        needless: list[type[RayTrainCallback]] = [DatasetsCallback]
+        if _in_driver():
+            needless.append(PlacementGroupCleanerCallback)
+        callbacks = [one for one in super()._create_default_callbacks() if not isinstance(one, tuple(needless))]
         return [_GiveBack(), *callbacks]  # the first to hear of workers, before any can fail
 
     def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
         context = ray.get_runtime_context()
-        # The address lets Ray Train clean up after a driver that was killed even where several Rays run on one machine.
+        # The address lets Ray Train clean up after a trial that was killed even where several Rays run on one machine.
         environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
         environment["RAY_ADDRESS"] = context.gcs_address
         here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
         actor = ray.remote(TrainController).options(
             num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment}
         )
+        held_before = set(ray.util.placement_group_table())
         controller = actor.remote(**settings)
         done = controller.run.remote()
         try:
@@ -95,7 +103,22 @@ class _Trainer(TorchTrainer):
         except BaseException:
             ray.kill(controller)
             ray.wait([done], timeout=_KILLED_SECONDS)  # what it still writes would hinder the removal of its folder
+            if _in_driver():
+                _give_back(set(ray.util.placement_group_table()) - held_before)
             raise
+
+
+def _in_driver() -> bool:
+    """Whether this is a job's own process, with which all ends that it started, and not, say, a trial's."""
+    return ray.get_runtime_context().get_actor_id() is None
+
+
+def _give_back(groups: set[str]) -> None:
+    """Remove placement groups of this job, by their names."""
+    job = ray.get_runtime_context().get_job_id()
+    for group in groups:
+        if group.endswith(job):
+            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 class _GiveBack(WorkerGroupCallback):

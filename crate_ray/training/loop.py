@@ -74,7 +74,7 @@ def train(
     place = Place(record, mixture, validation, rank, world_size, device, autocast, normalizer)
     task, trained, optimizer, micro_steps, arithmetic = assemble(task_class, config, place)
     model = task.model
-    reporter = Reporter(payload["mailbox"] if rank == 0 else None)
+    reporter = Reporter(payload["mailbox"], rank)
     checkpoints = WorkerCheckpoints(
         run,
         payload["attempt"],
@@ -82,6 +82,7 @@ def train(
         arithmetic,
         config.checkpoint,
         (space, node_space),
+        reporter.flush,
         reporter.wait_until_recorded,
         reporter.checkpoint,
     )
@@ -107,13 +108,12 @@ def train(
     first_slot, _ = worker_slots(config.training.batch_size, rank, world_size, task.together)
     profile = StepProfile(config.training.profile_steps, rank, run, space)
     told: dict[str, set[str]] = {"training": set(), "validation": set()}
-    letters: list[ray.ObjectRef] = []
     bad_held_out: dict[str, str] = {}
 
     def tell_bad(split: str, causes: dict[str, str]) -> None:
         if new := {key: cause for key, cause in list(causes.items()) if key not in told[split]}:
             told[split].update(new)
-            letters.append(payload["mailbox"].put.remote(("bad_samples", step, new, split)))
+            reporter.bad_samples(step, new, split)
 
     def tell_bad_samples() -> None:
         tell_bad("training", loader.bad.causes)
@@ -139,6 +139,7 @@ def train(
                 # Before a node is taken away, go on training: Ray Train starts again when it is gone.
                 rescued = True
                 if step > saved:
+                    tell_bad_samples()  # who goes on from there does not meet them again
                     with control.phase("checkpoint"):
                         checkpoints.save(step, model, optimizer, None)
                     saved = step
@@ -199,6 +200,7 @@ def train(
             if look_every and (step % look_every == 0 or step == total_steps):
                 _show(reporter, step, task.look(step))
             if saves:
+                tell_bad_samples()
                 began = time.perf_counter()
                 with control.phase("checkpoint"):
                     checkpoints.save(step, model, optimizer, held_out.get("validation_loss"))
@@ -208,7 +210,6 @@ def train(
 
     checkpoints.finish()
     reporter.flush()
-    ray.get(letters)
     if world_size > 1:
         # Without this gloo can deadlock when the process group is destroyed.
         del trained

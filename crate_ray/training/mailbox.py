@@ -37,17 +37,20 @@ class Mailbox:
         """Whether they were asked to."""
         return self._stopping
 
-    def put(self, event: tuple[Any, ...]) -> int:
-        """Add an event; its number, from 1 on."""
+    def put(self, event: tuple[Any, ...]) -> None:
+        """Add an event."""
         self._events.append(event)
         self._put += 1
-        return self._put
 
     def drain(self) -> list[tuple[Any, ...]]:
         """All events since the last call, which the driver has handled before it calls again."""
         self._handled = self._put - len(self._events)
         events, self._events = self._events, []
         return events
+
+    def arrived(self) -> int:
+        """Number of the last event that was put."""
+        return self._put
 
     def handled(self) -> int:
         """Number of the last event that the driver has handled."""

@@ -48,25 +48,25 @@ def run_worker(payload: dict[str, Any], train: Callable[[dict[str, Any], WorkerC
 
 
 class Reporter:
-    """Sends what rank 0 measured to the driver, without waiting for it; other ranks send nothing.
+    """Sends what a rank has to tell to the driver, without waiting for it: unusable samples any rank, all else rank 0.
 
     Args:
-        mailbox: the driver's; None on other ranks.
+        mailbox: the driver's.
+        rank: of this worker.
     """
 
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox, self._last = mailbox, None
+    def __init__(self, mailbox: Any, rank: int) -> None:
+        self._mailbox, self._rank, self._last = mailbox, rank, None
 
     def flush(self) -> None:
-        """Wait until the driver's mailbox has everything."""
+        """Wait until the driver's mailbox has everything that this rank sent."""
         if self._last is not None:
             ray.get(self._last)
 
     def wait_until_recorded(self) -> None:
-        """Wait until the driver has handled what was sent, so that it outlives the driver; some seconds at the most."""
-        if self._last is None:
-            return
-        number, deadline = ray.get(self._last), time.monotonic() + _RECORDED_SECONDS
+        """Wait until the driver has handled what its mailbox has of all ranks, so that it outlives the driver; some
+        seconds at the most."""
+        number, deadline = ray.get(self._mailbox.arrived.remote()), time.monotonic() + _RECORDED_SECONDS
         while ray.get(self._mailbox.handled.remote()) < number and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
 
@@ -75,10 +75,9 @@ class Reporter:
         self._send("metrics", step, values, int(time.time() * 1000))
 
     def checkpoint(self, step: int, seconds: float) -> None:
-        """Send, from the thread that uploads, how long that took, and wait until it has arrived."""
-        if self._mailbox is not None:
-            values = {"checkpoint_background_seconds": seconds}
-            ray.get(self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000))))
+        """Send, from rank 0's thread that uploads, how long that took, and wait until it has arrived."""
+        values = {"checkpoint_background_seconds": seconds}
+        ray.get(self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000))))
 
     def picture(self, step: int, name: str, png: bytes) -> None:
         """Send a picture."""
@@ -88,8 +87,12 @@ class Reporter:
         """Send a sentence for people."""
         self._send("note", step, text)
 
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
+        """Send keys of samples that this rank cannot use, and why."""
+        self._last = self._mailbox.put.remote(("bad_samples", step, causes, split))
+
     def _send(self, *event: Any) -> None:
-        if self._mailbox is not None:
+        if self._rank == 0:
             self._last = self._mailbox.put.remote(event)
 
 

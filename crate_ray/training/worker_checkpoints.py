@@ -61,8 +61,11 @@ class WorkerCheckpoints:
         arithmetic: how the workers compute; see task.Assembled.
         config: what to keep.
         spaces: local folder of this worker, and that of the first worker on its node.
-        recorded: called on rank 0, from another thread, before a checkpoint is committed; returns when what was
-            measured up to it is safe. A run that goes on from there does not measure it again.
+        sent: called from another thread before a rank's part counts as uploaded; returns when the driver's mailbox has
+            all that this rank told.
+        recorded: called on rank 0, from another thread, when all parts are uploaded, before the checkpoint is
+            committed; returns when what was told up to it is safe, as a run that goes on from there does not tell it
+            again.
         told: hears, on rank 0 and from another thread, how long the background part of a save took: step and seconds.
     """
 
@@ -74,11 +77,12 @@ class WorkerCheckpoints:
         arithmetic: tuple[str, ...],
         config: CheckpointConfig,
         spaces: tuple[Path, Path],
+        sent: Callable[[], None],
         recorded: Callable[[], None],
         told: Callable[[int, float], None],
     ) -> None:
         self._run, self._attempt, self._record, self._config = run, attempt, record, config
-        self._recorded, self._told = recorded, told
+        self._sent, self._recorded, self._told = sent, recorded, told
         self._arithmetic = arithmetic
         self._space, self._node_space = spaces
         context = ray.train.get_context()
@@ -159,9 +163,9 @@ class WorkerCheckpoints:
                 upload_part(self._run, directory, local, self._rank, self._world_size)
 
             try:
+                self._sent()
                 _repeat(upload_own, directory)
                 if self._rank == 0:
-                    self._recorded()
                     _repeat(lambda: self._commit(directory, step, validation_loss), directory)
                     self._told(step, time.perf_counter() - began)
             except Exception as error:
@@ -194,7 +198,9 @@ class WorkerCheckpoints:
             raise self._failure
 
     def _commit(self, directory: str, step: int, validation_loss: float | None) -> None:
-        commit_checkpoint(self._run, directory, step, self._world_size, validation_loss=validation_loss)
+        commit_checkpoint(
+            self._run, directory, step, self._world_size, validation_loss=validation_loss, before=self._recorded
+        )
         try:
             delete_old_checkpoints(self._run, self._config)
         except UserError as error:  # the next save tries again

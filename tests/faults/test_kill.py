@@ -60,6 +60,7 @@ def test_driver_killed(digits: str, cluster: RayCluster, undisturbed: Undisturbe
     job.send_signal(signal.SIGKILL)
     assert job.wait(30) == -signal.SIGKILL
     assert not run.exists("model/model.safetensors")
+    assert not cluster.held(), "what its worker held is free again"
     finish(start(command, tmp_path, cluster))
     assert final_weights(run) == undisturbed.weights(1)
     # It went on from a checkpoint: the second attempt has none of the first steps.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from crate_ray.config import PrepareConfig, PretrainConfig, S3Config
 from crate_ray.data.builtin import digits_source
@@ -29,10 +30,12 @@ from crate_ray.training.checkpoint import (
 )
 from crate_ray.training.driver import train_on_ray
 from crate_ray.training.listener import Listener
+from crate_ray.training.mailbox import Mailbox
 from crate_ray.training.planning import driver_lease
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.run import Run, open_run, start_from
 from crate_ray.training.telemetry import keys_digest
+from crate_ray.training.worker import Reporter
 from tests.jobs import RayCluster, kill_node
 
 
@@ -188,11 +191,12 @@ def batch_digests(run: Run, steps: int) -> dict[int, float]:
         return {batch.step + 1: float(keys_digest(batch.keys, 0)) for batch in loader}
 
 
-def test_a_run_stopped_by_bad_samples_says_which_they_are(driver_here: RayCluster, digits: str, tmp_path: Path) -> None:
-    """Also when it is stopped before its metrics are logged for the first time."""
-    (tmp_path / "data").mkdir()
+@pytest.fixture(scope="module")
+def damaged(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same dataset, a seventh of which is unusable."""
+    folder = tmp_path_factory.mktemp("damaged")
     (packed,) = Path(digits).glob("*.tar")
-    with tarfile.open(packed) as source, tarfile.open(tmp_path / "data" / "foreign.tar", "w") as target:
+    with tarfile.open(packed) as source, tarfile.open(folder / "foreign.tar", "w") as target:
         for number, member in enumerate(source):
             file = source.extractfile(member)
             assert file is not None
@@ -200,16 +204,55 @@ def test_a_run_stopped_by_bad_samples_says_which_they_are(driver_here: RayCluste
             content = b"no image" if broken else file.read()
             member.size = len(content)
             target.addfile(member, io.BytesIO(content))
-    index_existing(open_storage(str(tmp_path / "data"), S3Config()))
-    config = settings(
-        tmp_path / "runs", str(tmp_path / "data"), data={"validation": None}, tracking={"log_every": 1000}
-    )
-    told: dict[str, str] = {}
+    index_existing(open_storage(str(folder), S3Config()))
+    return str(folder)
 
-    class Told(Listener):
-        def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
-            told.update(causes)
 
+class Told(Listener):
+    """Keeps what is told of bad samples: why, and at which step, by key."""
+
+    def __init__(self) -> None:
+        self.causes: dict[str, str] = {}
+        self.steps: dict[str, int] = {}
+
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
+        self.causes |= causes
+        self.steps |= dict.fromkeys(causes, step)
+
+
+def test_a_run_stopped_by_bad_samples_says_which_they_are(
+    driver_here: RayCluster, damaged: str, tmp_path: Path
+) -> None:
+    """Also when it is stopped before its metrics are logged for the first time."""
+    config, told = settings(tmp_path, damaged, data={"validation": None}, tracking={"log_every": 1000}), Told()
     with driver_lease(config) as lease, pytest.raises(UserError, match="are unusable, more than data.max_bad_fraction"):
-        train_on_ray(open_run(config), lease, PretrainTask, [Told()])
-    assert len(told) > 10 and set(told.values()) == {"not_an_image"}
+        train_on_ray(open_run(config), lease, PretrainTask, [told])
+    assert len(told.causes) > 10 and set(told.causes.values()) == {"not_an_image"}
+    assert not driver_here.held(), "what its workers held is free again"
+
+
+def test_bad_samples_are_told_before_each_checkpoint(driver_here: RayCluster, damaged: str, tmp_path: Path) -> None:
+    """Who goes on from it does not meet them again."""
+    few = {"training": {"steps": 4, "validate_every": None}, "checkpoint": {"every_steps": 2}}
+    data = {"validation": None, "max_bad_fraction": 0.5}
+    config, told = settings(tmp_path, damaged, data=data, tracking={"log_every": 1000}, **few), Told()
+    with driver_lease(config) as lease:
+        train_on_ray(open_run(config), lease, PretrainTask, [told])
+    assert min(told.steps.values()) == 2
+
+
+def test_a_checkpoint_waits_until_the_driver_has_handled_what_any_rank_told(driver_here: RayCluster) -> None:
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    first, second = Reporter(mailbox, 0), Reporter(mailbox, 1)
+    second.metrics(1, {"loss": 1.0})  # rank 0 tells that
+    second.bad_samples(1, {"a": "not_an_image"}, "training")
+    second.flush()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(first.wait_until_recorded)
+        time.sleep(0.5)
+        assert not waiting.done()
+        assert ray.get(mailbox.drain.remote()) == [("bad_samples", 1, {"a": "not_an_image"}, "training")]
+        time.sleep(0.5)
+        assert not waiting.done(), "the driver may not have handled it yet"
+        assert ray.get(mailbox.drain.remote()) == []
+        waiting.result(5)
