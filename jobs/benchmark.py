@@ -177,6 +177,8 @@ def overhead(config: BenchmarkOverheadConfig) -> None:
     table.add_column("beside training")
     table.add_column("share of the time", justify="right")
     table.add_row("Ray Train job against bare torchrun", f"{report['ray_overhead']:+.2%}")
+    if report["beside_share"] is not None:
+        table.add_row("cores that Ray and the driver use beside it", f"{report['beside_share']:.2%}")
     table.add_row("waiting for data", f"{report['data_wait_share']:.2%}")
     table.add_row(f"logging every {config.log_every} steps", f"{report['logging_share']:.2%}")
     if found := report.get("checkpoint"):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from crate_ray.benchmarks.machine import describe_machine
 from crate_ray.config import BenchmarkOverheadConfig, PrepareConfig, PretrainConfig
@@ -42,6 +47,42 @@ class _Follower(Listener):
             self.values.setdefault(name, {})[step] = value
 
 
+class _Meter(Listener):
+    """CPU time of all processes of a Ray of this machine, and of this one, but for those that train.
+
+    Where others use the machine too it says more than the time of steps, which they lengthen.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[float, dict[int, float]] | None = None
+        self.share: float | None = None
+        """Of the time of all cores, from the first metrics on; None where this process started no Ray."""
+
+    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
+        now, used = time.monotonic(), _seconds_beside_training()
+        if not used:
+            return
+        if self._first is None:
+            self._first = now, used
+            return
+        began, before = self._first
+        seconds = sum(used[process] - before.get(process, 0) for process in used)
+        self.share = seconds / ((now - began) * len(os.sched_getaffinity(0)))
+
+
+def _seconds_beside_training() -> dict[int, float]:
+    """CPU time by process id of this process and all under it that do not train; nothing where none trains."""
+    found, trains = {}, False
+    for process in (own := psutil.Process(), *own.children(recursive=True)):
+        with suppress(psutil.Error):  # it has ended
+            if " ".join(process.cmdline()).startswith("ray::RayTrainWorker"):
+                trains = True
+                continue
+            times = process.cpu_times()
+            found[process.pid] = times.user + times.system
+    return found if trains else {}
+
+
 def measure(config: BenchmarkOverheadConfig) -> dict[str, Any]:
     """Every figure, for JSON: seconds per step as a Ray Train job and bare, and what takes which share of a step."""
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
@@ -58,12 +99,15 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
     """The same steps as a Ray Train job and bare, in turns."""
     seconds: dict[str, list[float]] = {"ray_train": [], "torchrun": []}
     shares: dict[str, list[float]] = {"data_wait_share": [], "logging_share": []}
+    beside: list[float] = []
     for number in range(config.rounds):
         settings = _settings(f"overhead-{number}", folder, data, config)
-        follower = _Follower()
+        follower, meter = _Follower(), _Meter()
         console().print(f"round {number + 1} of {config.rounds}: {config.steps} steps as a Ray Train job, then bare")
         with driver_lease(settings) as lease, track(run := open_run(settings), lease) as tracker:
-            train_on_ray(run, lease, PretrainTask, [tracker, follower])
+            train_on_ray(run, lease, PretrainTask, [tracker, follower, meter])
+        if meter.share is not None:
+            beside.append(meter.share)
         taken = follower.values["step_seconds"]
         seconds["ray_train"] += [taken[step] for step in sorted(taken)[1:]]
         for name, found in shares.items():
@@ -76,6 +120,7 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
         "step_seconds": medians,
         "intervals": seconds,
         "ray_overhead": medians["ray_train"] / medians["torchrun"] - 1,
+        "beside_share": statistics.fmean(beside) if beside else None,
         **{name: statistics.fmean(values) for name, values in shares.items()},
     }
 

@@ -129,6 +129,7 @@ def test_the_overhead_benchmark_compares_a_job_with_torchrun(tmp_path: Path) -> 
     assert report["step_seconds"] == medians
     assert report["ray_overhead"] == pytest.approx(medians["ray_train"] / medians["torchrun"] - 1)
     assert 0 <= report["data_wait_share"] < 1 and 0 < report["logging_share"] < 1
+    assert 0 < report["beside_share"] < 1 and f"{report['beside_share']:.2%}" in done.stdout
     assert report["machine"]["libraries"]["torch"]
     saved = report["checkpoint"]
     assert saved["preset"] == "tiny" and 0 < saved["blocking_seconds"] < 60 and 0 < saved["background_seconds"] < 60
