@@ -6,7 +6,7 @@ does. What is changed here needs classes of Ray Train that are not for users.
 
 from __future__ import annotations
 
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +23,8 @@ from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGr
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from crate_ray.training.local_space import local_space
 
 _KILLED_SECONDS = 5.0  # for the controller to be gone, at the most
 
@@ -45,7 +47,7 @@ def fit(
     """
     # Ray Train's own record of checkpoints, which nobody reads, stays on this node: where it lies in the run's storage,
     # a connection that breaks while the controller writes it ends the run.
-    with tempfile.TemporaryDirectory(prefix="crate-ray-train-", ignore_cleanup_errors=True) as folder:
+    with local_space(f"driver-{uuid.uuid4().hex[:12]}") as folder:
         _Trainer(
             follow,
             _work,
@@ -54,7 +56,7 @@ def fit(
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name=payload["attempt"],
-                storage_path=folder,
+                storage_path=folder.as_posix(),
                 failure_config=ray.train.FailureConfig(max_failures=max_failures),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),

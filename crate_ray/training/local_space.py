@@ -1,4 +1,4 @@
-"""Temporary folders of workers on a node's disk; those of workers that have died are removed by the next that start."""
+"""Temporary folders of drivers and workers on a node's disk; those of the dead are removed by the next that start."""
 
 from __future__ import annotations
 
