@@ -14,8 +14,7 @@ from crate_ray.errors import UserError
 def start_ray(*, dashboard: bool = False) -> None:
     """Connect to the cluster that RAY_ADDRESS or this machine knows, else start Ray on this machine alone.
 
-    That one has Ray's dashboard only where it is asked for: ten processes, which take 900 MB and a fifth of all the
-    time that Ray takes from the training.
+    That one has Ray's dashboard only where it is asked for: ten processes, which take 900 MB, and time from training.
 
     Raises UserError when there is an address but no cluster answers, or it wants another token.
     """

@@ -106,7 +106,7 @@ class _Trainer(TorchTrainer):
             ray.kill(controller)
             ray.wait([done], timeout=_KILLED_SECONDS)  # what it still writes would hinder the removal of its folder
             if _in_driver():
-                _give_back(set(ray.util.placement_group_table()) - held_before)
+                _remove_groups(set(ray.util.placement_group_table()) - held_before)
             raise
 
 
@@ -115,8 +115,8 @@ def _in_driver() -> bool:
     return ray.get_runtime_context().get_actor_id() is None
 
 
-def _give_back(groups: set[str]) -> None:
-    """Remove placement groups of this job, by their names."""
+def _remove_groups(groups: set[str]) -> None:
+    """Remove placement groups, given by their ids in hex, that are of this job, with whose id theirs end."""
     job = ray.get_runtime_context().get_job_id()
     for group in groups:
         if group.endswith(job):
