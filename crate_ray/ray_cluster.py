@@ -7,8 +7,8 @@ import os
 
 import ray
 
-from crate_ray.data.arrow import ARROW_ENV
 from crate_ray.errors import UserError
+from crate_ray.storage.arrow import ARROW_ENV
 
 
 def start_ray(*, dashboard: bool = False) -> None:

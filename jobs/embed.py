@@ -1,32 +1,6 @@
-"""Embed a dataset: python jobs/embed.py --model models:/crate-mae@champion --data s3://data/mine --output s3://out
+"""python jobs/embed.py: the same as `crate-ray embed`."""
 
-What takes seconds to import is imported once the settings are read.
-"""
-
-from __future__ import annotations
-
-import tempfile
-from pathlib import Path
-
-from crate_ray.cli import run_job
-from crate_ray.config import EmbedConfig
-
-
-def main(config: EmbedConfig) -> None:
-    """Fetch the model, embed, and say where the files are."""
-    from crate_ray.evaluation.embedding import claim_output, embed
-    from crate_ray.ray_cluster import start_ray
-    from crate_ray.tracking.registry import fetch_model
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        fetch_model(config.model, folder, config.tracking, config.s3)
-        record = claim_output(config, folder)
-        if not record.complete:
-            start_ray()
-            embed(config, folder, record)
-    print(f"{config.output}: {record.num_samples:,} embeddings of {record.dim} numbers, Parquet")
-
+from crate_ray.jobs.embed import run
 
 if __name__ == "__main__":
-    run_job(EmbedConfig, main)
+    run()

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from crate_ray.data.storage import Storage
-from crate_ray.training.checkpoint import (
+from crate_ray.runs.checkpoint import (
     STATE_FILE,
     CheckpointState,
     RunRecord,
@@ -17,6 +16,7 @@ from crate_ray.training.checkpoint import (
     upload_part,
     write_part,
 )
+from crate_ray.storage.interface import Storage
 
 
 def upload(

@@ -25,7 +25,7 @@ import safetensors.torch
 from ray.cluster_utils import Cluster
 from torch import Tensor
 
-from crate_ray.data.storage import Storage
+from crate_ray.storage.interface import Storage
 
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray").as_posix()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from crate_ray.data.transforms import CropUniforms, Int64
+from crate_ray.data.decode.transforms import CropUniforms, Int64
 
 
 def from_table(u: NDArray[np.float64]) -> CropUniforms:

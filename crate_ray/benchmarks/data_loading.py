@@ -30,17 +30,17 @@ from crate_ray.benchmarks.other_loaders import (
     spdl_batches,
 )
 from crate_ray.config import BenchmarkDataConfig, DataConfig, ImageModelConfig, S3Config
-from crate_ray.data.decode import DecodeError, read_image_header, skim_jpeg
+from crate_ray.data.decode.samples import DecodeError, read_image_header, skim_jpeg
+from crate_ray.data.decode.transforms import small_side
+from crate_ray.data.format.shards import Sample, ShardSet, load_dataset
 from crate_ray.data.loader import training_loader
-from crate_ray.data.mixture import Mixture
-from crate_ray.data.plan import plan_order
-from crate_ray.data.reader import MixtureReader
-from crate_ray.data.s3_client import S3Client
-from crate_ray.data.shards import Sample, ShardSet, load_dataset
-from crate_ray.data.storage import open_storage
-from crate_ray.data.transforms import small_side
+from crate_ray.data.order.mixture import Mixture
+from crate_ray.data.order.plan import plan_order
+from crate_ray.data.read.reader import MixtureReader
 from crate_ray.errors import UserError
 from crate_ray.memory import peak_memory
+from crate_ray.storage.interface import open_storage
+from crate_ray.storage.s3_client import S3Client
 
 Contestant = Literal["crate_ray", "webdataset", "spdl", "litdata"]
 _CHANNELS = 3

@@ -21,11 +21,7 @@ import webdataset as wds
 
 from crate_ray.benchmarks.machine import describe_machine
 from crate_ray.config import BenchmarkOrderConfig, DataConfig
-from crate_ray.data.mixture import Mixture
-from crate_ray.data.order import worker_slots
-from crate_ray.data.plan import plan_order
-from crate_ray.data.reader import MixtureReader
-from crate_ray.data.shards import (
+from crate_ray.data.format.shards import (
     BLOCK,
     INDEX_DTYPE,
     INDEX_STRIDE,
@@ -35,7 +31,11 @@ from crate_ray.data.shards import (
     load_dataset,
     save_dataset,
 )
-from crate_ray.data.storage import LocalStorage
+from crate_ray.data.order.mixture import Mixture
+from crate_ray.data.order.plan import plan_order
+from crate_ray.data.order.sequence import worker_slots
+from crate_ray.data.read.reader import MixtureReader
+from crate_ray.storage.local import LocalStorage
 
 _MEASURED_BATCHES = 12
 _STOCK_BUFFER = 1000  # samples; what webdataset's documentation takes

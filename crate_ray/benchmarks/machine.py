@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from crate_ray.data.turbojpeg import find_turbojpeg
+from crate_ray.data.decode.turbojpeg import find_turbojpeg
 
 _LIBRARIES = ("crate-ray", "torch", "webdataset", "pillow", "simplejpeg", "numpy", "boto3", "spdl", "litdata")
 

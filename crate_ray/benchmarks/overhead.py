@@ -18,18 +18,18 @@ import psutil
 
 from crate_ray.benchmarks.machine import describe_machine
 from crate_ray.config import BenchmarkOverheadConfig, PrepareConfig, PretrainConfig
-from crate_ray.data.builtin import shapes_source
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import open_storage
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.progress import console
 from crate_ray.ray_cluster import start_ray
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.planning import driver_lease
+from crate_ray.runs.pretraining import open_run
+from crate_ray.storage.interface import open_storage
 from crate_ray.tracking.pretraining import track
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.listener import Listener
-from crate_ray.training.planning import driver_lease
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.run import open_run
+from crate_ray.training.ray.driver import train_on_ray
 
 _CHECKPOINT_EVERY, _CHECKPOINT_STEPS = 7, 15  # three steps to settle, then four before, and seven after the first one
 _SETTLING = 3

@@ -34,9 +34,9 @@ from crate_ray.config import (
 from crate_ray.errors import UserError
 from crate_ray.memory import peak_memory, resident_memory
 from crate_ray.models import build_model
+from crate_ray.models.autoencoder import sincos_positions
 from crate_ray.models.flops import gpu_peak_flops, plain_training_flops, training_flops
 from crate_ray.models.layers import initialize_weights
-from crate_ray.models.masking import sincos_positions
 from crate_ray.training.step import build_optimizer, compile_layers, prepare_cpu, should_compile, train_step
 
 Precision = Literal["bf16", "fp32"]

@@ -15,20 +15,22 @@ import torch
 
 from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import LocalStorage, open_storage
+from crate_ray.data.format.shards import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
-from crate_ray.progress import ProgressDisplay
+from crate_ray.models.exported import ModelDescription, export_model, load_exported
+from crate_ray.runs.checkpoint import fetch_initial_weights
+from crate_ray.runs.export import describe
+from crate_ray.runs.planning import Run
+from crate_ray.runs.pretraining import open_run
+from crate_ray.storage.interface import open_storage
+from crate_ray.storage.local import LocalStorage
 from crate_ray.training.bare_loop import Trained, train
-from crate_ray.training.checkpoint import fetch_initial_weights
-from crate_ray.training.export import ModelDescription, export_model, load_exported
-from crate_ray.training.planning import Run
+from crate_ray.training.display import ProgressDisplay
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.run import open_run
 from crate_ray.training.task import Task
 from crate_ray.training.telemetry import used_memory
 
@@ -69,7 +71,7 @@ def _model_folder(config: PretrainConfig) -> Path:
 def _pretrain(config: PretrainConfig) -> PretrainFigures:
     run = open_run(config)
     done = _train(PretrainTask, run)
-    export_model(_model_folder(config), done.weights, ModelDescription.of(run.record, run.total_steps))
+    export_model(_model_folder(config), done.weights, describe(run.record, run.total_steps))
     per_interval = config.training.batch_size * config.tracking.log_every
     (memory,) = used_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")).values() or (0.0,)
     return PretrainFigures(

@@ -11,20 +11,20 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
-from crate_ray.comparison.kept import check_unchanged, once
+from crate_ray.comparison.results_cache import check_unchanged, once
 from crate_ray.comparison.table import Comparison, PixelFigures, PretrainFigures, RunFigures, Variant, summarize
 from crate_ray.comparison.variants import OURS, count_parameters, plan_finetunings, plan_variants
 from crate_ray.config import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
-from crate_ray.data.shards import ShardSet, load_dataset
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.data.format.shards import ShardSet, load_dataset
 from crate_ray.evaluation.classification import classify_by, classify_by_pixels
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.subject import Subject
 from crate_ray.finetuning.run import check_augmentation
 from crate_ray.models import MaskedAutoencoder
-from crate_ray.training.export import ModelDescription
-from crate_ray.training.planning import Run
-from crate_ray.training.run import open_run
+from crate_ray.models.exported import ModelDescription
+from crate_ray.runs.planning import Run
+from crate_ray.runs.pretraining import open_run
+from crate_ray.storage.interface import Storage, open_storage
 
 
 class Trainer(Protocol):

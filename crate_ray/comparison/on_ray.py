@@ -6,25 +6,25 @@ from pydantic import BaseModel
 
 from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
-from crate_ray.data.lease import Lease
-from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache, default_folder
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
-from crate_ray.progress import ProgressDisplay
+from crate_ray.models.exported import ModelDescription
 from crate_ray.ray_cluster import start_ray
-from crate_ray.tracking.initial import pretrained_model
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.planning import Run, driver_lease
+from crate_ray.runs.pretraining import open_run
+from crate_ray.runs.references import pretrained_model
+from crate_ray.storage.interface import Storage, open_storage
+from crate_ray.storage.lease import Lease
 from crate_ray.tracking.pretraining import is_published, publish, track
 from crate_ray.tracking.registry import load_described
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.export import ModelDescription
-from crate_ray.training.listener import Listener
-from crate_ray.training.planning import Run, driver_lease
+from crate_ray.training.display import ProgressDisplay
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.run import open_run
+from crate_ray.training.ray.driver import train_on_ray
 from crate_ray.training.task import Task
 
 _CACHE_BYTES = 20 * 2**30

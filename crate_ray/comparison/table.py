@@ -13,7 +13,7 @@ from scipy import stats
 
 from crate_ray.comparison.variants import OURS
 from crate_ray.config import CompareConfig, Settings
-from crate_ray.data.storage import Storage
+from crate_ray.storage.interface import Storage
 
 MEASURES = {
     "loss": "validation loss",

@@ -1,1 +1,1 @@
-"""From object storage to batches: storage, shards, order, reading, decoding."""
+"""From shards to batches: their format, how they are prepared, in which order, read and decoded."""

@@ -18,11 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.config import DataConfig, ImageModelConfig
-from crate_ray.data.decode import Cause, decode_batch
-from crate_ray.data.decode_cuda import check_nvjpeg, decode_batch_cuda
+from crate_ray.data.decode.nvjpeg import check_nvjpeg, decode_batch_cuda
+from crate_ray.data.decode.samples import Cause, decode_batch
+from crate_ray.data.decode.transforms import (
+    LARGEST_SMALL_SIDE,
+    CropRule,
+    Crops,
+    centre_crops,
+    random_crops,
+    random_flips,
+)
 from crate_ray.data.device import DeviceFeed
-from crate_ray.data.mixture import Mixture
-from crate_ray.data.order import (
+from crate_ray.data.format.shards import INDEX_STRIDE, Sample, ShardSet
+from crate_ray.data.order.mixture import Mixture
+from crate_ray.data.order.sequence import (
     STREAM_CROP,
     STREAM_REPLACEMENT,
     Draw,
@@ -33,9 +42,7 @@ from crate_ray.data.order import (
     uniform,
     worker_slots,
 )
-from crate_ray.data.reader import MixtureReader, Order, ResidentSource, StreamedSource, Unreadable
-from crate_ray.data.shards import INDEX_STRIDE, Sample, ShardSet
-from crate_ray.data.transforms import LARGEST_SMALL_SIDE, CropRule, Crops, centre_crops, random_crops, random_flips
+from crate_ray.data.read.reader import MixtureReader, Order, ResidentSource, StreamedSource, Unreadable
 from crate_ray.errors import UserError
 
 _CHUNK = 32  # samples per decoding task: long enough to hide a task's cost, short enough to share a batch out

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
-from crate_ray.data.shards import ShardSet
+from crate_ray.data.format.shards import ShardSet
 from crate_ray.evaluation.feature_cache import FeatureSet
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.features import Tap, all_taps, compute_device, pixels_title
@@ -24,7 +24,7 @@ from crate_ray.evaluation.probe import (
     split_rows,
 )
 from crate_ray.evaluation.subject import Subject, check_input
-from crate_ray.training.export import ModelDescription
+from crate_ray.models.exported import ModelDescription
 
 
 class LayerScore(Settings):

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crate_ray.config import EvaluateConfig
+from crate_ray.data.format.shards import ShardSet, load_dataset
 from crate_ray.data.loader import Batch
-from crate_ray.data.shards import ShardSet, load_dataset
-from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
 from crate_ray.evaluation import conclusions, figures
 from crate_ray.evaluation.classification import classify
@@ -21,6 +20,7 @@ from crate_ray.evaluation.reconstruction import measure_reconstruction
 from crate_ray.evaluation.report import ModelFacts, Report, charts, describe
 from crate_ray.evaluation.segmentation import measure_segmentation
 from crate_ray.evaluation.subject import Subject, check_input
+from crate_ray.storage.interface import open_storage
 from crate_ray.structure.coding_rate import EPSILON
 
 

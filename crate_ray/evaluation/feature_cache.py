@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from crate_ray.data import npy
+from crate_ray.data.format import npy
 
 _FEATURES, _LABELS, _SAMPLES = "features.npy", "labels.npy", "samples.npy"
 _PARTIAL = ".partial-"

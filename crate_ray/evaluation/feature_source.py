@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from crate_ray.data.shards import ShardSet
+from crate_ray.data.format.shards import ShardSet
 from crate_ray.evaluation.feature_cache import UNLABELLED, FeatureSet
 from crate_ray.evaluation.features import FeatureExtractor, Tap, compute_device, iterate_dataset, pixel_features
 from crate_ray.evaluation.subject import Subject
-from crate_ray.training.export import ModelDescription
+from crate_ray.models.exported import ModelDescription
 
 
 class FeatureSource(Protocol):

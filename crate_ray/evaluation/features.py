@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.config import DataConfig, Feature, ModelConfig
-from crate_ray.data.decode import DecodeError, decode_batch
+from crate_ray.data.decode.samples import DecodeError, decode_batch
+from crate_ray.data.decode.transforms import Crops, Int64, centre_crops
+from crate_ray.data.format.shards import ShardSet
 from crate_ray.data.loader import Batch, evaluation_loader, stride_of
-from crate_ray.data.shards import ShardSet
-from crate_ray.data.transforms import Crops, Int64, centre_crops
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder
-from crate_ray.training.export import ModelDescription, load_exported
-from crate_ray.training.step import Normalizer
+from crate_ray.models.exported import ModelDescription, Normalizer, load_exported
 
 PIXELS = "raw pixels"
 _BATCH = 256

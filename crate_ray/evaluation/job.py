@@ -12,11 +12,11 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from crate_ray.config import EvaluateConfig
-from crate_ray.data.storage import Storage, open_storage
 from crate_ray.evaluation.evaluate import evaluate
 from crate_ray.evaluation.report import HTML_FILE, JSON_FILE, Report, render
 from crate_ray.evaluation.subject import PUBLISHED_SUFFIXES, Subject, find_checkpoint, load_checkpoint, load_file
 from crate_ray.progress import console
+from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.tracking.registry import find_run, load_described
 from crate_ray.tracking.runs import redact, tracking_uri
 

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from crate_ray.data.decode import MAX_PIXELS
-from crate_ray.data.reader import ShardReader, Unreadable
-from crate_ray.data.shards import ShardSet
-from crate_ray.data.transforms import centre_crops
+from crate_ray.data.decode.samples import MAX_PIXELS
+from crate_ray.data.decode.transforms import centre_crops
+from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.read.reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
 from crate_ray.evaluation.extraction import content_of, read_samples
 from crate_ray.evaluation.features import load_images, spread
-from crate_ray.training.export import ModelDescription
+from crate_ray.models.exported import ModelDescription
 
 MASK_SUFFIX = "mask.png"
 

@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from crate_ray.config import ProbeConfig, Settings
-from crate_ray.data.shards import ShardSet
+from crate_ray.data.format.shards import ShardSet
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.evaluation.features import Tap, compute_device
@@ -24,7 +24,7 @@ from crate_ray.evaluation.intervals import Estimate, share
 from crate_ray.evaluation.subject import Subject
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import MaskedAutoencoder
-from crate_ray.training.export import ModelDescription
+from crate_ray.models.exported import ModelDescription
 
 Solver = Literal["sklearn", "torch"]
 

@@ -13,13 +13,13 @@ import safetensors.torch
 import torch
 
 from crate_ray.config import S3Config
-from crate_ray.data.shards import Manifest
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.data.format.shards import Manifest
 from crate_ray.errors import UserError
 from crate_ray.models import CrateMAE, MaskedAutoencoder, build_model, load_published
-from crate_ray.training.checkpoint import RUN_FILE
-from crate_ray.training.export import ModelDescription, export_run, load_exported
-from crate_ray.training.step import Normalizer
+from crate_ray.models.exported import ModelDescription, Normalizer, load_exported
+from crate_ray.runs.checkpoint import RUN_FILE
+from crate_ray.runs.export import export_run
+from crate_ray.storage.interface import Storage, open_storage
 
 PUBLISHED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -11,7 +11,7 @@ from crate_ray.data.loader import Batch
 from crate_ray.finetuning.augment import RandAugmentation
 from crate_ray.finetuning.mixing import branch_scales, class_targets, draw_mix, mix_pairs
 from crate_ray.models.classifier import Targets
-from crate_ray.training.step import Normalizer
+from crate_ray.models.exported import Normalizer
 
 PAIR = 2  # samples that are mixed with each other, and so stay on one worker
 

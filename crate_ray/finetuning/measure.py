@@ -9,11 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from crate_ray.config import DataConfig
+from crate_ray.data.format.shards import ShardSet
 from crate_ray.data.loader import evaluation_loader
-from crate_ray.data.shards import ShardSet
 from crate_ray.models.classifier import Classifier
+from crate_ray.models.exported import Normalizer
 from crate_ray.training.parallel import is_sharded
-from crate_ray.training.step import Normalizer
 
 _TOP = 5
 

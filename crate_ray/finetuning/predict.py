@@ -13,8 +13,7 @@ from torch import Tensor
 from crate_ray.errors import UserError
 from crate_ray.evaluation.features import load_all
 from crate_ray.models.classifier import Classifier, class_probabilities
-from crate_ray.training.export import ModelDescription, load_any
-from crate_ray.training.step import Normalizer
+from crate_ray.models.exported import ModelDescription, Normalizer, load_any
 
 
 class Predictor:

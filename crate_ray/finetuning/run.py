@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from crate_ray.config import ClassifierConfig, CrateMAEConfig, FinetuneConfig, ViTMAEConfig
-from crate_ray.data.decode import Kind
-from crate_ray.data.shards import Manifest, load_dataset
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.config import ClassifierConfig, CrateMAEConfig, FinetuneConfig, Kind, ViTMAEConfig
+from crate_ray.data.format.shards import Manifest, load_dataset
 from crate_ray.errors import UserError
 from crate_ray.finetuning.task import new_classifier
 from crate_ray.models import MaskedAutoencoder
-from crate_ray.training.checkpoint import (
+from crate_ray.models.exported import ModelDescription
+from crate_ray.runs.checkpoint import (
     INITIAL_WEIGHTS,
     FinetuneStart,
     Parent,
@@ -23,8 +22,8 @@ from crate_ray.training.checkpoint import (
     write_initial_weights,
     write_record,
 )
-from crate_ray.training.export import ModelDescription
-from crate_ray.training.planning import Run, plan_run, with_absolute_paths
+from crate_ray.runs.planning import Run, plan_run, with_absolute_paths
+from crate_ray.storage.interface import Storage, open_storage
 
 SCRATCH = "scratch"
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from crate_ray.config import FinetuneConfig
 from crate_ray.data.loader import Batch
-from crate_ray.data.order import worker_slots
+from crate_ray.data.order.sequence import worker_slots
 from crate_ray.finetuning.batches import PAIR, TrainingBatches
 from crate_ray.finetuning.measure import measure_accuracy
 from crate_ray.finetuning.optim import build_layerwise_optimizer
 from crate_ray.models.classifier import Classifier, Targets
-from crate_ray.training.checkpoint import RunRecord
+from crate_ray.runs.checkpoint import RunRecord
 from crate_ray.training.task import Place, Task
 
 _MOST_AT_ONCE = 256  # samples of a validation batch

@@ -7,8 +7,8 @@ from typing import Any, Self, cast
 from torch import Tensor
 
 from crate_ray.config import CrateMAEConfig
+from crate_ray.models.autoencoder import MaskedAutoencoder
 from crate_ray.models.layers import DecoderLayer, EncoderLayer, initialize_weights
-from crate_ray.models.masking import MaskedAutoencoder
 
 
 class CrateMAE(MaskedAutoencoder):

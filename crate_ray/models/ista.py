@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crate_ray.models.linear import gram, linear
+from crate_ray.models.kernels.linear import gram, linear
 
 
 class ISTA(nn.Module):

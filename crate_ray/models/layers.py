@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crate_ray.config import CrateMAEConfig
 from crate_ray.models.ista import ISTA
-from crate_ray.models.linear import linear
+from crate_ray.models.kernels.linear import linear
 from crate_ray.models.mssa import MSSA
 
 

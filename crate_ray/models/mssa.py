@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crate_ray.models.cpu_attention import self_attention
-from crate_ray.models.linear import linear
+from crate_ray.models.kernels.cpu_attention import self_attention
+from crate_ray.models.kernels.linear import linear
 
 
 def split_subspaces(w_BTC: Tensor, num_subspaces: int) -> Tensor:

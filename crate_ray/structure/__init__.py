@@ -1,1 +1,1 @@
-"""What CRATE claims of its layers, measured on any model: coding rates and sparsity, layer by layer."""
+"""What the paper claims of layers, measured on any model: coding rate, sparsity, attention."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.layers import EncoderLayer
-from crate_ray.models.vit_mae import TransformerLayer
+from crate_ray.models.vit import TransformerLayer
 from crate_ray.structure.coding_rate import (
     EPSILON,
     codebook_rates,

@@ -9,19 +9,19 @@ import torch
 from ray import tune
 
 from crate_ray.config import PretrainConfig, Settings, SweepConfig
-from crate_ray.data.shards import ShardSet, load_dataset
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.data.format.shards import ShardSet, load_dataset
 from crate_ray.evaluation.probe import probe_encoder
+from crate_ray.models.exported import Normalizer
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.planning import driver_lease
+from crate_ray.runs.pretraining import Run, open_run, start_from
+from crate_ray.runs.references import initial_weights
+from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.sweeps.space import trial_config
-from crate_ray.tracking.initial import initial_weights
 from crate_ray.tracking.pretraining import track
 from crate_ray.tracking.registry import load_described
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.listener import Listener
-from crate_ray.training.planning import driver_lease
 from crate_ray.training.pretraining import PretrainTask, validation_loss
-from crate_ray.training.run import Run, open_run, start_from
-from crate_ray.training.step import Normalizer
+from crate_ray.training.ray.driver import train_on_ray
 
 PARENT_TAG, TRIAL_TAG = "mlflow.parentRunId", "crate_ray.trial"
 RECORDS = "results/"

@@ -13,7 +13,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 import crate_ray
-from crate_ray.training.export import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
+from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
 
 MODEL_NAME = "model"
 _CODE = Path(__file__).with_name("pyfunc_model.py")

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from mlflow.entities import Dataset
 
-from crate_ray.data.lease import Lease, LeaseLost
-from crate_ray.data.shards import ShardSet
+from crate_ray.data.format.shards import ShardSet
+from crate_ray.models.exported import DESCRIPTION_FILE
+from crate_ray.runs.export import export_run
+from crate_ray.runs.pretraining import Run
+from crate_ray.storage.lease import Lease, LeaseLost
 from crate_ray.tracking.runs import RunTracker, flatten, spool_folder
-from crate_ray.training.export import DESCRIPTION_FILE, export_run
-from crate_ray.training.run import Run
 
 _MODEL_FOLDER = "model"
 

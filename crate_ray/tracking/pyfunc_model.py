@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from crate_ray.evaluation.features import FeatureExtractor
 from crate_ray.finetuning.predict import Predictor
 from crate_ray.models.classifier import Classifier
-from crate_ray.training.export import WEIGHTS_FILE, load_any
+from crate_ray.models.exported import WEIGHTS_FILE, load_any
 
 _BATCH = 64
 

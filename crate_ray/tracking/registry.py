@@ -13,21 +13,15 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from crate_ray.config import S3Config, TrackingConfig
-from crate_ray.data.storage import Storage, open_storage
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.classifier import Classifier
+from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription, load_any, load_exported
+from crate_ray.runs.checkpoint import RUN_FILE
+from crate_ray.runs.export import export_run
+from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.tracking.flavor import log_model
 from crate_ray.tracking.runs import find_run, redact, tracking_uri
-from crate_ray.training.checkpoint import RUN_FILE
-from crate_ray.training.export import (
-    DESCRIPTION_FILE,
-    WEIGHTS_FILE,
-    ModelDescription,
-    export_run,
-    load_any,
-    load_exported,
-)
 
 CHAMPION = "champion"
 PROBE_TAG = "crate_ray.probe_accuracy"

@@ -30,8 +30,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from crate_ray.config import TrackingConfig
+from crate_ray.runs.listener import Listener
 from crate_ray.tracking.flavor import log_model
-from crate_ray.training.listener import Listener
 
 logger = logging.getLogger(__name__)
 

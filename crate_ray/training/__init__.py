@@ -1,1 +1,1 @@
-"""Training: one step, the optimiser and its schedule, checkpoints, the Ray Train loop, and what the driver does."""
+"""Training: a step, the optimiser, compilation, parallelism, guard, telemetry, the loop. Ray is in training/ray."""

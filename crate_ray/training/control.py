@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from crate_ray.errors import UserError
-from crate_ray.training.mailbox import Sign
+from crate_ray.training.ray.mailbox import Sign
 
 START, END = "start", "end"
 """Phases before the first step and after the last one."""

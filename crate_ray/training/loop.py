@@ -15,30 +15,25 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from crate_ray.data.format.shards import load_dataset
 from crate_ray.data.loader import BAD_CAUSES, training_loader
-from crate_ray.data.mixture import open_mixture
-from crate_ray.data.order import worker_slots
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import open_storage
+from crate_ray.data.order.mixture import open_mixture
+from crate_ray.data.order.sequence import worker_slots
 from crate_ray.errors import UserError
+from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import gpu_peak_flops
-from crate_ray.training.checkpoint import RunRecord
+from crate_ray.runs.checkpoint import RunRecord
+from crate_ray.storage.interface import open_storage
 from crate_ray.training.control import WorkerControl
 from crate_ray.training.guard import Guard
 from crate_ray.training.parallel import is_sharded, settle
 from crate_ray.training.probe_batch import Look
 from crate_ray.training.profiling import StepProfile
-from crate_ray.training.step import (
-    Normalizer,
-    autocast_dtype,
-    learning_rate,
-    prepare_cpu,
-    train_step,
-)
+from crate_ray.training.ray.checkpoints import WorkerCheckpoints
+from crate_ray.training.ray.worker import Reporter, judged, notes
+from crate_ray.training.step import autocast_dtype, learning_rate, prepare_cpu, train_step
 from crate_ray.training.task import Place, Task, assemble
 from crate_ray.training.telemetry import KEYS_DIGEST_RANGE, StepLog, Stopwatch, keys_digest, used_memory
-from crate_ray.training.worker import Reporter, judged, notes
-from crate_ray.training.worker_checkpoints import WorkerCheckpoints
 
 
 def train(

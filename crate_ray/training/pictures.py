@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from crate_ray.models import MaskedAutoencoder
+from crate_ray.models.exported import Normalizer
 from crate_ray.structure.attention import patch_maps
-from crate_ray.training.step import Normalizer
 
 _GAP = 4
 _LEAST_TILE = 96

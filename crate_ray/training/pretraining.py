@@ -10,13 +10,14 @@ from torch import Tensor
 
 from crate_ray.config import PretrainConfig
 from crate_ray.data.device import to_device
+from crate_ray.data.format.shards import ShardSet
 from crate_ray.data.loader import Batch, evaluation_loader
-from crate_ray.data.shards import ShardSet
 from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import training_flops
 from crate_ray.training.parallel import is_sharded
 from crate_ray.training.probe_batch import Look, ProbeBatch
-from crate_ray.training.step import Normalizer, build_optimizer, largest_micro_batch, mask_noise, probe_noise
+from crate_ray.training.step import build_optimizer, largest_micro_batch, mask_noise, probe_noise
 from crate_ray.training.task import Place, Task
 
 

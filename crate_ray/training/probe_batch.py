@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 
 from crate_ray.config import DataConfig, ModelConfig
+from crate_ray.data.format.shards import ShardSet
 from crate_ray.data.loader import evaluation_loader
-from crate_ray.data.shards import ShardSet
 from crate_ray.models import MaskedAutoencoder
+from crate_ray.models.exported import Normalizer
 from crate_ray.structure.layerwise import measure_layers
 from crate_ray.training.parallel import gathered
 from crate_ray.training.pictures import attention_picture, layers_picture, reconstruction_picture
-from crate_ray.training.step import Normalizer, probe_noise
+from crate_ray.training.step import probe_noise
 
 _SAMPLES = 8
 

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from crate_ray.data.storage import Storage
+from crate_ray.storage.interface import Storage
 
 _ROWS = 40
 

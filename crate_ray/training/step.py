@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crate_ray.config import OptimConfig, TrainingConfig
-from crate_ray.data.order import STREAM_MASK, STREAM_PROBE, Int64, uniform
+from crate_ray.data.order.sequence import STREAM_MASK, STREAM_PROBE, Int64, uniform
 
 logger = logging.getLogger(__name__)
 
@@ -172,30 +172,6 @@ def mask_noise(seed: int, epochs: Int64, samples: Int64, num_patches: int) -> Te
 def probe_noise(samples: Int64, num_patches: int) -> Tensor:
     """The same for evaluation: one fixed mask per sample, equal in all runs, so that their losses compare."""
     return torch.from_numpy(uniform(STREAM_PROBE, samples[:, None], np.arange(num_patches)).astype(np.float32))
-
-
-@dataclass(frozen=True)
-class Normalizer:
-    """Loaded values to model input: (x − mean) / std per channel, after uint8 is put on the scale 0 to 1."""
-
-    mean: Tensor
-    """(channels, 1, 1)"""
-    std: Tensor
-    """(channels, 1, 1)"""
-
-    @classmethod
-    def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str = "cpu") -> Normalizer:
-        """From per-channel numbers."""
-        return cls(*(torch.tensor(v, device=device)[:, None, None] for v in (mean, std)))
-
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 or float images, (B, channels, H, W), to normalised float32."""
-        images = images_BCHW.float() / 255 if images_BCHW.dtype == torch.uint8 else images_BCHW.float()
-        return (images - self.mean) / self.std
-
-    def undo(self, images_BCHW: Tensor) -> Tensor:
-        """Normalised images back to their own scale."""
-        return images_BCHW * self.std + self.mean
 
 
 def num_micro_steps(training: TrainingConfig, world_size: int) -> int:

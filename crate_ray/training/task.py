@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from crate_ray.config import FinetuneConfig, ImageModelConfig, PretrainConfig
+from crate_ray.data.format.shards import ShardSet
 from crate_ray.data.loader import Batch
-from crate_ray.data.mixture import Mixture
-from crate_ray.data.shards import ShardSet
-from crate_ray.training.checkpoint import RunRecord
+from crate_ray.data.order.mixture import Mixture
+from crate_ray.models.exported import Normalizer
+from crate_ray.runs.checkpoint import RunRecord
 from crate_ray.training.parallel import micro_steps_of, parallelize
 from crate_ray.training.probe_batch import Look
-from crate_ray.training.step import Normalizer, compile_layers, largest_micro_batch, should_compile
+from crate_ray.training.step import compile_layers, largest_micro_batch, should_compile
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crate_ray.config import S3Config
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.storage.interface import Storage, open_storage
 from tests.faults.phases import PHASES, SET_UP, kill_in
 from tests.faults.proxy import ErrorAnswer, FaultProxy, Reset
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pack_digits, pretrain, run_in

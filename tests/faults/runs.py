@@ -11,13 +11,14 @@ from mlflow import MlflowClient
 
 from crate_ray.cli import parse_config
 from crate_ray.config import PrepareConfig, PretrainConfig
-from crate_ray.data.builtin import digits_source
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import LocalStorage, Storage, open_storage
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.data.prepare.packing import pack
+from crate_ray.runs.checkpoint import RunRecord
+from crate_ray.runs.pretraining import open_run
+from crate_ray.storage.interface import Storage, open_storage
+from crate_ray.storage.local import LocalStorage
 from crate_ray.training.bare_loop import train
-from crate_ray.training.checkpoint import RunRecord
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.run import open_run
 from tests.jobs import digest_of, forkserver, job
 
 STEPS, EVERY = 60, 12

@@ -18,15 +18,15 @@ import pytest
 from mlflow import MlflowClient
 
 from crate_ray.config import CrateMAEConfig, FinetuneConfig, PretrainConfig, S3Config
-from crate_ray.data.lease import Lease
-from crate_ray.data.storage import AlreadyExists, NotFound, Replaced, Storage, open_storage
 from crate_ray.errors import UserError
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.models import build_model
+from crate_ray.models.exported import ModelDescription, export_model
+from crate_ray.runs.planning import driver_lease
+from crate_ray.runs.pretraining import open_run, start_from
+from crate_ray.storage.interface import AlreadyExists, NotFound, Replaced, Storage, open_storage
+from crate_ray.storage.lease import Lease
 from crate_ray.tracking.pretraining import track
-from crate_ray.training.export import ModelDescription, export_model
-from crate_ray.training.planning import driver_lease
-from crate_ray.training.run import open_run, start_from
 from tests.jobs import ROOT
 
 KEY = "run/driver.lease"
@@ -35,8 +35,8 @@ SECONDS = 3.0
 HOLDER = """
 import sys, time
 from crate_ray.config import S3Config
-from crate_ray.data.lease import Lease
-from crate_ray.data.storage import open_storage
+from crate_ray.storage.lease import Lease
+from crate_ray.storage.interface import open_storage
 from crate_ray.errors import UserError
 uri, endpoint, key, seconds = sys.argv[1:]
 storage = open_storage(uri, S3Config(endpoint_url=endpoint or None))

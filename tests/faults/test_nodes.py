@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from crate_ray.data.storage import Storage
+from crate_ray.storage.interface import Storage
 from tests.faults.phases import SET_UP, kill_in
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.jobs import (

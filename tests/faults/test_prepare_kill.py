@@ -15,10 +15,10 @@ import boto3
 import pytest
 
 from crate_ray.config import PrepareConfig, S3Config
-from crate_ray.data.builtin import shapes_source
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
+from crate_ray.storage.interface import Storage, open_storage
 from tests.jobs import ROOT, environment, job
 
 LEASE = 6.0

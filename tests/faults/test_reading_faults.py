@@ -17,11 +17,11 @@ from PIL import Image
 
 from crate_ray.config import PrepareConfig, S3Config
 from crate_ray.data.loader import Batch
-from crate_ray.data.packing import pack
-from crate_ray.data.sources import Item, Source
-from crate_ray.data.storage import open_storage
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import Item, Source
 from crate_ray.data.stream import stream
 from crate_ray.errors import UserError
+from crate_ray.storage.interface import open_storage
 from tests.faults.proxy import ErrorAnswer, Fault, FaultProxy, Flip, Reset, Stall, Truncate
 from tests.s3_gateway import S3Gateway
 

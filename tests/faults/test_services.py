@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from crate_ray.config import S3Config
-from crate_ray.data.storage import open_storage
+from crate_ray.storage.interface import open_storage
 from tests.faults.proxy import ErrorAnswer, FaultProxy, Reset, Rule
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.faults.services import full_disk, give_keys, mlflow_server

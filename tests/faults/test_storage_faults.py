@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crate_ray.config import S3Config
-from crate_ray.data import s3_client, storage
-from crate_ray.data.storage import AlreadyExists, NotFound, Replaced, Storage, open_storage
 from crate_ray.errors import UserError
+from crate_ray.storage import interface as storage
+from crate_ray.storage import s3_client
+from crate_ray.storage.interface import AlreadyExists, NotFound, Replaced, Storage, open_storage
 from tests.faults.proxy import ErrorAnswer, Exchange, Fault, FaultProxy, Flip, Pass, Reset, Stall, Trickle, Truncate
 from tests.s3_gateway import S3Gateway
 

@@ -16,12 +16,12 @@ from PIL import Image
 from crate_ray.benchmarks.data_loading import Measurement, entropy_floor
 from crate_ray.cli import parse_config
 from crate_ray.config import BenchmarkDataConfig, PrepareConfig
-from crate_ray.data.builtin import shapes_source
-from crate_ray.data.packing import pack
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.sources import open_source
-from crate_ray.data.storage import LocalStorage
+from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import open_source
 from crate_ray.errors import UserError
+from crate_ray.storage.local import LocalStorage
 from tests.jobs import environment, job
 
 

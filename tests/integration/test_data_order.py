@@ -13,16 +13,16 @@ import pytest
 import ray
 
 from crate_ray.config import PrepareConfig, PretrainConfig
-from crate_ray.data.builtin import digits_source, shapes_source
-from crate_ray.data.indexing import index_existing
 from crate_ray.data.loader import training_loader
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import open_storage
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.listener import Listener
-from crate_ray.training.planning import driver_lease
+from crate_ray.data.prepare.builtin import digits_source, shapes_source
+from crate_ray.data.prepare.indexing import index_existing
+from crate_ray.data.prepare.packing import pack
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.planning import driver_lease
+from crate_ray.runs.pretraining import open_run
+from crate_ray.storage.interface import open_storage
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.run import open_run
+from crate_ray.training.ray.driver import train_on_ray
 from crate_ray.training.telemetry import keys_digest
 from tests.jobs import free_port
 

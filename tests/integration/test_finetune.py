@@ -17,28 +17,28 @@ from mlflow import MlflowClient
 
 from crate_ray import load_model
 from crate_ray.config import DataConfig, FinetuneConfig, PrepareConfig, PretrainConfig, S3Config, TrackingConfig
-from crate_ray.data.builtin import digits_source
+from crate_ray.data.format.shards import load_dataset
 from crate_ray.data.loader import evaluation_loader
-from crate_ray.data.packing import pack
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import open_storage
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.finetuning.predict import Predictor
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
-from crate_ray.tracking.initial import pretrained_model
+from crate_ray.runs.checkpoint import checkpoint_tensors, committed, write_record
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.planning import Run, driver_lease
+from crate_ray.runs.pretraining import open_run
+from crate_ray.runs.references import pretrained_model
+from crate_ray.storage.interface import open_storage
 from crate_ray.tracking.pretraining import is_published, publish, track
 from crate_ray.tracking.registry import register
 from crate_ray.tracking.runs import find_run
 from crate_ray.training.bare_loop import train
-from crate_ray.training.checkpoint import checkpoint_tensors, committed, write_record
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.listener import Listener
-from crate_ray.training.planning import Run, driver_lease
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.run import open_run
+from crate_ray.training.ray.driver import train_on_ray
 from crate_ray.training.step import build_optimizer
 from tests.checkpoints import save
 from tests.jobs import RayCluster

@@ -24,10 +24,10 @@ from PIL import Image
 
 from crate_ray import load_model
 from crate_ray.config import PretrainConfig, S3Config, TrackingConfig
-from crate_ray.data.arrow import arrow_filesystem
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import Storage, open_storage
+from crate_ray.data.format.shards import load_dataset
 from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
+from crate_ray.storage.arrow import arrow_filesystem
+from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.tracking.registry import load_described
 from tests.integration.conftest import LocalCluster
 from tests.jobs import RAY, ROOT, call, job, newest_commit

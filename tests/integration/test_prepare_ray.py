@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from crate_ray.config import PrepareConfig, S3Config
-from crate_ray.data.builtin import shapes_source
-from crate_ray.data.indexing import index_existing
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import open_storage
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.indexing import index_existing
+from crate_ray.data.prepare.packing import pack
+from crate_ray.storage.interface import open_storage
 from tests.jobs import ROOT, environment
 
 SAMPLES = 400
@@ -21,11 +21,11 @@ ON_RAY = """
 import json, signal, sys, threading, time
 import psutil, ray
 from crate_ray.config import PrepareConfig, S3Config
-from crate_ray.data.builtin import shapes_source
-from crate_ray.data.indexing import index_existing
-from crate_ray.data.packing import pack
-from crate_ray.data.sources import Item, Source
-from crate_ray.data.storage import open_storage
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.indexing import index_existing
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import Item, Source
+from crate_ray.storage.interface import open_storage
 from crate_ray.errors import UserError
 
 folder, samples, limits = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])

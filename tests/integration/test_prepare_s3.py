@@ -13,9 +13,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from crate_ray.config import S3Config
-from crate_ray.data.builtin import digits_source
-from crate_ray.data.shards import load_dataset, parse_samples
-from crate_ray.data.storage import open_storage
+from crate_ray.data.format.shards import load_dataset, parse_samples
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.storage.interface import open_storage
 from tests.jobs import ROOT, call, job
 
 

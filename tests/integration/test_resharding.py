@@ -13,10 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crate_ray.config import CrateMAEConfig, OptimConfig, TrainingConfig
-from crate_ray.data.order import worker_slots
-from crate_ray.data.storage import LocalStorage
+from crate_ray.data.order.sequence import worker_slots
 from crate_ray.models import build_model
-from crate_ray.training.checkpoint import (
+from crate_ray.runs.checkpoint import (
     STATE_FILE,
     CheckpointState,
     checkpoint_tensors,
@@ -29,6 +28,7 @@ from crate_ray.training.checkpoint import (
     upload_part,
     write_part,
 )
+from crate_ray.storage.local import LocalStorage
 from crate_ray.training.parallel import micro_steps_of, parallelize, settle
 from crate_ray.training.step import build_optimizer, learning_rate, train_step
 from tests.jobs import forkserver

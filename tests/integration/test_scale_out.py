@@ -14,28 +14,28 @@ import pytest
 import ray
 
 from crate_ray.config import PrepareConfig, PretrainConfig, S3Config
-from crate_ray.data.builtin import digits_source
-from crate_ray.data.indexing import index_existing
 from crate_ray.data.loader import training_loader
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import open_storage
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.data.prepare.indexing import index_existing
+from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
-from crate_ray.tracking.initial import initial_weights
-from crate_ray.training.checkpoint import (
+from crate_ray.runs.checkpoint import (
     STATE_FILE,
     CheckpointState,
     committed,
     load_weights,
 )
-from crate_ray.training.driver import train_on_ray
-from crate_ray.training.listener import Listener
-from crate_ray.training.mailbox import Mailbox
-from crate_ray.training.planning import driver_lease
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.planning import driver_lease
+from crate_ray.runs.pretraining import Run, open_run, start_from
+from crate_ray.runs.references import initial_weights
+from crate_ray.storage.interface import open_storage
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.run import Run, open_run, start_from
+from crate_ray.training.ray.driver import train_on_ray
+from crate_ray.training.ray.mailbox import Mailbox
+from crate_ray.training.ray.worker import Reporter
 from crate_ray.training.telemetry import keys_digest
-from crate_ray.training.worker import Reporter
 from tests.jobs import RayCluster, kill_node
 
 

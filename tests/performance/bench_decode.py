@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from crate_ray.data.decode import decode_batch, read_image_header
-from crate_ray.data.transforms import CROP_UNIFORMS, Crops, Int64, random_crops
-from crate_ray.data.turbojpeg import LIBRARY_VARIABLE, find_turbojpeg
+from crate_ray.data.decode.samples import decode_batch, read_image_header
+from crate_ray.data.decode.transforms import CROP_UNIFORMS, Crops, Int64, random_crops
+from crate_ray.data.decode.turbojpeg import LIBRARY_VARIABLE, find_turbojpeg
 from tests.uniforms import from_table
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from crate_ray.data.builtin import SHAPE_CLASSES, digits_source, draw_shapes, shapes_source
+from crate_ray.data.prepare.builtin import SHAPE_CLASSES, digits_source, draw_shapes, shapes_source
 
 
 def test_digits_are_sklearns_and_the_split_is_stratified() -> None:

@@ -14,9 +14,9 @@ from threading import Barrier
 
 import pytest
 
-from crate_ray.data import cache as cache_module
-from crate_ray.data.cache import PartCache, fetched_once
-from crate_ray.data.storage import LocalStorage
+from crate_ray.storage import cache as cache_module
+from crate_ray.storage.cache import PartCache, fetched_once
+from crate_ray.storage.local import LocalStorage
 
 ROOT = Path(__file__).parents[2]
 NAMES = [hashlib.sha256(bytes([i])).hexdigest() for i in range(32)]
@@ -24,7 +24,7 @@ NAMES = [hashlib.sha256(bytes([i])).hexdigest() for i in range(32)]
 
 def started(script: str, *arguments: object) -> subprocess.Popen[bytes]:
     """A process with the cache's modules and the arguments at hand."""
-    head = "import os, sys, time; from pathlib import Path; from crate_ray.data.cache import PartCache\n"
+    head = "import os, sys, time; from pathlib import Path; from crate_ray.storage.cache import PartCache\n"
     return subprocess.Popen([sys.executable, "-c", head + script, *map(str, arguments)], cwd=ROOT)
 
 

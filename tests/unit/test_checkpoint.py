@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crate_ray.config import CheckpointConfig, CrateMAEConfig, OptimConfig, PrepareConfig, PretrainConfig, ViTMAEConfig
-from crate_ray.data.builtin import digits_source
-from crate_ray.data.mixture import open_mixture
-from crate_ray.data.order import DatasetOrder, SampleOrder
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import LocalStorage
+from crate_ray.data.order.mixture import open_mixture
+from crate_ray.data.order.sequence import DatasetOrder, SampleOrder
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
-from crate_ray.training.checkpoint import (
+from crate_ray.models.exported import ModelDescription, Normalizer, export_model, load_exported
+from crate_ray.runs.checkpoint import (
     RUN_FILE,
     STATE_FILE,
     CheckpointState,
@@ -49,11 +49,11 @@ from crate_ray.training.checkpoint import (
     upload_part,
     write_record,
 )
-from crate_ray.training.export import ModelDescription, export_model, load_exported
-from crate_ray.training.local_space import local_space
+from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
+from crate_ray.storage.local import LocalStorage
+from crate_ray.storage.node_folders import local_space
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
-from crate_ray.training.step import Normalizer, build_optimizer, learning_rate, train_step
+from crate_ray.training.step import build_optimizer, learning_rate, train_step
 from crate_ray.training.task import Place, assemble
 from tests.checkpoints import save, upload
 
@@ -432,7 +432,7 @@ def test_a_start_looks_at_sizes_and_leaves_the_content_to_the_workers(run: Local
 
 def test_the_folder_of_a_dead_worker_is_removed_by_the_next_that_starts(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from crate_ray.training.local_space import local_space\n"
+        "import sys, time; from pathlib import Path; from crate_ray.storage.node_folders import local_space\n"
         "with local_space(sys.argv[2], Path(sys.argv[1])) as folder:\n"
         "    (folder / 'part').write_bytes(bytes(100)); print('ready', flush=True); time.sleep(60)"
     )

@@ -33,15 +33,16 @@ from crate_ray.config import (
     S3Config,
     ViTMAEConfig,
 )
-from crate_ray.data.builtin import digits_source
-from crate_ray.data.packing import pack
-from crate_ray.data.sources import open_source
-from crate_ray.data.storage import open_storage
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import open_source
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.models import MaskedAutoencoder, build_model
-from crate_ray.training.export import ModelDescription
-from crate_ray.training.run import open_run
+from crate_ray.models.exported import ModelDescription
+from crate_ray.runs.export import describe
+from crate_ray.runs.pretraining import open_run
+from crate_ray.storage.interface import open_storage
 
 
 def test_the_baseline_of_the_same_size_is_the_published_one() -> None:
@@ -148,7 +149,7 @@ class Untrained:
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
         torch.manual_seed(config.seed)
-        return build_model(config.model), ModelDescription.of(open_run(config).record, 10)
+        return build_model(config.model), describe(open_run(config).record, 10)
 
     def finetune(self, config: FinetuneConfig) -> float:
         self.done.append(config.name)

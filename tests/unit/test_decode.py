@@ -25,13 +25,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from crate_ray.data import decode as decode_module
-from crate_ray.data.decode import DecodeError, Kind, decode_batch, read_image_header
-from crate_ray.data.decode_cuda import check_nvjpeg, decode_batch_cuda
-from crate_ray.data.measure import BadSample, measure_image
-from crate_ray.data.order import uniform
-from crate_ray.data.transforms import CROP_UNIFORMS, Crops, Int64, centre_crops, random_crops
-from crate_ray.data.turbojpeg import LIBRARY_VARIABLE, Region, RegionError, find_turbojpeg
+from crate_ray.config import Kind
+from crate_ray.data.decode import samples as decode_module
+from crate_ray.data.decode.nvjpeg import check_nvjpeg, decode_batch_cuda
+from crate_ray.data.decode.samples import DecodeError, decode_batch, read_image_header
+from crate_ray.data.decode.transforms import CROP_UNIFORMS, Crops, Int64, centre_crops, random_crops
+from crate_ray.data.decode.turbojpeg import LIBRARY_VARIABLE, Region, RegionError, find_turbojpeg
+from crate_ray.data.order.sequence import uniform
+from crate_ray.data.prepare.statistics import BadSample, measure_image
 from crate_ray.errors import UserError
 from tests.uniforms import from_table
 

@@ -22,13 +22,12 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from crate_ray.config import CrateMAEConfig, EvaluateConfig, PrepareConfig, ProbeConfig, S3Config, ViTMAEConfig
-from crate_ray.data.builtin import shapes_source
-from crate_ray.data.decode import decode_batch
-from crate_ray.data.packing import pack
-from crate_ray.data.reader import ShardReader
-from crate_ray.data.shards import ShardSet, load_dataset
-from crate_ray.data.storage import open_storage
-from crate_ray.data.transforms import centre_crops
+from crate_ray.data.decode.samples import decode_batch
+from crate_ray.data.decode.transforms import centre_crops
+from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.read.reader import ShardReader
 from crate_ray.errors import UserError
 from crate_ray.evaluation import masks, segmentation
 from crate_ray.evaluation.classification import Classification, EncoderScores, FeatureScores, classify, classify_by
@@ -48,9 +47,10 @@ from crate_ray.evaluation.segmentation import EncoderSegmentation, MapScore, Seg
 from crate_ray.evaluation.subject import Subject, find_checkpoint, load_file
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import CrateMAE, build_model, export_published
+from crate_ray.models.exported import ModelDescription, Normalizer
+from crate_ray.storage.interface import open_storage
 from crate_ray.structure.attention import key_components, patch_maps
-from crate_ray.training.export import ModelDescription
-from crate_ray.training.step import Normalizer, probe_noise
+from crate_ray.training.step import probe_noise
 
 SMALL = CrateMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_subspaces=2, norm_pix_loss=True)
 CPU = torch.device("cpu")

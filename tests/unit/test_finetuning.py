@@ -29,12 +29,11 @@ from crate_ray.config import (
     PrepareConfig,
     ViTMAEConfig,
 )
-from crate_ray.data.builtin import digits_source
 from crate_ray.data.loader import training_loader
-from crate_ray.data.order import worker_slots
-from crate_ray.data.packing import pack
-from crate_ray.data.sources import Item, Source
-from crate_ray.data.storage import open_storage
+from crate_ray.data.order.sequence import worker_slots
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import Item, Source
 from crate_ray.errors import UserError
 from crate_ray.finetuning.augment import RandAugmentation
 from crate_ray.finetuning.batches import PAIR, TrainingBatches
@@ -45,15 +44,17 @@ from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import new_classifier
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.classifier import Classifier, Targets
-from crate_ray.training.checkpoint import (
+from crate_ray.models.exported import ModelDescription, Normalizer, load_any, load_exported
+from crate_ray.runs.checkpoint import (
     checkpoint_tensors,
     fetch_newest,
     restore_checkpoint,
     write_record,
 )
-from crate_ray.training.export import ModelDescription, export_run, load_any, load_exported
-from crate_ray.training.planning import Run
-from crate_ray.training.step import Normalizer, learning_rate, train_step
+from crate_ray.runs.export import export_run
+from crate_ray.runs.planning import Run
+from crate_ray.storage.interface import open_storage
+from crate_ray.training.step import learning_rate, train_step
 from tests.checkpoints import save
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from crate_ray.config import PrepareConfig, PretrainConfig
-from crate_ray.data.builtin import digits_source
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import LocalStorage
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.models import CrateMAE, build_model, export_published
-from crate_ray.tracking.initial import initial_weights
-from crate_ray.tracking.registry import register
-from crate_ray.tracking.runs import RunTracker
-from crate_ray.training.checkpoint import (
+from crate_ray.runs.checkpoint import (
     INITIAL_WEIGHTS,
     DamagedCheckpoint,
     fetch_initial_weights,
@@ -27,7 +23,11 @@ from crate_ray.training.checkpoint import (
     restore_weights,
     write_record,
 )
-from crate_ray.training.run import Run, open_run, start_from
+from crate_ray.runs.pretraining import Run, open_run, start_from
+from crate_ray.runs.references import initial_weights
+from crate_ray.storage.local import LocalStorage
+from crate_ray.tracking.registry import register
+from crate_ray.tracking.runs import RunTracker
 from tests.unit.test_checkpoint import MODEL, RECORD, Trainer
 
 

@@ -30,20 +30,21 @@ from torch import Tensor
 
 from crate_ray.config import CrateMAEConfig, DataConfig, PrepareConfig, S3Config
 from crate_ray.data import loader as loader_module
-from crate_ray.data.cache import PartCache
-from crate_ray.data.decode import decode_batch
+from crate_ray.data.decode.samples import decode_batch
+from crate_ray.data.decode.transforms import CROP_UNIFORMS, random_crops
 from crate_ray.data.device import DeviceFeed
-from crate_ray.data.indexing import index_existing
+from crate_ray.data.format.shards import INDEX_STRIDE, ShardSet, load_dataset
 from crate_ray.data.loader import Batch, Loader, evaluation_loader, training_loader
-from crate_ray.data.mixture import Mixture, open_mixture
-from crate_ray.data.order import STREAM_CROP, DatasetOrder, SampleOrder, Window, uniform, worker_slots
-from crate_ray.data.packing import pack
-from crate_ray.data.reader import ShardReader, StreamedSource, Unreadable
-from crate_ray.data.shards import INDEX_STRIDE, ShardSet, load_dataset
-from crate_ray.data.sources import Item, Source
-from crate_ray.data.storage import LocalStorage, Replaced
-from crate_ray.data.transforms import CROP_UNIFORMS, random_crops
+from crate_ray.data.order.mixture import Mixture, open_mixture
+from crate_ray.data.order.sequence import STREAM_CROP, DatasetOrder, SampleOrder, Window, uniform, worker_slots
+from crate_ray.data.prepare.indexing import index_existing
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import Item, Source
+from crate_ray.data.read.reader import ShardReader, StreamedSource, Unreadable
 from crate_ray.errors import UserError
+from crate_ray.storage.cache import PartCache
+from crate_ray.storage.interface import Replaced
+from crate_ray.storage.local import LocalStorage
 from tests.uniforms import from_table
 
 MODEL = CrateMAEConfig(image_size=(16, 12), patch_size=4, dim=8, num_subspaces=2, depth=1)

@@ -23,13 +23,13 @@ from crate_ray.models import (
     ViTMAE,
     ViTMAEConfig,
     build_model,
-    cpu_attention,
     export_published,
     load_published,
 )
-from crate_ray.models.cpu_attention import self_attention
-from crate_ray.models.linear import gram, linear
-from crate_ray.models.masking import patchify, random_masking, sample_losses, sincos_positions, unpatchify
+from crate_ray.models.autoencoder import patchify, random_masking, sample_losses, sincos_positions, unpatchify
+from crate_ray.models.kernels import cpu_attention
+from crate_ray.models.kernels.cpu_attention import self_attention
+from crate_ray.models.kernels.linear import gram, linear
 from crate_ray.models.mssa import attend, self_attend, softmax_attention
 from tests.unit import numpy_crate
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from crate_ray.data import npy
+from crate_ray.data.format import npy
 
 ARRAYS: list[NDArray[Any]] = [
     np.arange(24, dtype="<f4").reshape(2, 3, 4),

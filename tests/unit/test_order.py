@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crate_ray.config import DataConfig
-from crate_ray.data.mixture import Mixture, whole_weights
-from crate_ray.data.order import DatasetOrder, SampleOrder, hash64, permute, uniform, worker_slots
-from crate_ray.data.plan import plan_order
-from crate_ray.data.shards import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE, Manifest, ShardSet
-from crate_ray.data.storage import LocalStorage
+from crate_ray.data.format.shards import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE, Manifest, ShardSet
+from crate_ray.data.order.mixture import Mixture, whole_weights
+from crate_ray.data.order.plan import plan_order
+from crate_ray.data.order.sequence import DatasetOrder, SampleOrder, hash64, permute, uniform, worker_slots
 from crate_ray.errors import UserError
+from crate_ray.storage.local import LocalStorage
 
 
 @st.composite

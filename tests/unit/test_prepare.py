@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from crate_ray.config import PrepareConfig
-from crate_ray.data.decode import decode_batch
-from crate_ray.data.indexing import index_existing
-from crate_ray.data.packing import pack
-from crate_ray.data.shards import MANIFEST_NAME, ShardSet, load_dataset, parse_samples
-from crate_ray.data.shrink import shrink_image, shrink_mask, shrunk_size
-from crate_ray.data.sources import Item, Source, open_source, size_in_tar
-from crate_ray.data.storage import LocalStorage
-from crate_ray.data.transforms import Crops
+from crate_ray.data.decode.samples import decode_batch
+from crate_ray.data.decode.transforms import Crops
+from crate_ray.data.format.shards import MANIFEST_NAME, ShardSet, load_dataset, parse_samples
+from crate_ray.data.prepare.indexing import index_existing
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.shrink import shrink_image, shrink_mask, shrunk_size
+from crate_ray.data.prepare.sources import Item, Source, open_source, size_in_tar
 from crate_ray.errors import UserError
+from crate_ray.storage.local import LocalStorage
 
 IMAGENET = Path(__file__).parents[3] / "shared/data/imagenet-samples"
 
@@ -231,7 +231,7 @@ def test_index_in_parallel_is_that_of_one_shard_after_another(tmp_path: Path, mo
     packed = tree(tmp_path / "a")
     index_existing(LocalStorage(tmp_path / "a"), overwrite=True)
     parallel = tree(tmp_path / "a")
-    monkeypatch.setattr("crate_ray.data.indexing.THREADS", 1)
+    monkeypatch.setattr("crate_ray.data.prepare.indexing.THREADS", 1)
     index_existing(LocalStorage(tmp_path / "a"), overwrite=True)
     assert tree(tmp_path / "a") == parallel
     assert {n: c for n, c in parallel.items() if n != MANIFEST_NAME} == {

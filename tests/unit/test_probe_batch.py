@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, DataConfig, ModelConfig, PrepareConfig, ViTMAEConfig
-from crate_ray.data.builtin import shapes_source
-from crate_ray.data.packing import pack
-from crate_ray.data.shards import load_dataset
-from crate_ray.data.storage import LocalStorage, open_storage
+from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.packing import pack
 from crate_ray.models import build_model
+from crate_ray.models.exported import Normalizer
+from crate_ray.storage.interface import open_storage
+from crate_ray.storage.local import LocalStorage
 from crate_ray.structure.layerwise import measure_layers
 from crate_ray.training.probe_batch import ProbeBatch
 from crate_ray.training.profiling import StepProfile
-from crate_ray.training.step import Normalizer
 
 
 @pytest.mark.parametrize(

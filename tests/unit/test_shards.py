@@ -22,10 +22,7 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from crate_ray.config import PrepareConfig, S3Config
-from crate_ray.data.indexing import index_existing
-from crate_ray.data.measure import SampleCounts
-from crate_ray.data.packing import pack
-from crate_ray.data.shards import (
+from crate_ray.data.format.shards import (
     SHARD_DTYPE,
     DamagedShard,
     Manifest,
@@ -38,9 +35,12 @@ from crate_ray.data.shards import (
     save_dataset,
     split_name,
 )
-from crate_ray.data.sources import Item, Source, find_shards, open_source
-from crate_ray.data.storage import AlreadyExists, Storage, open_storage
+from crate_ray.data.prepare.indexing import index_existing
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import Item, Source, find_shards, open_source
+from crate_ray.data.prepare.statistics import SampleCounts
 from crate_ray.errors import UserError
+from crate_ray.storage.interface import AlreadyExists, Storage, open_storage
 
 Samples = list[tuple[str, dict[str, bytes]]]
 

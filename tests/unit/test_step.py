@@ -35,14 +35,14 @@ from crate_ray.config import (
     ViTMAEConfig,
 )
 from crate_ray.data.loader import Batch
-from crate_ray.data.order import worker_slots
+from crate_ray.data.order.sequence import worker_slots
 from crate_ray.finetuning.batches import TrainingBatches
 from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import training_flops
 from crate_ray.training.parallel import parallelize, settle
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.step import (
-    Normalizer,
     autocast_dtype,
     build_optimizer,
     compile_layers,

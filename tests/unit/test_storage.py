@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from crate_ray.config import S3Config
-from crate_ray.data import s3_client
-from crate_ray.data.storage import AlreadyExists, NotFound, Replaced, Storage, open_storage
 from crate_ray.errors import UserError
+from crate_ray.storage import s3_client
+from crate_ray.storage.interface import AlreadyExists, NotFound, Replaced, Storage, open_storage
 
 SECRET = "top-secret-key-0123456789"
 

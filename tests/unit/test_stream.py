@@ -12,11 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from crate_ray.config import PrepareConfig
-from crate_ray.data.builtin import shapes_source
-from crate_ray.data.packing import pack
-from crate_ray.data.storage import LocalStorage
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.packing import pack
 from crate_ray.data.stream import stream
 from crate_ray.errors import UserError
+from crate_ray.storage.local import LocalStorage
 
 PROGRAM = """
 import json, sys

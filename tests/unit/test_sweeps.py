@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from crate_ray.config import PretrainConfig, S3Config, SearchSpace, SweepConfig
-from crate_ray.data.lease import Lease
-from crate_ray.data.storage import open_storage
 from crate_ray.errors import UserError
+from crate_ray.storage.interface import open_storage
+from crate_ray.storage.lease import Lease
 from crate_ray.sweeps.report import best_trial, picture, results_table
 from crate_ray.sweeps.run import RECORD_FILE, best_yaml, run_sweep
 from crate_ray.sweeps.space import shared_values, trial_config

@@ -21,16 +21,16 @@ from mlflow.entities import Dataset, Run
 from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, TrackingConfig
-from crate_ray.data.lease import LeaseLost
-from crate_ray.data.packing import pack
-from crate_ray.data.sources import Item, Source
-from crate_ray.data.storage import LocalStorage
+from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import Item, Source
 from crate_ray.errors import UserError
 from crate_ray.evaluation.features import FeatureExtractor
 from crate_ray.models import build_model
+from crate_ray.models.exported import ModelDescription, export_model
+from crate_ray.storage.lease import LeaseLost
+from crate_ray.storage.local import LocalStorage
 from crate_ray.tracking.registry import list_versions
 from crate_ray.tracking.runs import RUN_KEY_TAG, RunTracker, flatten
-from crate_ray.training.export import ModelDescription, export_model
 
 AWAY = "http://127.0.0.1:9"  # the discard port: nobody listens
 NOW = 1_700_000_000_000
@@ -283,9 +283,9 @@ def test_flatten_names_every_leaf() -> None:
 def test_a_pretraining_run_records_settings_and_lineage_but_no_secret(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from crate_ray.runs.planning import driver_lease
+    from crate_ray.runs.pretraining import open_run
     from crate_ray.tracking.pretraining import track
-    from crate_ray.training.planning import driver_lease
-    from crate_ray.training.run import open_run
 
     secrets = {
         "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI",

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import chisquare, ks_2samp
 
-from crate_ray.data.order import uniform
-from crate_ray.data.transforms import (
+from crate_ray.data.decode.transforms import (
     CROP_UNIFORMS,
     Box,
     Crops,
@@ -27,6 +26,7 @@ from crate_ray.data.transforms import (
     resize_image,
     small_side,
 )
+from crate_ray.data.order.sequence import uniform
 from tests.uniforms import from_table
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)

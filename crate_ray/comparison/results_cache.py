@@ -1,0 +1,74 @@
+"""What a comparison has measured so far: one small file each, beside the settings that it was measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from crate_ray.errors import UserError
+from crate_ray.storage.interface import Storage
+
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
+
+
+class _Kept(BaseModel):
+    measured_with: dict[str, Any]
+    """Settings by group, and digests of the data."""
+    figures: dict[str, Any]
+
+
+def check_unchanged(folder: Storage, name: str, measured_with: dict[str, Any]) -> None:
+    """Raise UserError where there are figures of this name that were measured with other settings or data.
+
+    For what is trained: the run that bears the name would go on, or be taken for finished.
+    """
+    kept = _read(folder, name)
+    if kept is None or kept.measured_with == measured_with:
+        return
+    was, now = _flat(kept.measured_with), _flat(measured_with)
+    setting = next(s for s in sorted({*was, *now}) if was.get(s) != now.get(s))
+    raise UserError(
+        f"{name} of {folder.uri} was measured with {setting} {was.get(setting)}, not {now.get(setting)}; give the "
+        "comparison another name, or delete its folder to train it again"
+    )
+
+
+def once(
+    folder: Storage, name: str, kind: type[_ModelT], measured_with: dict[str, Any], measure: Callable[[], _ModelT]
+) -> _ModelT:
+    """What was measured before under a name with these settings and data, else what is measured now."""
+    kept = _read(folder, name)
+    if kept is not None and kept.measured_with == measured_with:
+        return kind.model_validate(kept.figures)
+    found = measure()
+    kept = _Kept(measured_with=measured_with, figures=found.model_dump(mode="json"))
+    folder.write(_path(name), kept.model_dump_json(indent=1).encode())
+    return found
+
+
+def _path(name: str) -> str:
+    return f"figures/{name}.json"
+
+
+def _read(folder: Storage, name: str) -> _Kept | None:
+    if not folder.exists(_path(name)):
+        return None
+    try:
+        return _Kept.model_validate_json(folder.read(_path(name)))
+    except ValidationError:
+        raise UserError(
+            f"{folder.uri}/{_path(name)} does not tell what was measured; delete it, or choose another name"
+        ) from None
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """{'a': {'b': 1}} as {'a.b': 1}."""
+    out: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            out |= {f"{name}.{inner}": v for inner, v in _flat(value).items()}
+        else:
+            out[name] = value
+    return out

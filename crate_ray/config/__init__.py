@@ -1,0 +1,81 @@
+"""Every setting of every job, as strict pydantic models: one file per job. A field's docstring is its documentation."""
+
+from crate_ray.config.base import Fraction, Kind, PositiveInt, RunName, Settings, check_name
+from crate_ray.config.benchmark import (
+    BenchmarkDataConfig,
+    BenchmarkOrderConfig,
+    BenchmarkOverheadConfig,
+    BenchmarkScalingConfig,
+    BenchmarkTrainConfig,
+    Contestant,
+)
+from crate_ray.config.compare import CompareConfig
+from crate_ray.config.data import DataConfig
+from crate_ray.config.embed import EmbedConfig
+from crate_ray.config.evaluate import EvaluateConfig, Feature, ProbeConfig
+from crate_ray.config.finetune import FINETUNE_RECIPES, AugmentConfig, ClassifierConfig, FinetuneConfig, Pooling
+from crate_ray.config.models import (
+    CRATE_PRESETS,
+    VIT_PRESETS,
+    CrateMAEConfig,
+    ImageModelConfig,
+    ModelConfig,
+    PresetName,
+    ViTMAEConfig,
+    fill_from_preset,
+    whole_number,
+)
+from crate_ray.config.prepare import PrepareConfig
+from crate_ray.config.pretrain import PretrainConfig
+from crate_ray.config.registry import ListConfig, PromoteConfig, RegisterConfig
+from crate_ray.config.storage import S3Config
+from crate_ray.config.sweep import SearchSpace, SweepConfig
+from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConfig, TrackingConfig, TrainingConfig
+
+__all__ = [
+    "CRATE_PRESETS",
+    "FINETUNE_RECIPES",
+    "VIT_PRESETS",
+    "AugmentConfig",
+    "BenchmarkDataConfig",
+    "BenchmarkOrderConfig",
+    "BenchmarkOverheadConfig",
+    "BenchmarkScalingConfig",
+    "BenchmarkTrainConfig",
+    "CheckpointConfig",
+    "ClassifierConfig",
+    "CompareConfig",
+    "Contestant",
+    "CrateMAEConfig",
+    "DataConfig",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "Feature",
+    "FinetuneConfig",
+    "Fraction",
+    "ImageModelConfig",
+    "Kind",
+    "ListConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Pooling",
+    "PositiveInt",
+    "PrepareConfig",
+    "PresetName",
+    "PretrainConfig",
+    "ProbeConfig",
+    "PromoteConfig",
+    "RegisterConfig",
+    "RunName",
+    "S3Config",
+    "ScalingConfig",
+    "SearchSpace",
+    "Settings",
+    "SweepConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "ViTMAEConfig",
+    "check_name",
+    "fill_from_preset",
+    "whole_number",
+]

@@ -1,0 +1,160 @@
+"""Settings of `crate-ray finetune`, and its recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from crate_ray.config.base import PositiveInt, RunName, Settings
+from crate_ray.config.data import DataConfig
+from crate_ray.config.models import CrateMAEConfig, ModelConfig
+from crate_ray.config.storage import S3Config
+from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConfig, TrackingConfig, TrainingConfig
+
+FINETUNE_RECIPES: dict[str, dict[str, Any]] = {
+    "crate": {
+        "pooling": "cls",
+        "data": {"crop_scale": (0.08, 1.0)},
+        "training": {"batch_size": 256, "epochs": 200},
+        "optim": {
+            "lr": 5e-5, "min_lr": 0.0, "warmup": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.01, "clip_norm": None,
+        },
+        "augment": {"randaugment": 2, "magnitude": 14.0, "mixup": 0.0, "cutmix": 0.0},
+        "label_smoothing": 0.0, "drop_path": 0.0, "layer_decay": 1.0,
+    },
+    "mae": {
+        "pooling": "mean",
+        "data": {"crop_scale": (0.08, 1.0)},
+        "training": {"batch_size": 1024, "epochs": 100},
+        "optim": {
+            "base_lr": 5e-4, "min_lr": 1e-6, "warmup": 0.05, "betas": (0.9, 0.999), "weight_decay": 0.05,
+            "clip_norm": None,
+        },
+        "augment": {"randaugment": 2, "magnitude": 27.0, "mixup": 0.8, "cutmix": 1.0},
+        "label_smoothing": 0.1, "drop_path": 0.1, "layer_decay": 0.65,
+    },
+}  # fmt: skip
+"""Settings by recipe.
+
+'crate': finetune.py and README of the public CRATE code: AdamW (0.9, 0.999), weight decay 0.01, cosine without warm-up,
+batch 256, RandAugment(2, 14), torchvision's random resized crop, flip, CLS token; rate and epochs are those for CIFAR
+(Pets and Flowers: lr 1e-4, 400 epochs). It decays biases and norms too, we do not.
+
+'mae': table 9 of arXiv 2111.06377 and the public MAE code, for ViT-Base: batch 1024, base rate 5e-4, 5 of 100 epochs of
+warm-up, layer decay 0.65, drop path 0.1, mixup 0.8, CutMix 1.0, label smoothing 0.1, RandAugment(2, 9 of 10), mean of
+patch tokens; without the random erasing of that code, which the table does not have."""
+
+
+Pooling = Literal["cls", "mean"]
+
+
+class ClassifierConfig(Settings):
+    """A classifier: an encoder, the feature that it is read at, and a norm and a linear map to classes."""
+
+    num_classes: PositiveInt
+    """Number of classes."""
+    pooling: Pooling = "cls"
+    """Feature: the CLS token of the last layer, or the mean of its patch tokens."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes, in the order of their numbers, where known."""
+
+
+class AugmentConfig(Settings):
+    """What is done to training samples beside crop and flip."""
+
+    randaugment: Annotated[int, Field(ge=0, le=14)] = 2
+    """Operations that RandAugment (arXiv 1909.13719) applies to each image, drawn anew for each; 0 for none."""
+    magnitude: Annotated[float, Field(gt=0, lt=30)] = 14.0
+    """Their magnitude M of 30, with the operations and ranges of torchvision."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """α of mixup (arXiv 1710.09412): pairs of samples are averaged with a weight λ ~ Beta(α, α) drawn for each batch; 0
+    for none."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """α of CutMix (arXiv 1905.04899): a box of the area 1 − λ comes from the other sample of the pair; 0 for none. With
+    both, each batch has one of them, either as likely."""
+
+
+class FinetuneConfig(Settings):
+    """Train a pretrained encoder, or the same encoder from random weights, to classify labelled images, on Ray.
+
+    A recipe gives the settings that are not set.
+    """
+
+    name: RunName = "finetune"
+    """Name of the run. The same name and storage resume the run where its last checkpoint left it."""
+    storage: str = "runs"
+    """Local folder or s3://bucket/prefix for checkpoints and results; with several nodes one that all reach."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of new weights, data order, augmentation, mixing and drop path."""
+    model: str = "scratch"
+    """The pretrained encoder: a run's folder (<run>@<step> for that of a step) or a checkpoint's, runs:/<MLflow run>,
+    models:/<name>@<alias>, the folder of an exported model, or a published checkpoint (.pth, .safetensors, also as
+    published:<file>). 'scratch:<any of these>': the same encoder with random weights, the control. 'scratch': the
+    encoder of the settings below with random weights."""
+    encoder: ModelConfig = CrateMAEConfig()
+    """The encoder of model 'scratch', as for pretraining."""
+    recipe: Literal["crate", "mae"] = "crate"
+    """Where settings come from that are not set: 'crate', how CRATE was fine-tuned (its public code), or 'mae', how MAE
+    was (arXiv 2111.06377, table 9): layer-wise decay, mixup, CutMix, drop path, label smoothing."""
+    pooling: Pooling = "cls"
+    """What is classified: the CLS token of the last layer, or the mean of its patch tokens."""
+    data: DataConfig
+    """The data; every sample has its class as member `cls`."""
+    training: TrainingConfig = TrainingConfig(epochs=200)
+    """The training run."""
+    optim: OptimConfig = OptimConfig(lr=5e-5, warmup=0.0, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=None)
+    """The optimiser and its schedule."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Layer-wise decay: each encoder layer's learning rate is that of the layer above it times this; the classifier has
+    the whole rate, the patch embedding layer_decay ** (depth + 1) of it."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Drop path (stochastic depth, arXiv 1603.09382): share of samples that skip a residual branch in the last layer;
+    it rises linearly from 0 in the first. In CRATE the compression step is one; ISTA has no residual to skip to."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label that is spread over all classes."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation beside crop and flip."""
+    scaling: ScalingConfig = ScalingConfig()
+    """The workers."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_recipe(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        recipe = FINETUNE_RECIPES.get(values.get("recipe", "crate"), {})
+        filled = dict(values)
+        for name, preset in recipe.items():
+            given = values.get(name)
+            if not isinstance(preset, dict):
+                filled.setdefault(name, preset)
+            elif given is None or isinstance(given, dict):
+                filled[name] = {**preset, **(given or {})}
+        for ours, theirs, group in (("epochs", "steps", "training"), ("lr", "base_lr", "optim")):
+            given = values.get(group)
+            if isinstance(given, dict) and given.get(theirs) is not None and given.get(ours) is None:
+                filled[group].pop(ours, None)
+        return filled
+
+    @model_validator(mode="after")
+    def _check_training(self) -> Self:
+        if self.checkpoint.keep_best and not self.data.validation:
+            raise ValueError("checkpoint.keep_best goes by the validation loss; set data.validation")
+        if self.mixes and self.training.batch_size % 2:
+            raise ValueError(
+                f"mixup and cutmix mix pairs of samples, and training.batch_size {self.training.batch_size} is odd; "
+                "use an even one"
+            )
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed in pairs."""
+        return bool(self.augment.mixup or self.augment.cutmix)

@@ -1,0 +1,238 @@
+"""The models' settings, and their published sizes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from crate_ray.config.base import PositiveInt, Settings
+
+PresetName = Literal["tiny", "small", "base", "large"]
+
+
+CRATE_PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"dim": 384, "depth": 12, "num_subspaces": 6},
+    "small": {"dim": 576, "depth": 12, "num_subspaces": 12},
+    "base": {"dim": 768, "depth": 12, "num_subspaces": 12},
+    "large": {"dim": 1024, "depth": 24, "num_subspaces": 16},
+}
+"""The four published sizes (arXiv 2404.02446, appendix). The decoder is as deep as the encoder and p = d / K; both
+follow from the fields' defaults, so that an override of depth or num_subspaces carries them along."""
+
+
+VIT_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"dim": 384, "depth": 12, "num_heads": 6, "decoder_depth": 8, "qkv_bias": False},
+    "small": {"dim": 576, "depth": 12, "num_heads": 12, "decoder_depth": 8, "qkv_bias": False},
+    "base": {
+        "dim": 768, "depth": 12, "num_heads": 12, "decoder_depth": 8, "decoder_num_heads": 16, "qkv_bias": False,
+    },
+    "large": {
+        "dim": 1024, "depth": 24, "num_heads": 16, "decoder_depth": 8, "decoder_num_heads": 16, "qkv_bias": False,
+    },
+    "tiny-matched": {"dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4.125},
+    "small-matched": {"dim": 288, "depth": 12, "num_heads": 6},
+    "base-matched": {"dim": 384, "depth": 12, "num_heads": 6},
+    "large-matched": {"dim": 512, "depth": 24, "num_heads": 8},
+}  # fmt: skip
+"""Baselines. 'base' and 'large' are the ViT-MAE that the CRATE-MAE authors compare with (their mae_vit_base, 143.79 M
+with its frozen tables: MAE's 8 decoder layers at the encoder's width, no qkv bias); 'tiny' and 'small' follow their
+pattern. '-matched' halves a CRATE-MAE preset's width at its depths: a ViT layer has about 12 d² parameters, a CRATE
+layer 3 d²."""
+
+
+def fill_from_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
+    """Give a preset's sizes to the fields that were not set explicitly."""
+    if isinstance(values, dict) and values.get("preset") in presets:
+        return {**presets[values["preset"]], **values}
+    return values
+
+
+def whole_number(value: Any) -> Any:
+    """A number that a command line gave as text, before validation; anything else as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class ImageModelConfig(Settings):
+    """What CRATE-MAE and ViT-MAE have in common: the patch grid and the masked-completion objective."""
+
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
+    """Image side in pixels, or [height, width]."""
+    patch_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 16
+    """Patch side in pixels, or [height, width]; divides the image size."""
+    channels: PositiveInt = 3
+    """Channels of the input: 3 for colour images, 1 for grayscale, any number for .npy grids."""
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """Share of patches hidden from the model; floor(N (1 - mask_ratio)) of N stay visible."""
+    norm_pix_loss: bool = False
+    """Predict each patch's pixels normalised by that patch's mean and variance (MAE) instead of the plain pixels."""
+
+    @field_validator("image_size", "patch_size", mode="before")
+    @classmethod
+    def _one_number_is_a_square(cls, value: Any) -> Any:
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Image height and width in pixels."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def patch_hw(self) -> tuple[int, int]:
+        """Patch height and width in pixels."""
+        return self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size, self.patch_size)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Number of patches down and across."""
+        return self.image_hw[0] // self.patch_hw[0], self.image_hw[1] // self.patch_hw[1]
+
+    @property
+    def num_patches(self) -> int:
+        """Number N of patches of one image."""
+        return self.grid_hw[0] * self.grid_hw[1]
+
+    @property
+    def num_visible(self) -> int:
+        """Number of patches that stay visible: ⌊N (1 − mask_ratio)⌋ (published code)."""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        for side, image, patch in zip(("height", "width"), self.image_hw, self.patch_hw, strict=True):
+            if image % patch:
+                near = dict.fromkeys((image // patch * patch or patch, (image // patch + 1) * patch))
+                raise ValueError(
+                    f"image {side} {image} is not divisible by patch {side} {patch}; "
+                    f"use an image size of {' or '.join(map(str, near))}"
+                )
+        if self.num_visible < 1:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} leaves none of the {self.num_patches} patches visible; lower it"
+            )
+        return self
+
+
+class CrateMAEConfig(ImageModelConfig):
+    """CRATE-MAE (arXiv 2404.02446). The defaults are the published base model at 224²."""
+
+    architecture: Literal["crate_mae"] = "crate_mae"
+    """Which model this is."""
+    preset: PresetName | None = None
+    """Published size; fields set beside it win over its values."""
+    dim: PositiveInt = 768
+    """Token dimension d; divisible by 4 (positions are sine-cosine in 2-D)."""
+    depth: PositiveInt = 12
+    """Number of encoder layers."""
+    decoder_depth: PositiveInt | None = None
+    """Number of decoder layers; by default as many as in the encoder."""
+    num_subspaces: PositiveInt = 12
+    """Number K of subspaces in the codebook U_[K] (the attention heads)."""
+    subspace_dim: PositiveInt | None = None
+    """Dimension p of each subspace; d / K by default. K·p may differ from d."""
+    sparsity_lambda: Annotated[float, Field(ge=0)] = 0.5
+    """λ, the weight of the sparsity penalty in ISTA (published CRATE-MAE: 0.5; supervised CRATE: 0.1)."""
+    step_size: Annotated[float, Field(gt=0)] = 0.1
+    """η, the step size of ISTA (published: 0.1)."""
+    output_map: Literal["learned", "tied"] = "learned"
+    """MSSA's output map: 'learned' W with bias (published), or 'tied' to [U_1 … U_K], the form that the derivation of
+    the compression step gives."""
+    attention: Literal["softmax", "linear"] = "softmax"
+    """Subspace attention: 'softmax' (published), or 'linear', without softmax: the gradient of R^c before the softmax
+    approximation."""
+    decoder_maps: Literal["free", "tied"] = "free"
+    """Decoder parameters: 'free' (published), or 'tied' to the encoder's mirrored layer (V = U, E = Dᵀ), the
+    discretised time reversal in its strict form. 'tied' needs decoder_depth = depth."""
+    encoder_tokens: Literal["all", "visible"] = "all"
+    """What the encoder sees: 'all' N + 1 tokens, masked ones as mask tokens (published), or 'visible' ones only, as in
+    MAE; shows what the mask tokens in the encoder cost and bring."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        values = fill_from_preset(values, CRATE_PRESETS)
+        if isinstance(values, dict):
+            values = dict(values)
+            if values.get("decoder_depth") is None:
+                values["decoder_depth"] = values.get("depth", cls.model_fields["depth"].default)
+            if values.get("subspace_dim") is None:
+                values.pop("subspace_dim", None)
+                dim = whole_number(values.get("dim", cls.model_fields["dim"].default))
+                count = whole_number(values.get("num_subspaces", cls.model_fields["num_subspaces"].default))
+                if isinstance(dim, int) and isinstance(count, int) and count > 0 and dim % count == 0:
+                    values["subspace_dim"] = dim // count
+        return values
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.dim % 4:
+            raise ValueError(f"dim {self.dim} is not divisible by 4, which 2-D sine-cosine positions need")
+        if self.subspace_dim is None:
+            raise ValueError(
+                f"dim {self.dim} is not divisible by num_subspaces {self.num_subspaces}; set subspace_dim explicitly"
+            )
+        if self.decoder_maps == "tied" and self.decoder_depth != self.depth:
+            raise ValueError(
+                f"decoder_maps 'tied' needs decoder_depth equal to depth, got {self.decoder_depth} and {self.depth}"
+            )
+        return self
+
+
+class ViTMAEConfig(ImageModelConfig):
+    """ViT-MAE, the baseline (arXiv 2111.06377), at the configuration of a CRATE-MAE preset or its parameter count."""
+
+    architecture: Literal["vit_mae"] = "vit_mae"
+    """Which model this is."""
+    preset: (
+        Literal["tiny", "small", "base", "large", "tiny-matched", "small-matched", "base-matched", "large-matched"]
+        | None
+    ) = None
+    """A CRATE-MAE preset's width, encoder depth and heads; '-matched' has that preset's parameter count within 2 %.
+    Fields set beside it win over its values."""
+    dim: PositiveInt = 768
+    """Token dimension of the encoder; divisible by 4 and by num_heads."""
+    depth: PositiveInt = 12
+    """Number of encoder layers."""
+    num_heads: PositiveInt = 12
+    """Number of attention heads of the encoder."""
+    decoder_dim: PositiveInt | None = None
+    """Token dimension of the decoder; by default the encoder's."""
+    decoder_depth: PositiveInt | None = None
+    """Number of decoder layers; by default as many as in the encoder."""
+    decoder_num_heads: PositiveInt | None = None
+    """Number of attention heads of the decoder; by default the encoder's."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of the MLP as a multiple of the token dimension."""
+    qkv_bias: bool = True
+    """Biases in the query, key and value projections (MAE: yes; the CRATE-MAE authors' ViT-MAE: no)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        values = fill_from_preset(values, VIT_PRESETS)
+        if isinstance(values, dict):
+            values = dict(values)
+            for name in ("dim", "depth", "num_heads"):
+                if values.get(f"decoder_{name}") is None:
+                    values[f"decoder_{name}"] = values.get(name, cls.model_fields[name].default)
+        return values
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        sizes = (("", self.dim, self.num_heads), ("decoder_", self.decoder_dim or 0, self.decoder_num_heads or 1))
+        for part, dim, heads in sizes:
+            if dim % 4:
+                raise ValueError(f"{part}dim {dim} is not divisible by 4, which 2-D sine-cosine positions need")
+            if dim % heads:
+                raise ValueError(f"{part}dim {dim} is not divisible by {part}num_heads {heads}")
+        return self
+
+
+def _default_architecture(value: Any) -> Any:
+    return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value
+
+
+# ViTMAE first: --help shows the last one's default of a field that both have.
+ModelConfig = Annotated[
+    ViTMAEConfig | CrateMAEConfig, Field(discriminator="architecture"), BeforeValidator(_default_architecture)
+]

@@ -1,0 +1,82 @@
+"""Settings of `crate-ray sweep`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from crate_ray.config.base import PositiveInt, RunName, Settings
+from crate_ray.config.evaluate import ProbeConfig
+from crate_ray.config.storage import S3Config
+from crate_ray.config.training import TrackingConfig
+
+
+class SearchSpace(Settings):
+    """Values that a sweep tries for one setting; set exactly one of the fields."""
+
+    choice: tuple[Any, ...] | None = None
+    """Any of these values."""
+    integers: tuple[int, int] | None = None
+    """Whole numbers from the first to the second, both included."""
+    uniform: tuple[float, float] | None = None
+    """Numbers between the two, all equally likely."""
+    loguniform: tuple[float, float] | None = None
+    """Positive numbers between the two, their logarithms equally likely."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"set exactly one of choice, integers, uniform and loguniform, not {given or 'none'}")
+        values = getattr(self, given[0])
+        if not values:
+            raise ValueError("choice needs at least one value")
+        if given[0] != "choice" and (values[0] >= values[1] or (given[0] == "loguniform" and values[0] <= 0)):
+            raise ValueError(f"{given[0]} needs a smaller and a larger number (positive for loguniform), not {values}")
+        return self
+
+
+class SweepConfig(Settings):
+    """Search over settings of a pretraining run; every trial is a full pretraining run of its own."""
+
+    name: RunName = "sweep"
+    """Name of the sweep. The same name and storage continue it; finished trials are not repeated."""
+    storage: str = "runs"
+    """Local folder or s3://bucket/prefix for the trials' checkpoints and the results."""
+    base: str
+    """YAML file with the pretraining settings that all trials share (jobs/pretrain.py's)."""
+    settings: dict[str, Any] = {}
+    """Dotted pretraining settings that override the base's in all trials, such as {training.steps: 500}."""
+    search: dict[str, SearchSpace]
+    """Dotted pretraining settings to search over, each with its values, such as
+    {model.num_subspaces: {choice: [4, 8]}, optim.lr: {loguniform: [1e-4, 1e-2]}}."""
+    trials: PositiveInt = 8
+    """Number of trials."""
+    max_concurrent: PositiveInt = 1
+    """Trials that run at the same time; each takes scaling.workers of the base."""
+    objective: Literal["validation_loss", "probe_accuracy"] = "validation_loss"
+    """What to optimise: the least masked loss on data.validation, or the best accuracy of a linear probe."""
+    probe: ProbeConfig | None = None
+    """The probe, for objective probe_accuracy."""
+    grace_steps: PositiveInt | None = None
+    """Early stopping by ASHA on the validation loss, after at least so many steps; off by default. Needs
+    training.validate_every and objective validation_loss."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """ASHA keeps one of so many trials at each rung."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the search (Optuna's TPE)."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow: a parent run for the sweep, a child run per trial."""
+    s3: S3Config = S3Config()
+    """Object storage."""
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if self.objective == "probe_accuracy" and self.probe is None:
+            raise ValueError("objective 'probe_accuracy' needs probe.train and probe.test")
+        if self.grace_steps and self.objective != "validation_loss":
+            raise ValueError("grace_steps (ASHA) goes with objective 'validation_loss', which is known during training")
+        if not self.search:
+            raise ValueError("search is empty; name at least one setting to search over")
+        return self

@@ -1,0 +1,1 @@
+"""Which sample goes where: pure functions of seed, epoch and position."""

@@ -1,0 +1,127 @@
+"""One or several datasets to draw from, by weights; their samples are numbered through, dataset after dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import accumulate
+
+from crate_ray.config import Kind, S3Config
+from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.errors import UserError
+from crate_ray.storage.interface import open_storage
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets whose samples can go into one batch, and their shares of it."""
+
+    datasets: tuple[ShardSet, ...]
+    weights: tuple[int, ...]
+    """Shares, in proportion."""
+
+    @classmethod
+    def of(cls, dataset: ShardSet) -> Mixture:
+        """One dataset alone."""
+        return cls((dataset,), (1,))
+
+    @cached_property
+    def first_sample(self) -> tuple[int, ...]:
+        """Number of the first sample of each dataset, and at the end the number of all."""
+        return tuple(accumulate((d.manifest.num_samples for d in self.datasets), initial=0))
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Dataset, and number within the dataset, of a sample."""
+        dataset = bisect_right(self.first_sample, sample) - 1
+        return dataset, sample - self.first_sample[dataset]
+
+    @property
+    def uri(self) -> str:
+        """Where the datasets are, for messages."""
+        return " and ".join(dataset.storage.uri for dataset in self.datasets)
+
+    @property
+    def kind(self) -> Kind:
+        """What the samples are."""
+        return self.datasets[0].manifest.kind
+
+    @property
+    def channels(self) -> int:
+        """Channels of the samples: 3 where any dataset of images has colour."""
+        return max(dataset.manifest.channels for dataset in self.datasets)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all datasets."""
+        return self.first_sample[-1]
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the sizes of all shards."""
+        return sum(dataset.manifest.total_bytes for dataset in self.datasets)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes; None without labels, and for several datasets: each has numbers of its own."""
+        return self.datasets[0].manifest.num_classes if len(self.datasets) == 1 else None
+
+    @property
+    def largest_hw(self) -> tuple[int, int] | None:
+        """Height and width that no sample exceeds, where the manifests tell."""
+        sizes = [(d.manifest.height, d.manifest.width) for d in self.datasets]
+        known = [(height, width) for height, width in sizes if height is not None and width is not None]
+        return (max(h for h, _ in known), max(w for _, w in known)) if len(known) == len(sizes) else None
+
+    @cached_property
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel of what is drawn: those of the datasets, mixed by their weights."""
+        if len(self.datasets) == 1:
+            return self.datasets[0].manifest.mean, self.datasets[0].manifest.std
+        channels, total = self.channels, sum(self.weights)
+        first, second = [0.0] * channels, [0.0] * channels
+        for dataset, weight in zip(self.datasets, self.weights, strict=True):
+            manifest, share = dataset.manifest, weight / total
+            for c in range(channels):
+                mean, std = manifest.mean[c % manifest.channels], manifest.std[c % manifest.channels]
+                first[c] += share * mean
+                second[c] += share * (std**2 + mean**2)
+        return tuple(first), tuple(math.sqrt(max(s - m**2, 0.0)) for m, s in zip(first, second, strict=True))
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the data: that of the dataset's manifest, or of all manifests and weights."""
+        digests = [dataset.manifest.digest() for dataset in self.datasets]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256(json.dumps([digests, self.weights]).encode()).hexdigest()
+
+
+def open_mixture(train: str | Mapping[str, float], s3: S3Config) -> Mixture:
+    """Open the dataset, or the datasets by weight, of a setting such as `data.train`.
+
+    Raises UserError when a dataset is missing, or when images are to be mixed with grids.
+    """
+    addresses = {train: 1.0} if isinstance(train, str) else train
+    datasets = tuple(load_dataset(open_storage(uri, s3)) for uri in addresses)
+    first = datasets[0].manifest
+    for dataset in datasets[1:]:
+        other = dataset.manifest
+        if other.kind != first.kind or (other.kind == "grid" and other.channels != first.channels):
+            raise UserError(
+                f"{datasets[0].storage.uri} holds {first.kind}s of {first.channels} channels and {dataset.storage.uri} "
+                f"{other.kind}s of {other.channels}; only alike ones can be mixed"
+            )
+    return Mixture(datasets, whole_weights(tuple(addresses.values())))
+
+
+def whole_weights(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """The smallest whole numbers in the proportion of some weights, taken as the decimals that they are written as."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    whole = [int(weight * math.lcm(*(w.denominator for w in exact))) for weight in exact]
+    return tuple(weight // math.gcd(*whole) for weight in whole)

@@ -1,0 +1,1 @@
+"""From images or foreign shards to a dataset: packing, indexing, shrinking, the built-in sets."""

@@ -1,0 +1,351 @@
+"""What there is to pack or to index: folders of images or grids, tar shards, and the names of sets of shards.
+
+A source knows names and sizes of its samples; their content is read where it is packed, perhaps on another machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import posixpath
+import re
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
+
+from braceexpand import braceexpand
+
+from crate_ray.data.format.shards import (
+    BLOCK,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    NAMES_NAME,
+    SHARDS_NAME,
+    TABLE_SUFFIX,
+    Table,
+    load_dataset,
+    read_table,
+)
+from crate_ray.data.prepare.statistics import IMAGE_SUFFIXES, some
+from crate_ray.data.prepare.tasks import Report, run_tasks, wants_cluster
+from crate_ray.errors import UserError
+from crate_ray.storage.interface import ObjectInfo, Storage
+
+logger = logging.getLogger(__name__)
+
+THREADS = 8
+"""Samples of a shard that are read and decoded at a time; also shards that are scanned at a time by one process."""
+
+_COMPRESSED_NAME = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+_WILDCARD = re.compile(r"[*?[]")
+_CLASS_BYTES = 2  # of a `cls` member, about
+_GAP_BYTES = 2**16  # so many bytes between members cost less than another request
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Item(NamedTuple):
+    """One sample to pack."""
+
+    name: str
+    """What messages call it."""
+    load: Callable[[], dict[str, bytes]]
+    """Reads or makes its members: content by suffix. It is sent to other machines."""
+    size: int = 0
+    """Bytes that it takes in a shard, tar headers included, as far as is known beforehand."""
+    version: str = ""
+    """Changes when the content does."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples to pack, and what is known about all of them."""
+
+    items: Sequence[Item]
+    classes: tuple[str, ...] | None = None
+    """Names of the classes that `cls` members number."""
+    unsafe_names: Sequence[str] = ()
+    """Members of its shards that no item has for their names, each behind its shard's name."""
+
+
+def size_in_tar(*sizes: int) -> int:
+    """Bytes that members of these sizes take in a tar, headers and padding included."""
+    return sum(BLOCK + size + -size % BLOCK for size in sizes)
+
+
+# --- Samples to pack ------------------------------------------------------------------------------------------------
+
+
+def open_source(storage: Storage, shards: str = "*.tar") -> Source:
+    """Samples of a folder: its images or .npy grids, or else the samples of its .tar shards.
+
+    `a/b.jpg` is a sample of class `a` (where all files lie in folders); `b.mask.png` beside `b.jpg` becomes its
+    `mask.png` member. Files and folders whose names begin with a dot are left out.
+
+    Args:
+        storage: the folder.
+        shards: which shards to take where the folder holds no images: names with wildcards and braces.
+
+    Raises:
+        UserError: there is nothing to pack, or images and grids are mixed.
+    """
+    infos = {info.key: info for info in storage.list() if not _is_hidden(info.key)}
+    names = list(infos)
+    indexed = {PurePosixPath(name).parent for name in names if PurePosixPath(name).name == MANIFEST_NAME}
+    shard_tables = set(tables(names))
+    names = [n for n in names if n not in shard_tables and not _describes_dataset(PurePosixPath(n), indexed)]
+    suffixes = {name: PurePosixPath(name).suffix[1:].lower() for name in names}
+    masks = {name[: -len(".mask.png")]: name for name in names if name.lower().endswith(".mask.png")}
+    mask_names = set(masks.values())
+    images = [name for name in names if suffixes[name] in IMAGE_SUFFIXES and name not in mask_names]
+    grids = [name for name in names if suffixes[name] == "npy"]
+    if images and grids:
+        raise UserError(
+            f"{storage.uri} holds both images ({images[0]}) and grids ({grids[0]}); pack them as two datasets"
+        )
+    files = images or grids
+    if not files:
+        tars = [name for name in names if suffixes[name] == "tar"]
+        if tars:
+            return _shard_source(storage, list_shards(storage, shards), known_classes(storage))
+        raise UserError(
+            f"no images (.jpg .jpeg .png .webp), .npy grids or .tar shards under {storage.uri}"
+            + (f"; it holds {some(names)}" if names else ", which is empty or does not exist")
+        )
+    stems = {name.rpartition(".")[0] for name in files}
+    if lost := [name for stem, name in masks.items() if stem not in stems]:
+        logger.warning("%d masks have no image beside them and are left out: %s", len(lost), some(lost))
+    if others := Counter(f".{suffixes[n]}" for n in names if suffixes[n] not in (*IMAGE_SUFFIXES, "npy")):
+        logger.warning("%d other files are left out (%s)", sum(others.values()), ", ".join(sorted(others)))
+    classes: tuple[str, ...] | None = None
+    if all("/" in name for name in files):
+        classes = tuple(sorted({name.split("/", 1)[0] for name in files}))
+    numbers = {name: number for number, name in enumerate(classes or ())}
+
+    def item(name: str) -> Item:
+        label = str(numbers[name.split("/", 1)[0]]).encode() if classes else None
+        mask = masks.get(name.rpartition(".")[0])
+        parts = [infos[part] for part in (name, mask) if part is not None]
+        return Item(
+            name,
+            partial(_read_files, storage, name, suffixes[name], mask, label),
+            size_in_tar(*(info.size for info in parts), *((_CLASS_BYTES,) if label else ())),
+            " ".join(info.etag for info in parts),
+        )
+
+    return Source([item(name) for name in files], classes)
+
+
+def _read_files(storage: Storage, name: str, suffix: str, mask: str | None, label: bytes | None) -> dict[str, bytes]:
+    members = {suffix: storage.read(name)}
+    if mask is not None:
+        members["mask.png"] = storage.read(mask)
+    if label is not None:
+        members["cls"] = label
+    return members
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or "/." in name
+
+
+def _describes_dataset(name: PurePosixPath, indexed: set[PurePosixPath]) -> bool:
+    """Whether a file belongs to a manifest beside it."""
+    return name.parent in indexed and name.name in (MANIFEST_NAME, SHARDS_NAME, INDEX_NAME, NAMES_NAME)
+
+
+def tables(names: Iterable[str]) -> Iterator[str]:
+    """Those of some files that are tables of shards' members: the shard is beside, or was a .tar."""
+    present = set(names)
+    for name in present:
+        shard = name.removesuffix(TABLE_SUFFIX)
+        if shard != name and (shard in present or shard.endswith(".tar")):
+            yield name
+
+
+def known_classes(storage: Storage) -> tuple[str, ...] | None:
+    """Names of the classes from an earlier manifest, which the shards themselves do not hold."""
+    try:
+        return load_dataset(storage).manifest.classes
+    except UserError:
+        return None
+
+
+def _shard_source(storage: Storage, shards: Sequence[ObjectInfo], classes: tuple[str, ...] | None) -> Source:
+    """Samples of tar shards, members gathered from anywhere in their shard."""
+    found: dict[int, Table] = {}
+    on_cluster = wants_cluster(len(shards), 0, sum(info.size for info in shards))
+    jobs = ((storage, info.key) for info in shards)
+    for number, table in run_tasks(_read_table, jobs, lambda *_: None, on_cluster=on_cluster, threads=THREADS):
+        found[number] = table
+    unsafe = [f"{info.key}: {name}" for number, info in enumerate(shards) for name in found[number].unsafe]
+    items = [
+        Item(
+            f"{info.key}/{row.key}",
+            partial(_read_members, storage, info.key, row.members),
+            size_in_tar(*(size for _, size in row.members.values())),
+            info.etag,
+        )
+        for number, info in enumerate(shards)
+        for row in found.pop(number).rows
+    ]
+    return Source(items, classes, unsafe)
+
+
+def _read_table(job: tuple[Storage, str], _: Report) -> Table:
+    storage, name = job
+    with open_shard(storage, name) as buffer:
+        return read_table(buffer, f"{storage.uri}/{name}")
+
+
+def _read_members(storage: Storage, shard: str, members: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    begin = min(start for start, _ in members.values())
+    end = max(start + size for start, size in members.values())
+    if end - begin > sum(size for _, size in members.values()) + _GAP_BYTES:
+        return {suffix: storage.read(shard, start, size) for suffix, (start, size) in members.items()}
+    data = storage.read(shard, begin, end - begin)
+    return {suffix: data[start - begin : start - begin + size] for suffix, (start, size) in members.items()}
+
+
+# --- Sets of shards -------------------------------------------------------------------------------------------------
+
+
+def split_address(storage: Storage, shards: str) -> tuple[Storage, str]:
+    """Where shards are and what they are called there: those of a storage, or those that whole addresses name.
+
+    Args:
+        storage: where names that are no addresses belong; its settings also open other addresses.
+        shards: names, or addresses (of s3://, file://, or beginning with / ~ ./ or ../) below one folder;
+            with wildcards and braces.
+
+    Raises:
+        UserError: the addresses have no bucket or scheme in common.
+    """
+    if not is_address(shards):
+        return storage, shards
+    addresses = [_absolute(address) for address in _expanded(shards)]
+    schemes = {address.rpartition("://")[0] for address in addresses}
+    paths = [address.rpartition("://")[2] for address in addresses]
+    folders = [posixpath.dirname(_WILDCARD.split(path, maxsplit=1)[0]) for path in paths]
+    try:
+        folder = posixpath.commonpath(folders)
+    except ValueError:  # some are absolute, some are not
+        folder = ""
+    if len(schemes) > 1 or (not folder and any(folders)):
+        raise UserError(f"the shards {shards} are in several buckets or stores; index each of them by itself")
+    (scheme,) = schemes
+    source = storage.at(f"{scheme}://{folder}" if scheme else folder)
+    return source, "::".join(posixpath.relpath(path, folder) for path in paths)
+
+
+def is_address(shards: str) -> bool:
+    """Whether shards are given by whole addresses, not by their names within a storage."""
+    return "://" in shards or shards.startswith(("/", "~", "./", "../"))
+
+
+def _absolute(address: str) -> str:
+    if address.startswith("file:///"):
+        address = address.removeprefix("file://")
+    return address if "://" in address else os.path.abspath(os.path.expanduser(address))  # noqa: PTH100, PTH111 - '..'
+
+
+def find_shards(storage: Storage, shards: str) -> list[str]:
+    """Names of the shards under a storage that a pattern stands for: those of list_shards."""
+    return [info.key for info in list_shards(storage, shards)]
+
+
+def list_shards(storage: Storage, shards: str) -> list[ObjectInfo]:
+    """The shards under a storage that a pattern stands for, in the order of the pattern.
+
+    Args:
+        storage: where they are, in sub-folders too.
+        shards: wildcards as in a shell ('train-*.tar'; '*' goes on into sub-folders), what such a pattern finds being
+            sorted; and braces as in a shell ('train-{00000..00049}.tar', '{train,extra}-*.tar'), each of which must be
+            there. '::' joins several, as in webdataset.
+
+    Raises:
+        UserError: there is no shard for a pattern, or for a name or pattern that its braces stand for.
+    """
+    patterns = _expanded(shards)
+    before = [_WILDCARD.split(pattern, maxsplit=1)[0] for pattern in patterns]
+    prefix = os.path.commonprefix(before)  # noqa: RUF071 - characters, not folders: a listing goes by them
+    present = {info.key: info for info in storage.list(prefix)}
+    names = list(present)
+    visible = [name for name in names if not posixpath.basename(name).startswith(".")]
+    found: dict[str, None] = {}
+    missing = []
+    for pattern in patterns:
+        matches = [pattern] if pattern in present else []
+        if not matches and _WILDCARD.search(pattern):
+            matches = sorted(name for name in visible if fnmatchcase(name, pattern))
+        if not matches:
+            missing.append(pattern)
+        found.update(dict.fromkeys(matches))
+    if missing:
+        compressed = [name for name in names if _COMPRESSED_NAME.search(name) and name not in found]
+        hint = f"; compressed ones such as {compressed[0]} must be decompressed first" if compressed else ""
+        of_set = f" ({len(missing)} of the {len(patterns)} that are named)" if len(patterns) > 1 else ""
+        raise UserError(f"no shards named {some(missing)} under {storage.uri}{of_set}{hint}")
+    return [present[name] for name in found]
+
+
+def _expanded(shards: str) -> list[str]:
+    """The patterns without braces that a pattern stands for."""
+    try:
+        return [name for pattern in shards.split("::") for name in braceexpand(pattern, escape=False)]
+    except ValueError:
+        raise UserError(
+            f"the braces in the shards' names {shards} are not closed; write train-{{00..49}}.tar"
+        ) from None
+
+
+@contextmanager
+def open_shard(storage: Storage, name: str) -> Iterator[mmap.mmap | bytes]:
+    """A whole shard, memory-mapped: the local file itself, or a temporary copy."""
+    path = storage.local_path(name)
+    if path is not None:
+        with map_file(path) as buffer:
+            yield buffer
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "shard.tar"
+        storage.download(name, copy)
+        with map_file(copy) as buffer:
+            yield buffer
+
+
+@contextmanager
+def map_file(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """A local file, memory-mapped."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            yield b""
+            return
+        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped when the last view of it is gone
+
+
+# --- Reading ahead --------------------------------------------------------------------------------------------------
+
+
+def in_order(function: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
+    """Results of a function in the order of its inputs, computed by some threads a little ahead."""
+    with ThreadPoolExecutor(THREADS, "sample") as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for value in inputs:
+                waiting.append(pool.submit(function, value))
+                if len(waiting) >= 2 * THREADS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,242 @@
+"""Measurements to compare with: python jobs/benchmark.py data, order, train, overhead or scaling (an estimate).
+
+A command imports what it measures when it runs: a machine without Ray or boto3 can measure training.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.table import Table
+
+from crate_ray.cli import run_subcommand
+from crate_ray.config import (
+    BenchmarkDataConfig,
+    BenchmarkOrderConfig,
+    BenchmarkOverheadConfig,
+    BenchmarkScalingConfig,
+    BenchmarkTrainConfig,
+)
+from crate_ray.errors import UserError
+from crate_ray.progress import console
+
+_TITLES = {
+    "crate_ray": "ours",
+    "webdataset": "webdataset, {} processes",
+    "spdl": "spdl",
+    "litdata": "litdata, {} processes",
+}
+
+
+def data(config: BenchmarkDataConfig) -> None:
+    """Measure our loader, stock webdataset, spdl and LitData, and show the fastest of each as a table."""
+    from crate_ray.benchmarks.data_loading import compare
+
+    _check_writable(config.json_file)
+    report = compare(config)
+    if config.json_file:
+        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+
+    machine = report["machine"]
+    turbo = "with" if machine["libjpeg_turbo_3"] else "without"
+    table = Table(
+        title=f"{config.image_size} px, batches of {config.batch_size}, "
+        f"fastest of {config.repeats} × {config.seconds:g} s",
+        caption=f"{machine['cpu']}, {machine['cores']} cores, {turbo} libjpeg-turbo 3",
+    )
+    first = next(iter(report["datasets"]))
+    table.add_column("data")
+    table.add_column("loader")
+    same, other = "× webdataset", f"× webdataset on {first}"
+    for heading in ("images/s", "per core", "MB/s", "first batch", "peak memory", same, other):
+        table.add_column(heading, justify="right")
+    notes = []
+    for name, found in report["datasets"].items():
+        for contestant, title in _TITLES.items():
+            if contestant not in found:
+                notes.append(f"{name}: {contestant} is not measured, {found['unavailable'][contestant]}.")
+                continue
+            run = found[contestant]
+            ours = contestant == "crate_ray"
+            memory = run["peak_memory_bytes"]
+            table.add_row(
+                name if ours else "",
+                title.format(run["processes"]),
+                f"{run['images_per_second']:,.0f}",
+                f"{run['images_per_second_per_core']:,.0f}",
+                f"{run['bytes_per_second'] / 1e6:,.1f}",
+                f"{run['first_batch_seconds']:.2f} s",
+                "?" if memory is None else f"{memory / 2**20:,.0f} MiB",
+                f"{found['ratio_on_same_data']:.2f}" if ours else "",
+                f"{found['ratio_vs_webdataset']:.2f}" if ours else "",
+            )
+        if found["floor_images_per_second"] is not None:
+            notes.append(
+                f"{name}: only reading the JPEGs' Huffman codes, down to the last row of a crop, runs at "
+                f"{found['floor_images_per_second']:,.0f} images/s; ours reaches {found['share_of_floor']:.0%} of that."
+            )
+    console().print(table)
+    for note in notes:
+        console().print(note)
+
+
+def order(config: BenchmarkOrderConfig) -> None:
+    """Measure planning and mixing, and show them as a table."""
+    from crate_ray.benchmarks.data_order import measure_order
+
+    _check_writable(config.json_file)
+    report = measure_order(config)
+    if config.json_file:
+        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    planning, mixing = report["planning"], report["distinct_classes"]
+    samples = config.num_shards * config.shard_samples
+    table = Table(title=f"{samples:,} samples in {config.num_shards:,} shards", show_header=False)
+    table.add_row("open manifest and index", f"{planning['open_seconds']:.2f} s")
+    table.add_row("plan, and find a worker's first windows", f"{planning['plan_seconds']:.2f} s")
+    table.add_row("samples of a step anywhere", f"{planning['far_step_seconds'] * 1e3:.1f} ms")
+    table.add_row("memory of its own for all that", f"{planning['own_memory_bytes'] / 2**20:,.0f} MiB")
+    table.add_row("pages of the index that are mapped", f"{planning['mapped_memory_bytes'] / 2**20:,.0f} MiB")
+    console().print(table)
+    table = Table(title=f"classes in a batch of {config.batch_size}, of {config.classes} that lie sorted")
+    table.add_column("loader")
+    table.add_column("distinct classes", justify="right")
+    table.add_row(f"ours, blocks of {mixing['block_samples']:.0f}", f"{mixing['ours']:.0f}")
+    table.add_row("webdataset, its documented buffer", f"{mixing['stock']:.0f}")
+    table.add_row("webdataset, a buffer as large as ours", f"{mixing['stock_with_our_memory']:.0f}")
+    table.add_row("uniform", f"{mixing['uniform']:.0f}")
+    console().print(table)
+
+
+def train(config: BenchmarkTrainConfig) -> None:
+    """Measure training, and show speed and memory as tables."""
+    from crate_ray.benchmarks.training import compare as compare_training
+
+    _check_writable(config.json_file)
+    report = compare_training(config)
+    if config.json_file:
+        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    machine, settings = report["machine"], report["settings"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    peaks = ", ".join(f"{rate / 1e12:,.2f} TFLOP/s in {name}" for name, rate in report["peak_flops"].items())
+    headings = ("model", "images/s", "ms/image", "MFU", "peak memory", "× plain", "at most", "memory / plain")
+    table = Table(
+        title=f"Training at {config.image_size} px, {settings['batch_size']} images a step",
+        caption=f"{where}; MFU of {peaks}; at most: × plain, if a step were only its matrix products at that rate",
+    )
+    for heading in ("size", "precision", *headings):
+        table.add_column(heading, justify="left" if heading in ("size", "precision", "model") else "right")
+    for preset, precisions in report["presets"].items():
+        for precision, found in precisions.items():
+            for contestant in config.contestants:
+                table.add_row(preset, precision, *_training_row(contestant, found))
+    console().print(table)
+    if report["image_sizes"]:
+        title = f"By image size: {settings['presets'][0]}, {config.precisions[0]}"
+        table = Table(title=f"{title}, {settings['image_sizes_batch']} images a step")
+        for heading in ("pixels", *headings):
+            table.add_column(heading, justify="left" if heading == "model" else "right")
+        for side, found in report["image_sizes"].items():
+            for contestant in config.contestants:
+                table.add_row(side, *_training_row(contestant, found))
+        console().print(table)
+
+
+def _training_row(contestant: str, found: dict[str, Any]) -> tuple[str, ...]:
+    run, ours = found[contestant], contestant == "crate_mae"
+    if "failed" in run:
+        return contestant, run["failed"]
+    memory = run["peak_memory_bytes"]
+    return (
+        contestant,
+        f"{run['images_per_second']:,.2f}",
+        f"{1e3 / run['images_per_second']:,.1f}",
+        f"{run['mfu']:.0%}",
+        "?" if memory is None else f"{memory / 2**20:,.0f} MiB",
+        f"{found['ratio_vs_plain']:.2f}" if ours and "ratio_vs_plain" in found else "",
+        f"{found['ratio_limit']:.2f}" if ours and "ratio_limit" in found else "",
+        f"{found['memory_vs_plain']:.2f}" if ours and "memory_vs_plain" in found else "",
+    )
+
+
+def overhead(config: BenchmarkOverheadConfig) -> None:
+    """Measure what a Ray Train job costs beside training, and show it as a table."""
+    from crate_ray.benchmarks.overhead import measure
+
+    _check_writable(config.json_file)
+    report = measure(config)
+    if config.json_file:
+        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    seconds = report["step_seconds"]
+    table = Table(
+        title=f"{config.workers} workers, batches of {config.batch_size}: {seconds['ray_train']:.3f} s a step as a "
+        f"Ray Train job, {seconds['torchrun']:.3f} s bare",
+        caption=f"{report['machine']['cpu']}, {report['machine']['cores']} cores",
+    )
+    table.add_column("beside training")
+    table.add_column("share of the time", justify="right")
+    table.add_row("Ray Train job against bare torchrun", f"{report['ray_overhead']:+.2%}")
+    if report["beside_share"] is not None:
+        table.add_row("cores that Ray and the driver use beside it", f"{report['beside_share']:.2%}")
+    table.add_row("waiting for data", f"{report['data_wait_share']:.2%}")
+    table.add_row(f"logging every {config.log_every} steps", f"{report['logging_share']:.2%}")
+    if found := report.get("checkpoint"):
+        table.add_row(
+            f"a {found['preset']} checkpoint every {found['steps_between']} steps "
+            f"({found['blocking_seconds']:.2f} s blocking, {found['background_seconds']:.1f} s in the background)",
+            f"{found['share']:.2%}",
+        )
+    console().print(table)
+
+
+def scaling(config: BenchmarkScalingConfig) -> None:
+    """Estimate steps on many GPUs, and show them as a table."""
+    from crate_ray.benchmarks.scaling import estimate
+    from crate_ray.comparison.variants import count_parameters
+
+    _check_writable(config.json_file)
+    parameters = count_parameters(config.model)
+    found = {s: [estimate(s, parameters, n, config) for n in config.gpus] for s in ("ddp", "fsdp")}
+    if config.json_file:
+        figures = {s: [vars(e) | {"efficiency": e.efficiency} for e in estimates] for s, estimates in found.items()}
+        report = {"parameters": parameters, **figures}
+        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    table = Table(
+        title=f"Estimate: {parameters / 1e6:.1f} M parameters, batches of {config.batch_size}",
+        caption="ring collectives; computation at mfu of the peak; not a measurement",
+    )
+    for heading in ("GPUs", "images each", "sent", "compute", "ddp: exposed", "share", "fsdp: exposed", "share"):
+        table.add_column(heading, justify="right")
+    for ddp, fsdp in zip(found["ddp"], found["fsdp"], strict=True):
+        shown = [
+            f"{ddp.samples_per_gpu:g}",
+            f"{ddp.bytes_per_gpu / 1e6:,.0f} MB",
+            f"{ddp.compute_seconds * 1e3:,.2f} ms",
+        ]
+        for one in (ddp, fsdp):
+            shown += [f"{one.exposed_seconds * 1e3:,.2f} ms", f"{one.efficiency:.0%}"]
+        table.add_row(str(ddp.gpus), *shown)
+    console().print(table)
+
+
+def _check_writable(json_file: str | None) -> None:
+    """Find out now, rather than when all is measured."""
+    if json_file:
+        try:
+            Path(json_file).open("a").close()
+        except OSError as error:
+            raise UserError(f"cannot write {json_file}: {error.strerror}; name another --json file") from None
+
+
+def run() -> NoReturn:
+    """The command."""
+    run_subcommand(
+        {
+            "data": (BenchmarkDataConfig, data),
+            "order": (BenchmarkOrderConfig, order),
+            "train": (BenchmarkTrainConfig, train),
+            "overhead": (BenchmarkOverheadConfig, overhead),
+            "scaling": (BenchmarkScalingConfig, scaling),
+        }
+    )

@@ -1,0 +1,53 @@
+"""Which checkpoints of a run are kept, and the removal of all others and of what was never finished."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from crate_ray.config import CheckpointConfig
+from crate_ray.runs.checkpoint import Commit, committed, record_name
+from crate_ray.storage.interface import Storage
+
+_DIRECTORY = re.compile(r"(attempt-\d+/step-\d+[^/]*)/")
+
+
+def kept_checkpoints(commits: Sequence[Commit], config: CheckpointConfig) -> list[Commit]:
+    """Of a run's checkpoints (newest first) those to keep: the newest, the best, and one for each so many hours."""
+    kept = list(commits[: config.keep_last])
+    rated = [c for c in commits if c.validation_loss is not None and not math.isnan(c.validation_loss)]
+    kept += sorted(rated, key=lambda c: (c.validation_loss, -c.step))[: config.keep_best]
+    if config.keep_every_hours is not None:
+        last = -math.inf
+        for commit in reversed(commits):
+            if commit.time - last >= config.keep_every_hours * 3600:
+                kept.append(commit)
+                last = commit.time
+    return [commit for commit in commits if commit in kept]
+
+
+def delete_old_checkpoints(run: Storage, config: CheckpointConfig) -> None:
+    """Remove checkpoints that are not to be kept: the record first, so that half a checkpoint never counts."""
+    commits = committed(run)
+    kept = kept_checkpoints(commits, config)
+    named = {f"{commit.directory}/{name}" for commit in kept for name in commit.files}
+    for commit in commits:
+        if commit not in kept:
+            run.delete(record_name(commit))
+            _delete_directory(run, commit.directory, named)
+
+
+def delete_unfinished(run: Storage) -> None:
+    """Remove directories that no commit record names. Only while no worker of this run is uploading."""
+    found = {match[1] for info in run.list("attempt-") if (match := _DIRECTORY.match(info.key))}
+    commits = committed(run)  # after the listing: a directory that has been committed meanwhile counts
+    named = {f"{commit.directory}/{name}" for commit in commits for name in commit.files}
+    for directory in sorted(found - {commit.directory for commit in commits}):
+        _delete_directory(run, directory, named)
+
+
+def _delete_directory(run: Storage, directory: str, named: set[str]) -> None:
+    for info in list(run.list(f"{directory}/")):
+        if info.key not in named:
+            run.delete(info.key)

@@ -1,0 +1,1 @@
+"""All that knows Ray Train: the driver, its workers, and what they tell each other."""
