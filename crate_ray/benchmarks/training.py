@@ -14,11 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from crate_ray.benchmarks.machine import describe_machine
 from crate_ray.config import (
@@ -34,144 +33,14 @@ from crate_ray.config import (
 from crate_ray.errors import UserError
 from crate_ray.memory import peak_memory, resident_memory
 from crate_ray.models import build_model
-from crate_ray.models.autoencoder import sincos_positions
-from crate_ray.models.flops import gpu_peak_flops, plain_training_flops, training_flops
-from crate_ray.models.layers import initialize_weights
+from crate_ray.models.flops import gpu_peak_flops, reference_training_flops, training_flops
+from crate_ray.models.reference import ReferenceCrateMAE
 from crate_ray.training.step import build_optimizer, compile_layers, prepare_cpu, should_compile, train_step
 
 Precision = Literal["bf16", "fp32"]
 
 _WARM_UP_STEPS = 2
 _CHUNK_SECONDS = 0.2  # steps on a GPU are timed in chunks of so long, as it runs behind the program
-
-
-# --- The equations, written out -------------------------------------------------------------------------------------
-
-
-class PlainMSSA(nn.Module):
-    """MSSA(Z) = W [SSA(Z | U_1); …; SSA(Z | U_K)], SSA(Z | U_k) = (U_kᵀZ) softmax((U_kᵀZ)ᵀ(U_kᵀZ) / √p)."""
-
-    def __init__(self, dim: int, num_subspaces: int, subspace_dim: int) -> None:
-        super().__init__()
-        self.num_subspaces, self.subspace_dim = num_subspaces, subspace_dim
-        self.subspaces = nn.Parameter(torch.empty(num_subspaces * subspace_dim, dim))
-        self.output = nn.Linear(num_subspaces * subspace_dim, dim)
-        nn.init.xavier_uniform_(self.subspaces)
-
-    def forward(self, z_BTD: Tensor) -> Tensor:
-        """The update of every token, (B, T, D)."""
-        batch, tokens, _ = z_BTD.shape
-        w_BTC = F.linear(z_BTD, self.subspaces)
-        w_BKTP = w_BTC.reshape(batch, tokens, self.num_subspaces, self.subspace_dim).permute(0, 2, 1, 3)
-        dots_BKTT = torch.matmul(w_BKTP, w_BKTP.transpose(-1, -2)) * self.subspace_dim**-0.5
-        o_BKTP = torch.matmul(dots_BKTT.softmax(dim=-1), w_BKTP)
-        return self.output(o_BKTP.permute(0, 2, 1, 3).reshape(batch, tokens, -1))
-
-
-class PlainISTA(nn.Module):
-    """ISTA(Z) = ReLU(Z + η (DᵀZ − DᵀDZ) − η λ), with three products."""
-
-    def __init__(self, dim: int, step_size: float, sparsity_lambda: float) -> None:
-        super().__init__()
-        self.step_size, self.sparsity_lambda = step_size, sparsity_lambda
-        self.dictionary = nn.Parameter(torch.empty(dim, dim))
-        nn.init.kaiming_uniform_(self.dictionary)
-
-    def forward(self, z_BTD: Tensor) -> Tensor:
-        """Codes (B, T, D)."""
-        reconstructed_BTD = F.linear(z_BTD, self.dictionary)
-        by_reconstruction_BTD = F.linear(reconstructed_BTD, self.dictionary.t())
-        by_tokens_BTD = F.linear(z_BTD, self.dictionary.t())
-        gradient_BTD = self.step_size * (by_tokens_BTD - by_reconstruction_BTD)
-        return F.relu(z_BTD + gradient_BTD - self.step_size * self.sparsity_lambda)
-
-
-class PlainEncoderLayer(nn.Module):
-    """Z½ = Z + MSSA(LN(Z));  Z' = ISTA(LN(Z½))."""
-
-    def __init__(self, config: CrateMAEConfig) -> None:
-        super().__init__()
-        assert config.subspace_dim is not None
-        self.mssa_norm = nn.LayerNorm(config.dim)
-        self.mssa = PlainMSSA(config.dim, config.num_subspaces, config.subspace_dim)
-        self.ista_norm = nn.LayerNorm(config.dim)
-        self.ista = PlainISTA(config.dim, config.step_size, config.sparsity_lambda)
-
-    def forward(self, z_BTD: Tensor) -> Tensor:
-        """Tokens (B, T, D) after this layer."""
-        z_half_BTD = self.mssa(self.mssa_norm(z_BTD)) + z_BTD
-        return self.ista(self.ista_norm(z_half_BTD))
-
-
-class PlainDecoderLayer(nn.Module):
-    """Y½ = E LN(Y);  Y' = Y½ − MSSA(LN(Y½))."""
-
-    def __init__(self, config: CrateMAEConfig) -> None:
-        super().__init__()
-        assert config.subspace_dim is not None
-        self.expansion_norm = nn.LayerNorm(config.dim)
-        self.expansion = nn.Parameter(torch.empty(config.dim, config.dim))
-        self.mssa_norm = nn.LayerNorm(config.dim)
-        self.mssa = PlainMSSA(config.dim, config.num_subspaces, config.subspace_dim)
-        nn.init.kaiming_uniform_(self.expansion)
-
-    def forward(self, y_BTD: Tensor) -> Tensor:
-        """Tokens (B, T, D) after this layer."""
-        y_half_BTD = F.linear(self.expansion_norm(y_BTD), self.expansion)
-        return y_half_BTD - self.mssa(self.mssa_norm(y_half_BTD))
-
-
-class PlainOutput(NamedTuple):
-    """What the forward pass of `PlainCrateMAE` returns."""
-
-    sample_loss: Tensor
-    """Mean squared error over each sample's removed patches, (B,)."""
-    prediction: Tensor
-    """Predicted pixels of every patch, (B, N, X)."""
-
-
-class PlainCrateMAE(nn.Module):
-    """The published CRATE-MAE as its equations read, to compare with; its parameters are named as `CrateMAE`'s."""
-
-    def __init__(self, config: CrateMAEConfig) -> None:
-        super().__init__()
-        assert config.decoder_depth is not None
-        self.patch_hw, self.num_visible = config.patch_hw, config.num_visible
-        patch_numbers = math.prod(config.patch_hw) * config.channels
-        self.patch_embed = nn.Conv2d(config.channels, config.dim, config.patch_hw, config.patch_hw)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.encoder = nn.ModuleList(PlainEncoderLayer(config) for _ in range(config.depth))
-        self.encoder_norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.decoder = nn.ModuleList(PlainDecoderLayer(config) for _ in range(config.decoder_depth))
-        self.decoder_norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.prediction = nn.Linear(config.dim, patch_numbers)
-        self.positions_1ND: Tensor
-        self.register_buffer("positions_1ND", sincos_positions(config.dim, config.grid_hw), persistent=False)
-        initialize_weights(self)
-
-    def forward(self, images_BCHW: Tensor, noise_BN: Tensor) -> PlainOutput:
-        """Mask images, predict their pixels, and compare over the removed patches."""
-        rank_BN = noise_BN.argsort(dim=1, stable=True).argsort(dim=1)
-        mask_BN1 = (rank_BN >= self.num_visible).unsqueeze(-1).to(images_BCHW.dtype)
-        x_BND = self.patch_embed(images_BCHW).flatten(2).transpose(1, 2)
-        x_BND = x_BND * (1 - mask_BN1) + self.mask_token * mask_BN1
-        x_BND = x_BND + self.positions_1ND
-        z_BTD = torch.cat([self.cls_token.expand(len(x_BND), -1, -1), x_BND], dim=1)
-        for layer in self.encoder:
-            z_BTD = layer(z_BTD)
-        y_BTD = self.encoder_norm(z_BTD)
-        for layer in self.decoder:
-            y_BTD = layer(y_BTD)
-        prediction_BNX = self.prediction(self.decoder_norm(y_BTD)[:, 1:])
-
-        (height, width), (batch, channels) = self.patch_hw, images_BCHW.shape[:2]
-        rows, columns = images_BCHW.shape[2] // height, images_BCHW.shape[3] // width
-        target = images_BCHW.reshape(batch, channels, rows, height, columns, width)
-        target_BNX = target.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
-        loss_BN = ((prediction_BNX - target_BNX) ** 2).mean(dim=-1)
-        mask_BN = mask_BN1.squeeze(-1)
-        return PlainOutput((loss_BN * mask_BN).sum(dim=1) / mask_BN.sum(dim=1), prediction_BNX)
 
 
 # --- One measurement ------------------------------------------------------------------------------------------------
@@ -247,9 +116,9 @@ def measure(case: Case) -> Measurement:
     model: nn.Module
     if plain:
         assert isinstance(config, CrateMAEConfig)
-        model = PlainCrateMAE(config).to(device)
+        model = ReferenceCrateMAE(config).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05)
-        flops = plain_training_flops(config, case.batch_size)
+        flops = reference_training_flops(config, case.batch_size)
     else:
         trained = build_model(config).to(device)
         trained.checkpoint_layers = case.activation_checkpointing

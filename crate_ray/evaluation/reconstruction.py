@@ -16,7 +16,7 @@ from crate_ray.data.loader import Batch
 from crate_ray.evaluation.intervals import Estimate, mean
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import MaskedAutoencoder, build_model
-from crate_ray.models.autoencoder import patch_statistics, random_masking
+from crate_ray.models.patches import patch_statistics, random_masking
 from crate_ray.training.step import probe_noise
 
 VISIBLE_MEAN = "visible"

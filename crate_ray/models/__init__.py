@@ -1,8 +1,9 @@
 """What is trained: CRATE-MAE and its baseline ViT-MAE. Plain torch; knows nothing of parallelism, Ray or MLflow."""
 
 from crate_ray.config import CrateMAEConfig, ViTMAEConfig
-from crate_ray.models.autoencoder import Decoded, Encoded, MaskedAutoencoder, MaskedOutput, Masking
-from crate_ray.models.crate_mae import CrateMAE
+from crate_ray.models.autoencoder import Decoded, Encoded, MaskedAutoencoder, MaskedOutput
+from crate_ray.models.crate import CrateMAE
+from crate_ray.models.patches import Masking
 from crate_ray.models.published import export_published, load_published
 from crate_ray.models.vit import ViTMAE
 

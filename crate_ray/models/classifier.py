@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from crate_ray.config import ClassifierConfig, CrateMAEConfig, ViTMAEConfig
 from crate_ray.models.autoencoder import MaskedAutoencoder
-from crate_ray.models.crate_mae import CrateMAE
+from crate_ray.models.crate import CrateMAE
 from crate_ray.models.vit import ViTMAE
 
 _DECODER = ("mask_token", "encoder_norm", "decoder_embed", "decoder", "decoder_norm", "prediction")

@@ -1,12 +1,24 @@
-"""Floating-point operations of one training step, by formula, and what GPUs can do: their ratio over time is the MFU.
+"""Floating-point operations (FLOPs) of a training step, and the peak rate of GPUs. Both give the MFU.
 
-Counted are the matrix products that our models perform, forward and backward, two operations per multiplication and
-addition, as PyTorch's flop counter does; not what is computed a second time to save memory.
+FLOPs are counted by PyTorch's `FlopCounterMode` while a step runs on the meta device, which has shapes but no data. It
+counts matrix products of the forward and the backward pass, as two operations per multiply-add, and no elementwise
+operations. The step runs without activation checkpointing, so nothing is counted twice.
 """
 
 from __future__ import annotations
 
-from crate_ray.config import CrateMAEConfig, ModelConfig, ViTMAEConfig
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_ray.config import CrateMAEConfig, ModelConfig
+from crate_ray.models import build_model
+from crate_ray.models.reference import ReferenceCrateMAE
 
 GPU_PEAK_FLOPS: dict[str, float] = {
     "B200": 2250e12,
@@ -28,87 +40,47 @@ GPU_PEAK_FLOPS: dict[str, float] = {
     "V100": 125e12,
     "T4": 65e12,
 }
-"""FLOP/s in bf16 (V100 and T4: fp16) with fp32 sums and without sparsity, from the makers' data sheets, by a part of
-the name that torch.cuda.get_device_name gives; the first that fits counts."""
+"""Peak FLOP/s in bf16 (V100 and T4: fp16) with fp32 accumulation and without sparsity, from the vendors' data sheets.
+The keys are words of the name that torch.cuda.get_device_name returns; the first match counts."""
 
 
 def gpu_peak_flops(name: str) -> float | None:
-    """Stated peak of a GPU by its name, FLOP/s in bf16; None for one that is not listed."""
+    """Peak FLOP/s in bf16 of a GPU by its name, as its vendor states it; None if the GPU is not listed."""
     words = f" {name.replace('-', ' ')} "
     return next((peak for part, peak in GPU_PEAK_FLOPS.items() if f" {part} " in words), None)
 
 
+@lru_cache(maxsize=256)
 def training_flops(config: ModelConfig, batch_size: int) -> int:
-    """Operations of one forward and backward pass over a batch of images."""
-    if isinstance(config, CrateMAEConfig):
-        return _crate_flops(config, batch_size)
-    return _vit_flops(config, batch_size)
+    """FLOPs of one forward and backward pass of a model over a batch of images."""
+    return _count(build_model, config, batch_size)
 
 
-def plain_training_flops(config: CrateMAEConfig, batch_size: int) -> int:
-    """The same for the published model with its equations written out: three products in each ISTA."""
-    assert config.subspace_dim is not None and config.decoder_depth is not None
-    tokens, dim = batch_size * (1 + config.num_patches), config.dim
-    rows = config.num_subspaces * config.subspace_dim
-    mssa = 2 * tokens * dim * rows + _attention(batch_size, 1 + config.num_patches, rows)
-    encoder = mssa + 3 * tokens * dim * dim
-    decoder = mssa + tokens * dim * dim
-    layers = 6 * (config.depth * encoder + config.decoder_depth * decoder)
-    return layers + _embedding(config, batch_size, dim) + _prediction(config, batch_size, dim)
+@lru_cache(maxsize=256)
+def reference_training_flops(config: CrateMAEConfig, batch_size: int) -> int:
+    """The same for `ReferenceCrateMAE`, whose ISTA takes three products."""
+    return _count(ReferenceCrateMAE, config, batch_size)
 
 
-def _attention(batch: int, tokens: int, rows: int) -> int:
-    """Multiplications of the two products with a map, all heads together."""
-    return 2 * batch * tokens * tokens * rows
+def _count(build: Callable[[Any], nn.Module], config: ModelConfig, batch_size: int) -> int:
+    """Count small models and extrapolate: the layers of a stack are alike, and each layer takes time to count."""
+    assert config.decoder_depth is not None  # set by the config's validation
+
+    def count(depth: int, decoder_depth: int) -> int:
+        with torch.device("meta"):
+            model = build(config.model_copy(update={"depth": depth, "decoder_depth": decoder_depth}))
+        return count_step(model.to("meta"), config, batch_size)  # buffers are on the meta device only now
+
+    smallest = count(1, 1)
+    encoder_layer, decoder_layer = count(2, 1) - smallest, count(1, 2) - smallest
+    return smallest + (config.depth - 1) * encoder_layer + (config.decoder_depth - 1) * decoder_layer
 
 
-def _embedding(config: ModelConfig, batch: int, dim: int) -> int:
-    # The images need no gradient.
-    patch_h, patch_w = config.patch_hw
-    return 4 * batch * config.num_patches * patch_h * patch_w * config.channels * dim
-
-
-def _prediction(config: ModelConfig, batch: int, dim: int) -> int:
-    patch_h, patch_w = config.patch_hw
-    return 6 * batch * config.num_patches * patch_h * patch_w * config.channels * dim
-
-
-def _crate_flops(config: CrateMAEConfig, batch: int) -> int:
-    assert config.subspace_dim is not None and config.decoder_depth is not None
-    dim, rows = config.dim, config.num_subspaces * config.subspace_dim
-
-    def mssa(tokens: int) -> int:
-        if config.attention == "softmax":
-            products = _attention(batch, tokens, rows)
-        else:  # w (wᵀ w): two products with a (p × p) matrix
-            products = 2 * batch * tokens * rows * (rows // config.num_subspaces)
-        return 2 * batch * tokens * dim * rows + products
-
-    def ista(tokens: int) -> int:
-        return batch * tokens * dim * dim * (1 if forms_gram(tokens) else 2)
-
-    def forms_gram(tokens: int) -> bool:
-        return batch * tokens > dim
-
-    seen = 1 + (config.num_visible if config.encoder_tokens == "visible" else config.num_patches)
-    every = 1 + config.num_patches
-    encoder = config.depth * (mssa(seen) + ista(seen))
-    decoder = config.decoder_depth * (mssa(every) + batch * every * dim * dim)
-    # Dᵀ D, a product in each pass, takes the place of the second product of the tokens.
-    gram = 4 * config.depth * dim**3 if forms_gram(seen) else 0
-    return 6 * (encoder + decoder) + gram + _embedding(config, batch, dim) + _prediction(config, batch, dim)
-
-
-def _vit_flops(config: ViTMAEConfig, batch: int) -> int:
-    assert config.decoder_dim is not None and config.decoder_depth is not None
-
-    def layer(tokens: int, dim: int) -> int:
-        linear = 4 * dim * dim + 2 * dim * int(dim * config.mlp_ratio)
-        return batch * tokens * linear + _attention(batch, tokens, dim)
-
-    seen, every = 1 + config.num_visible, 1 + config.num_patches
-    encoder = config.depth * layer(seen, config.dim)
-    decoder = config.decoder_depth * layer(every, config.decoder_dim)
-    between = batch * seen * config.dim * config.decoder_dim
-    ends = _embedding(config, batch, config.dim) + _prediction(config, batch, config.decoder_dim)
-    return 6 * (encoder + decoder + between) + ends
+def count_step(model: nn.Module, config: ModelConfig, batch_size: int) -> int:
+    """FLOPs of a forward and backward pass of a model that is on the meta device."""
+    images = torch.empty(batch_size, config.channels, *config.image_hw, device="meta")
+    noise = torch.empty(batch_size, config.num_patches, device="meta")
+    # Attention as explicit products: the counter does not know every fused kernel.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(images, noise).sample_loss.sum().backward()
+    return counter.get_total_flops()

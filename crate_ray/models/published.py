@@ -19,8 +19,8 @@ from torch import Tensor
 
 from crate_ray.config import CRATE_PRESETS, CrateMAEConfig
 from crate_ray.errors import UserError
-from crate_ray.models.autoencoder import sincos_positions
-from crate_ray.models.crate_mae import CrateMAE
+from crate_ray.models.crate import CrateMAE
+from crate_ray.models.patches import sincos_positions
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 UNUSED = (*POSITION_TABLES, "decoder_embed.weight", "decoder_embed.bias")

@@ -1,4 +1,7 @@
-"""ViT-MAE, the baseline (arXiv 2111.06377): pre-norm transformer blocks, an encoder of visible patches only."""
+"""ViT-MAE, the baseline (arXiv 2111.06377): pre-norm transformer layers and an encoder of visible patches only.
+
+Shapes: B batch, T tokens, D token dimension, K heads, P dimension of a head.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_ray.config import ViTMAEConfig
-from crate_ray.models.autoencoder import MaskedAutoencoder
-from crate_ray.models.layers import initialize_weights
-from crate_ray.models.mssa import attend, merge_subspaces, softmax_attention, split_subspaces
+from crate_ray.models.autoencoder import MaskedAutoencoder, initialize_weights
+from crate_ray.models.kernels.attention import attention, attention_maps, merge_heads, split_heads
 
 NORM_EPS = 1e-6
 
@@ -32,33 +34,33 @@ class TransformerLayer(nn.Module):
         self.mlp_input = nn.Linear(dim, hidden)
         self.mlp_output = nn.Linear(hidden, dim)
 
-    def forward(self, z_BTD: Tensor, scale_BR: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, D) after this layer; scales (B, 2) are those of attention and MLP (drop path)."""
-        attended_BTD = self.attention_output(merge_subspaces(attend(*self._query_key_value(z_BTD))))
-        z_BTD = z_BTD + (attended_BTD if scale_BR is None else scale_BR[:, :1, None] * attended_BTD)
-        hidden_BTD = self.mlp_output(F.gelu(self.mlp_input(self.mlp_norm(z_BTD))))
-        return z_BTD + (hidden_BTD if scale_BR is None else scale_BR[:, 1:, None] * hidden_BTD)
+    def forward(self, z: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) after this layer. `scale` (B, 2) multiplies attention and MLP (drop path)."""
+        attended_BTD = self.attention_output(merge_heads(attention(*self._query_key_value(z))))
+        z_half_BTD = z + (attended_BTD if scale is None else scale[:, :1, None] * attended_BTD)
+        hidden_BTD = self.mlp_output(F.gelu(self.mlp_input(self.mlp_norm(z_half_BTD))))
+        return z_half_BTD + (hidden_BTD if scale is None else scale[:, 1:, None] * hidden_BTD)
 
-    def attention(self, z_BTD: Tensor) -> Tensor:
-        """Attention maps (B, heads, T, T) of this layer for its input tokens."""
-        query_BKTP, key_BKTP, _ = self._query_key_value(z_BTD)
-        return softmax_attention(query_BKTP, key_BKTP)
+    def attention(self, z: Tensor) -> Tensor:
+        """Attention maps (B, K, T, T) of this layer for its input tokens."""
+        query_BKTP, key_BKTP, _ = self._query_key_value(z)
+        return attention_maps(query_BKTP, key_BKTP)
 
-    def keys(self, z_BTD: Tensor) -> Tensor:
+    def keys(self, z: Tensor) -> Tensor:
         """Keys (B, T, D) of this layer's input tokens, all heads side by side."""
-        return merge_subspaces(self._query_key_value(z_BTD)[1])
+        return merge_heads(self._query_key_value(z)[1])
 
     def _query_key_value(self, z_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.qkv(self.attention_norm(z_BTD)).chunk(3, dim=-1)
         heads = self.num_heads
-        return split_subspaces(query, heads), split_subspaces(key, heads), split_subspaces(value, heads)
+        return split_heads(query, heads), split_heads(key, heads), split_heads(value, heads)
 
 
 class ViTMAE(MaskedAutoencoder):
-    """ViT-MAE, of the same interface as `CrateMAE`. See `MaskedAutoencoder` for what it computes around its layers."""
+    """ViT-MAE, with the interface of `CrateMAE`. `MaskedAutoencoder` documents what surrounds the layers."""
 
     def __init__(self, config: ViTMAEConfig) -> None:
-        # Filled in by the config's validation.
+        # Set by the config's validation.
         assert config.decoder_dim is not None
         assert config.decoder_depth is not None
         assert config.decoder_num_heads is not None
@@ -79,5 +81,5 @@ class ViTMAE(MaskedAutoencoder):
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
-        """A preset of `ViTMAEConfig` with fresh weights; overrides are fields of the config."""
+        """A preset of `ViTMAEConfig` with fresh weights. Overrides are config fields."""
         return cls(ViTMAEConfig.model_validate({"preset": preset, **overrides}))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_ray.models import MaskedAutoencoder
-from crate_ray.models.layers import EncoderLayer
+from crate_ray.models.crate import EncoderLayer
 from crate_ray.models.vit import TransformerLayer
 from crate_ray.structure.coding_rate import (
     EPSILON,

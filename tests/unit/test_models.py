@@ -20,17 +20,20 @@ from crate_ray.errors import UserError
 from crate_ray.models import (
     CrateMAE,
     CrateMAEConfig,
+    MaskedOutput,
     ViTMAE,
     ViTMAEConfig,
     build_model,
     export_published,
     load_published,
+    reference,
 )
-from crate_ray.models.autoencoder import patchify, random_masking, sample_losses, sincos_positions, unpatchify
 from crate_ray.models.kernels import cpu_attention
-from crate_ray.models.kernels.cpu_attention import self_attention
+from crate_ray.models.kernels.attention import attention, attention_maps, self_attention
+from crate_ray.models.kernels.ista import gradient_step, relu
 from crate_ray.models.kernels.linear import gram, linear
-from crate_ray.models.mssa import attend, self_attend, softmax_attention
+from crate_ray.models.patches import patchify, random_masking, sample_losses, sincos_positions, unpatchify
+from crate_ray.models.reference import ReferenceCrateMAE
 from tests.unit import numpy_crate
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "parity" / "crate_mae_reference.npz"
@@ -66,47 +69,91 @@ def noise_for(config: ImageModelConfig, batch: int = 2) -> Tensor:
 
 
 @needs_reference
-def test_parity_with_published() -> None:
+@pytest.mark.parametrize("model_class", [CrateMAE, ReferenceCrateMAE])
+def test_parity_with_published(model_class: type[CrateMAE] | type[ReferenceCrateMAE]) -> None:
     with np.load(REFERENCE) as file:
-        reference = {name: file[name] for name in file.files}
-    meta = ast.literal_eval(str(reference["meta"]))
-    state = {name.removeprefix("state."): value for name, value in reference.items() if name.startswith("state.")}
+        published = {name: file[name] for name in file.files}
+    meta = ast.literal_eval(str(published["meta"]))
+    state = {name.removeprefix("state."): value for name, value in published.items() if name.startswith("state.")}
     config = CrateMAEConfig(
         num_subspaces=meta["heads"],
         **{name: value for name, value in meta.items() if name not in ("heads", "loss")},
     )
-    model = load_published(state, config)
-    # The last bits of the float32 table depend on NumPy's code for the processor; take those of the reference.
-    torch.testing.assert_close(model.positions_1ND, torch.from_numpy(state["pos_embed"][:, 1:]), rtol=0, atol=1e-6)
-    model.positions_1ND.copy_(torch.from_numpy(state["pos_embed"][:, 1:]))
+    imported = load_published(state, config)
+    model = model_class(config).double()
+    model.load_state_dict(imported.state_dict())
+    # The last bits of the float32 table depend on NumPy's code for the processor; take those of the published numbers.
+    torch.testing.assert_close(model.positions, torch.from_numpy(state["pos_embed"][:, 1:]), rtol=0, atol=1e-6)
+    model.positions.copy_(torch.from_numpy(state["pos_embed"][:, 1:]))
 
-    images = torch.from_numpy(reference["images"])
-    out = model(images, torch.from_numpy(reference["noise"]), return_layers=True)
+    images = torch.from_numpy(published["images"])
+    out = model(images, torch.from_numpy(published["noise"]), return_layers=True)
     out.loss.backward()
-    unmasked = model.encode(images, return_attention=True, return_keys=True)
     assert out.encoder_layers is not None
     assert out.decoder_layers is not None
-    assert unmasked.attention is not None
-    assert unmasked.keys is not None
     computed = {
         "loss": out.loss,
         "pred": out.prediction,
         "mask": out.mask,
-        "attention_unmasked_last": unmasked.attention[-1],
-        "key_unmasked_last": unmasked.keys[-1],
         **{f"encoder_layer_{i}": z for i, z in enumerate(out.encoder_layers)},
         **{f"decoder_layer_{i}": y for i, y in enumerate(out.decoder_layers)},
     }
+    if isinstance(model, CrateMAE):
+        unmasked = model.encode(images, return_attention=True, return_keys=True)
+        assert unmasked.attention is not None
+        assert unmasked.keys is not None
+        computed["attention_unmasked_last"] = unmasked.attention[-1]
+        computed["key_unmasked_last"] = unmasked.keys[-1]
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert None not in gradients.values()
-    model.load_state_dict(gradients)  # the export's names then hold the gradients
-    computed |= {f"grad.{name}": gradient for name, gradient in export_published(model).items()}
+    imported.load_state_dict(gradients)  # the export's names then hold the gradients
+    computed |= {f"grad.{name}": gradient for name, gradient in export_published(imported).items()}
 
-    compared = [name for name in reference if not name.startswith("state.") and name not in ("meta", "images", "noise")]
+    compared = [name for name in published if not name.startswith("state.") and name not in ("meta", "images", "noise")]
     assert sum(name.startswith("grad.") for name in compared) == len(gradients)
+    if model_class is ReferenceCrateMAE:  # it computes nothing for whole images
+        compared = [name for name in compared if "unmasked" not in name]
     for name in compared:
-        error = np.abs(computed[name].detach().numpy() - reference[name]).max()
+        error = np.abs(computed[name].detach().numpy() - published[name]).max()
         assert error < 1e-10, f"{name}: {error}"
+
+
+# --- The reference --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3])  # fewer tokens than dimensions, and more: two forms of ISTA
+@pytest.mark.parametrize("change", [{}, {"norm_pix_loss": True}, {"mask_ratio": 0.0}])
+def test_model_equals_reference(batch: int, change: dict[str, Any]) -> None:
+    config = CrateMAEConfig(
+        image_size=(12, 16), patch_size=4, channels=2, dim=16, depth=3, decoder_depth=2, num_subspaces=4,
+        subspace_dim=3, **change,
+    )  # fmt: skip
+    models = []
+    for model_class in (CrateMAE, ReferenceCrateMAE):
+        torch.manual_seed(0)
+        models.append(model_class(config).double())
+    ours, plain = models
+    assert isinstance(ours, CrateMAE)
+    assert all(torch.equal(*pair) for pair in zip(ours.parameters(), plain.parameters(), strict=True))
+    with torch.no_grad():
+        for parameter in ours.parameters():  # biases and norms away from 0 and 1
+            parameter += 0.2 * torch.randn_like(parameter)
+    plain.load_state_dict(ours.state_dict())  # strict: the names are the same
+    ours.load_state_dict(plain.state_dict())
+    images, noise = images_for(config, batch, torch.float64), noise_for(config, batch)
+    expected, found = plain(images, noise, return_layers=True), ours(images, noise, return_layers=True)
+    for name in MaskedOutput._fields:
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-10)
+    expected.loss.backward()
+    found.loss.backward()
+    for (name, left), right in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad, rtol=0, atol=1e-10, msg=name)
+
+
+def test_reference_has_the_published_form_only() -> None:
+    for switch in ({"attention": "linear"}, {"output_map": "tied"}, {"encoder_tokens": "visible"}):
+        with pytest.raises(UserError, match="published form only"):
+            ReferenceCrateMAE(CrateMAEConfig(**SMALL, **switch))
 
 
 # --- The equations --------------------------------------------------------------------------------------------------
@@ -160,9 +207,9 @@ def test_equals_equations(config: CrateMAEConfig | ViTMAEConfig, seed: int) -> N
     images = torch.randn(2, config.channels, *config.image_hw, generator=generator, dtype=torch.float64)
     noise = torch.rand(2, config.num_patches, generator=generator)
     state = {name: as_numpy(parameter) for name, parameter in model.named_parameters()}
-    tables = [as_numpy(model.positions_1ND[0]), None]
-    if model.decoder_positions_1ND is not None:
-        tables[1] = as_numpy(model.decoder_positions_1ND[0])
+    tables = [as_numpy(model.positions[0]), None]
+    if model.decoder_positions is not None:
+        tables[1] = as_numpy(model.decoder_positions[0])
 
     def equations(values: dict[str, Any], sample: int, masked: bool = True) -> numpy_crate.Result:
         chosen = noise[sample].numpy() if masked else None
@@ -366,22 +413,41 @@ def test_decoding_whole_images() -> None:
         torch.testing.assert_close(model.reconstruct(model.target(images), images), images)
 
 
-def test_every_form_of_attention_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_attention_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
-    expected = softmax_attention(w, w) @ w
-    explicit = self_attention(w.flatten(0, 1)).unflatten(0, (2, 3))
-    for found in (attend(w, w, w), self_attend(w), explicit):
-        torch.testing.assert_close(found, expected)
+    expected = reference.ssa(w)
+    on_cpu = cpu_attention.self_attention
+    for found in (attention_maps(w, w) @ w, attention(w, w, w), self_attention(w), on_cpu(w.flatten(0, 1))):
+        torch.testing.assert_close(found.reshape(expected.shape), expected)
     monkeypatch.setattr(cpu_attention, "_CACHE_BYTES", 2 * 5 * 5 * 8)  # so that maps are computed in several parts
-    torch.testing.assert_close(self_attention(w.flatten(0, 1)), expected.flatten(0, 1))
-    assert torch.autograd.gradcheck(self_attention, w.detach().flatten(0, 1).requires_grad_())
-    torch.library.opcheck(self_attention, (w.detach().flatten(0, 1).requires_grad_(),))
+    torch.testing.assert_close(on_cpu(w.flatten(0, 1)), expected.flatten(0, 1))
+    assert torch.autograd.gradcheck(on_cpu, w.detach().flatten(0, 1).requires_grad_())
+    torch.library.opcheck(on_cpu, (w.detach().flatten(0, 1).requires_grad_(),))
     low = w.detach().bfloat16().requires_grad_()  # the explicit form on the CPU
-    torch.testing.assert_close(self_attend(low).double(), expected, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(self_attention(low).double(), expected, rtol=0.05, atol=0.02)
     direction = torch.randn_like(expected)
     (gradient,) = torch.autograd.grad((expected * direction).sum(), w)
-    (low_gradient,) = torch.autograd.grad((self_attend(low) * direction).sum(), low)
+    (low_gradient,) = torch.autograd.grad((self_attention(low) * direction).sum(), low)
     torch.testing.assert_close(low_gradient.double(), gradient, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("tokens", [7, 8, 9])  # two products up to d tokens, one for more
+def test_both_forms_of_ista_equal_the_reference(tokens: int) -> None:
+    z, dictionary = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (tokens, 8))
+    expected = reference.ista(z, dictionary, 0.3, 0.5)
+    assert 0 < expected.count_nonzero() < expected.numel()
+
+    def fast() -> Tensor:
+        return relu(gradient_step(z, dictionary, 0.3) - 0.3 * 0.5)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)  # takes another form of ReLU
+    direction = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * direction).sum(), (z, dictionary))
+    for function in (fast, compiled):
+        found = function()
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad((found * direction).sum(), (z, dictionary)), gradients)
 
 
 def test_products_keep_no_copies_of_weights() -> None:

@@ -1,1 +1,1 @@
-"""Fast forms of the model's functions, by device; each is tested against the plain form."""
+"""Fast forms of the models' functions, by device. Each is tested against `models.reference`."""

@@ -1,7 +1,7 @@
-"""Products with weights that keep no copies of the weights for the backward pass.
+"""Matrix products with weights that save no cast copies of the weights for the backward pass.
 
-Under autocast PyTorch keeps every weight once more, rounded, from the forward to the backward pass, which for a small
-batch is much of the memory. Rounding it again there costs less than a hundredth of the product.
+Under autocast, PyTorch saves a cast copy of every weight for the backward pass. With a small batch these copies are a
+large part of the memory. Casting again in the backward pass costs less than 1 % of the product.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias): x (…, I), a parameter (O, I) or the transpose of one, (O,) to (…, O)."""
+    """F.linear(x, weight, bias): x (…, I), weight (O, I) and bias (O,) to (…, O).
+
+    `weight` is a parameter or the transpose of one.
+    """
     dtype = _product_dtype(weight)
-    return F.linear(x, weight, bias) if dtype == weight.dtype else _RoundedLinear.apply(x.to(dtype), weight, bias)
+    return F.linear(x, weight, bias) if dtype == weight.dtype else _CastLinear.apply(x.to(dtype), weight, bias)
 
 
 def gram(weight: Tensor) -> Tensor:
-    """weightᵀ weight, (I, I), of a parameter (O, I), with one product in the backward pass instead of two."""
+    """weightᵀ weight, (I, I), of a parameter (O, I), with one product instead of two in the backward pass."""
     return _Gram.apply(weight, _product_dtype(weight))
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
     device_type = weight.device.type
-    # Autocast leaves float64 as it is, and FSDP may have rounded the weight already.
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+    # Autocast does not cast float64, and FSDP may have cast the weight already. The meta device has no autocast.
+    if weight.dtype == torch.float32 and not weight.is_meta and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return weight.dtype
 
 
-class _RoundedLinear(torch.autograd.Function):
+class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -55,8 +58,8 @@ class _RoundedLinear(torch.autograd.Function):
 class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor, dtype: torch.dtype) -> Tensor:
-        rounded = weight.to(dtype)
-        return rounded.t() @ rounded
+        cast = weight.to(dtype)
+        return cast.t() @ cast
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:

@@ -1,0 +1,288 @@
+"""CRATE-MAE, equation by equation: subspace attention, ISTA, encoder layer, decoder layer, and the whole model.
+
+The white-box masked autoencoder of arXiv 2404.02446, with the switches of its ablations. The numbers of the equations
+are those of docs/equations.md. `reference` has the same model without the fast forms of `kernels`.
+
+Shapes: B batch, T tokens (the paper's N), D token dimension (d), K subspaces, P dimension of each (p), C = K·P. Tokens
+are the rows of a tensor; in the equations they are the columns of Z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from crate_ray.config import CrateMAEConfig
+from crate_ray.models.autoencoder import MaskedAutoencoder, initialize_weights
+from crate_ray.models.kernels.attention import attention_maps, merge_heads, self_attention, split_heads
+from crate_ray.models.kernels.ista import gradient_step, relu
+from crate_ray.models.kernels.linear import linear
+
+# --- Compression: a step that lowers the coding rate R^c(Z | U_[K]) --------------------------------------------------
+
+
+def subspace_attention(coordinates: Tensor) -> Tensor:
+    """SSA(Z | U_k) = (U_kᵀZ) softmax((U_kᵀZ)ᵀ(U_kᵀZ) / √p)    (4)
+
+    Maps the coordinates U_kᵀZ in all subspaces, (B, K, T, P), to (B, K, T, P). They are query, key and value at once.
+    """
+    return self_attention(coordinates)
+
+
+def linear_subspace_attention(coordinates: Tensor) -> Tensor:
+    """(U_kᵀZ)(U_kᵀZ)ᵀ(U_kᵀZ) / (√p T): (4) without softmax, (B, K, T, P) to (B, K, T, P).
+
+    This is the data-dependent part of the coding rate's gradient. With α = p / (T ε²),
+
+        ∇R^c(Z) = α Σ_k U_k U_kᵀZ (I + α (U_kᵀZ)ᵀ(U_kᵀZ))⁻¹ ≈ α Σ_k U_k U_kᵀZ (I − α (U_kᵀZ)ᵀ(U_kᵀZ)).
+
+    The term linear in Z goes into the residual. The other term is, up to its step size, U_k U_kᵀZ times
+    α (U_kᵀZ)ᵀ(U_kᵀZ). ε is free; ε² = p^{3/2} gives α = 1 / (√p T). The expansion
+    softmax(s)_j = (1 + s_j − mean(s)) / T + O(s²) of (4) at s = (U_kᵀZ)ᵀ(U_kᵀZ) / √p has the same term, so both forms
+    have the same scale for any number of tokens.
+    """
+    # (w wᵀ) w = w (wᵀ w), whose cost is linear in the number of tokens.
+    return coordinates @ (coordinates.transpose(-1, -2) @ (coordinates * _linear_scale(coordinates)))
+
+
+def _linear_scale(w_BKTP: Tensor) -> float:
+    return w_BKTP.shape[-1] ** -0.5 / w_BKTP.shape[-2]
+
+
+class MSSA(nn.Module):
+    """MSSA(Z) = W [SSA(Z | U_1); …; SSA(Z | U_K)]    (5)
+
+    Multi-head subspace self-attention, an approximate gradient step on R^c(Z | U_[K]). Weights are not initialised
+    here; see `initialize_weights`.
+
+    Parameters
+    ----------
+    dim, num_subspaces, subspace_dim
+        d, K and p; K·p may differ from d.
+    output_map
+        'learned': W (d × K·p) with a bias, as published. 'tied': W = [U_1 … U_K], as the gradient of R^c gives it,
+        without parameters of its own.
+    attention
+        'softmax', as published, or 'linear'; see `linear_subspace_attention`.
+    own_subspaces
+        False for a decoder layer that gets the encoder's codebook in `forward`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_subspaces: int,
+        subspace_dim: int,
+        *,
+        output_map: Literal["learned", "tied"] = "learned",
+        attention: Literal["softmax", "linear"] = "softmax",
+        own_subspaces: bool = True,
+    ) -> None:
+        super().__init__()
+        rows = num_subspaces * subspace_dim
+        self.num_subspaces = num_subspaces
+        self.linear_attention = attention == "linear"
+        self.subspaces = nn.Parameter(torch.empty(rows, dim)) if own_subspaces else None
+        self.output = nn.Linear(rows, dim) if output_map == "learned" else None
+
+    def reset_parameters(self) -> None:
+        """Draw the codebook Xavier-uniform, as the linear map that it is in the published code."""
+        if self.subspaces is not None:
+            nn.init.xavier_uniform_(self.subspaces)
+
+    def forward(self, z: Tensor, subspaces: Tensor | None = None) -> Tensor:
+        """Update of every token, (B, T, D), from normalised tokens (B, T, D).
+
+        `subspaces` is the codebook (C, D) with the rows U_1ᵀ … U_Kᵀ, for a layer without its own.
+        """
+        codebook_CD = self._codebook(subspaces)
+        w_BKTP = split_heads(linear(z, codebook_CD), self.num_subspaces)
+        o_BKTP = linear_subspace_attention(w_BKTP) if self.linear_attention else subspace_attention(w_BKTP)
+        o_BTC = merge_heads(o_BKTP)
+        if self.output is None:
+            return linear(o_BTC, codebook_CD.t())
+        return linear(o_BTC, self.output.weight, self.output.bias)
+
+    def keys(self, z: Tensor, subspaces: Tensor | None = None) -> Tensor:
+        """Coordinates U_kᵀz of every token in all subspaces, (B, T, K·P)."""
+        return linear(z, self._codebook(subspaces))
+
+    def attention(self, z: Tensor, subspaces: Tensor | None = None) -> Tensor:
+        """Attention maps, (B, K, T, T); entry [.., i, j] is the weight of token j in the update of token i."""
+        w_BKTP = split_heads(self.keys(z, subspaces), self.num_subspaces)
+        if self.linear_attention:
+            return (w_BKTP * _linear_scale(w_BKTP)) @ w_BKTP.transpose(-1, -2)
+        return attention_maps(w_BKTP, w_BKTP)
+
+    def _codebook(self, subspaces_CD: Tensor | None) -> Tensor:
+        codebook_CD = self.subspaces if subspaces_CD is None else subspaces_CD
+        assert codebook_CD is not None, "a tied decoder layer needs the encoder's codebook"
+        return codebook_CD
+
+
+# --- Sparsification: a proximal step on the non-negative LASSO ------------------------------------------------------
+
+
+class ISTA(nn.Module):
+    """ISTA(Z) = ReLU(Z + η Dᵀ(Z − D Z) − η λ)    (6)
+
+    One step of the iterative shrinkage-thresholding algorithm for non-negative codes in the dictionary D ∈ R^{d×d}: a
+    gradient step on the reconstruction error, then the proximal step of λ‖·‖₁ with non-negativity. Weights are not
+    initialised here; see `initialize_weights`.
+
+    Parameters
+    ----------
+    dim
+        d.
+    step_size, sparsity_lambda
+        η and λ.
+    """
+
+    def __init__(self, dim: int, *, step_size: float, sparsity_lambda: float) -> None:
+        super().__init__()
+        self.step_size = step_size
+        self.sparsity_lambda = sparsity_lambda
+        self.dictionary = nn.Parameter(torch.empty(dim, dim))
+
+    def reset_parameters(self) -> None:
+        """Draw D Kaiming-uniform, as published."""
+        nn.init.kaiming_uniform_(self.dictionary)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Sparser, non-negative codes (B, T, D) of normalised tokens (B, T, D)."""
+        return relu(gradient_step(z, self.dictionary, self.step_size) - self.step_size * self.sparsity_lambda)
+
+
+# --- Layers ---------------------------------------------------------------------------------------------------------
+
+
+class EncoderLayer(nn.Module):
+    """Z½ = Z + MSSA(LN(Z));  Z' = ISTA(LN(Z½))    (7)
+
+    Compression, then sparsification. There is no residual around ISTA.
+    """
+
+    num_branches = 1
+    """Residual branches that drop path may skip."""
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__()
+        self.mssa_norm = nn.LayerNorm(config.dim)
+        self.mssa = _build_mssa(config)
+        self.ista_norm = nn.LayerNorm(config.dim)
+        self.ista = ISTA(config.dim, step_size=config.step_size, sparsity_lambda=config.sparsity_lambda)
+
+    def compress(self, z: Tensor) -> Tensor:
+        """Z½, the tokens after the compression step. R^c is measured on them."""
+        return z + self.mssa(self.mssa_norm(z))
+
+    def sparsify(self, z_half: Tensor) -> Tensor:
+        """Z', the tokens after the sparsification step. Sparsity is measured on them."""
+        return self.ista(self.ista_norm(z_half))
+
+    def forward(self, z: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) after this layer. `scale` (B, 1) multiplies the compression step (drop path)."""
+        if scale is None:
+            return self.sparsify(self.compress(z))
+        return self.sparsify(z + scale[:, :1, None] * self.mssa(self.mssa_norm(z)))
+
+    def attention(self, z: Tensor) -> Tensor:
+        """Attention maps (B, K, T, T) of this layer for its input tokens."""
+        return self.mssa.attention(self.mssa_norm(z))
+
+    def keys(self, z: Tensor) -> Tensor:
+        """Subspace coordinates Uᵀ LN(z), (B, T, K·P), of this layer's input tokens."""
+        return self.mssa.keys(self.mssa_norm(z))
+
+
+class DecoderLayer(nn.Module):
+    """Y½ = E LN(Y);  Y' = Y½ − MSSA(LN(Y½))    (8)
+
+    The encoder layer reversed in time: E ∈ R^{d×d} undoes the sparsification, and the step against MSSA the
+    compression. With `decoder_maps` 'tied' the layer has neither E nor a codebook; `forward` gets those of the mirrored
+    encoder layer.
+    """
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__()
+        own = config.decoder_maps == "free"
+        self.expansion_norm = nn.LayerNorm(config.dim)
+        self.expansion = nn.Parameter(torch.empty(config.dim, config.dim)) if own else None
+        self.mssa_norm = nn.LayerNorm(config.dim)
+        self.mssa = _build_mssa(config, own_subspaces=own)
+
+    def reset_parameters(self) -> None:
+        """Draw E Kaiming-uniform, as published."""
+        if self.expansion is not None:
+            nn.init.kaiming_uniform_(self.expansion)
+
+    def forward(self, y: Tensor, expansion: Tensor | None = None, subspaces: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) after this layer. E (D, D) and the codebook (C, D) are given if the layer has none."""
+        expansion_DD = self.expansion if expansion is None else expansion
+        assert expansion_DD is not None, "a tied decoder layer needs the encoder's maps"
+        y_half_BTD = linear(self.expansion_norm(y), expansion_DD)
+        return y_half_BTD - self.mssa(self.mssa_norm(y_half_BTD), subspaces)
+
+
+def _build_mssa(config: CrateMAEConfig, *, own_subspaces: bool = True) -> MSSA:
+    assert config.subspace_dim is not None  # set by the config's validation
+    return MSSA(
+        config.dim,
+        config.num_subspaces,
+        config.subspace_dim,
+        output_map=config.output_map,
+        attention=config.attention,
+        own_subspaces=own_subspaces,
+    )
+
+
+# --- The model ------------------------------------------------------------------------------------------------------
+
+
+def build_layers(config: CrateMAEConfig) -> tuple[Iterable[nn.Module], Iterable[nn.Module]]:
+    """Encoder and decoder layers that a config describes. This is the one place where layers are chosen."""
+    assert config.decoder_depth is not None  # set by the config's validation
+    encoder = (EncoderLayer(config) for _ in range(config.depth))
+    decoder = (DecoderLayer(config) for _ in range(config.decoder_depth))
+    return encoder, decoder
+
+
+class CrateMAE(MaskedAutoencoder):
+    """CRATE-MAE: encoder layers (7) and decoder layers (8) in the masked autoencoder (9)-(11).
+
+    `MaskedAutoencoder` documents what surrounds the layers, and `CrateMAEConfig` the settings. In `forward` every
+    parameter gets a gradient, with every setting. With `decoder_maps` 'tied', decoder layer l uses the codebook U and
+    Dᵀ of encoder layer L − 1 − l; each tensor is stored once.
+    """
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        encoder, decoder = build_layers(config)
+        super().__init__(
+            config,
+            encoder=encoder,
+            decoder=decoder,
+            dim=config.dim,
+            decoder_dim=config.dim,
+            encoder_tokens=config.encoder_tokens,
+        )
+        self.config = config
+        self.tied_decoder = config.decoder_maps == "tied"
+        self.unused_published: dict[str, Tensor] = {}
+        """Tensors of an imported checkpoint that the model does not use, kept for the export; see `published`."""
+        initialize_weights(self)
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> Self:
+        """A published size ('tiny', 'small', 'base' or 'large') with fresh weights. Overrides are config fields."""
+        return cls(CrateMAEConfig.model_validate({"preset": preset, **overrides}))
+
+    def decoder_layer(self, index: int, y: Tensor) -> Tensor:
+        """Tokens after decoder layer `index`, which uses the mirrored encoder layer's maps if they are tied."""
+        if not self.tied_decoder:
+            return super().decoder_layer(index, y)
+        mirrored = cast("EncoderLayer", self.encoder[len(self.encoder) - 1 - index])
+        codebook_CD = cast("Tensor", mirrored.mssa.subspaces)
+        return self.run_layer(self.decoder[index], y, mirrored.ista.dictionary.t(), codebook_CD)
