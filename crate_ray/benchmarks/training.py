@@ -1,4 +1,4 @@
-"""How fast CRATE-MAE trains and in how much memory, next to its equations written out plainly and to ViT-MAE.
+"""Training speed and memory of CRATE-MAE, next to its plain reference model and to ViT-MAE.
 
 Each measurement is a fresh process, `python -m crate_ray.benchmarks.training`: settings in, figures out, JSON. Plain
 torch: no Ray, no MLflow, no object storage.

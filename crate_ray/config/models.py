@@ -1,4 +1,4 @@
-"""The models' settings, and their published sizes."""
+"""Settings of the models, and their published sizes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CRATE_PRESETS: dict[str, dict[str, int]] = {
     "base": {"dim": 768, "depth": 12, "num_subspaces": 12},
     "large": {"dim": 1024, "depth": 24, "num_subspaces": 16},
 }
-"""The four published sizes (arXiv 2404.02446, appendix). The decoder is as deep as the encoder and p = d / K; both
-follow from the fields' defaults, so that an override of depth or num_subspaces carries them along."""
+"""The four published sizes (arXiv 2404.02446, appendix). The decoder is as deep as the encoder, and p = d / K. Both are
+defaults of their fields, so they follow an override of depth or num_subspaces."""
 
 
 VIT_PRESETS: dict[str, dict[str, Any]] = {
@@ -35,37 +35,37 @@ VIT_PRESETS: dict[str, dict[str, Any]] = {
     "base-matched": {"dim": 384, "depth": 12, "num_heads": 6},
     "large-matched": {"dim": 512, "depth": 24, "num_heads": 8},
 }  # fmt: skip
-"""Baselines. 'base' and 'large' are the ViT-MAE that the CRATE-MAE authors compare with (their mae_vit_base, 143.79 M
-with its frozen tables: MAE's 8 decoder layers at the encoder's width, no qkv bias); 'tiny' and 'small' follow their
-pattern. '-matched' halves a CRATE-MAE preset's width at its depths: a ViT layer has about 12 d² parameters, a CRATE
-layer 3 d²."""
+"""Sizes of the baseline. 'base' and 'large' are the ViT-MAE that the authors of CRATE-MAE compare with (their
+mae_vit_base has 143.79 M parameters with its frozen tables): 8 decoder layers at the encoder's width and no qkv bias.
+'tiny' and 'small' follow the same pattern. '-matched' has the depths of a CRATE-MAE preset at half its width, because a
+ViT layer has about 12 d² parameters and a CRATE layer 3 d²."""
 
 
 def fill_from_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
-    """Give a preset's sizes to the fields that were not set explicitly."""
+    """Fill fields that were not set explicitly with a preset's sizes."""
     if isinstance(values, dict) and values.get("preset") in presets:
         return {**presets[values["preset"]], **values}
     return values
 
 
 def whole_number(value: Any) -> Any:
-    """A number that a command line gave as text, before validation; anything else as it is."""
+    """Convert a number that the command line gave as text; return anything else unchanged."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class ImageModelConfig(Settings):
-    """What CRATE-MAE and ViT-MAE have in common: the patch grid and the masked-completion objective."""
+    """Settings that CRATE-MAE and ViT-MAE share: the patch grid and the masked-completion objective."""
 
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
     """Image side in pixels, or [height, width]."""
     patch_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 16
     """Patch side in pixels, or [height, width]; divides the image size."""
     channels: PositiveInt = 3
-    """Channels of the input: 3 for colour images, 1 for grayscale, any number for .npy grids."""
+    """Number of channels of the input: 3 for colour images, 1 for grayscale, any number for .npy grids."""
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
-    """Share of patches hidden from the model; floor(N (1 - mask_ratio)) of N stay visible."""
+    """Share of patches that are removed; floor(N (1 - mask_ratio)) of N patches stay visible."""
     norm_pix_loss: bool = False
-    """Predict each patch's pixels normalised by that patch's mean and variance (MAE) instead of the plain pixels."""
+    """Predict patches that are normalised by their own mean and variance, as in MAE, instead of plain pixels."""
 
     @field_validator("image_size", "patch_size", mode="before")
     @classmethod
@@ -89,7 +89,7 @@ class ImageModelConfig(Settings):
 
     @property
     def num_patches(self) -> int:
-        """Number N of patches of one image."""
+        """Number N of patches in an image."""
         return self.grid_hw[0] * self.grid_hw[1]
 
     @property
@@ -114,38 +114,38 @@ class ImageModelConfig(Settings):
 
 
 class CrateMAEConfig(ImageModelConfig):
-    """CRATE-MAE (arXiv 2404.02446). The defaults are the published base model at 224²."""
+    """CRATE-MAE (arXiv 2404.02446). The defaults are the published base model for 224 × 224 pixels."""
 
     architecture: Literal["crate_mae"] = "crate_mae"
     """Which model this is."""
     preset: PresetName | None = None
-    """Published size; fields set beside it win over its values."""
+    """Published size. Fields that are set explicitly override its values."""
     dim: PositiveInt = 768
-    """Token dimension d; divisible by 4 (positions are sine-cosine in 2-D)."""
+    """Token dimension d; divisible by 4, for 2-D sine-cosine positions."""
     depth: PositiveInt = 12
     """Number of encoder layers."""
     decoder_depth: PositiveInt | None = None
-    """Number of decoder layers; by default as many as in the encoder."""
+    """Number of decoder layers; by default the same as in the encoder."""
     num_subspaces: PositiveInt = 12
-    """Number K of subspaces in the codebook U_[K] (the attention heads)."""
+    """Number K of subspaces in the codebook U_[K], which are the attention heads."""
     subspace_dim: PositiveInt | None = None
-    """Dimension p of each subspace; d / K by default. K·p may differ from d."""
+    """Dimension p of each subspace; by default d / K. K·p may differ from d."""
     sparsity_lambda: Annotated[float, Field(ge=0)] = 0.5
-    """λ, the weight of the sparsity penalty in ISTA (published CRATE-MAE: 0.5; supervised CRATE: 0.1)."""
+    """λ, the weight of the sparsity penalty in ISTA (published code of CRATE-MAE: 0.5; supervised CRATE: 0.1)."""
     step_size: Annotated[float, Field(gt=0)] = 0.1
-    """η, the step size of ISTA (published: 0.1)."""
+    """η, the step size of ISTA (published code: 0.1)."""
     output_map: Literal["learned", "tied"] = "learned"
-    """MSSA's output map: 'learned' W with bias (published), or 'tied' to [U_1 … U_K], the form that the derivation of
-    the compression step gives."""
+    """Output map W of MSSA: 'learned' with a bias (published), or 'tied' to [U_1 … U_K], as the derivation of the
+    compression step gives it."""
     attention: Literal["softmax", "linear"] = "softmax"
-    """Subspace attention: 'softmax' (published), or 'linear', without softmax: the gradient of R^c before the softmax
-    approximation."""
+    """Subspace attention: 'softmax' (published), or 'linear', the gradient of R^c before it is approximated by a
+    softmax."""
     decoder_maps: Literal["free", "tied"] = "free"
-    """Decoder parameters: 'free' (published), or 'tied' to the encoder's mirrored layer (V = U, E = Dᵀ), the
-    discretised time reversal in its strict form. 'tied' needs decoder_depth = depth."""
+    """Maps of a decoder layer: 'free' (published), or 'tied' to those of the mirrored encoder layer (V = U, E = Dᵀ),
+    the strict form of the discretised time reversal. 'tied' needs decoder_depth = depth."""
     encoder_tokens: Literal["all", "visible"] = "all"
-    """What the encoder sees: 'all' N + 1 tokens, masked ones as mask tokens (published), or 'visible' ones only, as in
-    MAE; shows what the mask tokens in the encoder cost and bring."""
+    """Tokens that the encoder sees: 'all' N + 1, with mask tokens for removed patches (published), or the 'visible'
+    ones only, as in MAE."""
 
     @model_validator(mode="before")
     @classmethod
@@ -179,7 +179,7 @@ class CrateMAEConfig(ImageModelConfig):
 
 
 class ViTMAEConfig(ImageModelConfig):
-    """ViT-MAE, the baseline (arXiv 2111.06377), at the configuration of a CRATE-MAE preset or its parameter count."""
+    """ViT-MAE, the baseline (arXiv 2111.06377), with the sizes or the parameter count of a CRATE-MAE preset."""
 
     architecture: Literal["vit_mae"] = "vit_mae"
     """Which model this is."""
@@ -187,8 +187,8 @@ class ViTMAEConfig(ImageModelConfig):
         Literal["tiny", "small", "base", "large", "tiny-matched", "small-matched", "base-matched", "large-matched"]
         | None
     ) = None
-    """A CRATE-MAE preset's width, encoder depth and heads; '-matched' has that preset's parameter count within 2 %.
-    Fields set beside it win over its values."""
+    """Width, encoder depth and heads of a CRATE-MAE preset; '-matched' has that preset's parameter count within 2 %.
+    Fields that are set explicitly override its values."""
     dim: PositiveInt = 768
     """Token dimension of the encoder; divisible by 4 and by num_heads."""
     depth: PositiveInt = 12
@@ -198,13 +198,13 @@ class ViTMAEConfig(ImageModelConfig):
     decoder_dim: PositiveInt | None = None
     """Token dimension of the decoder; by default the encoder's."""
     decoder_depth: PositiveInt | None = None
-    """Number of decoder layers; by default as many as in the encoder."""
+    """Number of decoder layers; by default the same as in the encoder."""
     decoder_num_heads: PositiveInt | None = None
     """Number of attention heads of the decoder; by default the encoder's."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     """Hidden width of the MLP as a multiple of the token dimension."""
     qkv_bias: bool = True
-    """Biases in the query, key and value projections (MAE: yes; the CRATE-MAE authors' ViT-MAE: no)."""
+    """Use biases in the query, key and value projections (MAE: yes; ViT-MAE of the CRATE-MAE authors: no)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -232,7 +232,7 @@ def _default_architecture(value: Any) -> Any:
     return {"architecture": "crate_mae", **value} if isinstance(value, dict) else value
 
 
-# ViTMAE first: --help shows the last one's default of a field that both have.
+# ViT-MAE first: for a field of both models, --help shows the default of the last one.
 ModelConfig = Annotated[
     ViTMAEConfig | CrateMAEConfig, Field(discriminator="architecture"), BeforeValidator(_default_architecture)
 ]

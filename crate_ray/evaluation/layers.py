@@ -17,13 +17,13 @@ from crate_ray.evaluation.intervals import Estimate, bootstrap, mean
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import CrateMAE
 from crate_ray.structure.layerwise import (
+    InversionErrors,
     LayerMeasures,
-    UndoErrors,
     batches,
+    layer_operators,
     measure_codebooks,
+    measure_inversion,
     measure_layers,
-    measure_undoing,
-    view_layer,
 )
 
 _BATCH = 32
@@ -85,8 +85,8 @@ class EncoderStructure(Settings):
     coherence_mean: tuple[float, ...]
     """Mean over pairs of subspaces of the largest cosine of each."""
     undoing: dict[str, tuple[Estimate, ...]] | None
-    """Errors of decoder layers, see structure.layerwise.UndoErrors, first decoder layer first; None where decoder and
-    encoder layers have no counterparts."""
+    """Errors of decoder layers, see structure.layerwise.InversionErrors, first decoder layer first; None if decoder
+    and encoder layers have no counterparts."""
 
 
 class Structure(Settings):
@@ -153,17 +153,17 @@ def trend(values_LB: NDArray[np.float64]) -> Trend:
 def _measure(subject: Subject, images: torch.Tensor, epsilon: float, device: torch.device) -> EncoderStructure:
     model, normalizer = subject.model.to(device), subject.normalizer(device)
     measured: list[LayerMeasures] = []
-    undone: list[UndoErrors] = []
+    undone: list[InversionErrors] = []
     for part in batches(images, _BATCH):
         normalised = normalizer(part.to(device))
         measured.append(measure_layers(model, normalised, epsilon=epsilon))
-        if len(part) > 1 and (errors := measure_undoing(model, normalised)) is not None:
+        if len(part) > 1 and (errors := measure_inversion(model, normalised)) is not None:
             undone.append(errors)
     model.cpu()
     found = LayerMeasures.concatenate(measured)
     layers = vars(found) | {"effective_rank": found.effective_rank.mean(2)}
     largest, means = measure_codebooks(model)
-    heads, size, _ = view_layer(model.encoder[0]).codebook.shape
+    heads, size, _ = layer_operators(model.encoder[0]).codebook.shape
     return EncoderStructure(
         title=subject.title,
         codebook="its own codebook U" if isinstance(model, CrateMAE) else "its key projection, biases left out",
@@ -180,10 +180,10 @@ def _measure(subject: Subject, images: torch.Tensor, epsilon: float, device: tor
     )
 
 
-def _undoing(parts: list[UndoErrors]) -> dict[str, tuple[Estimate, ...]] | None:
+def _undoing(parts: list[InversionErrors]) -> dict[str, tuple[Estimate, ...]] | None:
     if not parts:
         return None
     return {
         field.name: tuple(mean(row) for row in torch.cat([getattr(part, field.name) for part in parts], 1).numpy())
-        for field in dataclasses.fields(UndoErrors)
+        for field in dataclasses.fields(InversionErrors)
     }

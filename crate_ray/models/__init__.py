@@ -1,4 +1,8 @@
-"""What is trained: CRATE-MAE and its baseline ViT-MAE. Plain torch; knows nothing of parallelism, Ray or MLflow."""
+"""The models: CRATE-MAE and its baseline ViT-MAE. Plain torch, without parallelism, Ray or MLflow.
+
+`crate` has the equations of CRATE-MAE on one page, and `reference` the same model in its plainest form. `vit` is the
+baseline. `autoencoder` and `patches` have what both models share: patches, masking and loss.
+"""
 
 from crate_ray.config import CrateMAEConfig, ViTMAEConfig
 from crate_ray.models.autoencoder import Decoded, Encoded, MaskedAutoencoder, MaskedOutput
@@ -24,5 +28,5 @@ __all__ = [
 
 
 def build_model(config: CrateMAEConfig | ViTMAEConfig) -> CrateMAE | ViTMAE:
-    """The model that a config describes, with fresh weights from torch's global generator."""
+    """Build the model that a config describes, with fresh weights from torch's global generator."""
     return CrateMAE(config) if isinstance(config, CrateMAEConfig) else ViTMAE(config)

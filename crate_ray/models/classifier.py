@@ -1,4 +1,4 @@
-"""A classifier on top of the encoder of a masked autoencoder: pooled tokens, LayerNorm, a linear map to classes.
+"""A classifier on the encoder of a masked autoencoder: pooled tokens, LayerNorm, and a linear map to classes.
 
 Shapes: B batch, T tokens, D token dimension, C classes, P residual branches of all layers.
 """
@@ -22,19 +22,19 @@ _DECODER = ("mask_token", "encoder_norm", "decoder_embed", "decoder", "decoder_n
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch is to be classified as, and how drop path treats its samples. Slices as its tensors do."""
+    """Targets of a batch, and its samples' drop-path factors. A slice of it slices the tensors."""
 
     classes: Tensor
-    """Probability of each class, (B, C); one-hot for a plain label."""
+    """Target probability of each class, (B, C); one-hot for a single label."""
     scales: Tensor | None = None
-    """Factor of each residual branch, (B, P): 0 where it is skipped; None where none is."""
+    """Factor of each residual branch, (B, P): 0 for a skipped branch. None if no branch is skipped."""
 
     def __getitem__(self, part: slice) -> Targets:
         return Targets(self.classes[part], None if self.scales is None else self.scales[part])
 
 
 class ClassifierOutput(NamedTuple):
-    """What a classifier returns."""
+    """Result of a classifier's forward pass."""
 
     scores: Tensor
     """Logits of the classes, (B, C) float32."""
@@ -43,10 +43,10 @@ class ClassifierOutput(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """The encoder of CRATE-MAE or ViT-MAE, and a classifier of its last layer's CLS token or mean patch token.
+    """The encoder of CRATE-MAE or ViT-MAE with a head on the last layer's CLS token or mean patch token.
 
-    As in the published fine-tunings, the encoder's own last norm is left out and the head has a fresh one. All weights
-    are fresh, from torch's global generator; `load_encoder` takes those of a pretrained model.
+    As in the published fine-tuning, the encoder's last norm is left out, and the head has its own. All weights are
+    fresh, from torch's global generator; `load_encoder` loads those of a pretrained model.
     """
 
     def __init__(self, encoder: CrateMAEConfig | ViTMAEConfig, config: ClassifierConfig) -> None:
@@ -55,11 +55,11 @@ class Classifier(nn.Module):
         for name in _DECODER:
             delattr(autoencoder, name)
         self.autoencoder: MaskedAutoencoder = autoencoder
-        """The encoder alone; only `embed` and `run_layer` work."""
+        """The model without its decoder; only `embed` and `run_layer` work."""
         self.encoder_config, self.config = encoder, config
         self.norm = nn.LayerNorm(encoder.dim, eps=1e-6)
         self.head = nn.Linear(encoder.dim, config.num_classes)
-        # Small, so that the first steps change the head more than the encoder (MAE).
+        # Small, so that the first steps change the head more than the encoder; from MAE.
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
     @property
     def decoder(self) -> nn.ModuleList:
-        """There is none."""
+        """Empty: a classifier has no decoder."""
         return nn.ModuleList()
 
     @property
@@ -79,18 +79,19 @@ class Classifier(nn.Module):
         return [cast("Any", layer).num_branches for layer in self.encoder]
 
     def load_encoder(self, pretrained: MaskedAutoencoder) -> None:
-        """Take the encoder's weights of a pretrained model of the same configuration."""
+        """Load the encoder's weights of a pretrained model with the same config."""
         weights = pretrained.state_dict()
         self.autoencoder.load_state_dict({name: weights[name] for name in self.autoencoder.state_dict()})
 
-    def forward(self, images_BCHW: Tensor, targets: Targets | Tensor | None = None) -> ClassifierOutput:
-        """Classify normalised images (B, channels, H, W), and compare with targets where they are given.
+    def forward(self, images: Tensor, targets: Targets | Tensor | None = None) -> ClassifierOutput:
+        """Classify normalised images (B, channels, H, W). With targets, also compute the loss.
 
-        Targets may be the class probabilities (B, C) alone. Raises UserError for images of another size.
+        A tensor of target probabilities (B, C) stands for targets without drop path. Raises UserError for images of
+        another size.
         """
         targets = Targets(targets) if isinstance(targets, Tensor) else targets
         scales = None if targets is None or targets.scales is None else targets.scales.split(self.branches, 1)
-        z_BTD, _ = self.autoencoder.embed(images_BCHW)
+        z_BTD, _ = self.autoencoder.embed(images)
         for index, layer in enumerate(self.encoder):
             z_BTD = self.autoencoder.run_layer(layer, z_BTD, *(() if scales is None else (scales[index],)))
         pooled_BD = z_BTD[:, 0] if self.config.pooling == "cls" else z_BTD[:, 1:].mean(1)
@@ -100,6 +101,6 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def class_probabilities(model: Classifier, images_BCHW: Tensor) -> Tensor:
-    """Probabilities of the classes, (B, C) float32, of normalised images."""
-    return model(images_BCHW).scores.softmax(1)
+def class_probabilities(model: Classifier, images: Tensor) -> Tensor:
+    """Class probabilities (B, C) float32 of normalised images (B, channels, H, W)."""
+    return model(images).scores.softmax(1)

@@ -1,4 +1,4 @@
-"""A trained model as two files: model.safetensors, and model.json, which says how to build and how to feed it."""
+"""A trained model as two files: model.safetensors with the weights, and model.json with config and normalisation."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 
 
 class ModelDescription(Settings):
-    """What weights alone do not say."""
+    """What is needed besides the weights to build a model and to prepare its input."""
 
     model: ModelConfig
-    """Architecture and sizes; of a classifier, those of its encoder."""
+    """Config of the model; for a classifier, of its encoder."""
     classifier: ClassifierConfig | None = None
-    """Of a fine-tuned classifier: what is on top of the encoder."""
+    """Config of the head, for a fine-tuned classifier."""
     mean: tuple[float, ...]
-    """Mean per channel that is subtracted from the input (images on the scale 0 to 1)."""
+    """Mean of each channel, subtracted from the input (images are on the scale 0 to 1)."""
     std: tuple[float, ...]
-    """Standard deviation per channel that the input is divided by."""
+    """Standard deviation of each channel; the input is divided by it."""
     kind: Kind
-    """'image': takes encoded or uint8 images; 'grid': float arrays."""
+    """'image': the input is encoded or uint8 images; 'grid': float arrays."""
     dataset: str | None = None
-    """Digest of the training data's manifest."""
+    """Digest of the manifest of the training data."""
     run_key: str | None = None
-    """The run that trained it."""
+    """Key of the run that trained the model."""
     step: int = 0
-    """Optimiser steps behind the weights."""
+    """Number of optimiser steps that the weights were trained for."""
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Loaded values to model input: (x − mean) / std per channel, after uint8 is put on the scale 0 to 1."""
+    """Turns loaded images into model input: (x − mean) / std of each channel. uint8 is first scaled to 0 to 1."""
 
     mean: Tensor
     """(channels, 1, 1)"""
@@ -50,41 +50,43 @@ class Normalizer:
 
     @classmethod
     def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str = "cpu") -> Normalizer:
-        """From per-channel numbers."""
+        """Build from one number per channel."""
         return cls(*(torch.tensor(v, device=device)[:, None, None] for v in (mean, std)))
 
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 or float images, (B, channels, H, W), to normalised float32."""
-        images = images_BCHW.float() / 255 if images_BCHW.dtype == torch.uint8 else images_BCHW.float()
-        return (images - self.mean) / self.std
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalised float32 images of uint8 or float images, (B, channels, H, W)."""
+        images_BCHW = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return (images_BCHW - self.mean) / self.std
 
-    def undo(self, images_BCHW: Tensor) -> Tensor:
-        """Normalised images back to their own scale."""
-        return images_BCHW * self.std + self.mean
+    def undo(self, images: Tensor) -> Tensor:
+        """Images on their original scale (uint8: 0 to 1) of normalised images."""
+        return images * self.std + self.mean
 
 
 def export_model(folder: Path, weights: dict[str, Tensor], description: ModelDescription) -> None:
-    """Write a model into a local folder."""
+    """Write a model's weights and description into a local folder."""
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(weights, folder / WEIGHTS_FILE)
     (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2))
 
 
 def load_exported(folder: Path) -> tuple[MaskedAutoencoder, ModelDescription]:
-    """Masked autoencoder in evaluation mode, and its description, from a local folder.
+    """Load a masked autoencoder, in evaluation mode, and its description from a local folder.
 
-    Raises UserError when the files are missing or do not belong together, or hold a classifier.
+    Raises UserError if the files are missing, do not match, or hold a classifier.
     """
     model, description = load_any(folder)
     if isinstance(model, Classifier):
-        raise UserError("this model is a fine-tuned classifier, a pretrained one is needed; give that")
+        raise UserError(
+            f"{folder} holds a fine-tuned classifier, but a pretrained model is needed; pass the pretrained model"
+        )
     return model, description
 
 
 def load_any(folder: Path) -> tuple[MaskedAutoencoder | Classifier, ModelDescription]:
-    """Masked autoencoder or classifier in evaluation mode, and its description, from a local folder.
+    """Load a masked autoencoder or classifier, in evaluation mode, and its description from a local folder.
 
-    Raises UserError when the files are missing or do not belong together.
+    Raises UserError if the files are missing or do not match.
     """
     try:
         description = ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
@@ -96,5 +98,5 @@ def load_any(folder: Path) -> tuple[MaskedAutoencoder | Classifier, ModelDescrip
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:
         cause = str(error).splitlines()[0]
-        raise UserError(f"{folder} does not hold a model as this version writes them: {cause}") from None
+        raise UserError(f"{folder} does not hold a model that this version can read: {cause}") from None
     return model.eval(), description

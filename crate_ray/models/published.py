@@ -1,6 +1,6 @@
-"""Checkpoints in the form of the published code: import and export, exact in both directions.
+"""Import and export of checkpoints in the form of the published code, exact in both directions.
 
-Files are read as tensors only (`weights_only=True` or safetensors): nothing in them is ever executed.
+Files are read as tensors only (`weights_only=True` or safetensors), so that no code in them is ever executed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from crate_ray.models.patches import sincos_positions
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 UNUSED = (*POSITION_TABLES, "decoder_embed.weight", "decoder_embed.bias")
-"""In every published checkpoint, and no trained part of the model."""
+"""Tensors of every published checkpoint that are not trained."""
 
 POSITION_TOLERANCE = 1e-6
 
@@ -33,23 +33,23 @@ def load_published(
     source: str | Path | Mapping[str, Any],
     config: CrateMAEConfig | None = None,
 ) -> CrateMAE:
-    """CRATE-MAE with the weights of a published checkpoint, in the checkpoint's dtype, on the CPU.
+    """Load a published checkpoint into a CRATE-MAE on the CPU, in the checkpoint's dtype.
 
     Parameters
     ----------
     source
-        A file of `torch.save` or safetensors (by its suffix), or what is in it: tensors or NumPy arrays by published
-        name, plain or under 'model' or 'state_dict', with or without the prefix 'module.'.
+        A safetensors file (by its suffix) or a file of `torch.save`, or the content of one: tensors or NumPy arrays
+        by published name, at the top level or under 'model' or 'state_dict', with or without the prefix 'module.'.
     config
-        The model. By default it is read off the tensors' shapes: a square grid, and the number of subspaces of the
-        preset with the same sizes, because no shape depends on it. What no shape tells (λ, η, mask ratio, loss) is then
-        the published default.
+        Config of the model. By default it is inferred from the tensors' shapes, for a square grid of patches. No shape
+        depends on the number of subspaces, which is that of the preset with the same sizes. Settings that no shape
+        depends on (λ, η, mask ratio, loss) have the published defaults.
 
     Raises
     ------
     UserError
-        If the file is not a checkpoint of tensors, names are missing or unexpected, sizes disagree with the config or
-        do not tell it, dtypes are mixed, or the position tables are not those of the model.
+        If the file is not a checkpoint of tensors, names are missing or unexpected, the config cannot be inferred or
+        disagrees with the sizes, dtypes are mixed, or the position tables are not those of the model.
     """
     state = _plain_state(_read(Path(source)) if isinstance(source, str | Path) else source)
     sizes = _sizes(state)
@@ -63,7 +63,7 @@ def load_published(
     dtypes = {state[name].dtype for name in names}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
         found = ", ".join(sorted(map(str, dtypes)))
-        raise UserError(f"the checkpoint's parameters have the dtypes {found}; convert them to one float dtype")
+        raise UserError(f"the checkpoint's parameters have the dtypes {found}; convert all to one float dtype")
 
     model = CrateMAE(config).to(dtypes.pop())
     own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -73,7 +73,7 @@ def load_published(
         if state[name].shape != own_shapes[own]
     ]
     if wrong:
-        raise UserError(f"tensors of the checkpoint have other shapes than the config gives: {_listing(wrong)}")
+        raise UserError(f"shapes in the checkpoint differ from those of the config: {_listing(wrong)}")
     _check_positions(state, config)
 
     model.load_state_dict({own: state[name] for name, own in names.items()})
@@ -82,20 +82,20 @@ def load_published(
 
 
 def export_published(model: CrateMAE) -> dict[str, Tensor]:
-    """The model's weights under the published names, as copies on the CPU; `load_published` reads them back exactly.
+    """Copies of the model's weights on the CPU, by published name. `load_published` reads them back exactly.
 
-    The published code also has two position tables and a linear map that it does not use: those that the model was
-    imported with, otherwise the tables and zeros.
+    The published code also stores two position tables and a linear map that it does not use. The export has the values
+    that the model was imported with, or else computed tables and a linear map of zeros.
 
     Raises
     ------
     UserError
-        If the published code has no such model (switches of the ablations).
+        If the published code does not have such a model (switches of the ablations).
     """
     _require_published_form(model.config)
     own = model.state_dict()
     exported = {name: own[own_name].detach().cpu().clone() for name, own_name in _parameter_names(model.config)}
-    # Tables in less than float32 would not be recognised as the model's when read back.
+    # load_published would not recognise tables of lower precision than float32.
     dtype = exported["cls_token"].dtype
     table = _position_table(model.config).to(torch.promote_types(dtype, torch.float32))
     dim = model.config.dim
@@ -111,8 +111,8 @@ def export_published(model: CrateMAE) -> dict[str, Tensor]:
 def _parameter_names(config: CrateMAEConfig) -> Iterator[tuple[str, str]]:
     """Pairs (published name, our name) of all parameters.
 
-    Published, `blocks.L.layers.0.0` and `.1` are the layer's first and second operator, each with its norm: MSSA and
-    ISTA in the encoder, the linear map E and MSSA in the decoder.
+    In the published code, `blocks.L.layers.0.0` and `.1` are the first and second operator of layer L, each with its
+    norm. These are MSSA and ISTA in the encoder, and the linear map E and MSSA in the decoder.
     """
     assert config.decoder_depth is not None
     yield from (("cls_token", "cls_token"), ("mask_token", "mask_token"))
@@ -123,18 +123,18 @@ def _parameter_names(config: CrateMAEConfig) -> Iterator[tuple[str, str]]:
         yield f"norm.{part}", f"encoder_norm.{part}"
         yield f"decoder_norm.{part}", f"decoder_norm.{part}"
         yield f"decoder_pred.{part}", f"prediction.{part}"
-    for theirs, ours, depth, mssa_place, map_place, map_norm, map_weight in (
+    for theirs, ours, depth, mssa_index, map_index, map_norm, map_weight in (
         ("blocks", "encoder", config.depth, 0, 1, "ista_norm", "ista.dictionary"),
         ("decoder_blocks", "decoder", config.decoder_depth, 1, 0, "expansion_norm", "expansion"),
     ):
         for index in range(depth):
             layer, own = f"{theirs}.{index}.layers.0", f"{ours}.{index}"
             for part in norm:
-                yield f"{layer}.{mssa_place}.norm.{part}", f"{own}.mssa_norm.{part}"
-                yield f"{layer}.{map_place}.norm.{part}", f"{own}.{map_norm}.{part}"
+                yield f"{layer}.{mssa_index}.norm.{part}", f"{own}.mssa_norm.{part}"
+                yield f"{layer}.{map_index}.norm.{part}", f"{own}.{map_norm}.{part}"
             for name, own_name in mssa.items():
-                yield f"{layer}.{mssa_place}.{name}", f"{own}.mssa.{own_name}"
-            yield f"{layer}.{map_place}.fn.weight", f"{own}.{map_weight}"
+                yield f"{layer}.{mssa_index}.{name}", f"{own}.mssa.{own_name}"
+            yield f"{layer}.{map_index}.fn.weight", f"{own}.{map_weight}"
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -173,7 +173,7 @@ def _plain_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The sizes of the model that the shapes tell, by their name in the config or a description."""
+    """Sizes of the model, inferred from the shapes, by their name in the config or a description."""
     kernel, table, qkv = "patch_embed.proj.weight", "decoder_pos_embed", "blocks.0.layers.0.0.fn.qkv.weight"
     dimensions = {kernel: 4, table: 3, qkv: 2}
     missing = [name for name in dimensions if name not in state]
@@ -203,7 +203,7 @@ def _infer_config(sizes: Mapping[str, Any]) -> CrateMAEConfig:
     patches = sizes["number of patches"]
     side = math.isqrt(max(patches, 0))
     if side < 1 or side * side != patches:
-        raise UserError(f"the checkpoint's {patches} patches are not a square grid; pass config with its image_size")
+        raise UserError(f"the checkpoint's {patches} patches are not a square grid; pass a config with its image_size")
     for preset in CRATE_PRESETS:
         config = CrateMAEConfig.model_validate(
             {
@@ -217,7 +217,7 @@ def _infer_config(sizes: Mapping[str, Any]) -> CrateMAEConfig:
             return config
     raise UserError(
         f"no preset has dim {sizes['dim']}, depth {sizes['depth']} and decoder_depth {sizes['decoder_depth']}, and the "
-        "number of subspaces cannot be read off a checkpoint; pass config"
+        "number of subspaces cannot be inferred from a checkpoint; pass a config"
     )
 
 
@@ -241,7 +241,7 @@ def _check_sizes(sizes: Mapping[str, Any], config: CrateMAEConfig) -> None:
         if sizes[name] != expected
     ]
     if wrong:
-        raise UserError(f"the config does not describe the checkpoint: {'; '.join(wrong)}")
+        raise UserError(f"the config does not match the checkpoint: {'; '.join(wrong)}")
 
 
 def _check_names(state: Mapping[str, Tensor], expected: set[str]) -> None:
@@ -266,7 +266,7 @@ def _check_positions(state: Mapping[str, Tensor], config: CrateMAEConfig) -> Non
             grid = " × ".join(map(str, config.grid_hw))
             raise UserError(
                 f"{name} of the checkpoint differs by up to {difference:.2g} from the sine-cosine positions of a grid "
-                f"of {grid} patches; for another grid pass config with its image_size"
+                f"of {grid} patches; for another grid pass a config with its image_size"
             )
 
 
@@ -279,9 +279,9 @@ def _require_published_form(config: CrateMAEConfig) -> None:
     switches = {"output_map": "learned", "attention": "softmax", "decoder_maps": "free", "encoder_tokens": "all"}
     other = [name for name, value in switches.items() if getattr(config, name) != value]
     if other:
-        raise UserError(f"the published checkpoint form has no {_listing(other)} other than the default")
+        raise UserError(f"published checkpoints exist only with the default of {_listing(other)}")
     if config.num_subspaces == 1 and config.subspace_dim == config.dim:
-        raise UserError("the published model has no output map W for one subspace of the full dimension")
+        raise UserError("the published model has no output map W if there is one subspace of the full dimension")
 
 
 def _listing(names: list[str], limit: int = 8) -> str:

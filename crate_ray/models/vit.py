@@ -36,10 +36,18 @@ class TransformerLayer(nn.Module):
 
     def forward(self, z: Tensor, scale: Tensor | None = None) -> Tensor:
         """Tokens (B, T, D) after this layer. `scale` (B, 2) multiplies attention and MLP (drop path)."""
-        attended_BTD = self.attention_output(merge_heads(attention(*self._query_key_value(z))))
+        attended_BTD = self.attention_branch(z)
         z_half_BTD = z + (attended_BTD if scale is None else scale[:, :1, None] * attended_BTD)
-        hidden_BTD = self.mlp_output(F.gelu(self.mlp_input(self.mlp_norm(z_half_BTD))))
-        return z_half_BTD + (hidden_BTD if scale is None else scale[:, 1:, None] * hidden_BTD)
+        mapped_BTD = self.mlp_branch(z_half_BTD)
+        return z_half_BTD + (mapped_BTD if scale is None else scale[:, 1:, None] * mapped_BTD)
+
+    def attention_branch(self, z: Tensor) -> Tensor:
+        """Attention(LN(z)), (B, T, D)."""
+        return self.attention_output(merge_heads(attention(*self._query_key_value(z))))
+
+    def mlp_branch(self, z_half: Tensor) -> Tensor:
+        """MLP(LN(z½)), (B, T, D)."""
+        return self.mlp_output(F.gelu(self.mlp_input(self.mlp_norm(z_half))))
 
     def attention(self, z: Tensor) -> Tensor:
         """Attention maps (B, K, T, T) of this layer for its input tokens."""

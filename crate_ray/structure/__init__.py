@@ -1,1 +1,1 @@
-"""What the paper claims of layers, measured on any model: coding rate, sparsity, attention."""
+"""What the paper claims about layers, measured on any model: coding rates, sparsity, inversion, attention."""

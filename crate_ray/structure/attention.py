@@ -1,6 +1,6 @@
-"""Where an encoder looks: attention of the CLS token, and the main directions of the keys, as maps of patches.
+"""Maps over the patches of an image: attention of the CLS token, and principal components of the keys.
 
-Shapes: B images, K heads, T = 1 + N tokens (CLS first), N = h·w patches, C = K·P key numbers, M components.
+Shapes: B images, K heads, T = 1 + N tokens (CLS first), N = h·w patches, C = K·P entries of a key, M components.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ class PatchMaps(NamedTuple):
     """Maps over the patch grid of each image, float32 on the CPU."""
 
     attention: Tensor
-    """Attention of the CLS token to each patch, by layer and head, (B, L, K, h, w), without what it gives itself."""
+    """Attention of the CLS token to each patch, by layer and head, (B, L, K, h, w)."""
     components: Tensor
-    """Projections of the last layer's keys onto their first directions, (B, M, h, w); signs are arbitrary."""
+    """The last layer's keys projected onto their principal components, (B, M, h, w); signs are arbitrary."""
 
 
 @torch.no_grad()
-def patch_maps(model: MaskedAutoencoder, images_BCHW: Tensor, num_components: int = 3) -> PatchMaps:
-    """CLS attention of every head, and components of the last keys, of whole normalised images.
+def patch_maps(model: MaskedAutoencoder, images: Tensor, num_components: int = 3) -> PatchMaps:
+    """CLS attention of every head and key components of whole, normalised images (B, channels, H, W).
 
-    Where attention is linear it may be negative; such maps start at their smallest number.
+    Linear attention may be negative; such a map is shifted so that its minimum is 0.
     """
-    encoded = model.encode(images_BCHW, return_attention=True, return_keys=True)
+    encoded = model.encode(images, return_attention=True, return_keys=True)
     assert encoded.attention is not None and encoded.keys is not None
     grid = tuple(model.grid_hw)
     attention_BLKN = torch.stack([layer[:, :, 0, 1:] for layer in encoded.attention], 1).float()
@@ -37,10 +37,13 @@ def patch_maps(model: MaskedAutoencoder, images_BCHW: Tensor, num_components: in
     return PatchMaps(attention_BLKN.unflatten(-1, grid).cpu(), components_BMN.unflatten(-1, grid).cpu())
 
 
-def key_components(keys_BNC: Tensor, num_components: int) -> Tensor:
-    """Coordinates of each image's patches along the first principal directions of its own keys, (B, M, N)."""
-    centred_BNC = keys_BNC - keys_BNC.mean(1, keepdim=True)
+def key_components(keys: Tensor, num_components: int) -> Tensor:
+    """Coordinates (B, M, N) of keys (B, N, C) along the first principal components of each image's own keys.
+
+    Components beyond the number that a small grid has are 0.
+    """
+    centred_BNC = keys - keys.mean(1, keepdim=True)
     left_BNR, values_BR, _ = torch.linalg.svd(centred_BNC, full_matrices=False)
     components_BMN = (left_BNR * values_BR.unsqueeze(1)).transpose(1, 2)[:, :num_components]
-    missing = num_components - components_BMN.shape[1]  # of very small grids
+    missing = num_components - components_BMN.shape[1]
     return torch.nn.functional.pad(components_BMN, (0, 0, 0, missing))

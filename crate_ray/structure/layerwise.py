@@ -1,6 +1,6 @@
-"""What each encoder layer does to the tokens of a batch: compression against its codebook, then sparsification.
+"""Measures of each encoder layer: does it compress the tokens against its codebook, and does it sparsify them?
 
-Works for CRATE, where the codebook is the layer's own, and for a transformer, whose key projection is taken for one.
+They work for CRATE, whose layers have a codebook, and for a transformer, whose key projection is taken as one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crate_ray.models.crate import EncoderLayer
 from crate_ray.models.vit import TransformerLayer
 from crate_ray.structure.coding_rate import (
     EPSILON,
-    codebook_rates,
+    codebook_rate,
     coding_rate,
     coherence,
     effective_rank,
@@ -28,37 +28,38 @@ from crate_ray.structure.coding_rate import (
 from crate_ray.structure.sparsity import gini, zero_share
 
 THRESHOLDS = (0.01, 0.1)
-"""Sizes below which numbers of a token count as small, as multiples of the token's root mean square."""
+"""Entries of a token up to these multiples of the token's root mean square count as small."""
 
 
 @dataclass(frozen=True)
-class LayerView:
+class LayerOperators:
     """The parts of an encoder layer that the measures need."""
 
     codebook: Tensor
-    """U_kᵀ, (K, P, D); of a transformer, its key projection."""
+    """U_kᵀ, (K, P, D); for a transformer, its key projection without biases."""
     norm: Callable[[Tensor], Tensor]
-    """The LayerNorm through which attention sees the tokens."""
-    halves: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """From a layer's input to the tokens after its attention, Z½, and after all of it, Z'."""
+    """The LayerNorm before attention."""
+    attention_step: Callable[[Tensor], Tensor]
+    """The layer's first half: its input Z to Z½, the tokens after attention."""
+    second_step: Callable[[Tensor], Tensor]
+    """The layer's second half: Z½ to its output Z'."""
 
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """Measures of each of L encoder layers on each of B images, (L, B) float64 (one of K subspaces too); tokens
-    include CLS.
+    """Measures of each of L encoder layers on each of B images, (L, B) float64. Tokens include CLS.
 
-    Rates come in three forms, because a rate depends on the scale of tokens and codebook: of the tokens as the layer's
-    attention sees them, LN(Z), against the codebook as it is; of the same against orthonormal bases of the codebook's
-    subspaces (`_span`), in which no learned scale is left; and of the tokens without the norm (`_raw`).
+    A rate depends on the scale of tokens and codebook, so rates come in three forms. The first takes the tokens as
+    attention sees them, LN(Z), and the codebook as it is. `_span` takes orthonormal bases of the codebook's subspaces
+    instead, which removes the codebook's learned scale. `_raw` takes the tokens without the norm.
     """
 
     rate_before: Tensor
     """R^c(LN(Z) | U): the layer's input against its codebook, before the compression step."""
     rate_after: Tensor
-    """R^c(LN(Z½) | U): the same after the compression step; the paper says that it falls from layer to layer."""
+    """R^c(LN(Z½) | U): the same after the compression step. The paper claims that it falls from layer to layer."""
     rate: Tensor
-    """R(LN(Z½)): coding rate of the compressed tokens by themselves."""
+    """R(LN(Z½)): coding rate of the compressed tokens."""
     rate_reduction: Tensor
     """ΔR = R(LN(Z½)) − R^c(LN(Z½) | U)."""
     rate_before_span: Tensor
@@ -76,108 +77,101 @@ class LayerMeasures:
     rate_reduction_raw: Tensor
     """ΔR = R(Z½) − R^c(Z½ | U)."""
     zero_share: Tensor
-    """Share of zeros in Z', the tokens after the sparsification step; the paper says that it rises."""
+    """Share of zeros in Z', the tokens after the sparsification step. The paper claims that it rises."""
     below_01: Tensor
-    """Share of numbers of Z' below 0.01 of their token's root mean square."""
+    """Share of entries of Z' up to 0.01 of their token's root mean square."""
     below_1: Tensor
-    """Share of numbers of Z' below 0.1 of their token's root mean square."""
+    """Share of entries of Z' up to 0.1 of their token's root mean square."""
     gini: Tensor
     """Gini index of Z'."""
     effective_rank: Tensor
-    """Effective rank of U_kᵀ LN(Z½) of each subspace, (L, B, K): from 1 to p."""
+    """Effective rank of U_kᵀ LN(Z½) for each subspace, (L, B, K); from 1 to p."""
 
     def means(self) -> dict[str, list[float]]:
-        """Mean over the images (and subspaces), by measure, layer by layer."""
+        """Mean over images (and subspaces) of each measure, layer by layer."""
         return {name: values.flatten(1).mean(1).tolist() for name, values in vars(self).items()}
 
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
-        """Measures of all images of several batches."""
+        """Join the measures of several batches of images."""
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts], 1) for f in fields(cls)})
 
 
-def view_layer(layer: nn.Module) -> LayerView:
-    """Codebook, norm and steps of an encoder layer of either model."""
+def layer_operators(layer: nn.Module) -> LayerOperators:
+    """Codebook, norm and both halves of an encoder layer of either model."""
     if isinstance(layer, EncoderLayer):
-        assert layer.mssa.subspaces is not None  # an encoder layer owns its codebook
-
-        def halves(z_BTD: Tensor) -> tuple[Tensor, Tensor]:
-            half_BTD = layer.compress(z_BTD)
-            return half_BTD, layer.sparsify(half_BTD)
-
-        return LayerView(layer.mssa.subspaces.unflatten(0, (layer.mssa.num_subspaces, -1)), layer.mssa_norm, halves)
+        assert layer.mssa.subspaces is not None  # an encoder layer has its own codebook
+        codebook = layer.mssa.subspaces.unflatten(0, (layer.mssa.num_subspaces, -1))
+        return LayerOperators(codebook, layer.mssa_norm, layer.compress, layer.sparsify)
     transformer = cast(TransformerLayer, layer)
-    key_CD = transformer.qkv.weight.chunk(3)[1]
-
-    def watch(z_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        # The tokens between attention and MLP are what the MLP's norm is given.
-        seen: list[Tensor] = []
-        handle = transformer.mlp_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            out_BTD = transformer(z_BTD)
-        finally:
-            handle.remove()
-        return seen[0], out_BTD
-
-    return LayerView(key_CD.unflatten(0, (transformer.num_heads, -1)), transformer.attention_norm, watch)
+    keys = transformer.qkv.weight.chunk(3)[1].unflatten(0, (transformer.num_heads, -1))
+    return LayerOperators(
+        keys,
+        transformer.attention_norm,
+        lambda z: z + transformer.attention_branch(z),
+        lambda z_half: z_half + transformer.mlp_branch(z_half),
+    )
 
 
 @torch.no_grad()
 def measure_layers(
-    model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor | None = None, epsilon: float = EPSILON
+    model: MaskedAutoencoder, images: Tensor, noise: Tensor | None = None, epsilon: float = EPSILON
 ) -> LayerMeasures:
-    """Measure the encoder layers on images, whole or masked by noise.
+    """Measure the encoder layers on images (B, channels, H, W), masked if noise (B, N) is given.
 
-    The layers' own maps are applied to the tokens as they are in the model: U_k is the k-th block of p rows of the
-    codebook; biases of a transformer's keys are left out, as a codebook has none.
+    Each layer is measured on the tokens that it gets in the model.
     """
-    rows: list[list[Tensor]] = []
-    z_BTD, _ = model.embed(images_BCHW, noise_BN)
+    layers: list[dict[str, Tensor]] = []
+    z_BTD, _ = model.embed(images, noise)
     for module in model.encoder:
-        layer = view_layer(module)
-        half_BTD, next_BTD = layer.halves(z_BTD)
-        seen_BTD, seen_half_BTD = layer.norm(z_BTD), layer.norm(half_BTD)
-        bases_KPD = orthonormal_bases(layer.codebook)
-
-        def against(tokens_BTD: Tensor, codebook_KPD: Tensor) -> Tensor:
-            return codebook_rates(project(tokens_BTD, codebook_KPD.to(tokens_BTD.dtype)), epsilon).sum(-1)
-
-        after, after_span = against(seen_half_BTD, layer.codebook), against(seen_half_BTD, bases_KPD)
-        after_raw = against(half_BTD, layer.codebook)
-        rate, rate_raw = coding_rate(seen_half_BTD, epsilon), coding_rate(half_BTD, epsilon)
-        relative_BTD = next_BTD / next_BTD.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-        rows.append(
-            [
-                against(seen_BTD, layer.codebook),
-                after,
-                rate,
-                rate - after,
-                against(seen_BTD, bases_KPD),
-                after_span,
-                rate - after_span,
-                against(z_BTD, layer.codebook),
-                after_raw,
-                rate_raw,
-                rate_raw - after_raw,
-                zero_share(next_BTD),
-                *(zero_share(relative_BTD, threshold) for threshold in THRESHOLDS),
-                gini(next_BTD),
-                effective_rank(project(seen_half_BTD, layer.codebook)),
-            ]
-        )
+        layer = layer_operators(module)
+        half_BTD = layer.attention_step(z_BTD)
+        next_BTD = layer.second_step(half_BTD)
+        layers.append(_rates(layer, z_BTD, half_BTD, epsilon) | _sparsity(next_BTD))
         z_BTD = next_BTD
-    return LayerMeasures(*(torch.stack(column).cpu() for column in zip(*rows, strict=True)))
+    return LayerMeasures(**{name: torch.stack([measured[name] for measured in layers]).cpu() for name in layers[0]})
+
+
+def _rates(layer: LayerOperators, z_BTD: Tensor, half_BTD: Tensor, epsilon: float) -> dict[str, Tensor]:
+    codebook_KPD = layer.codebook
+    bases_KPD = orthonormal_bases(codebook_KPD).to(z_BTD.dtype)
+    normed_BTD, normed_half_BTD = layer.norm(z_BTD), layer.norm(half_BTD)
+    rate, rate_raw = coding_rate(normed_half_BTD, epsilon), coding_rate(half_BTD, epsilon)
+    after = codebook_rate(normed_half_BTD, codebook_KPD, epsilon)
+    after_span = codebook_rate(normed_half_BTD, bases_KPD, epsilon)
+    after_raw = codebook_rate(half_BTD, codebook_KPD, epsilon)
+    return {
+        "rate_before": codebook_rate(normed_BTD, codebook_KPD, epsilon),
+        "rate_after": after,
+        "rate": rate,
+        "rate_reduction": rate - after,
+        "rate_before_span": codebook_rate(normed_BTD, bases_KPD, epsilon),
+        "rate_after_span": after_span,
+        "rate_reduction_span": rate - after_span,
+        "rate_before_raw": codebook_rate(z_BTD, codebook_KPD, epsilon),
+        "rate_after_raw": after_raw,
+        "rate_raw": rate_raw,
+        "rate_reduction_raw": rate_raw - after_raw,
+        "effective_rank": effective_rank(project(normed_half_BTD, codebook_KPD)),
+    }
+
+
+def _sparsity(next_BTD: Tensor) -> dict[str, Tensor]:
+    relative_BTD = next_BTD / next_BTD.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    below_01, below_1 = (zero_share(relative_BTD, threshold) for threshold in THRESHOLDS)
+    return {"zero_share": zero_share(next_BTD), "below_01": below_01, "below_1": below_1, "gini": gini(next_BTD)}
 
 
 @torch.no_grad()
 def measure_codebooks(model: MaskedAutoencoder) -> tuple[list[float], list[float]]:
-    """Coherence of each layer's codebook: largest and mean |cosine| between directions of two of its subspaces.
+    """Coherence of each layer's codebook: over pairs of its subspaces, the maximum and the mean of their coherence.
 
-    The mean is over pairs of subspaces, of the largest cosine of each pair. With one subspace both are 0.
+    The coherence of two subspaces is the largest |cosine| between their directions. With a single subspace both
+    numbers are 0.
     """
     largest, means = [], []
     for module in model.encoder:
-        cosines_KK = coherence(view_layer(module).codebook.cpu())
+        cosines_KK = coherence(layer_operators(module).codebook.cpu())
         count = len(cosines_KK)
         pairs = cosines_KK[~torch.eye(count, dtype=torch.bool)]
         largest.append(float(pairs.max()) if count > 1 else 0.0)
@@ -186,29 +180,30 @@ def measure_codebooks(model: MaskedAutoencoder) -> tuple[list[float], list[float
 
 
 @dataclass(frozen=True)
-class UndoErrors:
-    """How far decoder layers are from undoing encoder layers, (L, B) float64; row l is decoder layer l + 1 of L.
+class InversionErrors:
+    """How far decoder layers are from inverting encoder layers, (L, B) float64; row l is decoder layer l + 1 of L.
 
-    Decoder layer l's output is compared with the input of encoder layer L − l + 1, which it is to undo.
+    The output Y of decoder layer l is compared with the input Z of encoder layer L − l + 1, which it is to restore.
     """
 
     relative: Tensor
-    """‖Y − Z‖ / ‖Z‖ over all tokens of an image: 0 where the layer is undone exactly."""
+    """‖Y − Z‖ / ‖Z‖ over all tokens of an image; 0 for an exact inverse."""
     scaled: Tensor
-    """The same with each image's Y times the factor that fits Z best: from 0 to 1."""
+    """The same after each image's Y is multiplied by the factor that fits Z best; from 0 to 1."""
     other_image: Tensor
-    """`scaled` against the tokens of another image of the batch: what is reached by knowing images in general."""
+    """`scaled` against the tokens of another image of the batch: the error of a guess that does not depend on the
+    image."""
 
 
 @torch.no_grad()
-def measure_undoing(model: MaskedAutoencoder, images_BCHW: Tensor) -> UndoErrors | None:
-    """Compare what decoder layers give with what mirrored encoder layers were given, on whole images.
+def measure_inversion(model: MaskedAutoencoder, images: Tensor) -> InversionErrors | None:
+    """Compare the output of decoder layers with the input of the mirrored encoder layers, on whole images.
 
-    None where the decoder has another width or depth than the encoder, so that no layer has a counterpart. Needs two
-    images or more.
+    Needs at least two images (B, channels, H, W). None if decoder and encoder differ in width or depth, so that layers
+    have no counterparts.
     """
-    embedded_BTD, _ = model.embed(images_BCHW)
-    encoded = model.encode(images_BCHW, return_layers=True)
+    embedded_BTD, _ = model.embed(images)
+    encoded = model.encode(images, return_layers=True)
     decoded = model.decode(encoded.tokens, return_layers=True)
     assert encoded.layers is not None and decoded.layers is not None
     if len(encoded.layers) != len(decoded.layers) or decoded.layers[0].shape != embedded_BTD.shape:
@@ -217,24 +212,19 @@ def measure_undoing(model: MaskedAutoencoder, images_BCHW: Tensor) -> UndoErrors
     rows = []
     for y_BTD, z_BTD in zip(decoded.layers, reversed(inputs), strict=True):
         y_BX, z_BX = y_BTD.double().flatten(1), z_BTD.double().flatten(1)
-        rows.append(
-            (
-                torch.linalg.vector_norm(y_BX - z_BX, dim=1) / torch.linalg.vector_norm(z_BX, dim=1),
-                _unexplained(y_BX, z_BX),
-                _unexplained(y_BX, z_BX.roll(1, 0)),
-            )
-        )
-    return UndoErrors(*(torch.stack(column).cpu() for column in zip(*rows, strict=True)))
+        relative_B = torch.linalg.vector_norm(y_BX - z_BX, dim=1) / torch.linalg.vector_norm(z_BX, dim=1)
+        rows.append((relative_B, _scaled_error(y_BX, z_BX), _scaled_error(y_BX, z_BX.roll(1, 0))))
+    return InversionErrors(*(torch.stack(column).cpu() for column in zip(*rows, strict=True)))
 
 
-def _unexplained(y_BX: Tensor, z_BX: Tensor) -> Tensor:
-    """min over a of ‖a y − z‖ / ‖z‖ = √(1 − cos²)."""
+def _scaled_error(y_BX: Tensor, z_BX: Tensor) -> Tensor:
+    """min over a of ‖a y − z‖ / ‖z‖ = √(1 − cos²), (B,)."""
     return (1 - F.cosine_similarity(y_BX, z_BX, dim=1).square()).clamp_min(0).sqrt()
 
 
-def batches(images_BCHW: Tensor, size: int) -> Iterator[Tensor]:
-    """Parts of at least two images, so that each has another one to be compared with."""
-    parts = list(images_BCHW.split(size))
+def batches(images: Tensor, size: int) -> Iterator[Tensor]:
+    """Batches of at least two images, as `measure_inversion` needs."""
+    parts = list(images.split(size))
     if len(parts) > 1 and len(parts[-1]) == 1:
         parts[-2:] = [torch.cat(parts[-2:])]
     yield from parts

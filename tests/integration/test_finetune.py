@@ -173,5 +173,5 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
     assert isinstance(model, Classifier)
     for name, weight in predictor.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
-    with pytest.raises(UserError, match="fine-tuned classifier, a pretrained one is needed"):
+    with pytest.raises(UserError, match="fine-tuned classifier, but a pretrained model is needed"):
         pretrained_model(reference, tracking, S3Config())

@@ -1,7 +1,8 @@
-"""The models' equations written down a second time, in plain NumPy, to test the torch models against.
+"""The models' equations in plain NumPy, to test the torch models against.
 
-Written from the paper (arXiv 2404.02446; MAE for the baseline): one sample, one head and one column (token) matrix
-Z ∈ R^{d×N} at a time. It shares no code with `crate_ray.models`; only the position tables are given.
+They follow the papers (arXiv 2404.02446; MAE for the baseline) with one image and one head at a time, and tokens as
+columns of Z ∈ R^{d×N}. The numbers are those of docs/equations.md. Nothing of `crate_ray.models` is used; the position
+tables are arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ erf = np.vectorize(math.erf, otypes=[np.float64])
 
 @dataclass
 class Result:
-    """Per-sample results; tokens are rows again, as in torch."""
+    """Results for one image, with tokens as rows, as in torch."""
 
     loss: float = 0.0
     mask: Array | None = None
@@ -50,7 +51,7 @@ def softmax_columns(scores: Array) -> Array:
 
 
 def mssa(state: State, config: CrateMAEConfig, name: str, codebook: Array, z: Array) -> tuple[Array, list[Array]]:
-    """MSSA(Z) and each subspace's attention (columns sum to one)."""
+    """MSSA(Z) (5), and each subspace's attention map, whose columns sum to one."""
     p = config.subspace_dim
     assert p is not None
     heads, maps = [], []
@@ -65,11 +66,13 @@ def mssa(state: State, config: CrateMAEConfig, name: str, codebook: Array, z: Ar
 
 
 def ista(config: CrateMAEConfig, D: Array, z: Array) -> Array:
+    """ISTA(Z) (6)."""
     eta, lam = config.step_size, config.sparsity_lambda
     return np.maximum(z + eta * (D.T @ z - D.T @ (D @ z)) - eta * lam, 0)
 
 
 def crate_encoder_layer(state: State, config: CrateMAEConfig, index: int, z: Array, result: Result) -> Array:
+    """Encoder layer (7)."""
     name = f"encoder.{index}"
     codebook = state[f"{name}.mssa.subspaces"]
     normed = norm(state, f"{name}.mssa_norm", z, 1e-5)
@@ -80,6 +83,7 @@ def crate_encoder_layer(state: State, config: CrateMAEConfig, index: int, z: Arr
 
 
 def crate_decoder_layer(state: State, config: CrateMAEConfig, index: int, y: Array) -> Array:
+    """Decoder layer (8)."""
     name, mirrored = f"decoder.{index}", f"encoder.{config.depth - 1 - index}"
     if config.decoder_maps == "tied":
         E, codebook = state[f"{mirrored}.ista.dictionary"].T, state[f"{mirrored}.mssa.subspaces"]
@@ -106,7 +110,7 @@ def transformer_layer(state: State, name: str, heads: int, z: Array, result: Res
 
 
 def cut_patches(config: CrateMAEConfig | ViTMAEConfig, image_CHW: Array) -> list[Array]:
-    """Each patch as (patch height, patch width, channel)."""
+    """Patches of an image, each (patch height, patch width, channel)."""
     (grid_h, grid_w), (h, w) = config.grid_hw, config.patch_hw
     return [
         image_CHW[:, i * h : (i + 1) * h, j * w : (j + 1) * w].transpose(1, 2, 0)
@@ -123,7 +127,10 @@ def forward(
     positions_ND: Array,
     decoder_positions_ND: Array | None,
 ) -> Result:
-    """Everything from one image and its noise (None: no mask, and only the encoder) to the loss."""
+    """The whole model for one image, from mask (9) and tokens (10) to the loss (11).
+
+    Without noise the image is not masked, and only the encoder runs.
+    """
     result = Result()
     crate = isinstance(config, CrateMAEConfig)
     visible_only = not crate or config.encoder_tokens == "visible"

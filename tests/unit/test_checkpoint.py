@@ -508,7 +508,7 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(run: LocalStorage, 
         lambda path: torch.save(Payload(made), path),
     ):
         attack(folder / "model.safetensors")
-        with pytest.raises(UserError, match=r"model does not hold a model as this version writes them: .+"):
+        with pytest.raises(UserError, match=r"model does not hold a model that this version can read: .+"):
             load_exported(folder)
         assert not made.exists()
     # One in a checkpoint, with its right digest, is refused by safetensors.
@@ -534,5 +534,5 @@ def test_a_folder_that_holds_no_model_is_explained(tmp_path: Path) -> None:
         load_exported(folder)
     for content in (b"{}", b"\xff\xfe\x00", b""):
         (folder / "model.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"does not hold a model as this version writes them: \d+ validation error"):
+        with pytest.raises(UserError, match=r"does not hold a model that this version can read: \d+ validation error"):
             load_exported(folder)

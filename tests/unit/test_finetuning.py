@@ -395,7 +395,7 @@ def test_a_resumed_run_goes_on_bitwise_the_same(digits: str, tmp_path: Path) -> 
     with torch.no_grad():
         scores = resumed.model.eval()(Normalizer.of(run.record.mean, run.record.std)(images)).scores
     torch.testing.assert_close(predictor(predictor.load(list(pixels))), scores.softmax(1))
-    with pytest.raises(UserError, match="fine-tuned classifier, a pretrained one is needed"):
+    with pytest.raises(UserError, match="fine-tuned classifier, but a pretrained model is needed"):
         load_exported(tmp_path / "model")
 
 

@@ -120,13 +120,13 @@ def test_bad_states(state: State, change: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "6 patches are not a square grid; pass config"),
+        (None, "6 patches are not a square grid; pass a config"),
         (
             CONFIG.model_copy(update={"dim": 32, "depth": 3}),
             "dim is 16 in the checkpoint and 32 in the config; depth is 2",
         ),
         (CONFIG.model_copy(update={"image_size": (12, 8)}), "differs by up to .* of 3 × 2 patches"),
-        (CONFIG.model_copy(update={"attention": "linear"}), "no attention other than the default"),
+        (CONFIG.model_copy(update={"attention": "linear"}), "only with the default of attention"),
         (CONFIG.model_copy(update={"num_subspaces": 1, "subspace_dim": 16}), "no output map W"),
     ],
 )
@@ -137,7 +137,7 @@ def test_bad_configs(state: State, config: CrateMAEConfig | None, message: str) 
 
 def test_unknown_size_asks_for_config() -> None:
     square = CrateMAEConfig.model_validate(CONFIG.model_dump() | {"image_size": 8})
-    with pytest.raises(UserError, match="number of subspaces cannot be read off a checkpoint; pass config"):
+    with pytest.raises(UserError, match="number of subspaces cannot be inferred from a checkpoint; pass a config"):
         load_published(export_published(CrateMAE(square)))
 
 

@@ -12,15 +12,16 @@ from hypothesis import strategies as st
 from crate_ray.config import CrateMAEConfig, ViTMAEConfig
 from crate_ray.models import CrateMAE, ViTMAE, build_model
 from crate_ray.structure.coding_rate import (
-    codebook_rates,
+    codebook_rate,
     coding_rate,
     coherence,
     effective_rank,
     orthonormal_bases,
     project,
-    rate_reduction,
+    sparse_rate_reduction,
+    subspace_rates,
 )
-from crate_ray.structure.layerwise import measure_codebooks, measure_layers, measure_undoing, view_layer
+from crate_ray.structure.layerwise import layer_operators, measure_codebooks, measure_inversion, measure_layers
 from crate_ray.structure.sparsity import gini, zero_share
 
 
@@ -49,10 +50,13 @@ def test_rates_of_a_known_mixture_of_subspaces() -> None:
     whole = 0.5 * count * p * math.log1p(dim * per * s**2 / (tokens * epsilon**2))
     against = count * 0.5 * p * math.log1p(p * per * s**2 / (tokens * epsilon**2))
     assert coding_rate(z).item() == pytest.approx(whole, rel=1e-12)
-    assert codebook_rates(project(z, basis)).sum(-1).item() == pytest.approx(against, rel=1e-12)
-    assert rate_reduction(z, basis).item() == pytest.approx(whole - against, rel=1e-12)
+    assert codebook_rate(z, basis).item() == pytest.approx(against, rel=1e-12)
+    assert sparse_rate_reduction(z, basis, 0.0).item() == pytest.approx(whole - against, rel=1e-12)
+    sparse = z.masked_fill(torch.arange(dim) == 5, 0)
+    penalty = sparse_rate_reduction(sparse, basis, 0.0) - sparse_rate_reduction(sparse, basis, 0.25)
+    assert penalty.item() == pytest.approx(0.25 * tokens * (dim - 1))
     # Any other codebook of the same size codes these tokens worse than their own subspaces, tokens of one at a time.
-    own = codebook_rates(project(parts[0], basis))
+    own = subspace_rates(project(parts[0], basis))
     assert own[0] > 1 and own[1:].abs().max() < 1e-12
     assert coherence(basis).fill_diagonal_(0).max() < 1e-7
     tilted = basis.clone()
@@ -71,7 +75,7 @@ def test_a_step_down_the_rate_denoises_tokens_of_a_known_mixture() -> None:
     noise = 0.1 * torch.randn(tokens, dim, generator=random, dtype=torch.float64)
     noise -= noise @ basis[0].T @ basis[0]
     z = (signal + noise).requires_grad_()
-    codebook_rates(project(z, basis[1:])).sum().backward()
+    codebook_rate(z, basis[1:]).backward()
     assert z.grad is not None
     inside = noise @ basis[1:].reshape(-1, dim).T @ basis[1:].reshape(-1, dim)
     cosine = torch.nn.functional.cosine_similarity(z.grad.flatten(), inside.flatten(), dim=0)
@@ -99,7 +103,7 @@ def test_the_rate_of_a_whole_mixture_falls_against_the_noise_beside_each_tokens_
     signal = torch.einsum("tp,tpd->td", coordinates, own)
     noise = 0.1 * torch.randn(count * per, count * p, generator=random, dtype=torch.float64)
     z = (signal + noise).requires_grad_()
-    codebook_rates(project(z, basis), epsilon).sum().backward()
+    codebook_rate(z, basis, epsilon).backward()
     assert z.grad is not None
     assert cosine(beside(z.grad), beside(noise)) > 0.98
     assert cosine(z.grad, signal) > 0.95 and cosine(z.grad, beside(noise)) < 0.2
@@ -130,7 +134,7 @@ def test_layers_are_measured_where_they_act() -> None:
     last = model.encoder[2]
     tokens = last.mssa_norm(last.compress(layers[1]))  # type: ignore[operator, union-attr]
     codebook = last.mssa.subspaces.reshape(2, 8, 16)  # type: ignore[union-attr, operator]
-    assert torch.allclose(found.rate_after[2], codebook_rates(project(tokens, codebook)).sum(-1))
+    assert torch.allclose(found.rate_after[2], codebook_rate(tokens, codebook))
     assert found.means()["gini"] == pytest.approx(found.gini.mean(1).tolist())
     ranks = effective_rank(project(tokens, codebook))
     assert ranks.shape == (5, 2) and torch.allclose(found.effective_rank[2], ranks)
@@ -166,7 +170,7 @@ def test_forms_of_the_rate_agree_where_scales_are_one() -> None:
     assert (seen.rate_before[0] > plain.rate_before[0]).all()
     assert torch.allclose(seen.rate_before_span[0], plain.rate_before_span[0])  # the first layer's input is the same
     largest, means = measure_codebooks(model)
-    assert largest == pytest.approx([coherence(view_layer(x).codebook)[0, 1].item() for x in model.encoder])
+    assert largest == pytest.approx([coherence(layer_operators(x).codebook)[0, 1].item() for x in model.encoder])
     assert means == pytest.approx(largest)  # of one pair
     assert (seen.below_01 >= seen.zero_share).all() and (seen.below_1 >= seen.below_01).all()
 
@@ -185,8 +189,9 @@ def test_a_transformer_is_measured_by_its_keys() -> None:
     layer = model.encoder[1]
     bias = layer.qkv.bias.chunk(3)[1]  # type: ignore[union-attr, operator]
     keys = (encoded.keys[1] - bias).unflatten(-1, (4, 4)).transpose(1, 2)
-    assert torch.allclose(found.rate_before[1], codebook_rates(keys).sum(-1), rtol=1e-4)
-    half, out = view_layer(layer).halves(encoded.layers[0])
+    assert torch.allclose(found.rate_before[1], subspace_rates(keys).sum(-1), rtol=1e-4)
+    half = layer_operators(layer).attention_step(encoded.layers[0])
+    out = layer_operators(layer).second_step(half)
     assert torch.equal(out, encoded.layers[1])
     mlp = layer.mlp_output(torch.nn.functional.gelu(layer.mlp_input(layer.mlp_norm(half))))  # type: ignore[union-attr, operator]
     assert torch.allclose(half + mlp, out, atol=1e-6)
@@ -212,7 +217,7 @@ def test_a_decoder_that_undoes_the_encoder_has_no_error() -> None:
     before = [model.embed(images)[0], *layers[:-1]]
     random = torch.randn_like(before[0])
     model.decoder = torch.nn.ModuleList([Replay(before[2]), Replay(-3 * before[1]), Replay(random)])
-    found = measure_undoing(model, images)
+    found = measure_inversion(model, images)
     assert found is not None
     assert found.relative[0].max() < 1e-6 and found.scaled[:2].max() < 1e-3  # a root of what is lost to rounding
     assert torch.allclose(found.relative[1], torch.full((4,), 4.0, dtype=torch.float64))
@@ -224,4 +229,4 @@ def test_a_decoder_that_undoes_the_encoder_has_no_error() -> None:
     )
     assert (found.other_image[:2] > 0.01).all()
     vit = ViTMAEConfig(image_size=16, patch_size=4, dim=16, depth=2, num_heads=2, decoder_depth=1)
-    assert measure_undoing(build_model(vit).eval(), images) is None
+    assert measure_inversion(build_model(vit).eval(), images) is None
