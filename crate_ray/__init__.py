@@ -1,19 +1,19 @@
-"""crate-ray: distributed self-supervised pretraining of white-box transformers, on Ray."""
+"""crate-ray: distributed self-supervised pretraining of white-box transformers on Ray."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crate_ray.tracking.registry import load_model
+    from crate_ray.runs.references import load_model
 
 __all__ = ["load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: the registry needs MLflow, which a plain torch machine may lack.
+    # Imported on first use: `import crate_ray` takes no time and needs no torch.
     if name == "load_model":
-        from crate_ray.tracking.registry import load_model
+        from crate_ray.runs.references import load_model
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,15 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from crate_ray.runs.checkpoint import (
-    STATE_FILE,
-    CheckpointState,
-    RunRecord,
-    commit_checkpoint,
-    own_part,
-    upload_part,
-    write_part,
-)
+from crate_ray.runs.checkpoint_files import STATE_FILE, CheckpointState, own_part, write_part
+from crate_ray.runs.commits import commit_checkpoint, upload_part
+from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import Storage
 
 

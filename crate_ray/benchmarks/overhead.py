@@ -24,12 +24,10 @@ from crate_ray.errors import UserError
 from crate_ray.progress import console
 from crate_ray.ray_cluster import start_ray
 from crate_ray.runs.listener import Listener
-from crate_ray.runs.planning import driver_lease
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import open_storage
-from crate_ray.tracking.pretraining import track
+from crate_ray.training.lifecycle import run_training
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.ray.driver import train_on_ray
 
 _CHECKPOINT_EVERY, _CHECKPOINT_STEPS = 7, 15  # three steps to settle, then four before, and seven after the first one
 _SETTLING = 3
@@ -104,8 +102,7 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
         settings = _settings(f"overhead-{number}", folder, data, config)
         follower, meter = _Follower(), _Meter()
         console().print(f"round {number + 1} of {config.rounds}: {config.steps} steps as a Ray Train job, then bare")
-        with driver_lease(settings) as lease, track(run := open_run(settings), lease) as tracker:
-            train_on_ray(run, lease, PretrainTask, [tracker, follower, meter])
+        _train(settings, follower, meter)
         if meter.share is not None:
             beside.append(meter.share)
         taken = follower.values["step_seconds"]
@@ -123,6 +120,18 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
         "beside_share": statistics.fmean(beside) if beside else None,
         **{name: statistics.fmean(values) for name, values in shares.items()},
     }
+
+
+def _train(settings: PretrainConfig, *listeners: Listener) -> None:
+    """As a job trains, without the progress display."""
+    run_training(
+        settings,
+        PretrainTask,
+        open_run,
+        finish=lambda run, tracker: None,
+        listeners=listeners,
+        show_progress=False,
+    )
 
 
 def _bare(
@@ -155,8 +164,7 @@ def _checkpoint(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dic
     settings = PretrainConfig.model_validate(settings.model_dump(mode="json") | changes)
     console().print(f"checkpoints of the {config.checkpoint_preset} preset: {_CHECKPOINT_STEPS} steps")
     follower = _Follower()
-    with driver_lease(settings) as lease:
-        train_on_ray(open_run(settings), lease, PretrainTask, [follower])
+    _train(settings, follower)
     taken = follower.values["step_seconds"]
     calm = statistics.median(taken[step] for step in range(_SETTLING + 1, _CHECKPOINT_EVERY + 1))
     # Its blocking part counts to the step after it, the upload to those that follow.

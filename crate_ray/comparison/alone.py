@@ -1,4 +1,4 @@
-"""The runs of a comparison on one machine with torch alone: no Ray, no MLflow. Each is trained in a fresh process."""
+"""Train the runs of a comparison with torch alone: one machine, no Ray, no MLflow, a new process for each run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription, export_model, load_exported
-from crate_ray.runs.checkpoint import fetch_initial_weights
 from crate_ray.runs.export import describe
+from crate_ray.runs.initial_weights import fetch_initial_weights
 from crate_ray.runs.planning import Run
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import open_storage
@@ -39,23 +39,23 @@ _FoundT = TypeVar("_FoundT")
 
 
 class Alone:
-    """See compare.Trainer. A run that is cut off begins again; finished ones are kept."""
+    """A compare.Trainer without Ray. Interrupted runs start again; finished ones are kept."""
 
     def __init__(self, config: CompareConfig) -> None:
         if not isinstance(open_storage(config.storage, config.s3), LocalStorage):
-            raise UserError(f"launcher 'none' keeps models in a local folder, and storage is {config.storage}")
+            raise UserError(f"launcher 'none' needs a local folder as storage, not {config.storage}")
         self.features = InProcess()
 
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
-        """In a process of its own, so that memory is this run's."""
+        """Train in a new process, so that its memory is this run's."""
         return _in_fresh_process(_pretrain, config)
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
-        """From the run's folder."""
+        """Load the model from the run's folder."""
         return load_exported(_model_folder(config))
 
     def finetune(self, config: FinetuneConfig) -> float:
-        """In a process of its own."""
+        """Train in a new process."""
         return _in_fresh_process(_finetune, config)
 
 
@@ -82,7 +82,7 @@ def _pretrain(config: PretrainConfig) -> PretrainFigures:
 
 
 def _finetune(config: FinetuneConfig) -> float:
-    return _train(FinetuneTask, open_finetuning(config, lambda folder: load_exported(Path(folder)))).held_out["top1"]
+    return _train(FinetuneTask, open_finetuning(config)).held_out["top1"]
 
 
 def _train(task_class: type[Task], run: Run) -> Trained:

@@ -1,6 +1,8 @@
-"""The runs of a comparison on Ray, tracked in MLflow, each as `jobs/pretrain.py` and `jobs/finetune.py` would do it."""
+"""Train the runs of a comparison on Ray, tracked in MLflow, as `jobs/pretrain.py` and `jobs/finetune.py` do."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -13,62 +15,52 @@ from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
-from crate_ray.ray_cluster import start_ray
 from crate_ray.runs.listener import Listener
-from crate_ray.runs.planning import Run, driver_lease
-from crate_ray.runs.pretraining import open_run
-from crate_ray.runs.references import pretrained_model
+from crate_ray.runs.planning import Run
+from crate_ray.runs.pretraining import open_pretraining
+from crate_ray.runs.references import load_encoder
 from crate_ray.storage.interface import Storage, open_storage
-from crate_ray.storage.lease import Lease
-from crate_ray.tracking.pretraining import is_published, publish, track
-from crate_ray.tracking.registry import load_described
-from crate_ray.training.display import ProgressDisplay
+from crate_ray.tracking.pretraining import publish
+from crate_ray.training.lifecycle import run_training
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.ray.driver import train_on_ray
-from crate_ray.training.task import Task
 
 _CACHE_BYTES = 20 * 2**30
 
 
 class OnRay:
-    """See compare.Trainer. Every run resumes where it was cut off."""
+    """A compare.Trainer on Ray. Interrupted runs resume."""
 
     def __init__(self, config: CompareConfig) -> None:
         self._config = config
         self.features = Extraction(FeatureCache(default_folder(), _CACHE_BYTES), config.s3)
 
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
-        """Train what is missing."""
-        with driver_lease(config) as lease:
-            run = open_run(config)
-            return self._train(run, lease, PretrainTask).figures(run)
+        """Train the remaining steps of a run."""
+        follower = self._follower(config.name)
+        run = run_training(config, PretrainTask, open_pretraining, publish, **self._options(follower)).run
+        return follower.figures(run)
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
-        """From the run's folder."""
-        return load_described(f"{config.storage}/{config.name}", config.tracking, config.s3)
+        """Load the model from the run's folder."""
+        return load_encoder(f"{config.storage}/{config.name}", config.tracking, config.s3)
 
     def finetune(self, config: FinetuneConfig) -> float:
-        """Train what is missing."""
-        with driver_lease(config) as lease:
-            run = open_finetuning(config, lambda reference: pretrained_model(reference, config.tracking, config.s3))
-            return self._train(run, lease, FinetuneTask).at_the_end("top1", run)
+        """Train the remaining steps of a run."""
+        follower = self._follower(config.name)
+        run = run_training(config, FinetuneTask, open_finetuning, publish, **self._options(follower)).run
+        return follower.final("top1", run)
 
-    def _train(self, run: Run, lease: Lease, task_class: type[Task]) -> _Follower:
-        follower = _Follower(
-            open_storage(self._config.storage, self._config.s3).under(self._config.name),
-            f"figures/{run.config.name}.followed.json",
-        )
-        if not (run.is_finished and is_published(run)):
-            start_ray()
-            with track(run, lease, {"crate_ray.comparison": self._config.name}) as tracker:
-                with ProgressDisplay(run.first_step, run.total_steps) as display:
-                    train_on_ray(run, lease, task_class, [tracker, display, follower])
-                publish(run, tracker)
-        return follower
+    def _follower(self, run: str) -> _Follower:
+        config = self._config
+        folder = open_storage(config.storage, config.s3).under(config.name)
+        return _Follower(folder, f"figures/{run}.followed.json")
+
+    def _options(self, follower: _Follower) -> dict[str, Any]:
+        return {"listeners": [follower], "tags": {"crate_ray.comparison": self._config.name}}
 
 
 class _Follower(Listener):
-    """Keeps speed, memory and held-out metrics of a run, in a file too: a run may be finished by a later start."""
+    """Records speed, memory and validation metrics of a run, also in a file, because a later start may finish it."""
 
     def __init__(self, folder: Storage, name: str) -> None:
         self._folder, self._name = folder, name
@@ -87,8 +79,8 @@ class _Follower(Listener):
                 kept.held_out.setdefault(name, {})[step] = value
             self._folder.write(self._name, kept.model_dump_json().encode())
 
-    def at_the_end(self, name: str, run: Run) -> float:
-        """A metric on the held-out data after a run's last step. Raises UserError where nobody heard of it."""
+    def final(self, name: str, run: Run) -> float:
+        """A validation metric at the last step of a run. Raises UserError if it was not recorded."""
         found = self._kept.held_out.get(name, {}).get(run.total_steps)
         if found is None:
             raise UserError(
@@ -98,10 +90,10 @@ class _Follower(Listener):
         return found
 
     def figures(self, run: Run) -> PretrainFigures:
-        """Loss after the last step, median speed, most memory. Raises as `at_the_end` does."""
+        """Validation loss at the last step, median speed, peak memory. Raises as `final` does."""
         kept = self._kept
         return PretrainFigures(
-            loss=self.at_the_end("validation_loss", run),
+            loss=self.final("validation_loss", run),
             images_per_second=settled_speed([speed for _, speed in sorted(kept.images_per_second.items())]),
             memory_bytes=kept.memory_bytes,
         )

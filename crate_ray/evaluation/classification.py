@@ -11,7 +11,7 @@ from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
 from crate_ray.data.format.shards import ShardSet
 from crate_ray.evaluation.feature_cache import FeatureSet
 from crate_ray.evaluation.feature_source import FeatureSource
-from crate_ray.evaluation.features import Tap, all_taps, compute_device, pixels_title
+from crate_ray.evaluation.features import all_taps, compute_device, pixels_title
 from crate_ray.evaluation.intervals import Estimate, share
 from crate_ray.evaluation.knn import knn_predict
 from crate_ray.evaluation.probe import (
@@ -25,6 +25,7 @@ from crate_ray.evaluation.probe import (
 )
 from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.models.exported import ModelDescription
+from crate_ray.serving import Tap
 
 
 class LayerScore(Settings):

@@ -18,9 +18,10 @@ from crate_ray.config import EmbedConfig, Feature, S3Config, Settings
 from crate_ray.data.format.shards import load_dataset
 from crate_ray.data.read.reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
-from crate_ray.evaluation.features import FeatureExtractor, compute_device
+from crate_ray.evaluation.features import compute_device
 from crate_ray.models import build_model
 from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
+from crate_ray.serving import FeatureExtractor
 from crate_ray.storage.arrow import arrow_filesystem
 from crate_ray.storage.interface import AlreadyExists, NotFound, Storage, open_storage
 

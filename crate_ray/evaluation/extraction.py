@@ -21,11 +21,12 @@ from crate_ray.data.format.shards import INDEX_STRIDE, Sample, ShardSet, load_da
 from crate_ray.data.read.reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_cache import UNLABELLED, UNUSABLE, FeatureCache, FeatureSet
-from crate_ray.evaluation.features import FeatureExtractor, Tap, compute_device, load_images, pixel_features, spread
+from crate_ray.evaluation.features import compute_device, pixel_features, spread
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription
 from crate_ray.ray_cluster import start_ray
+from crate_ray.serving import FeatureExtractor, Tap, load_images
 from crate_ray.storage.interface import open_storage
 
 _BATCH = 128

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from crate_ray.data.format.shards import ShardSet
 from crate_ray.evaluation.feature_cache import UNLABELLED, FeatureSet
-from crate_ray.evaluation.features import FeatureExtractor, Tap, compute_device, iterate_dataset, pixel_features
+from crate_ray.evaluation.features import compute_device, iterate_dataset, pixel_features
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models.exported import ModelDescription
+from crate_ray.serving import FeatureExtractor, Tap
 
 
 class FeatureSource(Protocol):

@@ -17,8 +17,9 @@ from crate_ray.data.format.shards import ShardSet
 from crate_ray.data.read.reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
 from crate_ray.evaluation.extraction import content_of, read_samples
-from crate_ray.evaluation.features import load_images, spread
+from crate_ray.evaluation.features import spread
 from crate_ray.models.exported import ModelDescription
+from crate_ray.serving import load_images
 
 MASK_SUFFIX = "mask.png"
 

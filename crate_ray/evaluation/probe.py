@@ -19,12 +19,13 @@ from crate_ray.config import ProbeConfig, Settings
 from crate_ray.data.format.shards import ShardSet
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
-from crate_ray.evaluation.features import Tap, compute_device
+from crate_ray.evaluation.features import compute_device
 from crate_ray.evaluation.intervals import Estimate, share
 from crate_ray.evaluation.subject import Subject
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
+from crate_ray.serving import Tap
 
 Solver = Literal["sklearn", "torch"]
 

@@ -1,4 +1,4 @@
-"""A fine-tuning run before it trains: open it, and give it the encoder that it starts from."""
+"""Open a fine-tuning run: check it against its data and its record, and store the encoder that it starts from."""
 
 from __future__ import annotations
 
@@ -12,65 +12,64 @@ from crate_ray.errors import UserError
 from crate_ray.finetuning.task import new_classifier
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
-from crate_ray.runs.checkpoint import (
-    INITIAL_WEIGHTS,
-    FinetuneStart,
-    Parent,
-    RunRecord,
-    newest_complete,
-    read_record,
-    write_initial_weights,
-    write_record,
-)
+from crate_ray.runs.commits import newest_complete
+from crate_ray.runs.initial_weights import INITIAL_WEIGHTS, write_initial_weights
 from crate_ray.runs.planning import Run, plan_run, with_absolute_paths
+from crate_ray.runs.record import FinetuneStart, Parent, RunRecord, read_record, write_record
+from crate_ray.runs.references import load_encoder
 from crate_ray.storage.interface import Storage, open_storage
 
 SCRATCH = "scratch"
 
 Load = Callable[[str], tuple[MaskedAutoencoder, ModelDescription]]
-"""Gives the model behind a reference."""
+"""Loads a masked autoencoder by reference."""
 
 
 class _Encoder(NamedTuple):
-    """What a fine-tuning starts from."""
+    """The encoder that a fine-tuning starts from."""
 
     config: CrateMAEConfig | ViTMAEConfig
     description: ModelDescription | None = None
-    """Of the model that it comes from."""
+    """Description of its model; None for the encoder of the settings."""
     pretrained: MaskedAutoencoder | None = None
-    """The model whose weights are taken."""
+    """The model whose weights are used; None for random weights."""
 
 
-def open_finetuning(config: FinetuneConfig, load: Load) -> Run:
-    """Check the settings against the data and, when the run exists, against its record; nothing is started yet.
+def open_finetuning(config: FinetuneConfig, load: Load | None = None) -> Run:
+    """Check the settings and, if the run exists, its record, and store the encoder's weights with the run.
 
-    `load` gives the model behind a reference. It is looked up once, and the weights are stored beside the run: a start
-    that is repeated finds what the first one stored, wherever an alias points by then. Where another driver could work
-    on the run, call it with the run's lease (see planning.driver_lease). Raises UserError when the data is missing, has
-    no labels or does not fit, or when the run was begun with other data or another model.
+    The model reference is resolved once. A repeated start uses the weights that the first start stored, even if an
+    alias has moved since. If other drivers may work on the run, hold its lease (see planning.driver_lease).
+
+    Args:
+        config: the settings.
+        load: loads the model by reference; by default references.load_encoder.
+
+    Raises:
+        UserError: the data is missing, has no labels or does not fit, or the run was started with other data or another
+            model.
     """
     config = with_absolute_paths(config)
     train, classes = _labelled(config)
-    classifier = ClassifierConfig(num_classes=classes, pooling=config.pooling, classes=train.classes)
-    storage = open_storage(config.storage, config.s3).under(config.name)
-    known = _begun(storage, config)
+    known = _startable_record(open_storage(config.storage, config.s3).under(config.name), config)
     if known is not None:
         assert known.finetune is not None
         start = known.finetune
         return plan_run(config, start.encoder, mean_std=(known.mean, known.std), finetune=start)
-    encoder = _find_encoder(config, load)
-    if encoder.description is not None and encoder.description.kind != train.kind:
+    encoder = _load_encoder(config, load)
+    description = encoder.description
+    if description is not None and description.kind != train.kind:
         raise UserError(
-            f"{config.model} takes {encoder.description.kind}s, and {config.data.train} holds {train.kind}s; give "
-            "data of the kind that it was trained on"
+            f"{config.model} takes {description.kind}s, and {config.data.train} holds {train.kind}s; give data of the "
+            "kind that it was trained on"
         )
     check_augmentation(config, train.kind, encoder.config.channels)
-    description = encoder.description
     parent = None
     if encoder.pretrained is not None and description is not None:
         parent = Parent(
             reference=config.model, run_key=description.run_key, dataset=description.dataset, step=description.step
         )
+    classifier = ClassifierConfig(num_classes=classes, pooling=config.pooling, classes=train.classes)
     run = plan_run(
         config,
         encoder.config,
@@ -81,13 +80,13 @@ def open_finetuning(config: FinetuneConfig, load: Load) -> Run:
 
 
 def check_augmentation(config: FinetuneConfig, kind: Kind, channels: int) -> None:
-    """Raise UserError for RandAugment of what is no picture."""
+    """Raise UserError if RandAugment is set for samples that are not images."""
     if config.augment.randaugment and (kind == "grid" or channels not in (1, 3)):
         raise UserError(f"RandAugment is for images, and {config.data.train} holds grids; set augment.randaugment 0")
 
 
-def _begun(storage: Storage, config: FinetuneConfig) -> RunRecord | None:
-    """The record of a fine-tuning that can go on without the model that it started from."""
+def _startable_record(storage: Storage, config: FinetuneConfig) -> RunRecord | None:
+    """The record of the run if it can start or resume without loading its pretrained model again, else None."""
     record = read_record(storage)
     if record is None or record.finetune is None:
         return None
@@ -97,11 +96,10 @@ def _begun(storage: Storage, config: FinetuneConfig) -> RunRecord | None:
 
 
 def _labelled(config: FinetuneConfig) -> tuple[Manifest, int]:
-    """Manifest of the training data, and the number of classes. Raises UserError when there are no labels."""
+    """Manifest of the training data, and the number of classes. Raises UserError if samples have no labels."""
     if not isinstance(config.data.train, str) and len(config.data.train) > 1:
         raise UserError(
-            "data.train has several datasets, whose classes have numbers of their own; pack them into one with "
-            "jobs/prepare.py"
+            "data.train has several datasets, each with its own class numbers; pack them into one with jobs/prepare.py"
         )
     train = config.data.train if isinstance(config.data.train, str) else next(iter(config.data.train))
     manifests = {}
@@ -127,21 +125,21 @@ def _labelled(config: FinetuneConfig) -> tuple[Manifest, int]:
     if held_out.num_classes > classes:
         raise UserError(
             f"{config.data.validation} has {held_out.num_classes} classes, {train} has {classes}; number the classes "
-            "alike in both"
+            "the same way in both"
         )
     return found, classes
 
 
-def _find_encoder(config: FinetuneConfig, load: Load) -> _Encoder:
+def _load_encoder(config: FinetuneConfig, load: Load | None) -> _Encoder:
     if config.model == SCRATCH:
         return _Encoder(config.encoder)
     reference = config.model.removeprefix(f"{SCRATCH}:")
-    model, description = load(reference)
+    model, description = load(reference) if load else load_encoder(reference, config.tracking, config.s3)
     return _Encoder(description.model, description, model if reference == config.model else None)
 
 
 def _with_weights(run: Run, encoder: _Encoder) -> Run:
-    """The run, with the encoder's weights and a fresh head stored beside it; random ones need not be stored."""
+    """Store the pretrained encoder with a new head. Random weights need no storing: they follow from the seed."""
     if encoder.pretrained is None:
         return run
     model = new_classifier(run.record, run.config.seed)

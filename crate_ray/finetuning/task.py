@@ -12,7 +12,7 @@ from crate_ray.finetuning.batches import PAIR, TrainingBatches
 from crate_ray.finetuning.measure import measure_accuracy
 from crate_ray.finetuning.optim import build_layerwise_optimizer
 from crate_ray.models.classifier import Classifier, Targets
-from crate_ray.runs.checkpoint import RunRecord
+from crate_ray.runs.record import RunRecord
 from crate_ray.training.task import Place, Task
 
 _MOST_AT_ONCE = 256  # samples of a validation batch

@@ -17,11 +17,11 @@ def main(config: EmbedConfig) -> None:
     """Fetch the model, embed, and say where the files are."""
     from crate_ray.evaluation.embedding import claim_output, embed
     from crate_ray.ray_cluster import start_ray
-    from crate_ray.tracking.registry import fetch_model
+    from crate_ray.runs.references import fetch
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        fetch_model(config.model, folder, config.tracking, config.s3)
+        fetch(config.model, folder, config.tracking, config.s3)
         record = claim_output(config, folder)
         if not record.complete:
             start_ray()

@@ -1,8 +1,8 @@
-"""Measure what a model learned: python jobs/evaluate.py --model runs/mine --probe.train … --probe.test … --data …
+"""Evaluate a pretrained model: python jobs/evaluate.py --model runs/mine --probe.train … --probe.test … --data …
 
-Or train several models alike and measure all of them: python jobs/evaluate.py compare --config FILE.yaml
+Or train several models in the same way and evaluate all of them: python jobs/evaluate.py compare --config FILE.yaml
 
-What needs Ray or MLflow is imported where it is needed: a comparison with --launcher none runs without.
+Ray and MLflow are imported only if they are needed: a comparison with --launcher none runs without them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from crate_ray.storage.interface import open_storage
 
 
 def main(config: EvaluateConfig) -> None:
-    """Measure, write the report, log it, and say where it is and what it says."""
+    """Evaluate a model, and write and log the report."""
     from crate_ray.evaluation.job import evaluate_model
 
     evaluate_model(config)
 
 
 def compare_models(config: CompareConfig) -> None:
-    """Train and measure the models of a comparison, and show and store the table."""
+    """Train and evaluate the models of a comparison, and print and store the table."""
     from crate_ray.comparison.compare import Trainer, compare
     from crate_ray.comparison.table import write_report
 
@@ -46,7 +46,7 @@ def compare_models(config: CompareConfig) -> None:
 
 
 def run() -> NoReturn:
-    """The command."""
+    """Run the command."""
     if sys.argv[1:2] == ["compare"]:
         run_job(CompareConfig, compare_models, sys.argv[2:])
     else:

@@ -1,6 +1,6 @@
-"""Pretrain CRATE-MAE (or ViT-MAE) on sharded images: python jobs/pretrain.py --config jobs/configs/demo.yaml
+"""Pretrain CRATE-MAE or ViT-MAE on sharded images: python jobs/pretrain.py --config jobs/configs/demo.yaml
 
-What takes seconds to import is imported once the settings are read.
+Modules that take seconds to import are imported after the settings are parsed.
 """
 
 from __future__ import annotations
@@ -9,35 +9,24 @@ from typing import NoReturn
 
 from crate_ray.cli import run_job
 from crate_ray.config import PretrainConfig
-from crate_ray.training.display import ProgressDisplay
 
 
 def main(config: PretrainConfig) -> None:
-    """Start or resume the run, follow it, and leave its model in the run's folder and in MLflow."""
-    from crate_ray.ray_cluster import start_ray
-    from crate_ray.runs.planning import driver_lease
-    from crate_ray.runs.pretraining import open_run, start_from
-    from crate_ray.runs.references import initial_weights
-    from crate_ray.tracking.pretraining import is_published, publish, track
+    """Start or resume the run, and publish its model in the run's folder and in MLflow."""
+    from crate_ray.runs.pretraining import open_pretraining
+    from crate_ray.tracking.pretraining import publish
+    from crate_ray.training.lifecycle import run_training
     from crate_ray.training.pretraining import PretrainTask
-    from crate_ray.training.ray.driver import train_on_ray
 
-    with driver_lease(config) as lease:
-        run = open_run(config)
-        if run.is_finished and is_published(run):
-            print(f"run {config.name!r} is already finished: step {run.first_step} of {run.total_steps}")
-            return
-        run = start_from(run, lambda reference: initial_weights(reference, config))
-        with track(run, lease) as tracker:
-            if not run.is_finished:
-                start_ray()
-                with ProgressDisplay(run.first_step, run.total_steps) as display:
-                    train_on_ray(run, lease, PretrainTask, [tracker, display])
-            folder = publish(run, tracker)
-    print(f"model      {folder}")
-    print(f"MLflow run {tracker.where}")
+    finished = run_training(config, PretrainTask, open_pretraining, publish)
+    run = finished.run
+    if finished.result is None:
+        print(f"run {config.name!r} is already finished: step {run.first_step} of {run.total_steps}")
+        return
+    print(f"model      {finished.result}")
+    print(f"MLflow run {finished.mlflow_run}")
 
 
 def run() -> NoReturn:
-    """The command."""
+    """Run the command."""
     run_job(PretrainConfig, main)

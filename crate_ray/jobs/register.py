@@ -1,6 +1,6 @@
 """The model registry: python jobs/register.py register|promote|list
 
-What takes seconds to import is imported once the settings are read.
+Modules that take seconds to import are imported after the settings are parsed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from crate_ray.progress import console
 
 
 def register(config: RegisterConfig) -> None:
-    """Register a run's encoder or classifier and say which version it became."""
+    """Register a run's encoder or classifier, and print its version."""
     from crate_ray.tracking import registry
 
     version = registry.register(config.run, config.name, config.tracking, config.s3)
-    kind = version.tags[registry.KIND_TAG]
-    print(f"{config.name} version {version.version} is the {kind} of {config.run}")
+    kind, step = version.tags[registry.KIND_TAG], version.tags["step"]
+    print(f"{config.name} version {version.version} is the {kind} of {config.run} (step {step})")
     if kind == "encoder":
         print(f"next: python jobs/register.py promote --version {version.version} --probe.train … --probe.test …")
 
 
 def promote(config: PromoteConfig) -> None:
-    """Probe a version and the champion on the same data, and promote the version when it is not worse."""
+    """Probe a version and the champion on the same data, and promote the version unless it is worse."""
     from crate_ray.data.format.shards import load_dataset
     from crate_ray.evaluation.probe import probe_encoder
+    from crate_ray.runs.references import load_encoder
     from crate_ray.storage.interface import open_storage
     from crate_ray.tracking import registry
 
@@ -37,8 +38,7 @@ def promote(config: PromoteConfig) -> None:
     champion = registry.champion_version(config.name, config.tracking)
 
     def accuracy(version: int) -> float:
-        reference = f"models:/{config.name}/{version}"
-        model, description = registry.load_described(reference, config.tracking, config.s3)
+        model, description = load_encoder(f"models:/{config.name}/{version}", config.tracking, config.s3)
         return probe_encoder(model, description, train, test, config.probe).accuracy
 
     new = accuracy(config.version)
@@ -49,7 +49,7 @@ def promote(config: PromoteConfig) -> None:
 
 
 def show(config: ListConfig) -> None:
-    """A table of the versions."""
+    """Print a table of the versions."""
     from crate_ray.tracking import registry
 
     table = Table(title=config.name)
@@ -65,7 +65,7 @@ def show(config: ListConfig) -> None:
 
 
 def run() -> NoReturn:
-    """The command."""
+    """Run the command."""
     run_subcommand(
         {
             "register": (RegisterConfig, register),

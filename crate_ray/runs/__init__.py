@@ -1,1 +1,1 @@
-"""What a run is on storage: its record, its checkpoints and commits, retention, export, and references to models."""
+"""What a run is on storage: its record, checkpoints, commits, retention, export, and how models are referred to."""

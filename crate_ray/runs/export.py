@@ -1,16 +1,17 @@
-"""A run's checkpoint as an exported model (see models/exported.py)."""
+"""Export a checkpoint of a run as a model (see models/exported.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from crate_ray.models.exported import ModelDescription, export_model
-from crate_ray.runs.checkpoint import RunRecord, load_weights
+from crate_ray.runs.commits import Which, load_weights
+from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import Storage
 
 
 def describe(record: RunRecord, step: int) -> ModelDescription:
-    """Description of a run's model after some steps."""
+    """Description of a run's model at a step."""
     return ModelDescription(
         model=record.model,
         classifier=record.finetune.classifier if record.finetune else None,
@@ -23,12 +24,13 @@ def describe(record: RunRecord, step: int) -> ModelDescription:
     )
 
 
-def export_run(run: Storage, folder: Path, step: int | None = None) -> ModelDescription:
-    """Write the weights of a run's newest checkpoint, or of that of a step, into a local folder as a model.
+def export_run(run: Storage, folder: Path, which: Which = None) -> ModelDescription:
+    """Write a checkpoint of a run (see commits.Which; by default the newest) into a local folder as a model.
 
-    Raises UserError when the run has no such checkpoint.
+    Raises:
+        UserError: the run has no such checkpoint.
     """
-    state, weights = load_weights(run, step)
+    state, weights = load_weights(run, which)
     description = describe(state.run, state.step)
     export_model(folder, weights, description)
     return description

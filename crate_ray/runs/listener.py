@@ -1,23 +1,25 @@
-"""Who follows a run on the driver."""
+"""The events of a run that reach the driver."""
 
 from __future__ import annotations
 
 
 class Listener:
-    """Who follows a run on the driver: the terminal, MLflow. Calls come from one thread, in the order of events.
+    """Receives the events of a run on the driver, for example to show them or to log them to MLflow.
 
-    Override what you want to hear of.
+    Events arrive in order, from one thread. Override the methods of the events you need.
     """
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
-        """Measured values after so many steps, at a time in milliseconds since 1970."""
+        """Metrics were logged at a step, at a time in milliseconds since 1970."""
 
     def picture(self, step: int, name: str, png: bytes) -> None:
-        """A picture made after so many steps."""
+        """A picture was drawn at a step."""
 
     def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
-        """Samples of the 'training' or 'validation' data that a worker could not use and had not told of before: cause
-        by key."""
+        """A worker found unusable samples, which it had not reported before: cause by key.
+
+        `split` is 'training' or 'validation'.
+        """
 
     def note(self, step: int, text: str) -> None:
-        """A sentence on something that happened and that people should know of."""
+        """Something happened at a step that people should know: one sentence."""

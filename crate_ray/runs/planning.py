@@ -1,4 +1,4 @@
-"""What a run is before it starts: settings checked against the data and against its record, its order, its length."""
+"""Plan a run before it starts: settings checked against the data and the run's record, data order, number of steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from crate_ray.data.format.shards import load_dataset
 from crate_ray.data.order.mixture import Mixture, open_mixture
 from crate_ray.data.order.plan import plan_order
 from crate_ray.errors import UserError
-from crate_ray.runs.checkpoint import FinetuneStart, RunRecord, fetch_newest, newest_complete, read_record
+from crate_ray.runs.commits import fetch_newest, newest_complete
+from crate_ray.runs.record import FinetuneStart, RunRecord, read_record
 from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.storage.lease import Lease
 
@@ -24,7 +25,7 @@ _ConfigT = TypeVar("_ConfigT", PretrainConfig, FinetuneConfig)
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is about to start or to go on."""
+    """A run that is about to start or to resume."""
 
     config: RunConfig
     record: RunRecord
@@ -33,9 +34,9 @@ class Run:
     mixture: Mixture
     """Training data."""
     total_steps: int
-    """Steps that the run has when it is finished."""
+    """Step at which the run is finished."""
     first_step: int
-    """Steps that its newest checkpoint has done."""
+    """Step of its newest checkpoint, at which it starts or resumes."""
 
     @property
     def is_finished(self) -> bool:
@@ -44,9 +45,9 @@ class Run:
 
 
 def driver_lease(config: RunConfig) -> Lease:
-    """The right to write to a run's folder and to track it, for one driver at a time.
+    """The right to write to a run's folder and to track the run, for one driver at a time.
 
-    Enter it before the run is opened, so that nobody writes between, and leave it when all is told.
+    Enter it before the run is opened, so that no other driver writes in between. Leave it when tracking has ended.
     """
     storage = open_storage(config.storage, config.s3).under(config.name)
     return Lease(storage, "driver.lease", f"run {config.name!r}", lease_seconds=config.scaling.lease_seconds)
@@ -59,45 +60,28 @@ def plan_run(
     mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     finetune: FinetuneStart | None = None,
 ) -> Run:
-    """Check the settings against the data and, when the run exists, against its record; nothing is started yet.
+    """Check the settings against the data and, if the run exists, against its record. Writes and starts nothing.
 
-    Parameters: settings with absolute paths (see `with_absolute_paths`); the model, or the encoder that is fine-tuned;
-    mean and standard deviation per channel in the place of the dataset's own; and for the record what a fine-tuning is
-    about. Raises UserError when the data is missing or does not fit, or when the run was begun with other data or
-    another model.
+    Args:
+        config: settings with absolute paths (see `with_absolute_paths`).
+        model: the model, or the encoder that is fine-tuned.
+        mean_std: mean and standard deviation per channel to use instead of the dataset's.
+        finetune: what is fine-tuned, for the record; None for pretraining.
+
+    Raises:
+        UserError: the data is missing or does not fit, or the run was started with other data or another model.
     """
-    training = config.training
-    mixes = isinstance(config, FinetuneConfig) and config.mixes
-    if config.scaling.max_workers > training.batch_size // (2 if mixes else 1):
-        raise UserError(
-            f"{config.scaling.max_workers} workers are more than the {training.batch_size} samples of a batch"
-            f"{', which are mixed in pairs' if mixes else ''}; lower scaling.workers or raise training.batch_size"
-        )
+    _check_workers(config)
     mixture = open_mixture(config.data.train, config.s3)
-    held_out = [load_dataset(open_storage(config.data.validation, config.s3))] if config.data.validation else []
-    for dataset in (*mixture.datasets, *held_out):
-        other = dataset.manifest
-        if (other.kind == "grid" and other.channels != model.channels) or model.channels not in (1, 3):
-            raise UserError(
-                f"the model has {model.channels} channels, the samples of {dataset.storage.uri} have "
-                f"{other.channels}; set model.channels"
-            )
+    _check_channels(config, mixture, model.channels)
     order = plan_order(
         mixture,
         config.data,
-        batch_size=training.batch_size,
+        batch_size=config.training.batch_size,
         seed=config.seed,
-        workers=config.scaling.min_workers,  # whose buffers have to hold most
+        workers=config.scaling.min_workers,  # the fewest workers need the largest buffers
     )
-    usual_mean, usual_std = mean_std or mixture.mean_std
-    mean, std = config.data.mean or usual_mean, config.data.std or usual_std
-    channels = model.channels
-    if len(mean) == len(std) == 1:
-        mean, std = mean * channels, std * channels
-    elif channels == 1 and mixture.kind == "image" and not config.data.mean:
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    if len(mean) != channels or len(std) != channels:
-        raise UserError(f"data.mean and data.std need {channels} numbers each, one per channel of the model")
+    mean, std = _normalisation(config, mixture, model.channels, mean_std or mixture.mean_std)
     storage = open_storage(config.storage, config.s3).under(config.name)
     newest = newest_complete(storage)
     record = read_record(storage)
@@ -115,20 +99,56 @@ def plan_run(
         )
     elif difference := _difference(record, config, model, mixture.digest):
         raise UserError(
-            f"run {config.name!r} at {config.storage} was begun with {difference}; "
-            "choose another --name for a new run, or the settings it was begun with to resume it"
+            f"run {config.name!r} at {config.storage} was started with {difference}; choose another --name for a new "
+            "run, or use the settings of its first start to resume it"
         )
+    training = config.training
     total_steps = training.steps or math.ceil((training.epochs or 0) * record.order.batches_per_epoch)
     first_step = newest.step if newest else 0
-    if first_step >= total_steps:  # no worker will look at the checkpoint before its model is published
+    if first_step >= total_steps:  # no worker will verify the checkpoint before its model is published
         with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
             newest = fetch_newest(storage, Path(temporary) / "checkpoint")
         first_step = newest.step if newest else 0
     return Run(config, record, storage, mixture, total_steps, first_step)
 
 
+def _check_workers(config: RunConfig) -> None:
+    batch_size = config.training.batch_size
+    mixes = isinstance(config, FinetuneConfig) and config.mixes
+    if config.scaling.max_workers > batch_size // (2 if mixes else 1):
+        raise UserError(
+            f"{config.scaling.max_workers} workers are more than the {batch_size} samples of a batch"
+            f"{', which are mixed in pairs' if mixes else ''}; lower scaling.workers or raise training.batch_size"
+        )
+
+
+def _check_channels(config: RunConfig, mixture: Mixture, channels: int) -> None:
+    held_out = [load_dataset(open_storage(config.data.validation, config.s3))] if config.data.validation else []
+    for dataset in (*mixture.datasets, *held_out):
+        manifest = dataset.manifest
+        if (manifest.kind == "grid" and manifest.channels != channels) or channels not in (1, 3):
+            raise UserError(
+                f"the model has {channels} channels, the samples of {dataset.storage.uri} have {manifest.channels}; "
+                "set model.channels"
+            )
+
+
+def _normalisation(
+    config: RunConfig, mixture: Mixture, channels: int, usual: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation for each channel of the model."""
+    mean, std = config.data.mean or usual[0], config.data.std or usual[1]
+    if len(mean) == len(std) == 1:
+        mean, std = mean * channels, std * channels
+    elif channels == 1 and mixture.kind == "image" and not config.data.mean:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    if len(mean) != channels or len(std) != channels:
+        raise UserError(f"data.mean and data.std need {channels} numbers each, one per channel of the model")
+    return mean, std
+
+
 def with_absolute_paths(config: _ConfigT) -> _ConfigT:
-    """The same settings with local folders made absolute: workers have other working directories."""
+    """The settings with absolute local folders, because workers have other working directories."""
     data, s3 = config.data, config.s3
     absolute: dict[str, Any] = {}
     if isinstance(data.train, str):
@@ -144,7 +164,7 @@ def with_absolute_paths(config: _ConfigT) -> _ConfigT:
 
 
 def _difference(record: RunRecord, config: RunConfig, model: CrateMAEConfig | ViTMAEConfig, dataset: str) -> str | None:
-    """What a record disagrees on with the settings of a resumption, for a sentence; None where it can be resumed."""
+    """How the settings differ from the run's record, for a message. None if the run can be resumed."""
     old = record.config
     if type(old) is not type(config):
         return "pretraining" if isinstance(old, PretrainConfig) else "fine-tuning"

@@ -1,4 +1,4 @@
-"""A pretraining run before it trains: open it, and give it the weights that it starts from."""
+"""Open a pretraining run: check it against its data and its record, and store the weights that it starts from."""
 
 from __future__ import annotations
 
@@ -11,25 +11,42 @@ from torch import Tensor
 from crate_ray.config import PretrainConfig
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
-from crate_ray.runs.checkpoint import INITIAL_WEIGHTS, write_initial_weights, write_record
+from crate_ray.runs.initial_weights import INITIAL_WEIGHTS, write_initial_weights
 from crate_ray.runs.planning import Run, plan_run, with_absolute_paths
+from crate_ray.runs.record import write_record
+from crate_ray.runs.references import load_weights
 
 
 def open_run(config: PretrainConfig) -> Run:
-    """Check the settings against the data and, when the run exists, against its record; nothing is started yet.
+    """Check the settings against the data and, if the run exists, against its record. Writes and starts nothing.
 
-    Raises UserError when the data is missing or does not fit, or when the run was begun with other data or another
-    model.
+    Raises:
+        UserError: the data is missing or does not fit, or the run was started with other data or another model.
     """
     return plan_run(with_absolute_paths(config), config.model)
 
 
-def start_from(run: Run, load: Callable[[str], Mapping[str, Tensor]]) -> Run:
-    """The run, with the weights of `init_from` stored beside it, where it has not begun yet; else the run as it is.
+def open_pretraining(config: PretrainConfig) -> Run:
+    """Open a run and store the weights of `init_from`, if any. Needs the run's lease (see planning.driver_lease).
 
-    `load` gives the weights behind the reference. They are looked up once: a start that is repeated finds what the
-    first one stored, wherever an alias points by then. Call it with the run's lease (see planning.driver_lease). Raises
-    UserError when they do not fit the model.
+    Raises:
+        UserError: as `open_run` and `start_from`.
+    """
+    return start_from(open_run(config))
+
+
+def start_from(run: Run, load: Callable[[str], Mapping[str, Tensor]] | None = None) -> Run:
+    """Store the weights of `init_from` with the run, unless it has begun. Returns the run with their digest.
+
+    The reference is resolved once. A repeated start uses the weights that the first start stored, even if an alias has
+    moved since. Needs the run's lease (see planning.driver_lease).
+
+    Args:
+        run: the run.
+        load: loads weights by reference; by default references.load_weights.
+
+    Raises:
+        UserError: the weights do not exist or do not fit the model.
     """
     config, record = run.config, run.record
     assert isinstance(config, PretrainConfig)
@@ -37,7 +54,18 @@ def start_from(run: Run, load: Callable[[str], Mapping[str, Tensor]]) -> Run:
         return run
     if record.initial_weights and run.storage.exists(INITIAL_WEIGHTS):
         return run
-    weights = load(config.init_from)
+    if load is None:
+        weights: Mapping[str, Tensor] = load_weights(config.init_from, config.model, config.tracking, config.s3)
+    else:
+        weights = load(config.init_from)
+    _check_shapes(weights, config)
+    digest = write_initial_weights(run.storage, {name: tensor.float() for name, tensor in weights.items()})
+    record = record.model_copy(update={"initial_weights": digest})
+    write_record(run.storage, record)
+    return replace(run, record=record)
+
+
+def _check_shapes(weights: Mapping[str, Tensor], config: PretrainConfig) -> None:
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in build_model(config.model).state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -49,7 +77,3 @@ def start_from(run: Run, load: Callable[[str], Mapping[str, Tensor]]) -> Run:
                 f"the weights of init_from {config.init_from} do not fit the model: {described}, {wanted}; "
                 "give the model settings that they were trained with, or other weights"
             )
-    digest = write_initial_weights(run.storage, {name: tensor.float() for name, tensor in weights.items()})
-    record = record.model_copy(update={"initial_weights": digest})
-    write_record(run.storage, record)
-    return replace(run, record=record)

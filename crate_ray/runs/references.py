@@ -1,60 +1,243 @@
-"""Models that a training run starts from: another run's, a registered one, or the published code's."""
+"""The one parser and loader of model references: every setting that names a model takes every form.
+
+    runs/mine                                   a run: its newest checkpoint
+    runs/mine@500, runs/mine@best               its checkpoint of a step, or of the lowest validation loss
+    runs/mine/attempt-001/step-00000500-ab12    one checkpoint
+    runs/mine/model                             an exported model (model.safetensors and model.json)
+    models:/<name>@<alias>, models:/<name>/<version>    a model in MLflow's registry
+    runs:/<id>, <id>                            a run by its MLflow id; also with @<step> or @best
+    weights.pth, published:<file>               a checkpoint of the published code (.pth .pt .ckpt .bin .safetensors)
+
+Folders and files may be local or on S3 (s3://bucket/prefix).
+"""
 
 from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from torch import Tensor
 
-from crate_ray.config import CrateMAEConfig, PretrainConfig, S3Config, TrackingConfig
+from crate_ray.config import CrateMAEConfig, ModelConfig, S3Config, TrackingConfig
 from crate_ray.errors import UserError
-from crate_ray.evaluation.subject import PUBLISHED_SUFFIXES, find_checkpoint, load_checkpoint, load_file
-from crate_ray.models import MaskedAutoencoder, load_published
-from crate_ray.models.exported import ModelDescription, load_exported
+from crate_ray.models import CrateMAE, MaskedAutoencoder, load_published
+from crate_ray.models.classifier import Classifier
+from crate_ray.models.exported import (
+    DESCRIPTION_FILE,
+    WEIGHTS_FILE,
+    ModelDescription,
+    export_model,
+    load_any,
+    load_exported,
+)
+from crate_ray.runs.commits import BEST, Which
 from crate_ray.runs.export import export_run
-from crate_ray.storage.interface import open_storage
-from crate_ray.tracking.registry import fetch_model, load_described
+from crate_ray.runs.mlflow_lookup import download_registered, run_storage
+from crate_ray.runs.record import RUN_FILE
+from crate_ray.storage.interface import Storage, open_storage
 
-_PUBLISHED_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+PUBLISHED_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+FORMS = (
+    "a run's folder, <run>@<step>, <run>@best, a checkpoint's folder, the folder of an exported model, "
+    "models:/<name>@<alias>, models:/<name>/<version>, runs:/<MLflow run id>, or a published checkpoint "
+    "(.pth, .pt, .ckpt, .bin, .safetensors)"
+)
+"""The forms, for messages."""
+
+_PUBLISHED = "published:"
+_REGISTERED, _MLFLOW_RUN = "models:/", "runs:/"
+_MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
+_AT = re.compile(r"(.+)@(\d+|best)")
+_CHECKPOINT = re.compile(r"(?:(.*)/)?(attempt-\d+/step-\d+[^/]*)/?")
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def initial_weights(reference: str, config: PretrainConfig) -> dict[str, Tensor]:
-    """Weights by their name behind `init_from` (see PretrainConfig), on the CPU.
+@dataclass(frozen=True)
+class Reference:
+    """A parsed model reference."""
 
-    Raises UserError when there are none, or a published checkpoint is not of the run's model.
+    text: str
+    """As it was given."""
+    kind: Literal["folder", "mlflow_run", "registered", "published"]
+    """A run's or an exported model's folder, a run's MLflow id, a registered model, a published checkpoint file."""
+    path: str
+    """Address of the folder or file, MLflow id, or MLflow's address of the registered model."""
+    checkpoint: Which = None
+    """Which checkpoint of the run."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Folder that a reference points to."""
+
+    storage: Storage
+    """The run's folder, or the exported model's."""
+    is_run: bool
+    """Whether it is a run's."""
+
+
+def parse(text: str) -> Reference:
+    """Parse a model reference. A pure function: nothing is opened, and the model need not exist.
+
+    Raises:
+        UserError: the reference is empty.
+    """
+    if not text.strip():
+        raise UserError(f"the model reference is empty; give {FORMS}")
+    if text.startswith(_REGISTERED):
+        return Reference(text, "registered", text)
+    if text.startswith(_PUBLISHED):
+        return Reference(text, "published", text.removeprefix(_PUBLISHED))
+    if PurePosixPath(text).suffix in PUBLISHED_SUFFIXES and not text.endswith("/"):
+        return Reference(text, "published", text)
+    if checkpoint := _CHECKPOINT.fullmatch(text):
+        return Reference(text, "folder", "." if checkpoint[1] is None else checkpoint[1] or "/", checkpoint[2])
+    path, which = text, None
+    if at := _AT.fullmatch(text):
+        path, which = at[1], BEST if at[2] == BEST else int(at[2])
+    if path.startswith(_MLFLOW_RUN):
+        return Reference(text, "mlflow_run", path.removeprefix(_MLFLOW_RUN), which)
+    if _MLFLOW_ID.fullmatch(path):
+        return Reference(text, "mlflow_run", path, which)
+    return Reference(text, "folder", path, which)
+
+
+def locate(text: str, tracking: TrackingConfig, s3: S3Config) -> Located | None:
+    """Find the folder that a reference points to. None for registered models and published checkpoints.
+
+    Raises:
+        UserError: the reference points to a folder or an MLflow run, and there is no model.
+    """
+    reference = _without_suffix_trap(parse(text), s3)
+    if reference.kind in ("registered", "published"):
+        return None
+    if reference.kind == "mlflow_run":
+        return Located(run_storage(reference.path, tracking, s3), is_run=True)
+    storage = open_storage(reference.path, s3)
+    if storage.exists(RUN_FILE):
+        return Located(storage, is_run=True)
+    if storage.exists(DESCRIPTION_FILE):
+        if reference.checkpoint is not None:
+            raise UserError(f"{storage.uri} holds an exported model, which has no checkpoints; give its folder alone")
+        return Located(storage, is_run=False)
+    raise UserError(f"{storage.uri} holds neither a run nor an exported model; give {FORMS}")
+
+
+def fetch(text: str, folder: Path, tracking: TrackingConfig, s3: S3Config) -> ModelDescription:
+    """Write the model behind a reference into a local folder as an exported model (see models/exported.py).
+
+    Raises:
+        UserError: there is no such model.
+    """
+    reference = _without_suffix_trap(parse(text), s3)
+    if reference.kind == "published":
+        model = _download_published(reference.path, None, s3)
+        description = _describe_published(model, text)
+        export_model(folder, model.state_dict(), description)
+        return description
+    located = locate(text, tracking, s3)
+    if located is not None and located.is_run:
+        return export_run(located.storage, folder, reference.checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = (WEIGHTS_FILE, DESCRIPTION_FILE)
+    if located is None:
+        download_registered(reference.path, files, folder, tracking)
+    else:
+        for name in files:
+            located.storage.download(name, folder / name)
+    return ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
+
+
+def load(text: str, tracking: TrackingConfig, s3: S3Config) -> tuple[MaskedAutoencoder | Classifier, ModelDescription]:
+    """Load the model behind a reference, in evaluation mode on the CPU, and its description.
+
+    Returns:
+        A masked autoencoder, or the classifier of a fine-tuning run.
+
+    Raises:
+        UserError: there is no such model.
     """
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
-        folder = Path(temporary)
-        if PurePosixPath(reference).suffix in _PUBLISHED_SUFFIXES:
-            return _published(reference, folder, config)
-        if at_step := re.fullmatch(r"(?!models:/|runs:/)(.+)@(\d+)", reference):
-            export_run(open_storage(at_step[1], config.s3), folder, int(at_step[2]))
-        else:
-            fetch_model(reference, folder, config.tracking, config.s3)
-        return load_exported(folder)[0].state_dict()
+        fetch(text, Path(temporary), tracking, s3)
+        return load_any(Path(temporary))
 
 
-def pretrained_model(
-    reference: str, tracking: TrackingConfig, s3: S3Config
-) -> tuple[MaskedAutoencoder, ModelDescription]:
-    """The model behind `FinetuneConfig.model`, in evaluation mode, and its description.
+def load_encoder(text: str, tracking: TrackingConfig, s3: S3Config) -> tuple[MaskedAutoencoder, ModelDescription]:
+    """Load the masked autoencoder behind a reference, in evaluation mode on the CPU, and its description.
 
-    Raises UserError when there is none, or it is a classifier.
+    Raises:
+        UserError: there is no such model, or it is a classifier.
     """
-    path = reference.removeprefix("published:")
-    if path != reference or (PurePosixPath(path).suffix in PUBLISHED_SUFFIXES and not Path(path).is_dir()):
-        return load_file(path, s3)
-    if found := find_checkpoint(reference, s3):
-        return load_checkpoint(*found)
-    return load_described(reference, tracking, s3)
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
+        fetch(text, Path(temporary), tracking, s3)
+        return load_exported(Path(temporary))
 
 
-def _published(reference: str, folder: Path, config: PretrainConfig) -> dict[str, Tensor]:
-    if not isinstance(config.model, CrateMAEConfig):
-        raise UserError(f"{reference} is a checkpoint of CRATE-MAE; set model.architecture crate_mae to start from it")
-    parent, _, name = reference.rpartition("/")
-    local = folder / PurePosixPath(name).name
-    open_storage(parent or ".", config.s3).download(name, local)
-    return load_published(local, config.model).state_dict()
+def load_weights(text: str, model: ModelConfig, tracking: TrackingConfig, s3: S3Config) -> dict[str, Tensor]:
+    """Load the weights behind a reference by name, on the CPU, for a run that starts from them (init_from).
+
+    Args:
+        text: the reference.
+        model: the run's model. A published checkpoint is read as one of this architecture and size.
+        tracking: where MLflow is.
+        s3: where S3 is.
+
+    Raises:
+        UserError: there are no such weights, or a published checkpoint has another architecture or size.
+    """
+    reference = _without_suffix_trap(parse(text), s3)
+    if reference.kind != "published":
+        return load_encoder(text, tracking, s3)[0].state_dict()
+    if not isinstance(model, CrateMAEConfig):
+        raise UserError(
+            f"{text} is a published CRATE-MAE checkpoint; set model.architecture crate_mae to start from it"
+        )
+    return _download_published(reference.path, model, s3).state_dict()
+
+
+def load_model(
+    reference: str, *, tracking: TrackingConfig | None = None, s3: S3Config | None = None
+) -> MaskedAutoencoder | Classifier:
+    """Load a model by reference: `crate_ray.load_model("runs/mine@best")`.
+
+    Args:
+        reference: a run's folder, <run>@<step>, <run>@best, a checkpoint's folder, the folder of an exported model,
+            models:/<name>@<alias>, models:/<name>/<version>, runs:/<MLflow run id>, or a published checkpoint file.
+        tracking: where MLflow is; by default as for the jobs.
+        s3: where S3 is; by default the usual AWS settings.
+
+    Returns:
+        A masked autoencoder or a fine-tuned classifier, a torch module in evaluation mode on the CPU.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return load(reference, tracking or TrackingConfig(), s3 or S3Config())[0]
+
+
+def _without_suffix_trap(reference: Reference, s3: S3Config) -> Reference:
+    """The reference as a folder's, if it looks like a checkpoint file but is a folder with such a name."""
+    if reference.kind != "published" or reference.text.startswith(_PUBLISHED):
+        return reference
+    storage = open_storage(reference.path, s3)
+    if storage.exists(RUN_FILE) or storage.exists(DESCRIPTION_FILE):
+        return Reference(reference.text, "folder", reference.path)
+    return reference
+
+
+def _download_published(path: str, config: CrateMAEConfig | None, s3: S3Config) -> CrateMAE:
+    parent, _, name = path.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
+        local = Path(temporary) / name
+        open_storage(parent or ("/" if path.startswith("/") else "."), s3).download(name, local)
+        return load_published(local, config).float().eval()
+
+
+def _describe_published(model: CrateMAE, text: str) -> ModelDescription:
+    """Published models were trained on images normalised as ImageNet's, as MAE's were."""
+    if model.config.channels != len(_IMAGENET_MEAN):
+        raise UserError(f"{text} is a model of {model.config.channels} channels; published checkpoints have 3")
+    return ModelDescription(model=model.config, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, kind="image")

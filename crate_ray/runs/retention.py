@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, and the removal of all others and of what was never finished."""
+"""Which checkpoints of a run are kept. The others are deleted, as are those that were never finished."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import re
 from collections.abc import Sequence
 
 from crate_ray.config import CheckpointConfig
-from crate_ray.runs.checkpoint import Commit, committed, record_name
+from crate_ray.runs.commits import Commit, by_validation_loss, committed, record_name
 from crate_ray.storage.interface import Storage
 
 _DIRECTORY = re.compile(r"(attempt-\d+/step-\d+[^/]*)/")
 
 
 def kept_checkpoints(commits: Sequence[Commit], config: CheckpointConfig) -> list[Commit]:
-    """Of a run's checkpoints (newest first) those to keep: the newest, the best, and one for each so many hours."""
+    """Select the checkpoints to keep: the newest, the best, and one every so many hours. Both lists newest first."""
     kept = list(commits[: config.keep_last])
-    rated = [c for c in commits if c.validation_loss is not None and not math.isnan(c.validation_loss)]
-    kept += sorted(rated, key=lambda c: (c.validation_loss, -c.step))[: config.keep_best]
+    kept += by_validation_loss(commits)[: config.keep_best]
     if config.keep_every_hours is not None:
         last = -math.inf
         for commit in reversed(commits):
@@ -28,7 +27,7 @@ def kept_checkpoints(commits: Sequence[Commit], config: CheckpointConfig) -> lis
 
 
 def delete_old_checkpoints(run: Storage, config: CheckpointConfig) -> None:
-    """Remove checkpoints that are not to be kept: the record first, so that half a checkpoint never counts."""
+    """Delete the checkpoints that are not kept. Commit records go first, so that half a checkpoint never counts."""
     commits = committed(run)
     kept = kept_checkpoints(commits, config)
     named = {f"{commit.directory}/{name}" for commit in kept for name in commit.files}
@@ -39,9 +38,9 @@ def delete_old_checkpoints(run: Storage, config: CheckpointConfig) -> None:
 
 
 def delete_unfinished(run: Storage) -> None:
-    """Remove directories that no commit record names. Only while no worker of this run is uploading."""
+    """Delete checkpoint folders without a commit record. Call it only while no worker of the run is uploading."""
     found = {match[1] for info in run.list("attempt-") if (match := _DIRECTORY.match(info.key))}
-    commits = committed(run)  # after the listing: a directory that has been committed meanwhile counts
+    commits = committed(run)  # listed after the folders, so that one committed in between counts
     named = {f"{commit.directory}/{name}" for commit in commits for name in commit.files}
     for directory in sorted(found - {commit.directory for commit in commits}):
         _delete_directory(run, directory, named)

@@ -16,6 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 from crate_ray.config import SweepConfig
 from crate_ray.data.format.shards import load_dataset
 from crate_ray.errors import UserError
+from crate_ray.runs.mlflow_lookup import find_run, tracking_uri
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.arrow import arrow_filesystem
 from crate_ray.storage.interface import NotFound, Storage, open_storage
@@ -24,8 +25,7 @@ from crate_ray.sweeps.report import best_trial, picture, results_table
 from crate_ray.sweeps.space import shared_values, trial_config, tune_space
 from crate_ray.sweeps.trial import RECORDS, TrialRecord, run_trial
 from crate_ray.tracking.pretraining import source_tags
-from crate_ray.tracking.registry import find_run
-from crate_ray.tracking.runs import RunTracker, flatten, tracking_uri
+from crate_ray.tracking.runs import RunTracker, flatten
 
 RECORD_FILE, BEST_FILE, RESULTS_FILE = "sweep.json", "best.yaml", "results.csv"
 _TUNE_FOLDER = "tune"

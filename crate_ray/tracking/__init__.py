@@ -1,1 +1,1 @@
-"""MLflow: runs, the model flavor, the registry."""
+"""MLflow: tracked runs, the model flavor, the model registry."""

@@ -1,4 +1,4 @@
-"""An exported model as an MLflow model: pyfunc from code, weights in safetensors, nothing pickled."""
+"""Log an exported model as an MLflow model: a pyfunc from code, weights in safetensors, nothing pickled."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescr
 MODEL_NAME = "model"
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _PACKAGES = ("torch", "numpy", "pillow", "simplejpeg", "safetensors", "pydantic", "pandas")
+"""Everything that pyfunc_model.py imports, directly or through crate_ray, beside MLflow."""
 
 
 def log_model(uri: str, run_id: str, exported: Path) -> Any:
-    """Log an exported model to a run: as an MLflow model named 'model', and its two files under the artifact 'weights'.
+    """Log an exported model to a run: as the MLflow model 'model', and its two files as artifacts under 'weights'.
 
-    Returns MLflow's ModelInfo. Input is a column of encoded images (bytes) or of uint8 arrays (H, W, channels); output
-    are embeddings (n, dim), or, of a classifier, probabilities of the classes (n, num_classes), float32.
+    Input of the MLflow model is a column of encoded images (bytes) or uint8 arrays (H, W, channels). Output is float32:
+    embeddings (n, dim), or, for a classifier, class probabilities (n, num_classes).
+
+    Returns:
+        MLflow's ModelInfo.
     """
     mlflow.set_tracking_uri(uri)
     description = ModelDescription.model_validate_json((exported / DESCRIPTION_FILE).read_text())
@@ -51,4 +55,4 @@ def log_model(uri: str, run_id: str, exported: Path) -> Any:
                 metadata=description.model_dump(mode="json", exclude={"model"}) | {"dim": description.model.dim},
             )
     finally:
-        client.update_run(run_id, status=before)  # start_run ends the run, as if this were all of it
+        client.update_run(run_id, status=before)  # start_run has marked the run as finished

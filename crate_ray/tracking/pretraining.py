@@ -1,4 +1,4 @@
-"""A training run in MLflow: what it is (parameters, lineage, code, environment), and the model that it ends with."""
+"""A training run in MLflow: its parameters, lineage, code and environment, and the model that it publishes."""
 
 from __future__ import annotations
 
@@ -14,46 +14,42 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from mlflow.entities import Dataset
+from pydantic import ValidationError
 
 from crate_ray.data.format.shards import ShardSet
-from crate_ray.models.exported import DESCRIPTION_FILE
+from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
 from crate_ray.runs.export import export_run
 from crate_ray.runs.pretraining import Run
+from crate_ray.storage.interface import NotFound
 from crate_ray.storage.lease import Lease, LeaseLost
 from crate_ray.tracking.runs import RunTracker, flatten, spool_folder
 
 _MODEL_FOLDER = "model"
+_DESCRIPTION = f"{_MODEL_FOLDER}/{DESCRIPTION_FILE}"
 
 
 @contextmanager
 def track(run: Run, lease: Lease, extra_tags: Mapping[str, str] | None = None) -> Iterator[RunTracker]:
-    """Follow a run in MLflow: RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED.
+    """Track a run in MLflow. Its status is RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED.
 
-    Drivers of one run share its entry in MLflow and, on one machine, its spool: so the run's lease is needed, entered.
+    Drivers of the same run share its MLflow run and, on one machine, its spool. So the run's lease must be held.
     """
     lease.check()
     config = run.config
     start = run.record.finetune
     tags = source_tags("finetune" if start else "pretrain") | dict(extra_tags or {})
-    settings = config.model_dump(mode="json")
-    if start is not None:
-        settings |= {"encoder": start.encoder.model_dump(mode="json"), "num_classes": start.classifier.num_classes}
-    orders = [order.model_dump(mode="json") for order in run.record.order.datasets]
-    order = orders[0] if len(orders) == 1 else {str(number): part for number, part in enumerate(orders)}
-    params = flatten(settings) | flatten({"order": order, "total_steps": run.total_steps})
-    shares = [weight / sum(run.mixture.weights) for weight in run.mixture.weights]
-    lineage = list(map(_lineage, run.mixture.datasets, shares))
     parent = start.parent if start else None
     if parent is not None:
-        told = {"model": parent.reference, "step": parent.step, "dataset": parent.dataset}
-        tags |= flatten({name: value for name, value in told.items() if value is not None}, "crate_ray.parent_")
+        known = {"model": parent.reference, "step": parent.step, "dataset": parent.dataset}
+        tags |= flatten({name: value for name, value in known.items() if value is not None}, "crate_ray.parent_")
+    shares = [weight / sum(run.mixture.weights) for weight in run.mixture.weights]
     tracker = RunTracker(
         config.tracking,
         run.record.run_key,
         config.name,
-        params,
+        _params(run),
         tags,
-        lineage,
+        list(map(_lineage, run.mixture.datasets, shares)),
         parent_key=parent.run_key if parent else None,
     )
     tracker.text("environment.txt", environment())
@@ -72,26 +68,45 @@ def track(run: Run, lease: Lease, extra_tags: Mapping[str, str] | None = None) -
         print(tracker.undelivered)
 
 
+def _params(run: Run) -> dict[str, str]:
+    """A run's settings and data order as MLflow parameters."""
+    settings = run.config.model_dump(mode="json")
+    start = run.record.finetune
+    if start is not None:
+        settings |= {"encoder": start.encoder.model_dump(mode="json"), "num_classes": start.classifier.num_classes}
+    orders = [order.model_dump(mode="json") for order in run.record.order.datasets]
+    order = orders[0] if len(orders) == 1 else {str(number): part for number, part in enumerate(orders)}
+    return flatten(settings) | flatten({"order": order, "total_steps": run.total_steps})
+
+
 def publish(run: Run, tracker: RunTracker) -> str:
-    """Write the final weights into the run's folder as an exported model, and log it; returns where it is."""
-    with tempfile.TemporaryDirectory() as temporary:
+    """Export the model of a finished run to its folder and log it to MLflow. Returns the model's folder."""
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         folder = Path(temporary)
         export_run(run.storage, folder)
         tracker.model(folder)
-        # The description last: it says that all the rest is there.
-        for path in sorted(folder.iterdir(), reverse=True):
-            run.storage.write(f"{_MODEL_FOLDER}/{path.name}", path)
+        # The description is written last, because it says that the weights are complete. One of an earlier end of the
+        # run goes first: it would describe the new weights wrongly.
+        run.storage.delete(_DESCRIPTION)
+        run.storage.write(f"{_MODEL_FOLDER}/{WEIGHTS_FILE}", folder / WEIGHTS_FILE)
+        run.storage.write(_DESCRIPTION, folder / DESCRIPTION_FILE)
     tracker.is_complete = True
     return run.storage.under(_MODEL_FOLDER).uri
 
 
 def is_published(run: Run) -> bool:
-    """Whether a finished run has left its model, and MLflow has everything of it."""
-    return run.storage.exists(f"{_MODEL_FOLDER}/{DESCRIPTION_FILE}") and not spool_folder(run.record.run_key).exists()
+    """Whether a run has published the model of its newest checkpoint and MLflow has received everything."""
+    if spool_folder(run.record.run_key).exists():
+        return False
+    try:
+        description = ModelDescription.model_validate_json(run.storage.read(_DESCRIPTION))
+    except (NotFound, ValidationError):
+        return False
+    return description.step == run.first_step
 
 
 def source_tags(job: str) -> dict[str, str]:
-    """MLflow tags of a run that say which job of which code made it, and who ran it."""
+    """MLflow tags that name the job, the version of the code, and the user."""
     return {
         "crate_ray.job": job,
         "mlflow.source.type": "JOB",
@@ -102,7 +117,7 @@ def source_tags(job: str) -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the code that runs: CRATE_RAY_GIT_COMMIT (a submitted job has no .git), else git's, else 'unknown'."""
+    """Git commit of this code: CRATE_RAY_GIT_COMMIT (submitted jobs have no .git), else from git, else 'unknown'."""
     if commit := os.environ.get("CRATE_RAY_GIT_COMMIT"):
         return commit
     command = ["git", "-C", Path(__file__).parent.as_posix(), "rev-parse", "HEAD"]
@@ -113,7 +128,7 @@ def git_commit() -> str:
 
 
 def environment() -> str:
-    """Python, platform and every installed package, one a line."""
+    """Versions of Python, the platform and all installed packages, one per line."""
     packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
     return "\n".join([f"python=={platform.python_version()}", f"# {platform.platform()}", *packages]) + "\n"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 import time
@@ -20,32 +19,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# One attempt each: the spool repeats what failed, and must not block for minutes inside one request.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from crate_ray.config import TrackingConfig
 from crate_ray.runs.listener import Listener
+from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG, find_run, redact, tracking_uri
 from crate_ray.tracking.flavor import log_model
 
 logger = logging.getLogger(__name__)
 
-RUN_KEY_TAG = "crate_ray.run_key"
 PARENT_TAG = "mlflow.parentRunId"
 _DESCRIBED_TAG = "crate_ray.described"  # set once parameters and lineage are complete
 _RETRY_SECONDS = 5.0
 MODEL_FOLDER = "model"
 _BATCH = 500
-
-
-def tracking_uri(tracking: TrackingConfig) -> str:
-    """Address of MLflow: tracking.uri, MLFLOW_TRACKING_URI, or a SQLite file mlflow.db in the working directory."""
-    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -59,21 +48,9 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
-def redact(text: str) -> str:
-    """An address without the user and password that it may hold."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
-
-
 def spool_folder(key: str) -> Path:
     """Where a run's undelivered records are kept, in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray" / key
-
-
-def find_run(client: MlflowClient, run_key: str) -> str | None:
-    """MLflow id of a training run, by the key that its record holds."""
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1)
-    return found[0].info.run_id if found else None
 
 
 class RunTracker(Listener):

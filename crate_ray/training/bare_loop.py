@@ -29,7 +29,7 @@ from crate_ray.data.format.shards import ShardSet
 from crate_ray.data.loader import training_loader
 from crate_ray.data.order.mixture import open_mixture
 from crate_ray.models.exported import Normalizer
-from crate_ray.runs.checkpoint import RunRecord
+from crate_ray.runs.record import RunRecord
 from crate_ray.training.parallel import settle
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.step import autocast_dtype, learning_rate, prepare_cpu, train_step

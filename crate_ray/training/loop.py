@@ -22,7 +22,7 @@ from crate_ray.data.order.sequence import worker_slots
 from crate_ray.errors import UserError
 from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import gpu_peak_flops
-from crate_ray.runs.checkpoint import RunRecord
+from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import open_storage
 from crate_ray.training.control import WorkerControl
 from crate_ray.training.guard import Guard

@@ -16,7 +16,7 @@ from crate_ray.data.format.shards import ShardSet
 from crate_ray.data.loader import Batch
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.models.exported import Normalizer
-from crate_ray.runs.checkpoint import RunRecord
+from crate_ray.runs.record import RunRecord
 from crate_ray.training.parallel import micro_steps_of, parallelize
 from crate_ray.training.probe_batch import Look
 from crate_ray.training.step import compile_layers, largest_micro_batch, should_compile

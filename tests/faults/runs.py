@@ -13,8 +13,8 @@ from crate_ray.cli import parse_config
 from crate_ray.config import PrepareConfig, PretrainConfig
 from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack
-from crate_ray.runs.checkpoint import RunRecord
 from crate_ray.runs.pretraining import open_run
+from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.storage.local import LocalStorage
 from crate_ray.training.bare_loop import train

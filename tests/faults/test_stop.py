@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from crate_ray.runs.mlflow_lookup import find_run
 from crate_ray.storage.interface import Storage
-from crate_ray.tracking.runs import find_run
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.jobs import RayCluster, end, final_weights, finish, free_port, newest_commit, start, wait_for_commit
 

@@ -17,12 +17,13 @@ from crate_ray.config import CrateMAEConfig, S3Config
 from crate_ray.data.format.shards import load_dataset
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache
-from crate_ray.evaluation.features import FeatureExtractor, Tap, iterate_dataset
+from crate_ray.evaluation.features import iterate_dataset
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription, export_model, load_exported
+from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG
+from crate_ray.serving import FeatureExtractor, Tap
 from crate_ray.storage.interface import open_storage
-from crate_ray.tracking.runs import RUN_KEY_TAG
 from tests.jobs import RayCluster, call, environment, job
 
 MODEL = CrateMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_subspaces=2)

@@ -22,20 +22,22 @@ from crate_ray.data.loader import evaluation_loader
 from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
-from crate_ray.finetuning.predict import Predictor
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
-from crate_ray.runs.checkpoint import checkpoint_tensors, committed, write_record
+from crate_ray.runs.checkpoint_files import checkpoint_tensors
+from crate_ray.runs.commits import committed
 from crate_ray.runs.listener import Listener
+from crate_ray.runs.mlflow_lookup import find_run
 from crate_ray.runs.planning import Run, driver_lease
 from crate_ray.runs.pretraining import open_run
-from crate_ray.runs.references import pretrained_model
+from crate_ray.runs.record import write_record
+from crate_ray.runs.references import load_encoder
+from crate_ray.serving import Predictor
 from crate_ray.storage.interface import open_storage
 from crate_ray.tracking.pretraining import is_published, publish, track
 from crate_ray.tracking.registry import register
-from crate_ray.tracking.runs import find_run
 from crate_ray.training.bare_loop import train
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.ray.driver import train_on_ray
@@ -123,7 +125,7 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
     )
 
     def open_it() -> Any:
-        return open_finetuning(config, lambda reference: pretrained_model(reference, config.tracking, config.s3))
+        return open_finetuning(config)
 
     follower = Follower(kill_at=EVERY + 5)
     with driver_lease(config) as lease, track(run := open_it(), lease) as tracker:
@@ -174,4 +176,4 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
     for name, weight in predictor.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
     with pytest.raises(UserError, match="fine-tuned classifier, but a pretrained model is needed"):
-        pretrained_model(reference, tracking, S3Config())
+        load_encoder(reference, tracking, S3Config())

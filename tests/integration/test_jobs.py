@@ -25,10 +25,11 @@ from PIL import Image
 from crate_ray import load_model
 from crate_ray.config import PretrainConfig, S3Config, TrackingConfig
 from crate_ray.data.format.shards import load_dataset
-from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
+from crate_ray.evaluation.features import iterate_dataset
+from crate_ray.runs.references import load_encoder
+from crate_ray.serving import FeatureExtractor
 from crate_ray.storage.arrow import arrow_filesystem
 from crate_ray.storage.interface import Storage, open_storage
-from crate_ray.tracking.registry import load_described
 from tests.integration.conftest import LocalCluster
 from tests.jobs import RAY, ROOT, call, job, newest_commit
 
@@ -168,7 +169,7 @@ def test_registry_gate_and_embeddings(cluster: LocalCluster, trained: str, tmp_p
 
     # Torch module, pyfunc and the run's own encoder give the same embeddings.
     shards = load_dataset(open_storage("s3://data/digits-test", S3Config()))
-    own, description = load_described(trained, TrackingConfig(), S3Config())
+    own, description = load_encoder(trained, TrackingConfig(), S3Config())
     batch = next(iterate_dataset(shards, description.model))
     expected = FeatureExtractor(own, description)(batch.images).numpy()
     champion = load_model("models:/crate-mae@champion")
@@ -278,8 +279,8 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
     assert "image height 8 is not divisible by patch height 3" in error(model__patch_size=3)
     assert "do not fill one batch of 64" in error(name="new", data__lanes=2000)
     assert "100 workers are more than the 64 samples of a batch" in error(scaling__workers=100)
-    assert "was begun with another dataset" in error(data__train="s3://data/digits-test")
-    assert "was begun with another model (model.sparsity_lambda was 0.5, is 0.1)" in error(model__sparsity_lambda=0.1)
+    assert "was started with another dataset" in error(data__train="s3://data/digits-test")
+    assert "was started with another model (model.sparsity_lambda was 0.5, is 0.1)" in error(model__sparsity_lambda=0.1)
     os.environ["AWS_SECRET_ACCESS_KEY"], secret = "wrong", os.environ["AWS_SECRET_ACCESS_KEY"]
     message = error()
     os.environ["AWS_SECRET_ACCESS_KEY"] = secret

@@ -15,19 +15,16 @@ from torch import Tensor
 from crate_ray.config import CrateMAEConfig, OptimConfig, TrainingConfig
 from crate_ray.data.order.sequence import worker_slots
 from crate_ray.models import build_model
-from crate_ray.runs.checkpoint import (
+from crate_ray.runs.checkpoint_files import (
     STATE_FILE,
     CheckpointState,
     checkpoint_tensors,
-    commit_checkpoint,
-    committed,
-    fetch_newest,
     own_part,
     read_tensors,
     restore_checkpoint,
-    upload_part,
     write_part,
 )
+from crate_ray.runs.commits import commit_checkpoint, committed, fetch_newest, upload_part
 from crate_ray.storage.local import LocalStorage
 from crate_ray.training.parallel import micro_steps_of, parallelize, settle
 from crate_ray.training.step import build_optimizer, learning_rate, train_step

@@ -20,16 +20,11 @@ from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
-from crate_ray.runs.checkpoint import (
-    STATE_FILE,
-    CheckpointState,
-    committed,
-    load_weights,
-)
+from crate_ray.runs.checkpoint_files import STATE_FILE, CheckpointState
+from crate_ray.runs.commits import committed, load_weights
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.planning import driver_lease
 from crate_ray.runs.pretraining import Run, open_run, start_from
-from crate_ray.runs.references import initial_weights
 from crate_ray.storage.interface import open_storage
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.ray.driver import train_on_ray
@@ -83,7 +78,7 @@ def settings(folder: Path, digits: str, **changes: Any) -> PretrainConfig:
 
 def follow(config: PretrainConfig) -> tuple[Run, Follower]:
     with driver_lease(config) as lease:
-        run, follower = start_from(open_run(config), lambda reference: initial_weights(reference, config)), Follower()
+        run, follower = start_from(open_run(config)), Follower()
         train_on_ray(run, lease, PretrainTask, [follower])
     return run, follower
 

@@ -30,25 +30,24 @@ from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import ModelDescription, Normalizer, export_model, load_exported
-from crate_ray.runs.checkpoint import (
-    RUN_FILE,
+from crate_ray.runs.checkpoint_files import (
     STATE_FILE,
     CheckpointState,
-    Commit,
-    FileRecord,
-    RunRecord,
     check_arithmetic,
     checkpoint_tensors,
+    restore_checkpoint,
+)
+from crate_ray.runs.commits import (
+    Commit,
+    FileRecord,
     commit_checkpoint,
     committed,
     fetch_newest,
     load_weights,
     newest_complete,
-    read_record,
-    restore_checkpoint,
     upload_part,
-    write_record,
 )
+from crate_ray.runs.record import RUN_FILE, RunRecord, read_record, write_record
 from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
 from crate_ray.storage.local import LocalStorage
 from crate_ray.storage.node_folders import local_space
@@ -139,7 +138,7 @@ def test_other_arithmetic_is_refused_where_bits_are_promised(caplog: pytest.LogC
     check((), (eager,))  # a checkpoint of before this was kept
     assert not caplog.records
     for then, now in (((eager,), (compiled,)), ((compiled,), (eager,)), ((eager,), (eager, compiled))):
-        words = f"step 5 comes from {then[0]}, and the workers now have {' and '.join(now)}, which"
+        words = f"step 5 was computed with {then[0]}, the workers now use {' and '.join(now)}, which"
         with pytest.raises(UserError, match=words):
             check(then, now)
     check((eager,), (compiled,), world_size=3)

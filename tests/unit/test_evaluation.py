@@ -21,7 +21,15 @@ from skimage.metrics import structural_similarity as reference_ssim
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from crate_ray.config import CrateMAEConfig, EvaluateConfig, PrepareConfig, ProbeConfig, S3Config, ViTMAEConfig
+from crate_ray.config import (
+    CrateMAEConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    ProbeConfig,
+    S3Config,
+    TrackingConfig,
+    ViTMAEConfig,
+)
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import centre_crops
 from crate_ray.data.format.shards import ShardSet, load_dataset
@@ -36,7 +44,7 @@ from crate_ray.evaluation.evaluate import evaluate
 from crate_ray.evaluation.extraction import read_samples
 from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache, FeatureSet
 from crate_ray.evaluation.feature_source import InProcess
-from crate_ray.evaluation.features import Tap, all_taps, compute_device, iterate_dataset, pooled_features
+from crate_ray.evaluation.features import all_taps, compute_device, iterate_dataset
 from crate_ray.evaluation.intervals import Estimate, bootstrap, mean, share
 from crate_ray.evaluation.knn import knn_predict
 from crate_ray.evaluation.layers import EncoderStructure, Structure, trend
@@ -44,10 +52,12 @@ from crate_ray.evaluation.probe import ProbeScore, fit_probe
 from crate_ray.evaluation.reconstruction import measure_reconstruction, structural_similarity
 from crate_ray.evaluation.report import Report, render
 from crate_ray.evaluation.segmentation import EncoderSegmentation, MapScore, Segmentation, measure_segmentation
-from crate_ray.evaluation.subject import Subject, find_checkpoint, load_file
+from crate_ray.evaluation.subject import Subject
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import CrateMAE, build_model, export_published
 from crate_ray.models.exported import ModelDescription, Normalizer
+from crate_ray.runs.references import load_encoder
+from crate_ray.serving import Tap, pooled_features
 from crate_ray.storage.interface import open_storage
 from crate_ray.structure.attention import key_components, patch_maps
 from crate_ray.training.step import probe_noise
@@ -264,11 +274,11 @@ def test_published_checkpoint_is_a_model_with_imagenets_normalisation(tmp_path: 
     torch.manual_seed(0)
     model = CrateMAE.from_preset("tiny", image_size=32)
     torch.save({"model": export_published(model)}, tmp_path / "crate_mae_tiny.pth")
-    loaded, description = load_file(str(tmp_path / "crate_mae_tiny.pth"), S3Config())
+    loaded, description = load_encoder(str(tmp_path / "crate_mae_tiny.pth"), TrackingConfig(), S3Config())
     assert description.mean == (0.485, 0.456, 0.406) and description.model == loaded.config
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     with pytest.raises(UserError, match=r"nothing.pth does not exist"):
-        load_file(str(tmp_path / "nothing.pth"), S3Config())
+        load_encoder(str(tmp_path / "nothing.pth"), TrackingConfig(), S3Config())
 
 
 # --- Reconstruction -------------------------------------------------------------------------------------------------
@@ -595,13 +605,10 @@ def test_the_claim_on_compression_and_sparsity_follows_the_curves(
     assert claim.endswith(f"Here R^c {verdict}, and sparsity {verdict.replace('fall', 'rise')}.")
 
 
-def test_what_a_user_can_mend_is_one_sentence(shapes: ShardSet, tmp_path: Path) -> None:
+def test_what_a_user_can_mend_is_one_sentence(shapes: ShardSet) -> None:
     with pytest.raises(ValueError, match="nothing to measure on; give --probe.train"):
         EvaluateConfig(model="runs/mine")
     config = EvaluateConfig(model="m", data=shapes.storage.uri)
     other = subject(shapes, ViTMAEConfig(image_size=16, patch_size=8, dim=16, depth=1, num_heads=2), "baseline")
     with pytest.raises(UserError, match="give a baseline of the same input"):
         evaluate(config, subject(shapes), other, print)
-    assert find_checkpoint("runs/mine", config.s3) is None
-    with pytest.raises(UserError, match="looks like a checkpoint, but no folder above it holds a run"):
-        find_checkpoint(f"{tmp_path}/attempt-001/step-00000500-abc", config.s3)

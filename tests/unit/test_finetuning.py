@@ -39,20 +39,17 @@ from crate_ray.finetuning.augment import RandAugmentation
 from crate_ray.finetuning.batches import PAIR, TrainingBatches
 from crate_ray.finetuning.mixing import branch_scales, class_targets, draw_mix, mix_pairs
 from crate_ray.finetuning.optim import build_layerwise_optimizer
-from crate_ray.finetuning.predict import Predictor
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import new_classifier
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.classifier import Classifier, Targets
 from crate_ray.models.exported import ModelDescription, Normalizer, load_any, load_exported
-from crate_ray.runs.checkpoint import (
-    checkpoint_tensors,
-    fetch_newest,
-    restore_checkpoint,
-    write_record,
-)
+from crate_ray.runs.checkpoint_files import checkpoint_tensors, restore_checkpoint
+from crate_ray.runs.commits import fetch_newest
 from crate_ray.runs.export import export_run
 from crate_ray.runs.planning import Run
+from crate_ray.runs.record import write_record
+from crate_ray.serving import Predictor
 from crate_ray.storage.interface import open_storage
 from crate_ray.training.step import learning_rate, train_step
 from tests.checkpoints import save
@@ -424,7 +421,7 @@ def test_a_run_starts_from_the_encoder_that_it_was_given_and_looks_it_up_once(di
     assert control.record.finetune is not None and control.record.finetune.parent is None
     # Another model under the same name is refused.
     Trainer(run, config).save(tmp_path / "scratch")
-    with pytest.raises(UserError, match="was begun with model models:/mine@champion, not scratch; choose another"):
+    with pytest.raises(UserError, match="was started with model models:/mine@champion, not scratch; choose another"):
         open_finetuning(configured(digits, tmp_path, model="scratch", encoder=CRATE), refuse)
 
 

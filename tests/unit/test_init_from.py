@@ -15,16 +15,11 @@ from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.models import CrateMAE, build_model, export_published
-from crate_ray.runs.checkpoint import (
-    INITIAL_WEIGHTS,
-    DamagedCheckpoint,
-    fetch_initial_weights,
-    read_record,
-    restore_weights,
-    write_record,
-)
+from crate_ray.runs.checkpoint_files import restore_weights
+from crate_ray.runs.commits import DamagedCheckpoint
+from crate_ray.runs.initial_weights import INITIAL_WEIGHTS, fetch_initial_weights
 from crate_ray.runs.pretraining import Run, open_run, start_from
-from crate_ray.runs.references import initial_weights
+from crate_ray.runs.record import read_record, write_record
 from crate_ray.storage.local import LocalStorage
 from crate_ray.tracking.registry import register
 from crate_ray.tracking.runs import RunTracker
@@ -67,7 +62,7 @@ def new_run(data: str, tmp_path: Path, init_from: object, **model: Any) -> tuple
 
 def started(config: PretrainConfig, run: Run, folder: Path) -> dict[str, Tensor]:
     """Weights that the workers of a run load before its first step."""
-    run = start_from(run, lambda reference: initial_weights(reference, config))
+    run = start_from(run)
     assert run.first_step == 0
     fetch_initial_weights(run.storage, run.record.initial_weights or "", folder)
     model = build_model(config.model)
@@ -101,7 +96,7 @@ def test_a_registered_model(data: str, earlier: dict[int, Trainer], tmp_path: Pa
     register(run.uri, "crate-mae", config.tracking, config.s3)
     assert same(started(config, new, tmp_path / "fetched"), earlier[4].model)
     missing, new = new_run(data, tmp_path, "models:/crate-mae@champion")
-    with pytest.raises(UserError, match=r"cannot give models:/crate-mae@champion: .*champion"):
+    with pytest.raises(UserError, match=r"cannot load models:/crate-mae@champion: .*champion"):
         started(missing, new, tmp_path / "other")
 
 
@@ -148,7 +143,7 @@ def test_they_are_looked_up_once(data: str, earlier: dict[int, Trainer], tmp_pat
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match="which the run starts from, differs from its digest"):
+    with pytest.raises(DamagedCheckpoint, match="the weights that the run starts from, differs from its digest"):
         started(config, again, tmp_path / "third")
 
 
@@ -156,7 +151,7 @@ def test_a_run_that_has_begun_goes_on_from_its_own_checkpoint(
     data: str, earlier: dict[int, Trainer], tmp_path: Path
 ) -> None:
     config, run = new_run(data, tmp_path, tmp_path / "earlier")
-    start_from(run, lambda reference: initial_weights(reference, config))
+    start_from(run)
     earlier[2].save(run.storage, tmp_path, "-own")
     resumed = open_run(config)
     assert resumed.first_step == 2
@@ -166,5 +161,5 @@ def test_a_run_that_has_begun_goes_on_from_its_own_checkpoint(
 
     assert start_from(resumed, never) == resumed
     assert open_run(config.model_copy(update={"init_from": None})).first_step == 2
-    with pytest.raises(UserError, match=r"was begun with init_from \S+/earlier, not /other; choose another --name"):
+    with pytest.raises(UserError, match=r"was started with init_from \S+/earlier, not /other; choose another --name"):
         open_run(config.model_copy(update={"init_from": "/other"}))

@@ -16,11 +16,12 @@ from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.sources import open_source
 from crate_ray.errors import UserError
-from crate_ray.evaluation.features import FeatureExtractor, Tap, iterate_dataset
+from crate_ray.evaluation.features import iterate_dataset
 from crate_ray.evaluation.probe import fit_probe, held_out_accuracy, probe_encoder, split_rows
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription
+from crate_ray.serving import FeatureExtractor, Tap
 from crate_ray.storage.interface import open_storage
 
 MODEL = CrateMAEConfig(image_size=8, patch_size=2, channels=1, dim=16, depth=1, num_subspaces=2)

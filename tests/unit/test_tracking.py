@@ -24,13 +24,14 @@ from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, Trac
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.sources import Item, Source
 from crate_ray.errors import UserError
-from crate_ray.evaluation.features import FeatureExtractor
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription, export_model
+from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG
+from crate_ray.serving import FeatureExtractor
 from crate_ray.storage.lease import LeaseLost
 from crate_ray.storage.local import LocalStorage
 from crate_ray.tracking.registry import list_versions
-from crate_ray.tracking.runs import RUN_KEY_TAG, RunTracker, flatten
+from crate_ray.tracking.runs import RunTracker, flatten
 
 AWAY = "http://127.0.0.1:9"  # the discard port: nobody listens
 NOW = 1_700_000_000_000

@@ -19,23 +19,19 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from crate_ray.config import CheckpointConfig
 from crate_ray.errors import UserError
-from crate_ray.runs.checkpoint import (
+from crate_ray.runs.checkpoint_files import (
     STATE_FILE,
     CheckpointState,
-    Commit,
-    RunRecord,
     check_arithmetic,
     checkpoint_tensors,
-    commit_checkpoint,
-    fetch_checkpoint,
-    fetch_initial_weights,
-    fetch_newest,
     own_part,
     restore_checkpoint,
     restore_weights,
-    upload_part,
     write_part,
 )
+from crate_ray.runs.commits import Commit, commit_checkpoint, fetch_checkpoint, fetch_newest, upload_part
+from crate_ray.runs.initial_weights import fetch_initial_weights
+from crate_ray.runs.record import RunRecord
 from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished
 from crate_ray.storage.interface import Storage
 
@@ -102,7 +98,7 @@ class WorkerCheckpoints:
         """Load the newest valid checkpoint, else the weights that the run is to start from, if any; returns its step.
 
         Rank 0 decides which one is valid; one worker of each node fetches the files for all of them. Raises UserError
-        where the workers compute otherwise than it was computed (see checkpoint.check_arithmetic).
+        where the workers compute otherwise than it was computed (see checkpoint_files.check_arithmetic).
         """
         folder = self._node_space / "restore"
         commit = None

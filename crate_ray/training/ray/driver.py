@@ -14,9 +14,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crate_ray.config import PretrainConfig
 from crate_ray.errors import UserError
-from crate_ray.runs.checkpoint import newest_complete, write_record
+from crate_ray.runs.commits import newest_complete
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.planning import Run, RunConfig
+from crate_ray.runs.record import write_record
 from crate_ray.storage.lease import Lease
 from crate_ray.training.control import Watchdog
 from crate_ray.training.loop import train

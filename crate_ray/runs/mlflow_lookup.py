@@ -1,0 +1,109 @@
+"""What is looked up in MLflow: its address, the run of a run key, the folder of a run id, registered models.
+
+MLflow takes seconds to import, and a machine that works on folders alone may lack it: it is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crate_ray.config import S3Config, TrackingConfig
+from crate_ray.errors import UserError
+from crate_ray.storage.interface import Storage, open_storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+# One attempt per request: whoever calls repeats what failed, and no request may block for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+RUN_KEY_TAG = "crate_ray.run_key"
+_SQLITE = "sqlite:///"
+
+
+def tracking_uri(tracking: TrackingConfig) -> str:
+    """Address of MLflow: tracking.uri, else MLFLOW_TRACKING_URI, else a SQLite file mlflow.db in the working folder."""
+    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path('mlflow.db').resolve()}"
+
+
+def redact(text: str) -> str:
+    """The text without the user names and passwords in its addresses."""
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error message, without passwords."""
+    return redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
+
+
+def open_client(tracking: TrackingConfig) -> MlflowClient:
+    """A client for reading. MLflow would create a missing SQLite file; this does not.
+
+    Raises:
+        UserError: the SQLite file does not exist.
+    """
+    uri = tracking_uri(tracking)
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists():
+        raise UserError(
+            f"there is no MLflow database {uri.removeprefix(_SQLITE)}; set --tracking.uri or MLFLOW_TRACKING_URI to "
+            "where the runs are tracked"
+        )
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def find_run(client: MlflowClient, run_key: str) -> str | None:
+    """MLflow id of the run with a run key (see RunRecord); None if MLflow does not know it."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def run_storage(run_id: str, tracking: TrackingConfig, s3: S3Config) -> Storage:
+    """Folder of the run with an MLflow id.
+
+    Raises:
+        UserError: MLflow has no such run, or it is not one of ours.
+    """
+    client = open_client(tracking)
+    from mlflow.exceptions import MlflowException
+
+    where = redact(tracking_uri(tracking))
+    try:
+        params = client.get_run(run_id).data.params
+    except MlflowException as error:
+        raise UserError(f"MLflow at {where} cannot find the run {run_id!r}: {first_line(error)}") from None
+    if not {"storage", "name"} <= params.keys():
+        raise UserError(f"the run {run_id!r} in MLflow at {where} is neither a pretraining nor a fine-tuning run")
+    return open_storage(params["storage"], s3).under(params["name"])
+
+
+def download_registered(uri: str, names: tuple[str, ...], folder: Path, tracking: TrackingConfig) -> None:
+    """Copy files of a registered model, models:/<name>@<alias> or models:/<name>/<version>, into a local folder.
+
+    Raises:
+        UserError: there is no such model, or it lacks one of the files.
+    """
+    open_client(tracking)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    where = tracking_uri(tracking)
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
+        try:
+            found = Path(download_artifacts(uri, dst_path=temporary, tracking_uri=where, registry_uri=where))
+        except MlflowException as error:
+            raise UserError(f"MLflow at {redact(where)} cannot load {uri}: {first_line(error)}") from None
+        for name in names:
+            path = next(found.rglob(name), None)
+            if path is None:
+                raise UserError(f"{uri} is not a model registered by crate-ray: it has no {name}")
+            shutil.copy(path, folder / name)

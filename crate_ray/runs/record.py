@@ -1,0 +1,99 @@
+"""The record of a run, <run>/run.json: everything that is fixed when the run first starts."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from crate_ray.config import (
+    ClassifierConfig,
+    CrateMAEConfig,
+    FinetuneConfig,
+    Kind,
+    ModelConfig,
+    PretrainConfig,
+    Settings,
+    ViTMAEConfig,
+)
+from crate_ray.data.order.sequence import SampleOrder
+from crate_ray.errors import UserError
+from crate_ray.storage.interface import NotFound, Storage
+
+RUN_FILE = "run.json"
+
+
+class Parent(Settings):
+    """The model that a fine-tuning run starts from."""
+
+    reference: str
+    """The model reference given in the settings."""
+    run_key: str | None = None
+    """Key of the run that trained it, if known."""
+    dataset: str | None = None
+    """Digest of its training data."""
+    step: int = 0
+    """Number of optimizer steps it was trained for."""
+
+
+class FinetuneStart(Settings):
+    """What a fine-tuning run trains, beyond its settings."""
+
+    encoder: ModelConfig
+    """Architecture of the encoder."""
+    classifier: ClassifierConfig
+    """The classifier on top of the encoder."""
+    parent: Parent | None = None
+    """The model whose encoder weights are used; None for random weights."""
+
+
+class RunRecord(Settings):
+    """What is fixed when a run first starts. Every resume must agree with it."""
+
+    run_key: str
+    """Random key that identifies the run in MLflow, independent of its name."""
+    config: PretrainConfig | FinetuneConfig
+    """Settings of the first start."""
+    finetune: FinetuneStart | None = None
+    """What is fine-tuned; None for a pretraining run."""
+    dataset: str
+    """Digest of the training data's manifest."""
+    order: SampleOrder
+    """Order of the training data."""
+    kind: Kind
+    """Kind of the samples."""
+    mean: tuple[float, ...]
+    """Mean per channel, subtracted from the input."""
+    std: tuple[float, ...]
+    """Standard deviation per channel, by which the input is divided."""
+    threads: int
+    """Torch threads of each worker. Another number rounds differently."""
+    initial_weights: str | None = None
+    """SHA-256 of the weights the run starts from; None for random weights."""
+
+    @property
+    def model(self) -> CrateMAEConfig | ViTMAEConfig:
+        """Architecture of the model, or of the encoder that is fine-tuned."""
+        if isinstance(self.config, PretrainConfig):
+            return self.config.model
+        assert self.finetune is not None
+        return self.finetune.encoder
+
+
+def read_record(run: Storage) -> RunRecord | None:
+    """Read the record of a run. Returns None if the run has never started.
+
+    Raises:
+        UserError: the file cannot be read as a record.
+    """
+    try:
+        return RunRecord.model_validate_json(run.read(RUN_FILE))
+    except NotFound:
+        return None
+    except ValidationError as error:
+        raise UserError(
+            f"{run.uri}/{RUN_FILE} cannot be read ({str(error).splitlines()[0]}); restore it, or choose another --name"
+        ) from None
+
+
+def write_record(run: Storage, record: RunRecord) -> None:
+    """Write the record of a run."""
+    run.write(RUN_FILE, record.model_dump_json(indent=2).encode())

@@ -1,0 +1,177 @@
+"""Images to features or class probabilities: a trained model with its preprocessing.
+
+A served model imports this file and nothing of the data stack: no storage, no loader, no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crate_ray.config import Feature
+from crate_ray.data.decode.samples import DecodeError, decode_batch
+from crate_ray.data.decode.transforms import Crops, Int64, centre_crops
+from crate_ray.errors import UserError
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.models.classifier import Classifier, class_probabilities
+from crate_ray.models.exported import ModelDescription, Normalizer, load_any, load_exported
+
+
+class Tap(NamedTuple):
+    """A feature of the encoder: which tokens, of which layer."""
+
+    feature: Feature = "mean"
+    """Mean of the patch tokens, or the CLS token."""
+    layer: int | None = None
+    """Encoder layer, 1 to L; None: after the encoder's last norm, as embeddings are."""
+
+    def __str__(self) -> str:
+        name = "mean of patch tokens" if self.feature == "mean" else "CLS token"
+        return f"{name}, {'after the last norm' if self.layer is None else f'layer {self.layer}'}"
+
+
+class FeatureExtractor:
+    """The encoder of a trained model with its preprocessing.
+
+    Args:
+        model: the model.
+        description: how its input is normalised.
+        feature: which feature to return.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        model: MaskedAutoencoder,
+        description: ModelDescription,
+        feature: Feature = "mean",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model, self.description, self.feature = model.to(device).eval(), description, feature
+        self._device = torch.device(device)
+        self._normalizer = Normalizer.of(description.mean, description.std, device)
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, feature: Feature = "mean", device: torch.device | str = "cpu"
+    ) -> FeatureExtractor:
+        """Load an exported model from a local folder."""
+        return cls(*load_exported(folder), feature, device)
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Embed loaded images (uint8, or float32 grids) of the model's size. Returns (B, dim) float32 on the CPU."""
+        return self.pooled(images_BCHW, [Tap(self.feature)])[0]
+
+    @torch.no_grad()
+    def pooled(self, images_BCHW: Tensor, taps: Sequence[Tap]) -> list[Tensor]:
+        """Several features of the same images, each as __call__ returns it."""
+        images = self._normalizer(images_BCHW.to(self._device))
+        return [feature.cpu() for feature in pooled_features(self.model, images, taps)]
+
+    def load(self, items: Sequence[bytes | NDArray[Any]]) -> Tensor:
+        """Decode images for the model; see `load_all`."""
+        return load_all(items, self.description)
+
+
+class Predictor:
+    """A fine-tuned classifier with its preprocessing.
+
+    Args:
+        model: the classifier.
+        description: how its input is normalised.
+        device: where to compute.
+    """
+
+    def __init__(self, model: Classifier, description: ModelDescription, device: torch.device | str = "cpu") -> None:
+        self.model, self.description = model.to(device).eval(), description
+        self._device = torch.device(device)
+        self._normalizer = Normalizer.of(description.mean, description.std, device)
+
+    @classmethod
+    def from_folder(cls, folder: Path, device: torch.device | str = "cpu") -> Predictor:
+        """Load an exported classifier from a local folder.
+
+        Raises:
+            UserError: the folder holds no model, or one without classes.
+        """
+        model, description = load_any(folder)
+        if not isinstance(model, Classifier):
+            raise UserError(f"{folder} holds an encoder without classes; fine-tune it with jobs/finetune.py first")
+        return cls(model, description, device)
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Classify loaded images (uint8, or float32 grids) of the model's size.
+
+        Returns:
+            Class probabilities (B, num_classes), float32 on the CPU.
+        """
+        return class_probabilities(self.model, self._normalizer(images_BCHW.to(self._device))).cpu()
+
+    def load(self, items: Sequence[bytes | NDArray[Any]]) -> Tensor:
+        """Decode images for the model; see `load_all`."""
+        return load_all(items, self.description)
+
+
+@torch.no_grad()
+def pooled_features(model: MaskedAutoencoder, images_BCHW: Tensor, taps: Sequence[Tap]) -> list[Tensor]:
+    """Compute features (B, dim) of normalised images in one pass, holding the tokens of one layer at a time.
+
+    Raises:
+        UserError: the encoder does not have a layer.
+    """
+    depth = len(model.encoder)
+    if beyond := [tap.layer for tap in taps if tap.layer is not None and not 1 <= tap.layer <= depth]:
+        raise UserError(f"there is no encoder layer {beyond[0]}; the model's layers are 1 to {depth}")
+
+    def pool(z_BTD: Tensor, feature: Feature) -> Tensor:
+        return z_BTD[:, 1:].mean(1) if feature == "mean" else z_BTD[:, 0]
+
+    found: dict[Tap, Tensor] = {}
+    z_BTD, _ = model.embed(images_BCHW)
+    for number, layer in enumerate(model.encoder, 1):
+        z_BTD = layer(z_BTD)
+        found |= {tap: pool(z_BTD, tap.feature) for tap in taps if tap.layer == number}
+    if any(tap.layer is None for tap in taps):
+        z_BTD = model.encoder_norm(z_BTD)
+        found |= {tap: pool(z_BTD, tap.feature) for tap in taps if tap.layer is None}
+    return [found[tap].float() for tap in taps]
+
+
+def load_all(items: Sequence[bytes | NDArray[Any]], description: ModelDescription) -> Tensor:
+    """Decode images into a batch (n, channels, H, W) for a model.
+
+    Each image is cut to the largest centre crop with the model's aspect ratio and resized, as in evaluation.
+
+    Args:
+        items: encoded images (for grids, .npy files), or arrays: (H, W, channels) uint8 images or (channels, H, W)
+            grids.
+        description: the model's description.
+
+    Raises:
+        DecodeError: an item cannot be decoded.
+    """
+    out, errors = load_images(items, description)
+    for error in errors:
+        if error is not None:
+            raise error
+    return out
+
+
+def load_images(
+    items: Sequence[bytes | memoryview | NDArray[Any]], description: ModelDescription
+) -> tuple[Tensor, list[DecodeError | None]]:
+    """As `load_all`, but returns the error of each item that cannot be decoded; its slot in the batch is undefined."""
+    config, kind = description.model, description.kind
+    out = torch.empty(
+        len(items), config.channels, *config.image_hw, dtype=torch.float32 if kind == "grid" else torch.uint8
+    )
+
+    def centre(heights: Int64, widths: Int64) -> Crops:
+        return centre_crops(heights, widths, config.image_hw)
+
+    return out, decode_batch(items, kind, centre, out)

@@ -1,0 +1,76 @@
+"""The lifecycle of a training run on Ray, once for every job: lease, open, track, start Ray, train, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from crate_ray.config import FinetuneConfig, PretrainConfig
+from crate_ray.ray_cluster import start_ray
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.planning import Run, driver_lease
+from crate_ray.tracking.pretraining import is_published, track
+from crate_ray.tracking.runs import RunTracker
+from crate_ray.training.display import ProgressDisplay
+from crate_ray.training.ray.driver import train_on_ray
+from crate_ray.training.task import Task
+
+_ConfigT = TypeVar("_ConfigT", PretrainConfig, FinetuneConfig)
+_ResultT = TypeVar("_ResultT")
+
+
+@dataclass(frozen=True)
+class Finished(Generic[_ResultT]):
+    """A run that has been trained to its last step."""
+
+    run: Run
+    """The run as it was opened."""
+    result: _ResultT | None
+    """What `finish` returned; None if the run was complete before."""
+    mlflow_run: str
+    """Id and address of the run in MLflow; empty if the run was complete before."""
+
+
+def run_training(
+    config: _ConfigT,
+    task_class: type[Task],
+    open_run: Callable[[_ConfigT], Run],
+    finish: Callable[[Run, RunTracker], _ResultT],
+    *,
+    listeners: Sequence[Listener] = (),
+    tags: Mapping[str, str] | None = None,
+    show_progress: bool = True,
+) -> Finished[_ResultT]:
+    """Start or resume a run and train it to its last step, unless it is complete: finished, and its model published.
+
+    Only one driver at a time works on a run: the lease is held from before the run is opened until tracking has ended.
+
+    Args:
+        config: settings of the run.
+        task_class: what the workers train.
+        open_run: opens the run; called with the lease held.
+        finish: called after the last step, while the run is still tracked; usually tracking.pretraining.publish.
+        listeners: receive the run's events, beside MLflow and the progress display.
+        tags: additional MLflow tags.
+        show_progress: show a progress display on the terminal.
+
+    Raises:
+        UserError: the settings, the data or the model are unusable, or another driver works on the run.
+        LeaseLost: another driver has taken over the run.
+    """
+    with driver_lease(config) as lease:
+        run = open_run(config)
+        if run.is_finished and is_published(run):
+            return Finished(run, None, "")
+        with track(run, lease, tags) as tracker:
+            if not run.is_finished:
+                start_ray()
+                with ExitStack() as stack:
+                    following: list[Listener] = [tracker]
+                    if show_progress:
+                        following.append(stack.enter_context(ProgressDisplay(run.first_step, run.total_steps)))
+                    train_on_ray(run, lease, task_class, [*following, *listeners])
+            result = finish(run, tracker)
+    return Finished(run, result, tracker.where)
