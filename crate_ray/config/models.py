@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from crate_ray.config.base import PositiveInt, Settings
+from crate_ray.config.base import Advanced, PositiveInt, Settings
 
 PresetName = Literal["tiny", "small", "base", "large"]
 
@@ -60,11 +60,11 @@ class ImageModelConfig(Settings):
     """Image side in pixels, or [height, width]."""
     patch_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 16
     """Patch side in pixels, or [height, width]; divides the image size."""
-    channels: PositiveInt = 3
+    channels: Advanced[PositiveInt] = 3
     """Channels of the input: 3 for colour images, 1 for grayscale, any number for .npy grids."""
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """Share of patches hidden from the model; floor(N (1 - mask_ratio)) of N stay visible."""
-    norm_pix_loss: bool = False
+    norm_pix_loss: Advanced[bool] = False
     """Predict each patch's pixels normalised by that patch's mean and variance (MAE) instead of the plain pixels."""
 
     @field_validator("image_size", "patch_size", mode="before")
@@ -120,30 +120,30 @@ class CrateMAEConfig(ImageModelConfig):
     """Which model this is."""
     preset: PresetName | None = None
     """Published size; fields set beside it win over its values."""
-    dim: PositiveInt = 768
+    dim: Advanced[PositiveInt] = 768
     """Token dimension d; divisible by 4 (positions are sine-cosine in 2-D)."""
-    depth: PositiveInt = 12
+    depth: Advanced[PositiveInt] = 12
     """Number of encoder layers."""
-    decoder_depth: PositiveInt | None = None
+    decoder_depth: Advanced[PositiveInt | None] = None
     """Number of decoder layers; by default as many as in the encoder."""
-    num_subspaces: PositiveInt = 12
+    num_subspaces: Advanced[PositiveInt] = 12
     """Number K of subspaces in the codebook U_[K] (the attention heads)."""
-    subspace_dim: PositiveInt | None = None
+    subspace_dim: Advanced[PositiveInt | None] = None
     """Dimension p of each subspace; d / K by default. K·p may differ from d."""
-    sparsity_lambda: Annotated[float, Field(ge=0)] = 0.5
+    sparsity_lambda: Advanced[Annotated[float, Field(ge=0)]] = 0.5
     """λ, the weight of the sparsity penalty in ISTA (published CRATE-MAE: 0.5; supervised CRATE: 0.1)."""
-    step_size: Annotated[float, Field(gt=0)] = 0.1
+    step_size: Advanced[Annotated[float, Field(gt=0)]] = 0.1
     """η, the step size of ISTA (published: 0.1)."""
-    output_map: Literal["learned", "tied"] = "learned"
+    output_map: Advanced[Literal["learned", "tied"]] = "learned"
     """MSSA's output map: 'learned' W with bias (published), or 'tied' to [U_1 … U_K], the form that the derivation of
     the compression step gives."""
-    attention: Literal["softmax", "linear"] = "softmax"
+    attention: Advanced[Literal["softmax", "linear"]] = "softmax"
     """Subspace attention: 'softmax' (published), or 'linear', without softmax: the gradient of R^c before the softmax
     approximation."""
-    decoder_maps: Literal["free", "tied"] = "free"
+    decoder_maps: Advanced[Literal["free", "tied"]] = "free"
     """Decoder parameters: 'free' (published), or 'tied' to the encoder's mirrored layer (V = U, E = Dᵀ), the
     discretised time reversal in its strict form. 'tied' needs decoder_depth = depth."""
-    encoder_tokens: Literal["all", "visible"] = "all"
+    encoder_tokens: Advanced[Literal["all", "visible"]] = "all"
     """What the encoder sees: 'all' N + 1 tokens, masked ones as mask tokens (published), or 'visible' ones only, as in
     MAE; shows what the mask tokens in the encoder cost and bring."""
 
@@ -189,21 +189,21 @@ class ViTMAEConfig(ImageModelConfig):
     ) = None
     """A CRATE-MAE preset's width, encoder depth and heads; '-matched' has that preset's parameter count within 2 %.
     Fields set beside it win over its values."""
-    dim: PositiveInt = 768
+    dim: Advanced[PositiveInt] = 768
     """Token dimension of the encoder; divisible by 4 and by num_heads."""
-    depth: PositiveInt = 12
+    depth: Advanced[PositiveInt] = 12
     """Number of encoder layers."""
-    num_heads: PositiveInt = 12
+    num_heads: Advanced[PositiveInt] = 12
     """Number of attention heads of the encoder."""
-    decoder_dim: PositiveInt | None = None
+    decoder_dim: Advanced[PositiveInt | None] = None
     """Token dimension of the decoder; by default the encoder's."""
-    decoder_depth: PositiveInt | None = None
+    decoder_depth: Advanced[PositiveInt | None] = None
     """Number of decoder layers; by default as many as in the encoder."""
-    decoder_num_heads: PositiveInt | None = None
+    decoder_num_heads: Advanced[PositiveInt | None] = None
     """Number of attention heads of the decoder; by default the encoder's."""
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp_ratio: Advanced[Annotated[float, Field(gt=0)]] = 4.0
     """Hidden width of the MLP as a multiple of the token dimension."""
-    qkv_bias: bool = True
+    qkv_bias: Advanced[bool] = True
     """Biases in the query, key and value projections (MAE: yes; the CRATE-MAE authors' ViT-MAE: no)."""
 
     @model_validator(mode="before")

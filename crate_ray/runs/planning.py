@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crate_ray.config import CrateMAEConfig, FinetuneConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.config.automatic import default_batch_size
 from crate_ray.data.format.shards import load_dataset
 from crate_ray.data.order.mixture import Mixture, open_mixture
 from crate_ray.data.order.plan import plan_order
@@ -66,6 +67,10 @@ def plan_run(
     about. Raises UserError when the data is missing or does not fit, or when the run was begun with other data or
     another model.
     """
+    storage = open_storage(config.storage, config.s3).under(config.name)
+    record = read_record(storage)
+    mixture = open_mixture(config.data.train, config.s3)
+    config = _with_batch_size(config, mixture, record)
     training = config.training
     mixes = isinstance(config, FinetuneConfig) and config.mixes
     if config.scaling.max_workers > training.batch_size // (2 if mixes else 1):
@@ -73,7 +78,6 @@ def plan_run(
             f"{config.scaling.max_workers} workers are more than the {training.batch_size} samples of a batch"
             f"{', which are mixed in pairs' if mixes else ''}; lower scaling.workers or raise training.batch_size"
         )
-    mixture = open_mixture(config.data.train, config.s3)
     held_out = [load_dataset(open_storage(config.data.validation, config.s3))] if config.data.validation else []
     for dataset in (*mixture.datasets, *held_out):
         other = dataset.manifest
@@ -98,9 +102,7 @@ def plan_run(
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     if len(mean) != channels or len(std) != channels:
         raise UserError(f"data.mean and data.std need {channels} numbers each, one per channel of the model")
-    storage = open_storage(config.storage, config.s3).under(config.name)
     newest = newest_complete(storage)
-    record = read_record(storage)
     if record is None or not (newest or _same_run(record, config, mixture.digest)):
         record = RunRecord(
             run_key=uuid.uuid4().hex,
@@ -141,6 +143,25 @@ def with_absolute_paths(config: _ConfigT) -> _ConfigT:
     if data.cache_dir:
         absolute["cache_dir"] = str(Path(data.cache_dir).expanduser().absolute())
     return config.model_copy(update={"data": data.model_copy(update=absolute), "storage": storage})
+
+
+def _with_batch_size(config: RunConfig, mixture: Mixture, record: RunRecord | None) -> RunConfig:
+    """The settings with a batch size that fits the data, if they set none.
+
+    Raises UserError if they set one that is larger than the data.
+    """
+    training = config.training
+    samples = sum(dataset.manifest.num_samples for dataset in mixture.datasets)
+    fitting = default_batch_size(samples, config.scaling.max_workers)
+    if "batch_size" not in training.model_fields_set:
+        batch_size = record.config.training.batch_size if record else fitting
+        return config.model_copy(update={"training": training.model_copy(update={"batch_size": batch_size})})
+    if training.batch_size > samples:
+        raise UserError(
+            f"a batch of {training.batch_size} does not fit the {samples} samples of {mixture.uri}; set "
+            f"training.batch_size to at most {samples}, such as {fitting}, or leave it out"
+        )
+    return config
 
 
 def _difference(record: RunRecord, config: RunConfig, model: CrateMAEConfig | ViTMAEConfig, dataset: str) -> str | None:
