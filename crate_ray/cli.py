@@ -1,35 +1,54 @@
-"""From a command line to a job: YAML file, then dotted overrides, then strict validation; the same for every job."""
+"""From a command line to a job, the same for every job: a YAML file, then options, which win, then validation."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, NoReturn
 
-import yaml
-from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from crate_ray.config import Settings
+from crate_ray.config.base import CONFIG_FILE, Settings
+from crate_ray.config.examples import example_configs, find_example
+from crate_ray.config.listing import help_text
+from crate_ray.config.values import (
+    ConfigT,
+    closest,
+    dotted_names,
+    kebab,
+    load_yaml,
+    merge,
+    models_in,
+    removed_names,
+    suggest,
+    validate,
+)
 from crate_ray.errors import UserError
 
-ConfigT = TypeVar("ConfigT", bound=Settings)
+Complete = Callable[[dict[str, Any], str], dict[str, Any]]
+"""Turns a short form into settings: takes the settings that were given, and the short form's value."""
+
 _USAGE_ERROR = 2
 
 
 def run_job(
-    config_class: type[ConfigT], main: Callable[[ConfigT], None], argv: Sequence[str] | None = None
+    config_class: type[ConfigT],
+    main: Callable[[ConfigT], None],
+    argv: Sequence[str] | None = None,
+    complete: Complete | None = None,
+    prog: str | None = None,
 ) -> NoReturn:
-    """Parse the command line, run the job, exit: 0 when done, 2 with one sentence on stderr for what the user can mend.
+    """Parse the command line, run the job, and exit.
 
-    Ctrl-C exits with 130, SIGTERM with 143. Other exceptions are ours to mend and keep their traceback.
+    The exit code is 0 for success, 2 for a UserError (printed as one sentence on stderr), 130 for Ctrl-C and 143 for
+    SIGTERM. Other exceptions keep their traceback.
     """
     try:
-        main(parse_config(config_class, sys.argv[1:] if argv is None else argv))
+        main(parse_config(config_class, sys.argv[1:] if argv is None else argv, complete, prog))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_USAGE_ERROR)
@@ -38,40 +57,113 @@ def run_job(
     sys.exit(0)
 
 
-def run_subcommand(commands: Mapping[str, tuple[type[Any], Callable[[Any], None]]]) -> NoReturn:
-    """`run_job` for a script with several commands: its first argument names one, the rest are that one's settings."""
-    script, arguments = Path(sys.argv[0]).name, sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:10} {(config.__doc__ or '').strip()}" for name, (config, _) in commands.items()]
-        print(
-            "\n".join(
-                [f"usage: {script} COMMAND [settings]", "", *lines, "", f"{script} COMMAND --help lists settings"]
-            )
-        )
+def run_subcommand(
+    commands: Mapping[str, tuple[type[Any], Callable[[Any], None]]], default: str | None = None
+) -> NoReturn:
+    """`run_job` for a script with several commands: the first argument names one, the others are its settings.
+
+    `default` is the command for arguments that begin with a setting.
+    """
+    prog, arguments = _prog(), sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
+        lines = [f"  {name:10} {_summary(config)}" for name, (config, _) in commands.items()]
+        usage = f"usage: {prog} COMMAND [settings]"
+        print("\n".join([usage, "", *lines, "", f"{prog} COMMAND --help lists the settings of a command"]))
         sys.exit(0 if arguments else _USAGE_ERROR)
-    name = arguments[0]
+    name, settings = arguments[0], arguments[1:]
+    if default and name.startswith("--"):
+        name, settings = default, arguments
     if name not in commands:
         hint = suggest(name, list(commands)) or f"; there are {', '.join(commands)}"
         print(f"error: there is no command {name!r}{hint}", file=sys.stderr)
         sys.exit(_USAGE_ERROR)
-    run_job(*commands[name], arguments[1:])
+    run_job(*commands[name], settings, prog=f"{prog} {name}")
 
 
-def parse_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
-    """Settings from `--config FILE.yaml` and dotted overrides such as `--training.steps 100`, which win.
+def parse_config(
+    config_class: type[ConfigT], argv: Sequence[str], complete: Complete | None = None, prog: str | None = None
+) -> ConfigT:
+    """Settings from `--config FILE.yaml` and options such as `--training.batch-size 64`, which win.
 
-    Raises UserError for an unreadable file, an unknown setting (with the name that was probably meant) or a wrong
-    value. `--help` prints every setting with its default and unit, and exits.
+    `--help` prints the everyday settings and exits; `--help-all` prints every setting.
+
+    Args:
+        config_class: settings of the job.
+        argv: command line without the program's name. Names are written with '-'; '_' is accepted too.
+        complete: turns the class's short form, such as `--data PATH`, into settings.
+        prog: how the program was called, for `--help`.
+
+    Raises:
+        UserError: an unreadable file, an unknown setting (with the name that was probably meant), a wrong value.
     """
-    names = dotted_names(config_class)
-    parser = _Parser(
-        description=(config_class.__doc__ or "").strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.setting_names = names
-    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with any of the settings below")
+    if {"-h", "--help", "--help-all"} & set(argv):
+        width = min(shutil.get_terminal_size().columns, 120)
+        print(help_text(config_class, prog or _prog(), everything="--help-all" in argv, width=width))
+        sys.exit(0)
+    options, shorts = _take_short_forms(config_class, [_snake(argument) for argument in argv])
+    overrides = _parse_options(config_class, options)
+    path = _config_path(options)
+    values = _read_config(config_class, path, shorts) if path else {}
+    # Required groups exist at least as empty ones, so that an error names the setting inside that is missing.
+    groups: dict[str, Any] = {
+        n: {} for n, f in config_class.model_fields.items() if f.is_required() and models_in(f.annotation)
+    }
+    values = merge(merge(groups, values), overrides)
+    for value in shorts.values():
+        if complete is None:
+            raise UserError(f"{config_class.__name__} cannot be completed from {value!r} here; give --data.train")
+        values = complete(values, value)
+    return validate(config_class, values)
 
+
+def _prog() -> str:
+    """How this program was called, for messages: `crate-ray pretrain` or `pretrain.py`."""
+    return Path(sys.argv[0]).name
+
+
+def command(job: str) -> str:
+    """How the user can start another job: `crate-ray JOB`, or `python jobs/JOB.py` from one of the scripts."""
+    program = Path(sys.argv[0])
+    return f"python {program.with_name(f'{job}.py')}" if program.suffix == ".py" else f"crate-ray {job}"
+
+
+def _summary(config_class: type[Settings]) -> str:
+    return (config_class.__doc__ or "").strip().partition("\n")[0]
+
+
+def _snake(argument: str) -> str:
+    """An option with its name as in YAML; anything else unchanged."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _take_short_forms(config_class: type[Settings], argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The options without short forms such as `--data PATH`, and the values of those."""
+    rest: list[str] = []
+    shorts: dict[str, str] = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in config_class.short_forms:
+            rest.append(argument)
+            continue
+        value = value if equals else next(arguments, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"argument --{kebab(name)}: expected one argument")
+        if value.startswith("{"):  # the whole group as JSON
+            rest.append(f"--{name}={value}")
+        else:
+            shorts[name] = value
+    return rest, shorts
+
+
+def _parse_options(config_class: type[Settings], argv: list[str]) -> dict[str, Any]:
+    """Nested values of the options; what they mean is validated later."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.setting_names, parser.removed = dotted_names(config_class), removed_names(config_class)
+    parser.add_argument("--config", metavar="FILE", type=Path)
     # A settings class of the same fields, only so that pydantic-settings builds the command line from them.
     cli_class: Any = type(
         config_class.__name__,
@@ -82,147 +174,77 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
         source: Any = CliSettingsSource(
             cli_class,
             root_parser=parser,
-            cli_use_class_docs_for_groups=True,
             cli_hide_none_type=True,
             cli_avoid_json=True,
             cli_enforce_required=False,
             cli_implicit_flags=False,
             cli_parse_none_str="null",
             cli_exit_on_error=True,
-            cli_parse_args=list(argv),
+            cli_parse_args=argv,
         )
     except SettingsError as error:
         name, _, cause = str(error).removeprefix("Parsing error encountered for ").partition(": ")
         raise UserError(
-            f"the value of --{name} is not JSON ({cause}); give it such as '{{\"name\": value}}', or put it into the "
-            "--config file"
+            f"the value of --{kebab(name)} is not JSON ({cause}); give it such as '{{\"name\": value}}', or put it "
+            "into the --config file"
         ) from None
-    overrides = source()
-    path = _config_path(argv)
-    values = load_yaml(path) if path else {}
-    # Required groups exist at least as empty ones, so that an error names the setting inside that is missing.
-    groups: dict[str, Any] = {
-        n: {} for n, f in config_class.model_fields.items() if f.is_required() and _models_in(f.annotation)
-    }
-    return validate(config_class, merge(merge(groups, values), overrides))
-
-
-def validate(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Validated settings; every problem becomes part of one clear UserError."""
-    try:
-        return config_class.model_validate(values)
-    except ValidationError as error:
-        problems = {_where(config_class, problem): problem for problem in reversed(error.errors())}
-        raise UserError("; ".join(_explain(config_class, *item) for item in reversed(problems.items()))) from None
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Mapping in a YAML file; UserError when there is none."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}, not settings by name")
+    values: dict[str, Any] = source()
     return values
 
 
-def nested(dotted: dict[str, Any]) -> dict[str, Any]:
-    """{'a.b': 1} as {'a': {'b': 1}}."""
-    out: dict[str, Any] = {}
-    for name, value in dotted.items():
-        *groups, last = name.split(".")
-        level = out
-        for group in groups:
-            level = level.setdefault(group, {})
-        level[last] = value
-    return out
-
-
-def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings with the overrides put in."""
-    out = dict(base)
-    for name, value in overrides.items():
-        under = out.get(name)
-        out[name] = merge(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
-    return out
-
-
-def dotted_names(config_class: type[BaseModel]) -> list[str]:
-    """Names of all settings, such as `training.steps`, groups included."""
-    names: list[str] = []
-    for name, field in config_class.model_fields.items():
-        names.append(name)
-        for model in _models_in(field.annotation):
-            names += [f"{name}.{inner}" for inner in dotted_names(model) if f"{name}.{inner}" not in names]
-    return names
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) is Union or type(annotation).__name__ == "UnionType":
-        return [m for part in get_args(annotation) for m in _models_in(part)]
-    return [m for part in get_args(annotation)[:1] for m in _models_in(part)] if get_origin(annotation) else []
-
-
-def suggest(name: str, known: Sequence[str]) -> str:
-    """', did you mean …?' for a misspelt name; its last part counts where the whole is unlike all. Or nothing."""
-    last = name.rsplit(".", 1)[-1]
-    close = [n for n in known if n.rsplit(".", 1)[-1] == last] or difflib.get_close_matches(name, known, 1, 0.6)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _where(config_class: type[BaseModel], problem: Any) -> str:
-    """Name of the setting that a problem is about; tags and types of union members in its location are left out."""
-    known, where = set(dotted_names(config_class)), ""
-    for part in problem["loc"]:
-        longer = f"{where}.{part}" if where else str(part)
-        if longer in known or (problem["type"] == "extra_forbidden" and part == problem["loc"][-1]):
-            where = longer
-    if problem["type"] == "union_tag_invalid":
-        where += f".{problem['ctx']['discriminator'].strip(chr(39))}"
-    return where
-
-
-def _explain(config_class: type[BaseModel], where: str, problem: Any) -> str:
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        if where in dotted_names(config_class):
-            return f"setting {where!r} does not belong to {problem['loc'][-2]}"
-        return f"there is no setting {where!r}{suggest(where, dotted_names(config_class)) or '; --help lists them all'}"
-    if problem["type"] == "union_tag_invalid":
-        known = problem["ctx"]["expected_tags"].replace(", ", " or ")
-        return f"setting {where!r} is {problem['ctx']['tag']!r}: input should be {known}"
-    if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
-        return f"setting {where!r} has too few values; give {problem['loc'][-1] + 1}"
-    if problem["type"] == "missing":
-        return f"setting {where!r} is required; give --{where} or put it into the --config file"
-    if problem["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    return f"setting {where!r} is {problem['input']!r}: {message[0].lower() + message[1:]}"
-
-
 def _config_path(argv: Sequence[str]) -> Path | None:
+    """The --config file; a name without a folder that is no file may be that of an example."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    return parser.parse_known_args(list(argv))[0].config
+    path: Path | None = parser.parse_known_args(list(argv))[0].config
+    if path is None or path.exists() or path.name != str(path):
+        return path
+    example = find_example(str(path))
+    if example is None:
+        names = [example.name for example in example_configs()]
+        raise UserError(f"there is no file {path}, and no example of that name{suggest(str(path), names)}")
+    print(f"config: {example.name} is the example that comes with crate-ray ({example})", file=sys.stderr)
+    return example
+
+
+def _read_config(config_class: type[Settings], path: Path, shorts: dict[str, str]) -> dict[str, Any]:
+    """Settings of a YAML file, in which `data: PATH` is a short form too, and other files are found beside it."""
+    values = load_yaml(path)
+    for name in config_class.short_forms:
+        if isinstance(value := values.get(name), str):
+            shorts.setdefault(name, value)
+            del values[name]
+    for name, field in config_class.model_fields.items():
+        if any(entry is CONFIG_FILE for entry in field.metadata) and isinstance(value := values.get(name), str):
+            values[name] = _beside(path, name, value)
+    return values
+
+
+def _beside(path: Path, name: str, value: str) -> str:
+    """Path of a file that a YAML file names: relative to that file's folder, or else to the working directory."""
+    beside = path.parent / value
+    if beside.exists() or not Path(value).exists() or Path(value).is_absolute():
+        return str(beside)
+    print(
+        f"{path}: {name} {value} is not beside this file; using the one in the working directory",
+        file=sys.stderr,
+    )
+    return value
 
 
 class _Parser(argparse.ArgumentParser):
     """Turns argparse's errors into UserErrors that name the setting which was probably meant."""
 
     setting_names: Sequence[str] = ()
+    removed: Mapping[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (?:--)?([\w.-]+)", message)
-        if unknown:
-            name = unknown[1]
-            raise UserError(
-                f"there is no setting {name!r}{suggest(name, self.setting_names) or '; --help lists them all'}"
-            )
-        raise UserError(message)
+        unknown = re.search(r"unrecognized arguments: (--)?([\w.-]+)", message)
+        if unknown is None:
+            raise UserError(re.sub(r"--[\w.]+", lambda option: kebab(option[0]), message))
+        dashes, name = unknown[1] or "", unknown[2]
+        if name in self.removed:
+            raise UserError(f"setting --{kebab(name)} was removed: {self.removed[name]}; leave it out")
+        close = closest(name, self.setting_names)
+        hint = f", did you mean --{kebab(close)}?" if close else "; --help-all lists every setting"
+        raise UserError(f"there is no setting {dashes}{kebab(name) if dashes else name}{hint}")

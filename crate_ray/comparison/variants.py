@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from crate_ray.cli import dotted_names, load_yaml, merge, nested, suggest, validate
 from crate_ray.config import CompareConfig, CrateMAEConfig, FinetuneConfig, ModelConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.config.values import dotted_names, load_yaml, merge, nested, suggest, validate
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
 

@@ -1,10 +1,12 @@
-"""What all settings have in common."""
+"""What all settings have in common, and how a setting is marked as advanced."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -12,14 +14,38 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+class Mark:
+    """Metadata of a field that the command line reads; validation ignores it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+ADVANCED, CONFIG_FILE = Mark("ADVANCED"), Mark("CONFIG_FILE")
+
+Advanced = Annotated[T, ADVANCED]
+"""A setting that few people need: `--help` leaves it out, `--help-all` and docs/configuration.md show it."""
+
+ConfigFile = Annotated[T, CONFIG_FILE]
+"""The name of another YAML file. In a YAML file it is relative to that file's folder."""
+
+
 class Settings(BaseModel):
     """Base of all settings: unknown names are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
+    short_forms: ClassVar[dict[str, str]] = {}
+    """Options of the command line that stand for several settings, with their help texts."""
+    removed: ClassVar[dict[str, str]] = {}
+    """Settings of earlier versions, with what happens without them."""
+
 
 def check_name(name: str) -> str:
-    """A run's name becomes a folder and a record in MLflow."""
+    """A run's name, which becomes a folder and an MLflow run. Raises ValueError if it cannot."""
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise ValueError(f"run name {name!r} may hold letters, digits, '-', '_' and '.' only")
     return name

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from crate_ray.config.base import PositiveInt, Settings
+from crate_ray.config.base import Advanced, PositiveInt, Settings
 from crate_ray.config.models import CrateMAEConfig, ModelConfig, PresetName
 from crate_ray.config.storage import S3Config
 
@@ -28,9 +28,9 @@ class BenchmarkDataConfig(Settings):
     """Duration of each measurement in seconds, after the first batch and a moment more."""
     repeats: PositiveInt = 3
     """Measurements of each loader, in turns; the fastest counts."""
-    processes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4)
+    processes: Advanced[Annotated[tuple[PositiveInt, ...], Field(min_length=1)]] = (1, 2, 4)
     """Numbers of loader processes that webdataset and LitData are measured with; the fastest counts."""
-    memory_bytes: PositiveInt = 2 * 2**30
+    memory_bytes: Advanced[PositiveInt] = 2 * 2**30
     """Our loader keeps data up to this many bytes in memory, as in training; 1 makes it stream."""
     json_file: Annotated[str | None, Field(alias="json")] = None
     """File to write every figure to, as JSON."""
@@ -69,19 +69,19 @@ class BenchmarkOrderConfig(Settings):
 
     num_shards: PositiveInt = 1_000_000
     """Shards of the synthetic dataset that is planned for; its index takes some hundred MB of the temporary folder."""
-    shard_samples: PositiveInt = 1000
+    shard_samples: Advanced[PositiveInt] = 1000
     """Samples per shard."""
-    sample_bytes: Annotated[int, Field(ge=512)] = 110 * 2**10
+    sample_bytes: Advanced[Annotated[int, Field(ge=512)]] = 110 * 2**10
     """Mean size of a sample in bytes."""
-    classes: PositiveInt = 1000
+    classes: Advanced[PositiveInt] = 1000
     """Classes of the sorted dataset."""
-    class_samples: PositiveInt = 1281
+    class_samples: Advanced[PositiveInt] = 1281
     """Samples of each class."""
     batch_size: PositiveInt = 4096
     """Global batch."""
     workers: PositiveInt = 8
     """Workers of the run."""
-    buffer_bytes: PositiveInt = 2**30
+    buffer_bytes: Advanced[PositiveInt] = 2**30
     """data.buffer_bytes of each worker."""
     json_file: Annotated[str | None, Field(alias="json")] = None
     """File to write every figure to, as JSON."""
@@ -106,7 +106,7 @@ class BenchmarkScalingConfig(Settings):
     """Bandwidth of a GPU's links within the node, one direction (NVLink 4)."""
     node_bytes_per_second: Annotated[float, Field(gt=0)] = 400e9
     """Bandwidth of a node's network, one direction (8 ports of 400 Gbit/s)."""
-    latency_seconds: Annotated[float, Field(ge=0)] = 10e-6
+    latency_seconds: Advanced[Annotated[float, Field(ge=0)]] = 10e-6
     """Latency of one hop between nodes."""
     json_file: Annotated[str | None, Field(alias="json")] = None
     """File to write every figure to, as JSON."""
@@ -169,7 +169,7 @@ class BenchmarkTrainConfig(Settings):
     """Images per step. By default 128 on a GPU, 8 on a CPU."""
     image_sizes: tuple[PositiveInt, ...] = (224, 448, 672, 896)
     """Sides at which time and memory are measured, for the first preset and precision; none to leave that out."""
-    image_sizes_batch: PositiveInt | None = None
+    image_sizes_batch: Advanced[PositiveInt | None] = None
     """Images per step for that. By default 8 on a GPU, 1 on a CPU."""
     seconds: Annotated[float, Field(gt=0)] = 3.0
     """Duration of each measurement in seconds, after two steps to warm up; at least three steps."""
@@ -181,7 +181,7 @@ class BenchmarkTrainConfig(Settings):
     """Train all but 'plain' with training.activation_checkpointing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; 'auto' takes a GPU where there is one."""
-    peak_flops: Annotated[float, Field(gt=0)] | None = None
+    peak_flops: Advanced[Annotated[float, Field(gt=0)] | None] = None
     """FLOP/s that count as 100 % in bf16. By default what the GPU's maker states, or, on a CPU or an unknown GPU, the
     rate of a large matrix product; fp32 is always measured."""
     json_file: Annotated[str | None, Field(alias="json")] = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from crate_ray.config.base import PositiveInt, Settings
+from crate_ray.config.base import Advanced, PositiveInt, Settings
 from crate_ray.config.storage import S3Config
 from crate_ray.config.training import TrackingConfig
 
@@ -17,44 +17,50 @@ class ProbeConfig(Settings):
     """Linear probe: logistic regression on features of the frozen encoder."""
 
     train: str
-    """Local folder or s3://bucket/prefix of labelled shards (member `cls`) that the probe is fitted on."""
+    """Local folder or s3://bucket/prefix of labelled shards (member `cls`) to fit the probe on."""
     test: str
-    """The same for the samples that its accuracy is measured on."""
+    """Labelled shards to measure its accuracy on."""
     feature: Feature = "mean"
-    """'mean' of the encoder's patch tokens, or its CLS token 'cls'."""
-    layer: PositiveInt | None = None
-    """Encoder layer 1 … L whose output tokens the feature is taken from; by default after the encoder's last norm."""
-    solver: Literal["auto", "sklearn", "torch"] = "auto"
-    """Who fits: scikit-learn in memory, or L-BFGS on torch, which reads the features in batches from disk and uses a
-    GPU where there is one. 'auto' takes torch for features of more than 1 GiB."""
-    max_samples: PositiveInt = 10_000
-    """Most samples of either dataset to use, spread evenly over it."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the untrained encoder and of the split that the strength and the layer are chosen on."""
+    """Feature of an image: 'mean' of the encoder's patch tokens, or the CLS token 'cls'."""
+    layer: Advanced[PositiveInt | None] = None
+    """Encoder layer 1 … L to take the feature from; by default the output of the encoder's last norm."""
+    solver: Advanced[Literal["auto", "sklearn", "torch"]] = "auto"
+    """What fits the probe: scikit-learn in memory, or L-BFGS in torch, which reads features in batches from disk and
+    uses a GPU if there is one. 'auto' chooses torch for more than 1 GiB of features."""
+    max_samples: Advanced[PositiveInt] = 10_000
+    """Largest number of samples of each dataset to use, spread evenly over it."""
+    seed: Advanced[Annotated[int, Field(ge=0)]] = 0
+    """Seed of the untrained encoder, and of the split on which regularisation strength and layer are chosen."""
 
 
 class EvaluateConfig(Settings):
-    """Measure what a pretrained encoder learned, next to controls, and write a report: one HTML page and JSON.
+    """Measure what a pretrained encoder learned, next to controls, and write a report as HTML and JSON.
 
-    Give any of probe, data and masks; what needs data that is not given is left out of the report.
+    Give any of probe, data and masks. The report has the parts for which there is data.
     """
 
+    removed: ClassVar[dict[str, str]] = {
+        "knn_neighbours": "k-NN uses 20 neighbours, as DINO does",
+        "knn_temperature": "k-NN uses the temperature 0.07, as DINO does",
+        "attention_mass": "segmentation keeps 0.6 of the attention, as DINO does",
+    }
+
     model: str
-    """Folder of a run (its newest checkpoint; <run>@<step> for another), of a checkpoint or of an exported model (local
-    or S3), runs:/<MLflow run>, models:/<name>@<alias>, or a file with a published checkpoint (.pth, .safetensors)."""
+    """Model to measure: a run's folder (its newest checkpoint; <run>@<step> for another), the folder of a checkpoint or
+    of an exported model, runs:/<MLflow run>, models:/<name>@<alias>, or a published checkpoint (.pth, .safetensors)."""
     baseline: str | None = None
-    """Another model, given like model, to be measured beside it, such as a ViT-MAE of the same data."""
+    """Another model to measure beside it, such as a ViT-MAE trained on the same data."""
     probe: ProbeConfig | None = None
-    """Labelled datasets, for linear probe and k-NN."""
-    all_layers: bool = True
-    """Probe the features of every layer too, and report the one that is best on a part of the training samples."""
+    """Labelled datasets for linear probe and k-NN."""
+    all_layers: Advanced[bool] = True
+    """Also probe the features of every layer, and report the layer that is best on a part of the training samples."""
     data: str | None = None
-    """Local folder or s3://bucket/prefix of held-out shards, for reconstruction and the structure of the layers."""
+    """Local folder or s3://bucket/prefix of held-out shards for reconstruction and layer structure."""
     masks: str | None = None
-    """The same of shards whose samples have a mask of the foreground (`mask.png`), for attention and segmentation."""
+    """Shards whose samples have a foreground mask (`mask.png`), for attention and segmentation."""
     max_images: Annotated[int, Field(ge=2)] = 512
-    """Most samples of data and of masks to use, spread evenly over them."""
-    mask_ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (
+    """Largest number of samples of data and of masks to use, spread evenly over them."""
+    mask_ratios: Advanced[Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]] = (
         0.5,
         0.6,
         0.7,
@@ -63,26 +69,20 @@ class EvaluateConfig(Settings):
         0.9,
         0.95,
     )
-    """Shares of hidden patches that reconstruction is measured at."""
-    knn_neighbours: PositiveInt = 20
-    """Neighbours that vote in k-NN (DINO: 20)."""
-    knn_temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Temperature τ of their weights exp(cosine / τ) (DINO: 0.07)."""
-    attention_mass: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    """Share of an attention map's mass that is kept as foreground (DINO: 0.6)."""
+    """Mask ratios at which reconstruction is measured."""
     output: str | None = None
     """Local folder or s3://bucket/prefix of the report; by default `evaluation` in the model's folder, or in the
-    working directory for models that are not in a folder."""
+    working directory if the model has no folder."""
     workers: PositiveInt | None = None
-    """Encoders that work at the same time on features, each on one CPU or one GPU; by default one on each."""
+    """Encoders that compute features in parallel, each on one CPU or GPU; by default one on each."""
     gpu: bool | None = None
-    """Compute on GPUs; by default where the cluster has any."""
-    features_dir: str | None = None
-    """Local folder that keeps features, by their content; by default in the user's cache."""
-    features_bytes: PositiveInt = 20 * 2**30
-    """Size limit of features_dir; what was used longest ago makes room."""
+    """Compute on GPUs; by default if the cluster has any."""
+    features_dir: Advanced[str | None] = None
+    """Local folder that caches features by content; by default in the user's cache folder."""
+    features_bytes: Advanced[PositiveInt] = 20 * 2**30
+    """Size limit of features_dir; least recently used features are evicted."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow; the report goes to the run that trained the model, where it is known there."""
+    """MLflow. The report is added to the run that trained the model, if MLflow knows it."""
     s3: S3Config = S3Config()
     """Object storage."""
 

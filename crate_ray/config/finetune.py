@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from crate_ray.config.base import PositiveInt, RunName, Settings
+from crate_ray.config.base import Advanced, PositiveInt, RunName, Settings
 from crate_ray.config.data import DataConfig
 from crate_ray.config.models import CrateMAEConfig, ModelConfig
 from crate_ray.config.storage import S3Config
@@ -65,12 +65,12 @@ class AugmentConfig(Settings):
 
     randaugment: Annotated[int, Field(ge=0, le=14)] = 2
     """Operations that RandAugment (arXiv 1909.13719) applies to each image, drawn anew for each; 0 for none."""
-    magnitude: Annotated[float, Field(gt=0, lt=30)] = 14.0
+    magnitude: Advanced[Annotated[float, Field(gt=0, lt=30)]] = 14.0
     """Their magnitude M of 30, with the operations and ranges of torchvision."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
+    mixup: Advanced[Annotated[float, Field(ge=0)]] = 0.0
     """α of mixup (arXiv 1710.09412): pairs of samples are averaged with a weight λ ~ Beta(α, α) drawn for each batch; 0
     for none."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Advanced[Annotated[float, Field(ge=0)]] = 0.0
     """α of CutMix (arXiv 1905.04899): a box of the area 1 − λ comes from the other sample of the pair; 0 for none. With
     both, each batch has one of them, either as likely."""
 
@@ -92,7 +92,7 @@ class FinetuneConfig(Settings):
     models:/<name>@<alias>, the folder of an exported model, or a published checkpoint (.pth, .safetensors, also as
     published:<file>). 'scratch:<any of these>': the same encoder with random weights, the control. 'scratch': the
     encoder of the settings below with random weights."""
-    encoder: ModelConfig = CrateMAEConfig()
+    encoder: Advanced[ModelConfig] = CrateMAEConfig()
     """The encoder of model 'scratch', as for pretraining."""
     recipe: Literal["crate", "mae"] = "crate"
     """Where settings come from that are not set: 'crate', how CRATE was fine-tuned (its public code), or 'mae', how MAE
@@ -105,13 +105,13 @@ class FinetuneConfig(Settings):
     """The training run."""
     optim: OptimConfig = OptimConfig(lr=5e-5, warmup=0.0, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=None)
     """The optimiser and its schedule."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Advanced[Annotated[float, Field(gt=0, le=1)]] = 1.0
     """Layer-wise decay: each encoder layer's learning rate is that of the layer above it times this; the classifier has
     the whole rate, the patch embedding layer_decay ** (depth + 1) of it."""
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_path: Advanced[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Drop path (stochastic depth, arXiv 1603.09382): share of samples that skip a residual branch in the last layer;
     it rises linearly from 0 in the first. In CRATE the compression step is one; ISTA has no residual to skip to."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Advanced[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Share of each label that is spread over all classes."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation beside crop and flip."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from crate_ray.config.base import PositiveInt, Settings
+from crate_ray.config.base import Advanced, PositiveInt, Settings
 
 PresetName = Literal["tiny", "small", "base", "large"]
 
@@ -60,11 +60,11 @@ class ImageModelConfig(Settings):
     """Image side in pixels, or [height, width]."""
     patch_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 16
     """Patch side in pixels, or [height, width]; divides the image size."""
-    channels: PositiveInt = 3
+    channels: Advanced[PositiveInt] = 3
     """Number of channels of the input: 3 for colour images, 1 for grayscale, any number for .npy grids."""
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """Share of patches that are removed; floor(N (1 - mask_ratio)) of N patches stay visible."""
-    norm_pix_loss: bool = False
+    norm_pix_loss: Advanced[bool] = False
     """Predict patches that are normalised by their own mean and variance, as in MAE, instead of plain pixels."""
 
     @field_validator("image_size", "patch_size", mode="before")
@@ -120,30 +120,30 @@ class CrateMAEConfig(ImageModelConfig):
     """Which model this is."""
     preset: PresetName | None = None
     """Published size. Fields that are set explicitly override its values."""
-    dim: PositiveInt = 768
+    dim: Advanced[PositiveInt] = 768
     """Token dimension d; divisible by 4, for 2-D sine-cosine positions."""
-    depth: PositiveInt = 12
+    depth: Advanced[PositiveInt] = 12
     """Number of encoder layers."""
-    decoder_depth: PositiveInt | None = None
+    decoder_depth: Advanced[PositiveInt | None] = None
     """Number of decoder layers; by default the same as in the encoder."""
-    num_subspaces: PositiveInt = 12
+    num_subspaces: Advanced[PositiveInt] = 12
     """Number K of subspaces in the codebook U_[K], which are the attention heads."""
-    subspace_dim: PositiveInt | None = None
+    subspace_dim: Advanced[PositiveInt | None] = None
     """Dimension p of each subspace; by default d / K. K·p may differ from d."""
-    sparsity_lambda: Annotated[float, Field(ge=0)] = 0.5
+    sparsity_lambda: Advanced[Annotated[float, Field(ge=0)]] = 0.5
     """λ, the weight of the sparsity penalty in ISTA (published code of CRATE-MAE: 0.5; supervised CRATE: 0.1)."""
-    step_size: Annotated[float, Field(gt=0)] = 0.1
+    step_size: Advanced[Annotated[float, Field(gt=0)]] = 0.1
     """η, the step size of ISTA (published code: 0.1)."""
-    output_map: Literal["learned", "tied"] = "learned"
+    output_map: Advanced[Literal["learned", "tied"]] = "learned"
     """Output map W of MSSA: 'learned' with a bias (published), or 'tied' to [U_1 … U_K], as the derivation of the
     compression step gives it."""
-    attention: Literal["softmax", "linear"] = "softmax"
+    attention: Advanced[Literal["softmax", "linear"]] = "softmax"
     """Subspace attention: 'softmax' (published), or 'linear', the gradient of R^c before it is approximated by a
     softmax."""
-    decoder_maps: Literal["free", "tied"] = "free"
+    decoder_maps: Advanced[Literal["free", "tied"]] = "free"
     """Maps of a decoder layer: 'free' (published), or 'tied' to those of the mirrored encoder layer (V = U, E = Dᵀ),
     the strict form of the discretised time reversal. 'tied' needs decoder_depth = depth."""
-    encoder_tokens: Literal["all", "visible"] = "all"
+    encoder_tokens: Advanced[Literal["all", "visible"]] = "all"
     """Tokens that the encoder sees: 'all' N + 1, with mask tokens for removed patches (published), or the 'visible'
     ones only, as in MAE."""
 
@@ -189,21 +189,21 @@ class ViTMAEConfig(ImageModelConfig):
     ) = None
     """Width, encoder depth and heads of a CRATE-MAE preset; '-matched' has that preset's parameter count within 2 %.
     Fields that are set explicitly override its values."""
-    dim: PositiveInt = 768
+    dim: Advanced[PositiveInt] = 768
     """Token dimension of the encoder; divisible by 4 and by num_heads."""
-    depth: PositiveInt = 12
+    depth: Advanced[PositiveInt] = 12
     """Number of encoder layers."""
-    num_heads: PositiveInt = 12
+    num_heads: Advanced[PositiveInt] = 12
     """Number of attention heads of the encoder."""
-    decoder_dim: PositiveInt | None = None
+    decoder_dim: Advanced[PositiveInt | None] = None
     """Token dimension of the decoder; by default the encoder's."""
-    decoder_depth: PositiveInt | None = None
+    decoder_depth: Advanced[PositiveInt | None] = None
     """Number of decoder layers; by default the same as in the encoder."""
-    decoder_num_heads: PositiveInt | None = None
+    decoder_num_heads: Advanced[PositiveInt | None] = None
     """Number of attention heads of the decoder; by default the encoder's."""
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp_ratio: Advanced[Annotated[float, Field(gt=0)]] = 4.0
     """Hidden width of the MLP as a multiple of the token dimension."""
-    qkv_bias: bool = True
+    qkv_bias: Advanced[bool] = True
     """Use biases in the query, key and value projections (MAE: yes; ViT-MAE of the CRATE-MAE authors: no)."""
 
     @model_validator(mode="before")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
 from crate_ray.config.base import RunName, Settings
 from crate_ray.config.data import DataConfig
@@ -14,30 +14,35 @@ from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConf
 
 
 class PretrainConfig(Settings):
-    """Pretrain CRATE-MAE or ViT-MAE on sharded images, on Ray."""
+    """Pretrain CRATE-MAE or ViT-MAE on images or other grids, on Ray."""
+
+    short_forms: ClassVar[dict[str, str]] = {
+        "data": "Folder or s3://bucket/prefix of images, .npy grids or .tar shards. Chooses model, batch, length and "
+        "workers by the data and the machine; settings that you give win."
+    }
 
     name: RunName = "pretrain"
-    """Name of the run. The same name and storage resume the run where its last checkpoint left it."""
+    """Name of the run; the same name and storage resume it. With --data, the folder's name by default."""
     storage: str = "runs"
-    """Local folder or s3://bucket/prefix for checkpoints and results; with several nodes one that all reach."""
+    """Local folder or s3://bucket/prefix for checkpoints and results. On several nodes, all of them must reach it."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of initial weights, data order, augmentation and masks."""
-    init_from: Annotated[str | None, Field(validation_alias=AliasChoices("init_from", "init-from"))] = None
-    """Start from these weights (nothing else of theirs; the run begins at step 0): a run's folder, local or on S3, for
-    its newest checkpoint, or with @step for that of a step; models:/<name>@<alias> or runs:/<id> in MLflow; the folder
-    of an exported model; or a checkpoint file of the published code (.pth, .pt, .bin, .safetensors)."""
+    """Seed of the initial weights, the data order, augmentation and masks."""
+    init_from: str | None = None
+    """Model to take the initial weights from. The run still starts at step 0. A run's folder (its newest checkpoint;
+    <run>@<step> for another), models:/<name>@<alias>, runs:/<MLflow run>, the folder of an exported model, or a
+    checkpoint file of the published code (.pth, .pt, .bin, .safetensors)."""
     model: ModelConfig = CrateMAEConfig()
-    """The model."""
+    """Architecture and size."""
     data: DataConfig
-    """The data."""
+    """Datasets, and how samples are read and augmented."""
     training: TrainingConfig
-    """The training run."""
+    """Batch, length and precision."""
     optim: OptimConfig = OptimConfig()
-    """The optimiser and its schedule."""
+    """AdamW and its learning rate."""
     scaling: ScalingConfig = ScalingConfig()
-    """The workers."""
+    """Ray Train workers."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints."""
+    """When state is saved."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     s3: S3Config = S3Config()
@@ -46,5 +51,5 @@ class PretrainConfig(Settings):
     @model_validator(mode="after")
     def _check_keep_best(self) -> Self:
         if self.checkpoint.keep_best and not self.data.validation:
-            raise ValueError("checkpoint.keep_best goes by the validation loss; set data.validation")
+            raise ValueError("checkpoint.keep_best compares validation losses; set data.validation")
         return self

@@ -9,10 +9,10 @@ from crate_ray.config.training import TrackingConfig
 
 
 class RegisterConfig(Settings):
-    """Make a run's encoder, or a fine-tuning's classifier, a new version of a registered MLflow model."""
+    """Add the encoder of a run, or the classifier of a fine-tuning, to the MLflow registry as a new version."""
 
     run: str
-    """The run: its folder (storage/name, local or S3), or its id in MLflow."""
+    """Folder of the run (storage/name, local or on S3), or its MLflow run id."""
     name: str = "crate-mae"
     """Name of the registered model."""
     tracking: TrackingConfig = TrackingConfig()
@@ -22,14 +22,14 @@ class RegisterConfig(Settings):
 
 
 class PromoteConfig(Settings):
-    """Give a version of a registered model the alias @champion when its probe accuracy is not below the champion's."""
+    """Give a version the alias @champion if its probe accuracy is at least that of the current champion."""
 
     version: PositiveInt
     """Version to promote."""
     name: str = "crate-mae"
     """Name of the registered model."""
     probe: ProbeConfig
-    """The probe that decides."""
+    """Linear probe that compares the two."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     s3: S3Config = S3Config()
@@ -37,7 +37,7 @@ class PromoteConfig(Settings):
 
 
 class ListConfig(Settings):
-    """Show the versions of a registered model."""
+    """List the versions of a registered model."""
 
     name: str = "crate-mae"
     """Name of the registered model."""

@@ -6,23 +6,23 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from crate_ray.config.base import PositiveInt, RunName, Settings
+from crate_ray.config.base import Advanced, ConfigFile, PositiveInt, RunName, Settings
 from crate_ray.config.evaluate import ProbeConfig
 from crate_ray.config.storage import S3Config
 from crate_ray.config.training import TrackingConfig
 
 
 class SearchSpace(Settings):
-    """Values that a sweep tries for one setting; set exactly one of the fields."""
+    """Values to try for one setting. Set exactly one of the fields."""
 
     choice: tuple[Any, ...] | None = None
-    """Any of these values."""
+    """One of these values."""
     integers: tuple[int, int] | None = None
-    """Whole numbers from the first to the second, both included."""
+    """An integer from the first to the second, both included."""
     uniform: tuple[float, float] | None = None
-    """Numbers between the two, all equally likely."""
+    """A number between the two, uniformly distributed."""
     loguniform: tuple[float, float] | None = None
-    """Positive numbers between the two, their logarithms equally likely."""
+    """A positive number between the two, its logarithm uniformly distributed."""
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -38,36 +38,36 @@ class SearchSpace(Settings):
 
 
 class SweepConfig(Settings):
-    """Search over settings of a pretraining run; every trial is a full pretraining run of its own."""
+    """Search over settings of pretraining. Every trial is a full pretraining run."""
 
     name: RunName = "sweep"
-    """Name of the sweep. The same name and storage continue it; finished trials are not repeated."""
+    """Name of the sweep; the same name and storage continue it, and finished trials are not repeated."""
     storage: str = "runs"
     """Local folder or s3://bucket/prefix for the trials' checkpoints and the results."""
-    base: str
-    """YAML file with the pretraining settings that all trials share (jobs/pretrain.py's)."""
+    base: ConfigFile[str]
+    """YAML file with the pretraining settings that all trials share. In a YAML file, relative to its folder."""
     settings: dict[str, Any] = {}
-    """Dotted pretraining settings that override the base's in all trials, such as {training.steps: 500}."""
+    """Dotted pretraining settings that override the base in all trials, such as {training.steps: 500}."""
     search: dict[str, SearchSpace]
-    """Dotted pretraining settings to search over, each with its values, such as
+    """Dotted pretraining settings to search over, with their values, such as
     {model.num_subspaces: {choice: [4, 8]}, optim.lr: {loguniform: [1e-4, 1e-2]}}."""
     trials: PositiveInt = 8
     """Number of trials."""
     max_concurrent: PositiveInt = 1
-    """Trials that run at the same time; each takes scaling.workers of the base."""
+    """Trials that run at the same time; each starts scaling.workers workers."""
     objective: Literal["validation_loss", "probe_accuracy"] = "validation_loss"
-    """What to optimise: the least masked loss on data.validation, or the best accuracy of a linear probe."""
+    """What to optimise: the masked loss on data.validation, or the accuracy of a linear probe."""
     probe: ProbeConfig | None = None
-    """The probe, for objective probe_accuracy."""
+    """Linear probe; needed for objective probe_accuracy."""
     grace_steps: PositiveInt | None = None
-    """Early stopping by ASHA on the validation loss, after at least so many steps; off by default. Needs
+    """Stop bad trials early (ASHA on the validation loss), but not before this many steps; off by default. Needs
     training.validate_every and objective validation_loss."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """ASHA keeps one of so many trials at each rung."""
+    reduction_factor: Advanced[Annotated[int, Field(ge=2)]] = 2
+    """ASHA continues one of this many trials at each rung."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the search (Optuna's TPE)."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow: a parent run for the sweep, a child run per trial."""
+    """MLflow: one parent run for the sweep, one child run per trial."""
     s3: S3Config = S3Config()
     """Object storage."""
 
@@ -76,7 +76,7 @@ class SweepConfig(Settings):
         if self.objective == "probe_accuracy" and self.probe is None:
             raise ValueError("objective 'probe_accuracy' needs probe.train and probe.test")
         if self.grace_steps and self.objective != "validation_loss":
-            raise ValueError("grace_steps (ASHA) goes with objective 'validation_loss', which is known during training")
+            raise ValueError("grace_steps (ASHA) needs objective 'validation_loss', which is measured during training")
         if not self.search:
             raise ValueError("search is empty; name at least one setting to search over")
         return self

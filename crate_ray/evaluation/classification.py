@@ -13,7 +13,7 @@ from crate_ray.evaluation.feature_cache import FeatureSet
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.features import all_taps, compute_device, pixels_title
 from crate_ray.evaluation.intervals import Estimate, share
-from crate_ray.evaluation.knn import knn_predict
+from crate_ray.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_predict
 from crate_ray.evaluation.probe import (
     ProbeScore,
     Split,
@@ -129,8 +129,8 @@ def classify(
         test_samples=len(test_y),
         num_classes=len(np.unique(train_y)),
         majority=share(int((test_y == most_frequent).sum()), len(test_y)),
-        neighbours=config.knn_neighbours,
-        temperature=config.knn_temperature,
+        neighbours=NEIGHBOURS,
+        temperature=TEMPERATURE,
         encoders=encoders,
     )
 
@@ -247,7 +247,5 @@ def _knn(
         test.features,
         train_rows=train_rows,
         test_rows=test_rows,
-        neighbours=config.knn_neighbours,
-        temperature=config.knn_temperature,
         device=compute_device(config.gpu),
     )

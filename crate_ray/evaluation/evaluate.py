@@ -18,7 +18,7 @@ from crate_ray.evaluation.figures import Image
 from crate_ray.evaluation.layers import measure_structure
 from crate_ray.evaluation.reconstruction import measure_reconstruction
 from crate_ray.evaluation.report import ModelFacts, Report, charts, describe
-from crate_ray.evaluation.segmentation import measure_segmentation
+from crate_ray.evaluation.segmentation import ATTENTION_MASS, measure_segmentation
 from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.storage.interface import open_storage
 from crate_ray.structure.coding_rate import EPSILON
@@ -61,9 +61,7 @@ def evaluate(
     if masked:
         say("attention and segmentation")
         seed = probe.seed if probe else 0
-        segmentation, examples = measure_segmentation(
-            subjects, masked, config.max_images, config.attention_mass, seed, device
-        )
+        segmentation, examples = measure_segmentation(subjects, masked, config.max_images, ATTENTION_MASS, seed, device)
         extra["segmentation"] = [figures.foreground_pictures(examples)]
         said["segmentation"] = conclusions.on_segmentation(segmentation)
 

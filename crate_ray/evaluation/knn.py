@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # those of DINO (arXiv 2104.14294)
 _SIMILARITIES = 2**24  # numbers of one block of the similarity matrix
 
 
@@ -17,8 +18,8 @@ def knn_predict(
     *,
     train_rows: NDArray[np.int64] | None = None,
     test_rows: NDArray[np.int64] | None = None,
-    neighbours: int = 20,
-    temperature: float = 0.07,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
     device: torch.device | str = "cpu",
 ) -> NDArray[np.int64]:
     """Class (M,) with the largest sum of exp(cosine / τ) over the k most similar training samples.

@@ -27,6 +27,8 @@ from crate_ray.evaluation.masks import (
 from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.structure.attention import patch_maps
 
+ATTENTION_MASS = 0.6
+"""Share of an attention map's mass that counts as foreground, as in DINO (arXiv 2104.14294)."""
 _BATCH = 32
 _COMPONENTS = 3
 _PICTURES = 6

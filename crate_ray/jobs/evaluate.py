@@ -11,9 +11,8 @@ import sys
 from typing import NoReturn
 
 from crate_ray.cli import run_job
-from crate_ray.config import CompareConfig, EvaluateConfig
-from crate_ray.progress import console
-from crate_ray.storage.interface import open_storage
+from crate_ray.config import EvaluateConfig
+from crate_ray.jobs import compare
 
 
 def main(config: EvaluateConfig) -> None:
@@ -23,31 +22,8 @@ def main(config: EvaluateConfig) -> None:
     evaluate_model(config)
 
 
-def compare_models(config: CompareConfig) -> None:
-    """Train and evaluate the models of a comparison, and print and store the table."""
-    from crate_ray.comparison.compare import Trainer, compare
-    from crate_ray.comparison.table import write_report
-
-    trainer: Trainer
-    if config.launcher == "ray":
-        from crate_ray.comparison.on_ray import OnRay
-
-        trainer = OnRay(config)
-    else:
-        from crate_ray.comparison.alone import Alone
-
-        trainer = Alone(config)
-    out = console()
-    found = compare(config, trainer, lambda what: out.print(what, style="bold", highlight=False))
-    folder = open_storage(config.storage, config.s3).under(config.name)
-    files = write_report(folder, config, found)
-    print(files["comparison.md"].decode())
-    print(f"table      {folder.uri}/comparison.md")
-
-
 def run() -> NoReturn:
-    """Run the command."""
+    """The command; `evaluate compare` is the same as `compare`."""
     if sys.argv[1:2] == ["compare"]:
-        run_job(CompareConfig, compare_models, sys.argv[2:])
-    else:
-        run_job(EvaluateConfig, main)
+        compare.run(sys.argv[2:])
+    run_job(EvaluateConfig, main)

@@ -1,11 +1,11 @@
-"""Pretrain CRATE-MAE or ViT-MAE on sharded images: python jobs/pretrain.py --config jobs/configs/demo.yaml
+"""Pretrain CRATE-MAE or ViT-MAE: crate-ray pretrain --data /path/to/images, or --config cifar10.yaml
 
-Modules that take seconds to import are imported after the settings are parsed.
+Modules that take seconds to import are imported after the settings are read.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from crate_ray.cli import run_job
 from crate_ray.config import PretrainConfig
@@ -27,6 +27,13 @@ def main(config: PretrainConfig) -> None:
     print(f"MLflow run {finished.mlflow_run}")
 
 
+def choose_settings(values: dict[str, Any], path: str) -> dict[str, Any]:
+    """Complete the settings of `--data PATH`: prepare the data, and choose what the user left open."""
+    from crate_ray.jobs.automatic import complete
+
+    return complete(values, path)
+
+
 def run() -> NoReturn:
-    """Run the command."""
-    run_job(PretrainConfig, main)
+    """Parse the command line and pretrain."""
+    run_job(PretrainConfig, main, complete=choose_settings)

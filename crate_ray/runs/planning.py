@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crate_ray.config import CrateMAEConfig, FinetuneConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.config.automatic import default_batch_size
 from crate_ray.data.format.shards import load_dataset
 from crate_ray.data.order.mixture import Mixture, open_mixture
 from crate_ray.data.order.plan import plan_order
@@ -71,8 +72,11 @@ def plan_run(
     Raises:
         UserError: the data is missing or does not fit, or the run was started with other data or another model.
     """
-    _check_workers(config)
+    storage = open_storage(config.storage, config.s3).under(config.name)
+    record = read_record(storage)
     mixture = open_mixture(config.data.train, config.s3)
+    config = _with_batch_size(config, mixture, record)
+    _check_workers(config)
     _check_channels(config, mixture, model.channels)
     order = plan_order(
         mixture,
@@ -82,9 +86,7 @@ def plan_run(
         workers=config.scaling.min_workers,  # the fewest workers need the largest buffers
     )
     mean, std = _normalisation(config, mixture, model.channels, mean_std or mixture.mean_std)
-    storage = open_storage(config.storage, config.s3).under(config.name)
     newest = newest_complete(storage)
-    record = read_record(storage)
     if record is None or not (newest or _same_run(record, config, mixture.digest)):
         record = RunRecord(
             run_key=uuid.uuid4().hex,
@@ -161,6 +163,25 @@ def with_absolute_paths(config: _ConfigT) -> _ConfigT:
     if data.cache_dir:
         absolute["cache_dir"] = str(Path(data.cache_dir).expanduser().absolute())
     return config.model_copy(update={"data": data.model_copy(update=absolute), "storage": storage})
+
+
+def _with_batch_size(config: RunConfig, mixture: Mixture, record: RunRecord | None) -> RunConfig:
+    """The settings with a batch size that fits the data, if they set none.
+
+    Raises UserError if they set one that is larger than the data.
+    """
+    training = config.training
+    samples = sum(dataset.manifest.num_samples for dataset in mixture.datasets)
+    fitting = default_batch_size(samples, config.scaling.max_workers)
+    if "batch_size" not in training.model_fields_set:
+        batch_size = record.config.training.batch_size if record else fitting
+        return config.model_copy(update={"training": training.model_copy(update={"batch_size": batch_size})})
+    if training.batch_size > samples:
+        raise UserError(
+            f"a batch of {training.batch_size} does not fit the {samples} samples of {mixture.uri}; set "
+            f"training.batch_size to at most {samples}, such as {fitting}, or leave it out"
+        )
+    return config
 
 
 def _difference(record: RunRecord, config: RunConfig, model: CrateMAEConfig | ViTMAEConfig, dataset: str) -> str | None:

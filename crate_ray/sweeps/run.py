@@ -116,7 +116,7 @@ def best_yaml(sweep: SweepConfig, shared: dict[str, Any], best: TrialRecord) -> 
 
 def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     """Key of the sweep in MLflow; its settings are written at the first start and compared at the next."""
-    may_change = {"trials", "max_concurrent", "tracking"}
+    may_change = {"trials", "max_concurrent", "tracking", "base"}  # what the base says is in `shared`
     now = {"sweep": sweep.model_dump(mode="json", exclude=may_change), "shared": shared}
     now = json.loads(json.dumps(now, default=str))
     try:
@@ -124,6 +124,7 @@ def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     except NotFound:
         then = {"key": uuid.uuid4().hex, **now}
         folder.write(RECORD_FILE, json.dumps(then, indent=2).encode())
+    then["sweep"].pop("base", None)
     if {name: then[name] for name in now} != now:
         raise UserError(
             f"sweep {sweep.name!r} at {sweep.storage} was begun with other settings; choose another --name, or the "

@@ -7,8 +7,8 @@ from typing import Any
 
 from ray import tune
 
-from crate_ray.cli import dotted_names, load_yaml, merge, nested, suggest, validate
 from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
+from crate_ray.config.values import dotted_names, load_yaml, merge, nested, suggest, validate
 from crate_ray.errors import UserError
 
 TRIALS_FOLDER = "trials"

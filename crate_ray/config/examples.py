@@ -1,0 +1,29 @@
+"""The example configurations that come with the package; in the repository they are jobs/configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).parents[1] / "configs"
+
+
+def example_configs() -> list[Path]:
+    """Every example, sorted by name."""
+    return sorted(_FOLDER.glob("*.yaml"))
+
+
+def find_example(name: str) -> Path | None:
+    """The example of a name, with or without `.yaml`; None if there is none."""
+    path = _FOLDER / f"{name.removesuffix('.yaml')}.yaml"
+    return path if path.name != ".yaml" and path.is_file() else None
+
+
+def summary(path: Path) -> str:
+    """What an example says of itself: the first sentence of its opening comment."""
+    comment: list[str] = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    sentence, _, _ = " ".join(comment).partition(". ")
+    return sentence.rstrip(".")
