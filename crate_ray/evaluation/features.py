@@ -15,7 +15,7 @@ from torch import Tensor
 from crate_ray.config import DataConfig, Feature, ModelConfig
 from crate_ray.data.decode.samples import DecodeError, decode_batch
 from crate_ray.data.decode.transforms import Crops, Int64, centre_crops
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import Batch, evaluation_loader, stride_of
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from crate_ray.config import S3Config
-from crate_ray.data.format.shards import Manifest
+from crate_ray.data.format.manifest import Manifest
 from crate_ray.errors import UserError
 from crate_ray.models import CrateMAE, MaskedAutoencoder, build_model, load_published
 from crate_ray.models.exported import ModelDescription, Normalizer, load_exported

@@ -28,7 +28,7 @@ def register(config: RegisterConfig) -> None:
 
 def promote(config: PromoteConfig) -> None:
     """Probe a version and the champion on the same data, and promote the version when it is not worse."""
-    from crate_ray.data.format.shards import load_dataset
+    from crate_ray.data.format.dataset import load_dataset
     from crate_ray.evaluation.probe import probe_encoder
     from crate_ray.storage.interface import open_storage
     from crate_ray.tracking import registry

@@ -24,7 +24,7 @@ from PIL import Image
 
 from crate_ray import load_model
 from crate_ray.config import PretrainConfig, S3Config, TrackingConfig
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.evaluation.features import FeatureExtractor, iterate_dataset
 from crate_ray.storage.arrow import arrow_filesystem
 from crate_ray.storage.interface import Storage, open_storage
