@@ -32,7 +32,8 @@ from crate_ray.benchmarks.other_loaders import (
 from crate_ray.config import BenchmarkDataConfig, DataConfig, ImageModelConfig, S3Config
 from crate_ray.data.decode.samples import DecodeError, read_image_header, skim_jpeg
 from crate_ray.data.decode.transforms import small_side
-from crate_ray.data.format.shards import Sample, ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.loader import training_loader
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.plan import plan_order

@@ -21,16 +21,10 @@ import webdataset as wds
 
 from crate_ray.benchmarks.machine import describe_machine
 from crate_ray.config import BenchmarkOrderConfig, DataConfig
-from crate_ray.data.format.shards import (
-    BLOCK,
-    INDEX_DTYPE,
-    INDEX_STRIDE,
-    SHARD_DTYPE,
-    Manifest,
-    ShardSet,
-    load_dataset,
-    save_dataset,
-)
+from crate_ray.data.format.dataset import ShardSet, load_dataset, save_dataset
+from crate_ray.data.format.index import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE
+from crate_ray.data.format.manifest import Manifest
+from crate_ray.data.format.tar import BLOCK
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.plan import plan_order
 from crate_ray.data.order.sequence import worker_slots

@@ -15,7 +15,7 @@ import torch
 
 from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.finetuning.run import open_finetuning

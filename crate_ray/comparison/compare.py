@@ -15,7 +15,7 @@ from crate_ray.comparison.results_cache import check_unchanged, once
 from crate_ray.comparison.table import Comparison, PixelFigures, PretrainFigures, RunFigures, Variant, summarize
 from crate_ray.comparison.variants import OURS, count_parameters, plan_finetunings, plan_variants
 from crate_ray.config import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
-from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.evaluation.classification import classify_by, classify_by_pixels
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.subject import Subject

@@ -94,8 +94,9 @@ def help_text(config_class: type[Settings], prog: str, *, everything: bool, widt
             if setting.only_for:
                 text = f"[{setting.only_for}] {text}"
             default = "required" if setting.default is None else f"default: {setting.default}"
-            described = text if setting.default == "null" else f"{text} ({default})"
-            lines += _entry(f"--{kebab(setting.name)} {setting.type}", described, width)
+            if setting.default != "null":
+                text = f"{text} ({default})"
+            lines += _entry(f"--{kebab(setting.name)} {setting.type}", text, width)
     if hidden:
         lines += ["", f"--help-all shows {hidden} advanced settings too. In a YAML file, write '_' for '-'."]
     return "\n".join(lines)

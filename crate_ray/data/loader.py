@@ -29,7 +29,9 @@ from crate_ray.data.decode.transforms import (
     random_flips,
 )
 from crate_ray.data.device import DeviceFeed
-from crate_ray.data.format.shards import INDEX_STRIDE, Sample, ShardSet
+from crate_ray.data.format.dataset import ShardSet
+from crate_ray.data.format.index import INDEX_STRIDE
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.sequence import (
     STREAM_CROP,

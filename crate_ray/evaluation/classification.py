@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.evaluation.feature_cache import FeatureSet
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.features import all_taps, compute_device, pixels_title

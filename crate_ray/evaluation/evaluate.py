@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crate_ray.config import EvaluateConfig
-from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.data.loader import Batch
 from crate_ray.errors import UserError
 from crate_ray.evaluation import conclusions, figures

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.evaluation.feature_cache import UNLABELLED, FeatureSet
 from crate_ray.evaluation.features import compute_device, iterate_dataset, pixel_features
 from crate_ray.evaluation.subject import Subject

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.config import DataConfig, Feature, ModelConfig
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import Batch, evaluation_loader, stride_of
 from crate_ray.serving import Tap
 

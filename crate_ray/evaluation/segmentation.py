@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
 from crate_ray.config import Settings
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.evaluation.intervals import Estimate, mean
 from crate_ray.evaluation.masks import (
     MaskedImages,

@@ -9,7 +9,7 @@ from functools import cached_property
 import safetensors.torch
 import torch
 
-from crate_ray.data.format.shards import Manifest
+from crate_ray.data.format.manifest import Manifest
 from crate_ray.errors import UserError
 from crate_ray.models import CrateMAE, MaskedAutoencoder, build_model
 from crate_ray.models.exported import ModelDescription, Normalizer

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from crate_ray.config import DataConfig
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import evaluation_loader
 from crate_ray.models.classifier import Classifier
 from crate_ray.models.exported import Normalizer

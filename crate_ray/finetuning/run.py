@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from crate_ray.config import ClassifierConfig, CrateMAEConfig, FinetuneConfig, Kind, ViTMAEConfig
-from crate_ray.data.format.shards import Manifest, load_dataset
+from crate_ray.data.format.dataset import load_dataset
+from crate_ray.data.format.manifest import Manifest
 from crate_ray.errors import UserError
 from crate_ray.finetuning.task import new_classifier
 from crate_ray.models import MaskedAutoencoder

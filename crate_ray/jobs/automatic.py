@@ -98,7 +98,7 @@ def prepare_data(source: Storage, folder: Storage, values: dict[str, Any]) -> Pr
     Raises:
         UserError: the folder holds nothing to train on.
     """
-    from crate_ray.data.format.shards import MANIFEST_NAME
+    from crate_ray.data.format.manifest import MANIFEST_NAME
 
     train, validation = _split_folders(source)
     given = (values.get("data") or {}).get("validation")
@@ -121,7 +121,7 @@ def _packed(
     train: Storage, validation: Storage | None, target: Storage, image_size: int, *, split: bool, given: str | None
 ) -> PreparedData:
     """Pack a folder of images or grids, and hold out some of them with `split`."""
-    from crate_ray.data.format.shards import MANIFEST_NAME
+    from crate_ray.data.format.manifest import MANIFEST_NAME
     from crate_ray.data.prepare.packing import pack
     from crate_ray.data.prepare.sources import open_source
 
@@ -157,7 +157,7 @@ def _packed(
 
 def _indexed(train: Storage, validation: Storage | None, target: Storage, given: str | None) -> PreparedData:
     """Index tar shards where they are."""
-    from crate_ray.data.format.shards import MANIFEST_NAME
+    from crate_ray.data.format.manifest import MANIFEST_NAME
     from crate_ray.data.prepare.indexing import index_existing
     from crate_ray.data.prepare.sources import list_shards
 
@@ -198,7 +198,7 @@ def _image_size(values: dict[str, Any]) -> int:
 
 def gather_data_facts(prepared: PreparedData, s3: S3Config) -> DataFacts:
     """Number, kind and size of the samples; if sizes differ, the medians of a few samples that are spread evenly."""
-    from crate_ray.data.format.shards import load_dataset
+    from crate_ray.data.format.dataset import load_dataset
 
     shards = load_dataset(open_storage(prepared.train, s3))
     manifest = shards.manifest

@@ -28,7 +28,7 @@ def register(config: RegisterConfig) -> None:
 
 def promote(config: PromoteConfig) -> None:
     """Probe a version and the champion on the same data, and promote the version unless it is worse."""
-    from crate_ray.data.format.shards import load_dataset
+    from crate_ray.data.format.dataset import load_dataset
     from crate_ray.evaluation.probe import probe_encoder
     from crate_ray.runs.references import load_encoder
     from crate_ray.storage.interface import open_storage

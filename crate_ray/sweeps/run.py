@@ -14,7 +14,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from crate_ray.config import SweepConfig
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.runs.mlflow_lookup import find_run, tracking_uri
 from crate_ray.runs.pretraining import open_run

@@ -9,7 +9,7 @@ import torch
 from ray import tune
 
 from crate_ray.config import PretrainConfig, Settings, SweepConfig
-from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.evaluation.probe import probe_encoder
 from crate_ray.models.exported import Normalizer
 from crate_ray.runs.listener import Listener

@@ -16,7 +16,7 @@ from pathlib import Path
 from mlflow.entities import Dataset
 from pydantic import ValidationError
 
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
 from crate_ray.runs.export import export_run
 from crate_ray.runs.pretraining import Run

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crate_ray.config import FinetuneConfig, PretrainConfig
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import training_loader
 from crate_ray.data.order.mixture import open_mixture
 from crate_ray.models.exported import Normalizer

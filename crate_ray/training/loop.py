@@ -15,7 +15,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.loader import BAD_CAUSES, training_loader
 from crate_ray.data.order.mixture import open_mixture
 from crate_ray.data.order.sequence import worker_slots

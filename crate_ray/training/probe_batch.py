@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from crate_ray.config import DataConfig, ModelConfig
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import evaluation_loader
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import Normalizer

@@ -16,7 +16,7 @@ from PIL import Image
 from crate_ray.benchmarks.data_loading import Measurement, entropy_floor
 from crate_ray.cli import parse_config
 from crate_ray.config import BenchmarkDataConfig, PrepareConfig
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.sources import open_source

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, S3Config
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.evaluation.features import iterate_dataset

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from crate_ray import load_model
 from crate_ray.config import DataConfig, FinetuneConfig, PrepareConfig, PretrainConfig, S3Config, TrackingConfig
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.loader import evaluation_loader
 from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack

@@ -24,7 +24,7 @@ from PIL import Image
 
 from crate_ray import load_model
 from crate_ray.config import PretrainConfig, S3Config, TrackingConfig
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.evaluation.features import iterate_dataset
 from crate_ray.runs.references import load_encoder
 from crate_ray.serving import FeatureExtractor

@@ -13,7 +13,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from crate_ray.config import S3Config
-from crate_ray.data.format.shards import load_dataset, parse_samples
+from crate_ray.data.format.dataset import load_dataset
+from crate_ray.data.format.samples import parse_samples
 from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.storage.interface import open_storage
 from tests.jobs import ROOT, call, job

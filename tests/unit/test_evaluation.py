@@ -32,7 +32,7 @@ from crate_ray.config import (
 )
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import centre_crops
-from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.read.reader import ShardReader

@@ -33,7 +33,8 @@ from crate_ray.data import loader as loader_module
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import CROP_UNIFORMS, random_crops
 from crate_ray.data.device import DeviceFeed
-from crate_ray.data.format.shards import INDEX_STRIDE, ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.loader import Batch, Loader, evaluation_loader, training_loader
 from crate_ray.data.order.mixture import Mixture, open_mixture
 from crate_ray.data.order.sequence import STREAM_CROP, DatasetOrder, SampleOrder, Window, uniform, worker_slots

@@ -23,7 +23,9 @@ from PIL import Image, ImageOps
 from crate_ray.config import PrepareConfig
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import Crops
-from crate_ray.data.format.shards import MANIFEST_NAME, ShardSet, load_dataset, parse_samples
+from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.data.format.manifest import MANIFEST_NAME
+from crate_ray.data.format.samples import parse_samples
 from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.shrink import shrink_image, shrink_mask, shrunk_size

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, PrepareConfig, ProbeConfig
-from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.sources import open_source

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, DataConfig, ModelConfig, PrepareConfig, ViTMAEConfig
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.models import build_model

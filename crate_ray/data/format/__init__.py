@@ -1,1 +1,1 @@
-"""What lies on storage: tar shards, the manifest, the index, .npy arrays."""
+"""The stored format: tar shards, the manifest, the index, .npy arrays."""

@@ -60,6 +60,13 @@ def read(content: bytes | memoryview) -> NDArray[Any]:
     return flat.reshape(header.shape, order="F" if header.fortran else "C")
 
 
+def content_of(array: NDArray[Any]) -> bytes:
+    """The content of a `.npy` file that holds an array. Raises ValueError for one of Python objects."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
 def map_file(path: Path) -> NDArray[Any]:
     """The array in a `.npy` file, memory-mapped and read-only.
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from crate_ray.config import Kind, S3Config
-from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import open_storage
 

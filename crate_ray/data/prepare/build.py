@@ -12,15 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from crate_ray.data.format.shards import (
-    MANIFEST_NAME,
-    NAMES_NAME,
-    SHARD_DTYPE,
-    TABLE_SUFFIX,
-    Manifest,
-    load_dataset,
-    save_dataset,
-)
+from crate_ray.data.format.dataset import load_dataset, save_dataset
+from crate_ray.data.format.index import SHARD_DTYPE
+from crate_ray.data.format.manifest import MANIFEST_NAME, NAMES_NAME, TABLE_SUFFIX, Manifest
 from crate_ray.data.prepare.records import Finished, begin, load_records, remove, unfinished_plan
 from crate_ray.data.prepare.sources import tables
 from crate_ray.data.prepare.statistics import Measurement, SampleCounts

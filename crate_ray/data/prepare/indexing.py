@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-from crate_ray.data.format.shards import MANIFEST_NAME, TABLE_SUFFIX, Manifest, index_shard, read_table
+from crate_ray.data.format.index import index_shard
+from crate_ray.data.format.manifest import MANIFEST_NAME, TABLE_SUFFIX, Manifest
+from crate_ray.data.format.samples import read_table
 from crate_ray.data.prepare.build import Plan, ShardTask, make_dataset
 from crate_ray.data.prepare.records import Finished, check_plan, digest_of, save_record
 from crate_ray.data.prepare.sources import THREADS, known_classes, list_shards, open_shard, split_address
@@ -18,10 +20,9 @@ from crate_ray.data.prepare.statistics import (
     image_suffix,
     measure_grid,
     measure_image,
-    some,
 )
 from crate_ray.data.prepare.tasks import Report
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, first_few
 from crate_ray.storage.interface import NotFound, Storage
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,9 @@ def index_existing(
     def describe(counts: SampleCounts, measurement: Measurement, bad: list[str]) -> dict[str, object]:
         described = counts.describe(source.uri) | {"classes": known_classes(source)}
         if bad:
-            logger.warning("%d of the measured samples cannot be decoded: %s", len(bad), some(bad))
+            logger.warning("%d of the measured samples cannot be decoded: %s", len(bad), first_few(bad))
         if not measurement.count:
-            raise UserError(f"none of the measured samples under {source.uri} can be decoded: {some(bad)}")
+            raise UserError(f"none of the measured samples under {source.uri} can be decoded: {first_few(bad)}")
         if described["kind"] == "grid" and len(measurement.channels) > 1:
             raise UserError(
                 f"grids under {source.uri} have {' and '.join(map(str, measurement.channels))} channels; "

@@ -18,7 +18,9 @@ import numpy as np
 
 from crate_ray.config import PrepareConfig
 from crate_ray.data.decode.samples import DecodeError, read_image_header
-from crate_ray.data.format.shards import INDEX_STRIDE, MANIFEST_NAME, Manifest, index_shard, read_table
+from crate_ray.data.format.index import INDEX_STRIDE, index_shard
+from crate_ray.data.format.manifest import MANIFEST_NAME, Manifest
+from crate_ray.data.format.samples import read_table
 from crate_ray.data.prepare.build import SHARD_PATTERN, Plan, ShardTask, make_dataset
 from crate_ray.data.prepare.records import Finished, check_plan, digest_of, save_record
 from crate_ray.data.prepare.shrink import shrink_image, shrink_mask
@@ -32,10 +34,9 @@ from crate_ray.data.prepare.statistics import (
     image_suffix,
     measure_grid,
     measure_image,
-    some,
 )
 from crate_ray.data.prepare.tasks import Report
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, first_few
 from crate_ray.storage.interface import Storage
 
 logger = logging.getLogger(__name__)
@@ -108,9 +109,11 @@ def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
 
     def describe(counts: SampleCounts, measurement: Measurement, bad: list[str]) -> dict[str, object]:
         if bad:
-            logger.warning("%d of %d samples cannot be decoded and are left out: %s", len(bad), len(items), some(bad))
+            logger.warning(
+                "%d of %d samples cannot be decoded and are left out: %s", len(bad), len(items), first_few(bad)
+            )
         if not counts.samples or not measurement.count:
-            raise UserError(f"none of the {len(items)} samples can be packed: {some(bad)}")
+            raise UserError(f"none of the {len(items)} samples can be packed: {first_few(bad)}")
         counts.add_unsafe(source.unsafe_names)
         return counts.describe(storage.uri) | measurement.describe() | {"classes": source.classes}
 

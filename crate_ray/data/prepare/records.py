@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crate_ray.data.format import npy
-from crate_ray.data.format.shards import INDEX_DTYPE
+from crate_ray.data.format.index import INDEX_DTYPE
 from crate_ray.data.prepare.statistics import Measurement, SampleCounts
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import NotFound, Storage

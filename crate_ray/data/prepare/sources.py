@@ -23,20 +23,13 @@ from typing import NamedTuple, TypeVar
 
 from braceexpand import braceexpand
 
-from crate_ray.data.format.shards import (
-    BLOCK,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    NAMES_NAME,
-    SHARDS_NAME,
-    TABLE_SUFFIX,
-    Table,
-    load_dataset,
-    read_table,
-)
-from crate_ray.data.prepare.statistics import IMAGE_SUFFIXES, some
+from crate_ray.data.format.dataset import load_dataset
+from crate_ray.data.format.manifest import INDEX_NAME, MANIFEST_NAME, NAMES_NAME, SHARDS_NAME, TABLE_SUFFIX
+from crate_ray.data.format.names import IMAGE_SUFFIXES
+from crate_ray.data.format.samples import Table, read_table
+from crate_ray.data.format.tar import BLOCK
 from crate_ray.data.prepare.tasks import Report, run_tasks, wants_cluster
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, first_few
 from crate_ray.storage.interface import ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
@@ -119,11 +112,11 @@ def open_source(storage: Storage, shards: str = "*.tar") -> Source:
             return _shard_source(storage, list_shards(storage, shards), known_classes(storage))
         raise UserError(
             f"no images (.jpg .jpeg .png .webp), .npy grids or .tar shards under {storage.uri}"
-            + (f"; it holds {some(names)}" if names else ", which is empty or does not exist")
+            + (f"; it holds {first_few(names)}" if names else ", which is empty or does not exist")
         )
     stems = {name.rpartition(".")[0] for name in files}
     if lost := [name for stem, name in masks.items() if stem not in stems]:
-        logger.warning("%d masks have no image beside them and are left out: %s", len(lost), some(lost))
+        logger.warning("%d masks have no image beside them and are left out: %s", len(lost), first_few(lost))
     if others := Counter(f".{suffixes[n]}" for n in names if suffixes[n] not in (*IMAGE_SUFFIXES, "npy")):
         logger.warning("%d other files are left out (%s)", sum(others.values()), ", ".join(sorted(others)))
     classes: tuple[str, ...] | None = None
@@ -294,7 +287,7 @@ def list_shards(storage: Storage, shards: str) -> list[ObjectInfo]:
         compressed = [name for name in names if _COMPRESSED_NAME.search(name) and name not in found]
         hint = f"; compressed ones such as {compressed[0]} must be decompressed first" if compressed else ""
         of_set = f" ({len(missing)} of the {len(patterns)} that are named)" if len(patterns) > 1 else ""
-        raise UserError(f"no shards named {some(missing)} under {storage.uri}{of_set}{hint}")
+        raise UserError(f"no shards named {first_few(missing)} under {storage.uri}{of_set}{hint}")
     return [present[name] for name in found]
 
 

@@ -19,12 +19,12 @@ from pydantic import BaseModel, ConfigDict
 
 from crate_ray.data.decode.samples import DecodeError, read_image_header, to_eight_bits
 from crate_ray.data.format import npy
-from crate_ray.errors import UserError
+from crate_ray.data.format.names import IMAGE_SUFFIXES
+from crate_ray.errors import UserError, first_few
 
 logger = logging.getLogger(__name__)
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MEASURED_SAMPLES = 2048
 """At most this many samples are measured for mean and standard deviation."""
 
@@ -42,12 +42,6 @@ def image_suffix(suffixes: Iterable[str]) -> str | None:
     """The suffix under which a sample with these suffixes holds its image or grid; images are preferred."""
     present = set(suffixes)
     return next((suffix for suffix in (*IMAGE_SUFFIXES, "npy") if suffix in present), None)
-
-
-def some(names: Sequence[str], count: int | None = None) -> str:
-    """The first few names, for a message; count is that of all, where names are not all."""
-    more = (len(names) if count is None else count) - min(len(names), _REPORTED_NAMES)
-    return ", ".join(names[:_REPORTED_NAMES]) + (f" and {more} more" if more else "")
 
 
 class Measured(NamedTuple):
@@ -254,7 +248,7 @@ class SampleCounts(BaseModel):
         if "npy" in self.images and len(self.images) > 1:
             raise UserError(f"{uri} mixes samples with images and samples with .npy grids; make two datasets of them")
         if self.without_image:
-            names = some(self.without_image_names, self.without_image)
+            names = first_few(self.without_image_names, self.without_image)
             logger.warning(
                 "%d of %d samples have no image or grid: %s%s", self.without_image, self.samples, names, hint
             )

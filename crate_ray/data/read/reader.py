@@ -25,7 +25,10 @@ import torch
 import xxhash
 
 from crate_ray.config import DataConfig
-from crate_ray.data.format.shards import INDEX_STRIDE, DamagedShard, Sample, ShardSet, parse_samples
+from crate_ray.data.format.dataset import ShardSet
+from crate_ray.data.format.index import INDEX_STRIDE
+from crate_ray.data.format.samples import Sample, parse_samples
+from crate_ray.data.format.tar import DamagedShard
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.sequence import Draw, Int64, Window
 from crate_ray.storage.cache import PartCache

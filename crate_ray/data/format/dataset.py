@@ -1,0 +1,248 @@
+"""A dataset on storage: opened by its manifest and index, and saved.
+
+Beside the shards, or elsewhere if those are read-only, lie `manifest.json` (written last: without it there is no
+dataset), `shards.npy` (a row per shard), `index.npy` (offset and digest of every 16 samples), `names.txt` if the
+shards' names follow no pattern, and a table of members for each shard whose samples are not contiguous.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from crate_ray.data.format import npy
+from crate_ray.data.format.index import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE
+from crate_ray.data.format.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    NAMES_NAME,
+    SHARDS_NAME,
+    TABLE_SUFFIX,
+    Manifest,
+    name_pattern,
+    parse_manifest,
+)
+from crate_ray.data.format.tar import BLOCK, Buffer, DamagedShard
+from crate_ray.errors import UserError
+from crate_ray.storage.cache import fetched_once
+from crate_ray.storage.interface import NotFound, Storage
+
+
+class ByteRange(NamedTuple):
+    """Bytes start .. end of a shard hold samples first, first + 1, … of it (numbers within the shard)."""
+
+    start: int
+    end: int
+    first: int
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A dataset as its manifest and index describe it; nothing of the shards themselves has been read."""
+
+    storage: Storage
+    """Where manifest and index are."""
+    manifest: Manifest
+    shards: NDArray[np.void]
+    """(num_shards,) rows of SHARD_DTYPE."""
+    index: NDArray[np.void]
+    """Entries of INDEX_DTYPE: ⌈samples / 16⌉ for every shard, the shards laid end to end."""
+    names: tuple[str, ...] | None = None
+    """Names of the shards where they follow no pattern."""
+
+    @cached_property
+    def shard_storage(self) -> Storage:
+        """Where the shards are."""
+        return self.storage if self.manifest.shards_uri is None else self.storage.at(self.manifest.shards_uri)
+
+    @cached_property
+    def samples(self) -> NDArray[np.int64]:
+        """(num_shards,) number of samples of each shard."""
+        return self.shards["samples"].astype(np.int64)
+
+    @cached_property
+    def bytes(self) -> NDArray[np.int64]:
+        """(num_shards,) size of each shard in bytes."""
+        return self.shards["bytes"].astype(np.int64)
+
+    @cached_property
+    def first_sample(self) -> NDArray[np.int64]:
+        """(num_shards + 1,) number of the first sample of each shard in the dataset; the last entry is the total."""
+        return np.concatenate(([0], np.cumsum(self.samples)))
+
+    @cached_property
+    def first_entry(self) -> NDArray[np.int64]:
+        """(num_shards + 1,) where each shard's entries begin in the index."""
+        return np.concatenate(([0], np.cumsum(-(-self.samples // INDEX_STRIDE))))
+
+    def shard_name(self, shard: int) -> str:
+        """Key of a shard in the shards' storage."""
+        if self.names is not None:
+            return self.names[shard]
+        assert self.manifest.shard_pattern is not None
+        return self.manifest.shard_pattern.format(self.manifest.shard_first + shard)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Shard, and number within the shard, of a sample of the dataset."""
+        shard = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
+        return shard, sample - int(self.first_sample[shard])
+
+    def has_table(self, shard: int) -> bool:
+        """Whether the shard's samples do not lie together, so that its members are listed in a table."""
+        return bool(self.shards["table"][shard])
+
+    def table(self, shard: int) -> NDArray[np.void]:
+        """The table of such a shard: rows of `table_dtype`, sorted by sample.
+
+        Raises UserError when the file is missing or not the one that belongs to the index.
+        """
+        key = self.shard_name(shard) + TABLE_SUFFIX
+        try:
+            data = self.storage.read(key)
+        except NotFound:
+            raise _disagrees(self.storage, key) from None
+        if xxhash.xxh3_64_intdigest(data) != int(self.shards["table"][shard]):
+            raise _disagrees(self.storage, key)
+        return npy.read(data)
+
+    def byte_range(self, shard: int, first: int, count: int) -> ByteRange:
+        """Smallest indexed byte range of a shard that covers its samples first .. first + count (numbers within it).
+
+        It begins and ends at multiples of 16 samples, or where the shard does. For shards without a table.
+        """
+        samples = int(self.samples[shard])
+        if not (0 <= first and 1 <= count and first + count <= samples):
+            raise IndexError(f"samples {first} .. {first + count} of shard {shard}, which has {samples}")
+        begin, stop = int(self.first_entry[shard]), int(self.first_entry[shard + 1])
+        low, high = begin + first // INDEX_STRIDE, begin - (-(first + count) // INDEX_STRIDE)
+        end = int(self.bytes[shard]) if high == stop else int(self.index["block"][high]) * BLOCK
+        return ByteRange(int(self.index["block"][low]) * BLOCK, end, (low - begin) * INDEX_STRIDE)
+
+    def check(self, shard: int, start: int, data: Buffer) -> None:
+        """Compare bytes of a shard that were read, `byte_range` or several of them, with the digests of the index.
+
+        Raises DamagedShard when they differ: changed on the way, or since the shard was indexed.
+        """
+        view = memoryview(data)
+        begin, stop = int(self.first_entry[shard]), int(self.first_entry[shard + 1])
+        blocks = self.index["block"][begin:stop]
+        low = int(np.searchsorted(blocks, start // BLOCK))
+        edges = [*(blocks[low:].astype(np.int64) * BLOCK - start).tolist(), int(self.bytes[shard]) - start]
+        for i, (left, right) in enumerate(pairwise(edges)):
+            if right > len(view):
+                break
+            if xxhash.xxh3_64_intdigest(view[left:right]) & 0xFFFFFFFF != int(self.index["digest"][begin + low + i]):
+                raise DamagedShard(
+                    f"bytes {start + left} to {start + right} of {self.shard_storage.uri}/{self.shard_name(shard)} are "
+                    "not those that were indexed: the shard changed or is damaged; index or pack it again"
+                )
+
+
+def load_dataset(storage: Storage) -> ShardSet:
+    """Read manifest and index of the dataset under a storage; the index is memory-mapped (S3: fetched once per node).
+
+    Raises:
+        UserError: there is no manifest, or a file does not agree with it.
+    """
+    try:
+        text = storage.read(MANIFEST_NAME)
+    except NotFound:
+        raise UserError(
+            f"no manifest at {storage.uri}; run jobs/prepare.py --output {storage.uri} to index the shards there "
+            "(with --source FOLDER to pack images first)"
+        ) from None
+    manifest = parse_manifest(text, storage.uri)
+    names = None
+    if manifest.shard_pattern is None:
+        names = tuple(_verified(storage, NAMES_NAME, manifest.names_sha256).decode().split("\n")[:-1])
+        if len(names) != manifest.num_shards:
+            raise _disagrees(storage, NAMES_NAME)
+    shards = _load_array(storage, SHARDS_NAME, manifest.shards_sha256)
+    index = _load_array(storage, INDEX_NAME, manifest.index_sha256)
+    if shards.dtype != SHARD_DTYPE or shards.shape != (manifest.num_shards,) or index.dtype != INDEX_DTYPE:
+        raise _disagrees(storage, SHARDS_NAME)
+    dataset = ShardSet(storage, manifest, shards, index, names)
+    if dataset.first_sample[-1] != manifest.num_samples or index.shape != (dataset.first_entry[-1],):
+        raise _disagrees(storage, INDEX_NAME)
+    return dataset
+
+
+def save_dataset(
+    storage: Storage,
+    names: Sequence[str],
+    shards: NDArray[np.void],
+    index: Sequence[NDArray[np.void]],
+    **described: Any,
+) -> Manifest:
+    """Write names.txt (where names follow no pattern), shards.npy, index.npy and, last, the manifest.
+
+    Args:
+        storage: where the shards are; where the index goes if described["shards_uri"] says that they are elsewhere.
+        names: keys of the shards.
+        shards: (num_shards,) rows of SHARD_DTYPE.
+        index: per shard, its entries of INDEX_DTYPE; tables of members have been written already.
+        described: the manifest's fields that say what the samples are (kind, image_suffixes, mean, …).
+
+    Raises:
+        AlreadyExists: there is a manifest.
+    """
+    for name in names:
+        if "\n" in name:
+            raise UserError(f"shard name {name!r} holds a line break; rename it")
+    files = {SHARDS_NAME: npy.content_of(shards), INDEX_NAME: npy.content_of(np.concatenate(index))}
+    pattern, first = name_pattern(names)
+    if pattern is None:
+        files[NAMES_NAME] = "".join(f"{name}\n" for name in names).encode()
+    digests = {key: hashlib.sha256(data).hexdigest() for key, data in files.items()}
+    manifest = Manifest(
+        num_samples=int(shards["samples"].sum(dtype=np.int64)),
+        num_shards=len(shards),
+        total_bytes=int(shards["bytes"].sum(dtype=np.int64)),
+        shard_pattern=pattern,
+        shard_first=first,
+        shards_sha256=digests[SHARDS_NAME],
+        index_sha256=digests[INDEX_NAME],
+        names_sha256=digests.get(NAMES_NAME),
+        **described,
+    )
+    for key, data in files.items():
+        storage.write(key, data)
+    storage.write(MANIFEST_NAME, manifest.to_json(), if_absent=True)
+    return manifest
+
+
+def _disagrees(storage: Storage, key: str) -> UserError:
+    return UserError(
+        f"{storage.uri}/{key} does not agree with {MANIFEST_NAME} (damaged, or of another version of the dataset); "
+        "run jobs/prepare.py with --overwrite true"
+    )
+
+
+def _verified(storage: Storage, key: str, sha256: str | None) -> bytes:
+    try:
+        data = storage.read(key)
+    except NotFound:
+        raise _disagrees(storage, key) from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise _disagrees(storage, key)
+    return data
+
+
+def _load_array(storage: Storage, key: str, sha256: str) -> NDArray[Any]:
+    try:
+        path = storage.local_path(key) or fetched_once(storage, key, sha256)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise _disagrees(storage, key)
+        return npy.map_file(path) if path.stat().st_size > mmap.PAGESIZE else npy.read(path.read_bytes())
+    except (ValueError, FileNotFoundError, NotFound):
+        raise _disagrees(storage, key) from None

@@ -1,0 +1,135 @@
+"""The manifest: one small JSON object that describes a dataset and holds the digests of its other files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from crate_ray.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+SHARDS_NAME = "shards.npy"
+INDEX_NAME = "index.npy"
+NAMES_NAME = "names.txt"
+TABLE_SUFFIX = ".table.npy"
+FORMAT_VERSION = 2
+
+_UNSAFE_FIELDS = {"num_unsafe", "unsafe_names"}
+_PATTERN = re.compile(r"[^{}]*\{:0[1-9][0-9]?d\}[^{}]*")
+
+
+class Manifest(BaseModel):
+    """Description of a dataset. It is read first; the other files must have the digests given here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[2] = 2
+    shards_uri: str | None = None
+    """Where the shards are if not beside the manifest: a folder or s3://bucket/prefix."""
+    num_samples: int = Field(ge=0)
+    num_shards: int = Field(ge=0)
+    total_bytes: int = Field(ge=0)
+    """Sum of the shards' sizes, tar headers included."""
+    shard_pattern: str | None = None
+    """str.format pattern of the shards' names with one number, such as 'shard-{:06d}.tar'. None: see names.txt."""
+    shard_first: int = 0
+    """Number of the first shard in the pattern."""
+    kind: Literal["image", "grid"]
+    """'image': encoded images; 'grid': .npy arrays of shape (C, H, W) or (H, W)."""
+    image_suffixes: tuple[str, ...]
+    """Suffixes under which samples hold their image or grid, in order of preference."""
+    suffixes: tuple[str, ...]
+    """All suffixes."""
+    channels: int = Field(gt=0)
+    """Images: 3 if any measured one has colour, else 1. Grids: C."""
+    height: int | None = None
+    """Height in pixels, if all measured samples agree."""
+    width: int | None = None
+    """Width in pixels, if all measured samples agree."""
+    num_classes: int | None = None
+    """Largest class number + 1, if every sample has a numeric `cls`."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes in the order of their numbers, if known."""
+    mean: tuple[float, ...]
+    """Mean per channel over the measured samples: on the scale 0-1 for images, as stored for grids."""
+    std: tuple[float, ...]
+    """Standard deviation per channel over all pixels of the measured samples, on the same scale."""
+    num_measured: int
+    """Number of samples, evenly spaced, from which channels, size, mean and std were computed."""
+    num_unsafe: int = 0
+    """Number of members that belong to no sample because of their names: absolute ones, and those with '..'."""
+    unsafe_names: tuple[str, ...] = ()
+    """The first hundred of them, each after its shard's name."""
+    shards_sha256: str
+    index_sha256: str
+    names_sha256: str | None = None
+
+    @field_validator("shard_pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None and not _PATTERN.fullmatch(pattern):
+            raise ValueError(f"{pattern!r} is not a shard name with one zero-padded number such as {{:06d}}")
+        return pattern
+
+    def digest(self) -> str:
+        """Identity of the dataset: sha256 of the canonical JSON, which holds the digests of the binary files.
+
+        Members that belong to no sample do not count.
+        """
+        values = self.model_dump(mode="json", exclude=_UNSAFE_FIELDS)
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """The content of manifest.json."""
+        return (self.model_dump_json(indent=2, exclude=None if self.num_unsafe else _UNSAFE_FIELDS) + "\n").encode()
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Members with unsafe names in the form in which bad samples are reported: cause by key."""
+        more = self.num_unsafe - len(self.unsafe_names)
+        return dict.fromkeys((*self.unsafe_names, *([f"and {more} more"] if more else [])), "unsafe_name")
+
+
+def parse_manifest(text: bytes, uri: str) -> Manifest:
+    """The manifest with this content, of the dataset at uri.
+
+    Raises:
+        UserError: it is damaged or has another format version.
+    """
+    try:
+        values = json.loads(text)
+        version = values.get("version")
+    except (ValueError, AttributeError):
+        raise UserError(
+            f"{uri}/{MANIFEST_NAME} is damaged: it is not a JSON object; run jobs/prepare.py again"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{uri}/{MANIFEST_NAME} has format version {version}, this crate-ray reads version {FORMAT_VERSION}; "
+            "install the crate-ray that wrote it, or run jobs/prepare.py with --overwrite true"
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UserError(
+            f"{uri}/{MANIFEST_NAME} is damaged: {where}: {error.errors()[0]['msg']}; run jobs/prepare.py again"
+        ) from None
+
+
+def name_pattern(names: Sequence[str]) -> tuple[str | None, int]:
+    """Pattern and first number of names that differ by one consecutive zero-padded number; (None, 0) for others."""
+    match = re.fullmatch(r"([^{}]*?)(\d+)([^\d{}]*)", names[0]) if names else None
+    if match is None:
+        return None, 0
+    before, number, after = match.groups()
+    pattern, first = f"{before}{{:0{len(number)}d}}{after}", int(number)
+    if len(number) < 100 and all(pattern.format(first + i) == name for i, name in enumerate(names)):
+        return pattern, first
+    return None, 0

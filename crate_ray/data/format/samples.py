@@ -1,0 +1,139 @@
+"""The samples of a shard: all of them when it is indexed, those of a byte range when it is read."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from crate_ray.data.format.names import is_metadata, is_unsafe, relative, split_name
+from crate_ray.data.format.tar import Buffer, DamagedShard, range_members, whole_members
+from crate_ray.errors import UserError, first_few
+
+logger = logging.getLogger(__name__)
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class Sample(NamedTuple):
+    """A sample: its key, and the bytes of its members by suffix."""
+
+    key: str
+    members: dict[str, memoryview]
+
+
+class TableRow(NamedTuple):
+    """Where a sample lies in its shard."""
+
+    key: str
+    start: int
+    """Byte offset of its first header, extension headers included."""
+    members: dict[str, tuple[int, int]]
+    """Byte offset and size of each member's content, by suffix."""
+    plain: bool = True
+    """False if a member is a hard link to content elsewhere in the shard."""
+
+
+class Table(NamedTuple):
+    """The content of a shard."""
+
+    rows: list[TableRow]
+    """Its samples, in the order of their first members."""
+    unsafe: list[str]
+    """Members with unsafe names, which belong to no sample."""
+
+
+def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
+    """Samples of a byte range that begins and ends between samples (`ShardSet.byte_range`).
+
+    Args:
+        buffer: the bytes; the samples' members are views of them, not copies.
+        where: name of the shard in messages.
+
+    Raises:
+        DamagedShard: the range is not made of whole, valid members, or a member is repeated or a hard link.
+    """
+    view = memoryview(buffer)
+    samples: list[Sample] = []
+    key: str | None = None
+    members: dict[str, memoryview] = {}
+    for name, _, data, size, link in range_members(view, where):
+        parts = split_name(name)
+        if parts is None:
+            continue
+        if link is not None:
+            raise DamagedShard(f"{where} holds a hard link, {name!r}, that its index does not have; index it again")
+        if parts[0] != key:
+            key, members = parts[0], {}
+            samples.append(Sample(key, members))
+        if parts[1] in members:
+            raise DamagedShard(f"{where} holds {name!r} twice")
+        members[parts[1]] = view[data : data + size]
+    return samples
+
+
+def read_table(buffer: Buffer, where: str) -> Table:
+    """All samples of a shard. This is the only full pass over a shard; it is made when the shard is indexed.
+
+    The members of a sample may lie anywhere in the shard. A hard link counts as a member with the content of the member
+    it links to, which tar writes first. Members without a suffix or with an unsafe name belong to no sample; a warning
+    counts them.
+
+    Args:
+        buffer: the shard's bytes, memory-mapped: only headers are touched.
+        where: name of the shard in messages.
+
+    Raises:
+        DamagedShard: the shard is damaged, truncated or compressed, or holds a dangling hard link or something that is
+            not a file.
+        UserError: a sample has the same member twice.
+    """
+    for magic, method in _COMPRESSED.items():
+        if bytes(buffer[: len(magic)]) == magic:
+            raise DamagedShard(
+                f"{where} is compressed with {method}, so parts of it cannot be read on their own; store it as a plain "
+                ".tar (compression does not make images smaller)"
+            )
+    table: list[TableRow] = []
+    rows: dict[str, TableRow] = {}
+    contents: dict[str, tuple[int, int]] = {}  # by name, for hard links
+    linked: set[str] = set()
+    ignored = 0
+    unsafe: list[str] = []
+    for name, start, data, size, link in whole_members(memoryview(buffer), where):
+        content = (data, size) if link is None else contents.get(relative(link))
+        if content is None:
+            raise DamagedShard(
+                f"{where} holds a hard link, {name!r}, to {link!r}, which does not come before it; pack the files "
+                "themselves (tar --hard-dereference)"
+            )
+        contents[relative(name)] = content
+        parts = split_name(name)
+        if parts is None:
+            if is_unsafe(name):
+                unsafe.append(name)
+            else:
+                ignored += not is_metadata(name)
+            continue
+        key, suffix = parts
+        row = rows.get(key)
+        if row is None:
+            row = rows[key] = TableRow(key, start, {})
+            table.append(row)
+        elif suffix in row.members:
+            raise UserError(
+                f"{where} holds two samples named {key!r} (member {name!r} is repeated); keys must be unique within a "
+                "shard: rename the files and pack them again with --source"
+            )
+        row.members[suffix] = content
+        if link is not None:
+            linked.add(key)
+    if ignored:
+        logger.warning("%s: ignored %d members without a suffix", where, ignored)
+    if unsafe:
+        logger.warning(
+            "%s: skipped %d members with unsafe names (absolute, or with '..'): %s",
+            where, len(unsafe), first_few(unsafe),
+        )  # fmt: skip
+    if linked:
+        table = [row._replace(plain=False) if row.key in linked else row for row in table]
+    return Table(table, unsafe)
