@@ -1,4 +1,4 @@
-"""The models against the published numbers, against the equations in NumPy, and in how they behave."""
+"""The models against the published numbers, the reference, and the equations in NumPy; and their behaviour."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_parity_with_published(model_class: type[CrateMAE] | type[ReferenceCrate
     imported = load_published(state, config)
     model = model_class(config).double()
     model.load_state_dict(imported.state_dict())
-    # The last bits of the float32 table depend on NumPy's code for the processor; take those of the published numbers.
+    # The last bits of the float32 table depend on NumPy's code for the processor, so take the published table.
     torch.testing.assert_close(model.positions, torch.from_numpy(state["pos_embed"][:, 1:]), rtol=0, atol=1e-6)
     model.positions.copy_(torch.from_numpy(state["pos_embed"][:, 1:]))
 
@@ -111,7 +111,7 @@ def test_parity_with_published(model_class: type[CrateMAE] | type[ReferenceCrate
 
     compared = [name for name in published if not name.startswith("state.") and name not in ("meta", "images", "noise")]
     assert sum(name.startswith("grad.") for name in compared) == len(gradients)
-    if model_class is ReferenceCrateMAE:  # it computes nothing for whole images
+    if model_class is ReferenceCrateMAE:  # it has no pass over whole images
         compared = [name for name in compared if "unmasked" not in name]
     for name in compared:
         error = np.abs(computed[name].detach().numpy() - published[name]).max()
@@ -228,7 +228,7 @@ def test_equals_equations(config: CrateMAEConfig | ViTMAEConfig, seed: int) -> N
         close(out.mask, expected.mask)
         close(out.prediction, expected.prediction)
         visible_only = model.visible_only
-        # The visible tokens lie in the order of their noise; the equations keep the order of the grid.
+        # Visible tokens are in the order of their noise here, and in the order of the grid in the equations.
         order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + place[b].argsort()]) if visible_only else slice(None)
         for ours, theirs in zip(out.encoder_layers, expected.encoder_layers, strict=True):
             close(ours[:, order], theirs)
@@ -355,7 +355,7 @@ def test_patchify(sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("config", MODELS)
-def test_every_parameter_learns_and_is_stored_once(config: CrateMAEConfig | ViTMAEConfig) -> None:
+def test_every_parameter_gets_a_gradient_and_is_stored_once(config: CrateMAEConfig | ViTMAEConfig) -> None:
     model = build_model(config)
     out = model(images_for(config))
     out.loss.backward()
@@ -419,7 +419,7 @@ def test_every_form_of_attention_equals_the_reference(monkeypatch: pytest.Monkey
     on_cpu = cpu_attention.self_attention
     for found in (attention_maps(w, w) @ w, attention(w, w, w), self_attention(w), on_cpu(w.flatten(0, 1))):
         torch.testing.assert_close(found.reshape(expected.shape), expected)
-    monkeypatch.setattr(cpu_attention, "_CACHE_BYTES", 2 * 5 * 5 * 8)  # so that maps are computed in several parts
+    monkeypatch.setattr(cpu_attention, "_CACHE_BYTES", 2 * 5 * 5 * 8)  # compute the maps in several parts
     torch.testing.assert_close(on_cpu(w.flatten(0, 1)), expected.flatten(0, 1))
     assert torch.autograd.gradcheck(on_cpu, w.detach().flatten(0, 1).requires_grad_())
     torch.library.opcheck(on_cpu, (w.detach().flatten(0, 1).requires_grad_(),))
@@ -450,7 +450,7 @@ def test_both_forms_of_ista_equal_the_reference(tokens: int) -> None:
         torch.testing.assert_close(torch.autograd.grad((found * direction).sum(), (z, dictionary)), gradients)
 
 
-def test_products_keep_no_copies_of_weights() -> None:
+def test_products_save_no_cast_copies_of_weights() -> None:
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 4), (3, 4), (3,)))
     square = torch.randn(4, 4, requires_grad=True)
     leaves = (x, weight, bias, square)
@@ -480,11 +480,11 @@ def test_products_keep_no_copies_of_weights() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x.double(), weight.double()).dtype == gram(weight.double()).dtype == torch.float64
 
-    # Of all matrices as large as the layers' weights only ISTA's own are kept: Dᵀ − DᵀD of each layer.
+    # Of all matrices of the size of the layers' weights, only Dᵀ − DᵀD of each layer's ISTA is saved.
     model, kept = CrateMAE(CrateMAEConfig(**SMALL)), {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address comes twice
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # keep it alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -495,7 +495,7 @@ def test_products_keep_no_copies_of_weights() -> None:
 
 @pytest.mark.parametrize("config", MODELS)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_layers_computed_twice_give_the_same_bits(
+def test_activation_checkpointing_gives_the_same_bits(
     config: CrateMAEConfig | ViTMAEConfig, dtype: torch.dtype | None
 ) -> None:
     model, images, noise = build_model(config), images_for(config), noise_for(config)

@@ -41,7 +41,7 @@ def test_rate_is_the_definition_by_eigenvalues(tokens: int, dim: int, epsilon: f
 
 
 def test_rates_of_a_known_mixture_of_subspaces() -> None:
-    # K orthogonal subspaces of dimension p, N / K tokens in each with covariance s² I there: every rate is closed.
+    # K orthogonal subspaces of dimension p, with N / K tokens of covariance s² I in each: every rate has a closed form.
     dim, count, p, per, s, epsilon = 24, 4, 3, 12, 1.7, 0.5
     basis = orthonormal(count * p, dim).reshape(count, p, dim)
     parts = [math.sqrt(per) * s * orthonormal(p, per, seed=k + 1).T @ basis[k] for k in range(count)]
@@ -55,7 +55,7 @@ def test_rates_of_a_known_mixture_of_subspaces() -> None:
     sparse = z.masked_fill(torch.arange(dim) == 5, 0)
     penalty = sparse_rate_reduction(sparse, basis, 0.0) - sparse_rate_reduction(sparse, basis, 0.25)
     assert penalty.item() == pytest.approx(0.25 * tokens * (dim - 1))
-    # Any other codebook of the same size codes these tokens worse than their own subspaces, tokens of one at a time.
+    # The tokens of one subspace have a rate against that subspace only.
     own = subspace_rates(project(parts[0], basis))
     assert own[0] > 1 and own[1:].abs().max() < 1e-12
     assert coherence(basis).fill_diagonal_(0).max() < 1e-7
@@ -66,8 +66,8 @@ def test_rates_of_a_known_mixture_of_subspaces() -> None:
 
 
 def test_a_step_down_the_rate_denoises_tokens_of_a_known_mixture() -> None:
-    # Tokens near one of K orthogonal subspaces, coded against the others: the rate counts what sticks out of the
-    # token's own subspace, and its gradient points from the signal to the noise (arXiv 2311.13110, section 2.3).
+    # Tokens near one of K orthogonal subspaces, coded against the others. Only the noise outside the tokens' own
+    # subspace has a rate, so the gradient points along the noise (arXiv 2311.13110, section 2.3).
     dim, count, p, tokens = 32, 4, 4, 256
     random = torch.Generator().manual_seed(3)
     basis = orthonormal(count * p, dim).reshape(count, p, dim)
@@ -84,16 +84,16 @@ def test_a_step_down_the_rate_denoises_tokens_of_a_known_mixture() -> None:
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 0.5, 2.0])
-def test_the_rate_of_a_whole_mixture_falls_against_the_noise_beside_each_tokens_subspace(epsilon: float) -> None:
-    # Tokens in all of K orthogonal subspaces that fill the space, plus noise, against the full codebook. Unprojected,
-    # the gradient is mostly along the signal, which a step down the rate shrinks; what it does beside a token's own
-    # subspace is to take the noise away.
+def test_a_step_down_the_rate_of_a_whole_mixture_removes_noise_outside_each_tokens_subspace(epsilon: float) -> None:
+    # Tokens in all of K orthogonal subspaces that span the space, plus noise, against the full codebook. The gradient
+    # is mostly along the signal, which a step down the rate shrinks. Its part outside a token's own subspace is along
+    # the noise, which the step removes.
     count, p, per = 4, 4, 256
     random = torch.Generator().manual_seed(3)
     basis = orthonormal(count * p, count * p).reshape(count, p, -1)
     own = basis[torch.arange(count).repeat_interleave(per)]
 
-    def beside(x_TD: torch.Tensor) -> torch.Tensor:
+    def outside(x_TD: torch.Tensor) -> torch.Tensor:
         return x_TD - torch.einsum("tp,tpd->td", torch.einsum("td,tpd->tp", x_TD, own), own)
 
     def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -105,8 +105,8 @@ def test_the_rate_of_a_whole_mixture_falls_against_the_noise_beside_each_tokens_
     z = (signal + noise).requires_grad_()
     codebook_rate(z, basis, epsilon).backward()
     assert z.grad is not None
-    assert cosine(beside(z.grad), beside(noise)) > 0.98
-    assert cosine(z.grad, signal) > 0.95 and cosine(z.grad, beside(noise)) < 0.2
+    assert cosine(outside(z.grad), outside(noise)) > 0.98
+    assert cosine(z.grad, signal) > 0.95 and cosine(z.grad, outside(noise)) < 0.2
 
 
 def test_sparsity_of_known_codes() -> None:
@@ -116,12 +116,12 @@ def test_sparsity_of_known_codes() -> None:
     assert gini(one_hot).item() == pytest.approx(7 / 8) and gini(even).item() == pytest.approx(0)
     assert gini(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).item() == pytest.approx(0.25)
     assert gini(torch.zeros(1, 2, 4)).item() == 0
-    # Of |normal| numbers: 2 Φ-integral, √2 − 1.
+    # The Gini index of |normal| numbers is √2 − 1.
     sample = torch.randn(1, 1, 200_000, generator=torch.Generator().manual_seed(0))
     assert gini(sample).item() == pytest.approx(math.sqrt(2) - 1, abs=2e-3)
 
 
-def test_layers_are_measured_where_they_act() -> None:
+def test_layers_are_measured_on_the_tokens_that_they_get() -> None:
     config = CrateMAEConfig(image_size=16, patch_size=4, dim=16, depth=3, num_subspaces=2, mask_ratio=0.5)
     torch.manual_seed(0)
     model = CrateMAE(config).double()
@@ -171,7 +171,7 @@ def test_forms_of_the_rate_agree_where_scales_are_one() -> None:
     assert torch.allclose(seen.rate_before_span[0], plain.rate_before_span[0])  # the first layer's input is the same
     largest, means = measure_codebooks(model)
     assert largest == pytest.approx([coherence(layer_operators(x).codebook)[0, 1].item() for x in model.encoder])
-    assert means == pytest.approx(largest)  # of one pair
+    assert means == pytest.approx(largest)  # there is one pair
     assert (seen.below_01 >= seen.zero_share).all() and (seen.below_1 >= seen.below_01).all()
 
 
@@ -198,7 +198,7 @@ def test_a_transformer_is_measured_by_its_keys() -> None:
 
 
 class Replay(torch.nn.Module):
-    """A decoder layer that gives tokens it was told, whatever it is given."""
+    """A decoder layer that returns fixed tokens."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Replay(torch.nn.Module):
         return self.tokens
 
 
-def test_a_decoder_that_undoes_the_encoder_has_no_error() -> None:
+def test_a_decoder_that_inverts_the_encoder_has_no_error() -> None:
     torch.manual_seed(0)
     model = build_model(CrateMAEConfig(image_size=16, patch_size=4, dim=16, depth=3, num_subspaces=2)).eval()
     images = torch.randn(4, 3, 16, 16)
@@ -219,7 +219,7 @@ def test_a_decoder_that_undoes_the_encoder_has_no_error() -> None:
     model.decoder = torch.nn.ModuleList([Replay(before[2]), Replay(-3 * before[1]), Replay(random)])
     found = measure_inversion(model, images)
     assert found is not None
-    assert found.relative[0].max() < 1e-6 and found.scaled[:2].max() < 1e-3  # a root of what is lost to rounding
+    assert found.relative[0].max() < 1e-6 and found.scaled[:2].max() < 1e-3  # a square root of rounding errors
     assert torch.allclose(found.relative[1], torch.full((4,), 4.0, dtype=torch.float64))
     assert found.scaled[2].min() > 0.9
     assert torch.allclose(
