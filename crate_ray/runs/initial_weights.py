@@ -9,8 +9,9 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from crate_ray.runs.commits import DamagedCheckpoint, file_sha256
+from crate_ray.runs.commits import DamagedCheckpoint
 from crate_ray.storage.interface import Storage
+from crate_ray.storage.node_folders import file_digest
 
 INITIAL_WEIGHTS = "initial/model.safetensors"
 
@@ -21,7 +22,7 @@ def write_initial_weights(run: Storage, weights: Mapping[str, Tensor]) -> str:
         path = Path(temporary) / "model.safetensors"
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
         run.write(INITIAL_WEIGHTS, path)
-        return file_sha256(path)
+        return file_digest(path)
 
 
 def fetch_initial_weights(run: Storage, digest: str, folder: Path) -> None:
@@ -33,7 +34,7 @@ def fetch_initial_weights(run: Storage, digest: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
     run.download(INITIAL_WEIGHTS, path)
-    if file_sha256(path) != digest:
+    if file_digest(path) != digest:
         raise DamagedCheckpoint(
             f"{run.uri}/{INITIAL_WEIGHTS}, the weights that the run starts from, differs from its digest; delete it, "
             "and the next start writes it again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import uuid
@@ -14,6 +13,7 @@ from typing import Any
 from crate_ray.config import S3Config
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import AlreadyExists, NotFound, ObjectInfo, Replaced, Storage, open_storage
+from crate_ray.storage.node_folders import file_lock
 
 _TEMPORARY_PREFIX = ".tmp-"
 
@@ -55,7 +55,7 @@ class LocalStorage(Storage):
                 if if_absent:
                     path.hardlink_to(temporary)
                 elif if_match is not None:
-                    with _locked(path.parent):
+                    with file_lock(path.parent):
                         status = path.stat() if path.exists() else None
                         if status is None or f"{status.st_mtime_ns}-{status.st_size}" != if_match:
                             raise Replaced(f"{self.uri}/{key} is not the object that it was")
@@ -135,17 +135,6 @@ def arriving(path: Path) -> Iterator[Any]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that do the same out of a folder; the lock of a process that dies is gone with it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
