@@ -140,7 +140,10 @@ def open_storage(uri: str, s3: S3Config) -> Storage:
         bucket, _, prefix = rest.partition("/")
         if not bucket:
             raise UserError(f"{uri!r} names no bucket; write s3://bucket/prefix")
-        from crate_ray.storage.s3 import S3Storage  # a machine without boto3 can work on local folders
+        try:  # local folders need no boto3
+            from crate_ray.storage.s3 import S3Storage
+        except ImportError as error:
+            raise UserError(f"{uri} cannot be opened: {error}; install boto3 in this environment") from None
 
         return S3Storage(bucket, prefix.strip("/"), s3)
     raise UserError(

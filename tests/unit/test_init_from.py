@@ -22,7 +22,7 @@ from crate_ray.runs.pretraining import Run, open_run, start_from
 from crate_ray.runs.record import read_record, write_record
 from crate_ray.storage.local import LocalStorage
 from crate_ray.tracking.registry import register
-from crate_ray.tracking.runs import RunTracker
+from crate_ray.tracking.run_tracker import RunTracker
 from tests.unit.test_checkpoint import MODEL, RECORD, Trainer
 
 

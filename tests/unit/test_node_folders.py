@@ -94,10 +94,11 @@ def dataset(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
 def test_processes_come_and_go_while_others_open_a_dataset(temporary: Path, dataset: tuple[str, str]) -> None:
     """The index is shared: nobody who starts removes it, and nobody who opens the dataset takes it for damaged."""
     starts = (
-        "import sys; from itertools import count; from pathlib import Path\n"
+        "import sys, time; from itertools import count; from pathlib import Path\n"
         "from crate_ray.storage.node_folders import process_folder\n"
         "for number in count():\n"
         "    if Path(sys.argv[2]).exists(): break\n"
+        "    time.sleep(0.005)\n"
         "    with process_folder(f'{sys.argv[1]}-{number}') as folder:\n"
         "        (folder / 'part').write_bytes(bytes(100))\n"
     )
