@@ -104,7 +104,7 @@ def test_processes_come_and_go_while_others_open_a_dataset(temporary: Path, data
     )
     opens = (
         "import sys; from crate_ray.config import S3Config; from crate_ray.storage.interface import open_storage\n"
-        "from crate_ray.data.format.shards import load_dataset\n"
+        "from crate_ray.data.format.dataset import load_dataset\n"
         "storage = open_storage(sys.argv[1], S3Config(endpoint_url=sys.argv[2]))\n"
         "for _ in range(25):\n"
         "    assert len(load_dataset(storage).index)\n"

@@ -88,7 +88,7 @@ import sys
 sys.modules["boto3"] = sys.modules["botocore"] = None  # whoever imports one gets an ImportError
 import crate_ray.data.loader
 from crate_ray.config import S3Config
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.stream import stream
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import open_storage
