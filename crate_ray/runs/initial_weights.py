@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from crate_ray.runs.commits import DamagedCheckpoint
+from crate_ray.runs.record import RUN_FILE
 from crate_ray.storage.interface import Storage
 from crate_ray.storage.node_folders import file_digest
 
@@ -17,10 +18,14 @@ INITIAL_WEIGHTS = "initial/model.safetensors"
 
 
 def write_initial_weights(run: Storage, weights: Mapping[str, Tensor]) -> str:
-    """Store the weights that a run starts from. Returns their digest for the run's record."""
+    """Store the weights that a run starts from, and return their digest for the run's record, which is written next.
+
+    An earlier record is deleted first: if this process is killed, no record names weights that have been replaced.
+    """
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         path = Path(temporary) / "model.safetensors"
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+        run.delete(RUN_FILE)
         run.write(INITIAL_WEIGHTS, path)
         return file_digest(path)
 
