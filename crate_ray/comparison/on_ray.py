@@ -10,7 +10,7 @@ from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
 from crate_ray.errors import UserError
 from crate_ray.evaluation.extraction import Extraction
-from crate_ray.evaluation.feature_cache import FeatureCache, default_folder
+from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
@@ -20,6 +20,7 @@ from crate_ray.runs.planning import Run
 from crate_ray.runs.pretraining import open_pretraining
 from crate_ray.runs.references import load_encoder
 from crate_ray.storage.interface import Storage, open_storage
+from crate_ray.storage.node_folders import feature_folder
 from crate_ray.tracking.pretraining import publish
 from crate_ray.training.lifecycle import run_training
 from crate_ray.training.pretraining import PretrainTask
@@ -32,7 +33,7 @@ class OnRay:
 
     def __init__(self, config: CompareConfig) -> None:
         self._config = config
-        self.features = Extraction(FeatureCache(default_folder(), _CACHE_BYTES), config.s3)
+        self.features = Extraction(FeatureCache(feature_folder(), _CACHE_BYTES), config.s3)
 
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
         """Train the remaining steps of a run."""

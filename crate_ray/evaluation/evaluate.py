@@ -12,7 +12,7 @@ from crate_ray.errors import UserError
 from crate_ray.evaluation import conclusions, figures
 from crate_ray.evaluation.classification import classify
 from crate_ray.evaluation.extraction import Extraction
-from crate_ray.evaluation.feature_cache import FeatureCache, default_folder
+from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.evaluation.features import compute_device, iterate_dataset
 from crate_ray.evaluation.figures import Image
 from crate_ray.evaluation.layers import measure_structure
@@ -21,6 +21,7 @@ from crate_ray.evaluation.report import ModelFacts, Report, charts, describe
 from crate_ray.evaluation.segmentation import ATTENTION_MASS, measure_segmentation
 from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.storage.interface import open_storage
+from crate_ray.storage.node_folders import feature_folder
 from crate_ray.structure.coding_rate import EPSILON
 
 
@@ -45,7 +46,9 @@ def evaluate(
     classification = reconstruction = structure = segmentation = None
     if probe and labelled:
         say("linear probe and k-NN")
-        cache = FeatureCache(Path(config.features_dir or default_folder()), config.features_bytes)
+        cache = FeatureCache(
+            Path(config.features_dir) if config.features_dir else feature_folder(), config.features_bytes
+        )
         extraction = Extraction(cache, config.s3, config.workers, config.gpu)
         classification = classify(subjects, labelled[0], labelled[1], config, probe, extraction)
         said["classification"] = conclusions.on_classification(classification)

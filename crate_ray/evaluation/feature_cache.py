@@ -1,10 +1,12 @@
-"""Features on local disk under a digest of all that they depend on, so that they are computed once.
+"""Features of evaluated models on local disk, under a digest of all that they depend on: computed once.
 
 <folder>/<key>/features.npy  labels.npy  samples.npy      arrays only, never unpickled; memory-mapped when read
+<folder>/.partial/           entries that are being written
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -19,12 +21,15 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from crate_ray.data.format import npy
+from crate_ray.errors import UserError
+from crate_ray.storage.node_folders import chosen_folder, evict, temporary_folder
 
 _FEATURES, _LABELS, _SAMPLES = "features.npy", "labels.npy", "samples.npy"
-_PARTIAL = ".partial-"
+_PARTIAL = ".partial"
+_ADVICE = "choose another features_dir"
 
 UNUSABLE = -2
-"""Label of a row whose sample could not be read; it does not count."""
+"""Label of a row whose sample could not be read; readers leave it out."""
 UNLABELLED = -1
 """Label of a row whose sample has no class."""
 
@@ -41,22 +46,19 @@ class FeatureSet:
     """(n,) numbers of the samples in the dataset."""
 
 
-def default_folder() -> Path:
-    """Where features are kept unless told otherwise: in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray" / "features"
-
-
 class FeatureCache:
-    """A folder of feature sets by key. Entries appear whole or not at all; several processes may share it.
+    """A folder of feature sets by key, of limited size. Several processes may share it.
 
-    Parameters: the folder, and how many bytes it may hold before entries that were used longest ago are removed.
+    Args:
+        folder: created at the first write.
+        max_bytes: after a write, the least recently used other entries are evicted until all fit.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
 
     def get(self, key: str) -> FeatureSet | None:
-        """The features under a key; None when they are not there, or damaged."""
+        """Return the features under a key; None if they are missing or damaged."""
         entry = self._folder / key
         try:
             features = npy.map_file(entry / _FEATURES)
@@ -74,60 +76,59 @@ class FeatureCache:
 
     @contextmanager
     def write(self, keys: list[str], rows: int, dims: list[int]) -> Iterator[Writer]:
-        """Fill entries of so many rows; they count once the block has ended without an error."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        writer = Writer.create(self._folder / f"{_PARTIAL}{uuid.uuid4().hex}", keys, rows, dims)
-        try:
-            yield writer
-            for key in keys:
-                target = self._folder / key
-                shutil.rmtree(target, ignore_errors=True)  # damaged, or it would have been read
-                with suppress(OSError):  # somebody else was faster
-                    (writer.folder / key).rename(target)
-        finally:
-            shutil.rmtree(writer.folder, ignore_errors=True)
-        self._make_room(set(keys))
+        """Fill new entries. They appear when the block ends without an error, each of them whole.
 
-    def _make_room(self, needed: set[str]) -> None:
-        entries = []
-        for entry in self._folder.iterdir():
-            with suppress(OSError):
-                size = sum(file.stat().st_size for file in entry.iterdir())
-                entries.append((entry.stat().st_mtime, size, entry))
-        total = sum(size for _, size, _ in entries)
-        for _, size, entry in sorted(entries):
-            if total > self._max_bytes and entry.name not in needed:
-                shutil.rmtree(entry, ignore_errors=True)
-                total -= size
+        Args:
+            keys: names of the entries.
+            rows: samples of each entry.
+            dims: numbers per sample, one for each entry.
+
+        Raises:
+            UserError: the folder belongs to another user, or does not take the entries.
+        """
+        chosen_folder(self._folder, _ADVICE)
+        with temporary_folder(self._folder / _PARTIAL, uuid.uuid4().hex) as folder:
+            writer = Writer.create(folder, keys, rows, dims)
+            yield writer
+            writer.flush()
+            for key in keys:
+                self._publish(folder / key, self._folder / key)
+        needed = {self._folder / key for key in keys}
+        evict((entry for entry in self._folder.iterdir() if entry.name != _PARTIAL), self._max_bytes, keep=needed)
+
+    def _publish(self, written: Path, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one: whole ones are not computed again
+        try:
+            written.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was faster
+                raise UserError(f"cannot store features in {self._folder}: {error.strerror}; {_ADVICE}") from None
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Entries that are being filled, on disk: the features need not fit memory."""
+    """Entries that are being filled, on disk: the features need not fit in memory."""
 
-    folder: Path
-    """Where they are until they count."""
-    features: list[NDArray[np.float32]]
+    features: list[np.memmap]
     """One (rows, dim) per key."""
-    labels: list[NDArray[np.int64]]
+    labels: list[np.memmap]
     """One (rows,) per key."""
-    samples: list[NDArray[np.int64]]
+    samples: list[np.memmap]
     """One (rows,) per key."""
 
     @classmethod
     def create(cls, folder: Path, keys: list[str], rows: int, dims: list[int]) -> Self:
-        """Empty files; rows that are not filled are unusable."""
+        """Create the files of empty entries below a folder. Rows that are never filled stay unusable."""
         for key in keys:
             (folder / key).mkdir(parents=True)
 
-        def arrays(name: str, shapes: list[tuple[int, ...]], dtype: type) -> list[NDArray]:
+        def arrays(name: str, shapes: list[tuple[int, ...]], dtype: type) -> list[np.memmap]:
             return [
                 open_memmap(folder / key / name, mode="w+", dtype=dtype, shape=shape)
                 for key, shape in zip(keys, shapes, strict=True)
             ]
 
         writer = cls(
-            folder,
             arrays(_FEATURES, [(rows, dim) for dim in dims], np.float32),
             arrays(_LABELS, [(rows,) for _ in keys], np.int64),
             arrays(_SAMPLES, [(rows,) for _ in keys], np.int64),
@@ -139,6 +140,18 @@ class Writer:
     def put(
         self, rows: NDArray[np.int64], features: list[NDArray], labels: NDArray[np.int64], samples: NDArray[np.int64]
     ) -> None:
-        """Fill some rows (n,) of every entry, with features (n, dim) each, labels and sample numbers (n,)."""
+        """Fill rows of every entry.
+
+        Args:
+            rows: (n,) numbers of the rows.
+            features: for each entry, (n, dim).
+            labels: (n,) class numbers, UNLABELLED or UNUSABLE.
+            samples: (n,) numbers of the samples in the dataset.
+        """
         for i, values in enumerate(features):
             self.features[i][rows], self.labels[i][rows], self.samples[i][rows] = values, labels, samples
+
+    def flush(self) -> None:
+        """Write everything to disk, so that a machine that goes down leaves no entry with rows of zeros."""
+        for array in (*self.features, *self.labels, *self.samples):
+            array.flush()

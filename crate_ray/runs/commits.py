@@ -9,7 +9,6 @@ A folder without a commit record does not count, even if it looks complete.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import shutil
@@ -33,6 +32,7 @@ from crate_ray.runs.checkpoint_files import (
     read_tensors,
 )
 from crate_ray.storage.interface import NotFound, Storage
+from crate_ray.storage.node_folders import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def upload_part(run: Storage, directory: str, folder: Path, rank: int, world_siz
     """Upload a worker's files to `directory` in the run's storage, then a record of them."""
     files = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = FileRecord(size=path.stat().st_size, sha256=file_sha256(path))
+        files[path.name] = FileRecord(size=path.stat().st_size, sha256=file_digest(path))
         run.write(f"{directory}/{path.name}", path)
     record = _Uploaded(files=files).model_dump_json(indent=2).encode()
     run.write(f"{directory}/{_uploaded_name(rank, world_size)}", record)
@@ -182,7 +182,7 @@ def fetch_checkpoint(run: Storage, commit: Commit, folder: Path, part: Literal["
         if part == "model" and name.startswith(OPTIMIZER_PART):
             continue
         run.download(f"{commit.directory}/{name}", folder / name)
-        if file_sha256(folder / name) != record.sha256:
+        if file_digest(folder / name) != record.sha256:
             raise DamagedCheckpoint(f"checkpoint {commit.directory} of {run.uri}: {name} differs from its digest")
 
 
@@ -259,9 +259,3 @@ def _check_complete(run: Storage, commit: Commit) -> None:
 
 def _uploaded_name(rank: int, world_size: int) -> str:
     return f"uploaded-{rank + 1:05d}-of-{world_size:05d}.json"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a local file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

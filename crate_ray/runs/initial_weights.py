@@ -9,19 +9,25 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from crate_ray.runs.commits import DamagedCheckpoint, file_sha256
+from crate_ray.runs.commits import DamagedCheckpoint
+from crate_ray.runs.record import RUN_FILE
 from crate_ray.storage.interface import Storage
+from crate_ray.storage.node_folders import file_digest
 
 INITIAL_WEIGHTS = "initial/model.safetensors"
 
 
 def write_initial_weights(run: Storage, weights: Mapping[str, Tensor]) -> str:
-    """Store the weights that a run starts from. Returns their digest for the run's record."""
+    """Store the weights that a run starts from, and return their digest for the run's record, which is written next.
+
+    An earlier record is deleted first: if this process is killed, no record names weights that have been replaced.
+    """
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         path = Path(temporary) / "model.safetensors"
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+        run.delete(RUN_FILE)
         run.write(INITIAL_WEIGHTS, path)
-        return file_sha256(path)
+        return file_digest(path)
 
 
 def fetch_initial_weights(run: Storage, digest: str, folder: Path) -> None:
@@ -33,7 +39,7 @@ def fetch_initial_weights(run: Storage, digest: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
     run.download(INITIAL_WEIGHTS, path)
-    if file_sha256(path) != digest:
+    if file_digest(path) != digest:
         raise DamagedCheckpoint(
             f"{run.uri}/{INITIAL_WEIGHTS}, the weights that the run starts from, differs from its digest; delete it, "
             "and the next start writes it again"

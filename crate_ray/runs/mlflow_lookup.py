@@ -25,12 +25,17 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 RUN_KEY_TAG = "crate_ray.run_key"
-_SQLITE = "sqlite:///"
 
 
 def tracking_uri(tracking: TrackingConfig) -> str:
     """Address of MLflow: tracking.uri, else MLFLOW_TRACKING_URI, else a SQLite file mlflow.db in the working folder."""
-    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_SQLITE}{Path('mlflow.db').resolve()}"
+    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a SQLite address; None for other addresses."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
+    return Path(match[1]) if match else None
 
 
 def redact(text: str) -> str:
@@ -50,9 +55,10 @@ def open_client(tracking: TrackingConfig) -> MlflowClient:
         UserError: the SQLite file does not exist.
     """
     uri = tracking_uri(tracking)
-    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).exists():
+    path = sqlite_path(uri)
+    if path is not None and not path.exists():
         raise UserError(
-            f"there is no MLflow database {uri.removeprefix(_SQLITE)}; set --tracking.uri or MLFLOW_TRACKING_URI to "
+            f"there is no MLflow database {path}; set --tracking.uri or MLFLOW_TRACKING_URI to "
             "where the runs are tracked"
         )
     from mlflow import MlflowClient

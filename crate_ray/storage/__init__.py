@@ -1,1 +1,1 @@
-"""Local folders and S3 behind one interface, and what rests on it: leases, node folders, arrow file systems."""
+"""Local folders and S3 behind one interface, leases in them, and everything kept on a node's own disk."""

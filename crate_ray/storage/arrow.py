@@ -1,4 +1,4 @@
-"""The file systems of pyarrow, which Ray writes through, for the addresses that `storage` knows."""
+"""pyarrow file systems, which Ray writes through, for the same addresses as `open_storage`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from crate_ray.config import S3Config
 
 # pyarrow's S3 client sends checksums that many S3-compatible stores refuse (HTTP 411).
 ARROW_ENV = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
-"""Environment that every process which uses such a file system needs, before it makes the first."""
+"""Environment variables that a process needs before it creates such a file system."""
 
 
 def arrow_filesystem(uri: str, s3: S3Config) -> tuple[pyarrow.fs.FileSystem, str]:
-    """File system, and path in it, of a local folder or of s3://bucket/prefix."""
+    """Return the file system of a local folder or s3://bucket/prefix, and the path within it."""
     if not uri.startswith("s3://"):
         return pyarrow.fs.LocalFileSystem(), Path(uri).resolve().as_posix()
     endpoint = s3.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")

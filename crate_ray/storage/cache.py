@@ -1,72 +1,121 @@
-"""Local copies of what object storage holds, shared by the processes of a node: index files, and parts of shards.
+"""Local copies of what object storage holds, shared by the processes of a node: indexes, and parts of shards.
 
-Writers of one entry take turns under a file lock and rename it into place; readers check its digest. Anything here may
-be deleted at any time.
+Processes that want the same entry take turns under a file lock, and an entry appears whole by a rename. Every reader
+checks content. Entries, and the folders themselves, may be deleted at any time: they are fetched again.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import Storage
+from crate_ray.storage.node_folders import chosen_folder, evict, file_digest, file_lock, index_folder, total_size
 
-_STRIPES = 4096  # locks of a cache, empty files: two of some dozens of threads seldom wait for each other's fetch
+_STRIPES = 4096  # lock files of a cache (empty): dozens of threads seldom wait for each other's fetch
 _INDEX_SECONDS = 7 * 86400
-_BROKEN_SECONDS = 3600  # a download that has written nothing for so long is dead
+_PARTIAL_SECONDS = 3600  # a download that has written nothing for so long is dead
+_ATTEMPTS = 5
 _KEEP = 0.9  # eviction frees this much more than it must, so that it runs rarely
+_ADVICE = "choose another data.cache_dir"
 
 
-def fetched_once(storage: Storage, key: str, sha256: str) -> Path:
-    """Local copy of an object, fetched once per node and kept for a week after its last use; for memory mapping.
+class WrongDigest(UserError):  # noqa: N818 - named for what happened
+    """An object's content does not have the digest that it should have."""
 
-    The caller checks its digest. Raises NotFound where there is no such object.
+
+def fetch_once(storage: Storage, key: str, sha256: str) -> BufferedReader:
+    """Open the local copy of an object; it is downloaded once per node, and removed a week after its last use.
+
+    The open file can be read and memory-mapped whatever happens to its name.
+
+    Raises:
+        NotFound: there is no such object.
+        WrongDigest: its content does not have this SHA-256.
+        UserError: the copy cannot be written, or is removed again and again while it is being opened.
     """
-    folder = _private_folder(Path(tempfile.gettempdir()) / f"crate-ray-{os.getuid()}" / "index")
+    for _ in range(_ATTEMPTS):
+        folder = index_folder()
+        try:
+            with file_lock(_lock_path(folder, sha256)):
+                return _open_copy(storage, key, sha256, folder)
+        except FileNotFoundError:
+            continue
+        except UserError:
+            if folder.exists():
+                raise
+    raise UserError(f"files vanish from {folder} while they are used; set TMPDIR to a folder that nothing else cleans")
+
+
+def _open_copy(storage: Storage, key: str, sha256: str, folder: Path) -> BufferedReader:
+    """Raises FileNotFoundError if somebody removes the copy, or the folder, meanwhile."""
     path = folder / sha256
-    with _locked(folder / f".lock-{int(sha256[:8], 16) % _STRIPES}"):
-        if path.exists() and _sha256(path) == sha256:
-            path.touch()
-            return path
-        for old in folder.iterdir():
-            if not old.name.startswith(".lock"):
-                kept = _BROKEN_SECONDS if old.name.startswith(".") else _INDEX_SECONDS
-                with suppress(FileNotFoundError):  # others clean too
-                    if old.stat().st_mtime < time.time() - kept:
-                        old.unlink()
-        storage.download(key, path)
-    return path
+    with suppress(FileNotFoundError), ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        if file_digest(file) == sha256:
+            os.utime(path)
+            stack.pop_all()
+            return file
+    _remove_old(folder)
+    storage.download(key, path)
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
+        if file_digest(file) != sha256:
+            path.unlink(missing_ok=True)
+            raise WrongDigest(f"{storage.uri}/{key} does not have the SHA-256 {sha256}")
+        stack.pop_all()
+        return file
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove indexes that nobody has used for a week, and what is left of downloads that were cut off."""
+    for path in folder.iterdir():
+        if path.name.startswith(".lock"):
+            continue
+        seconds = _PARTIAL_SECONDS if path.name.startswith(".") else _INDEX_SECONDS
+        with suppress(FileNotFoundError):  # others clean too
+            if path.stat().st_mtime < time.time() - seconds:
+                path.unlink()
+
+
+def _lock_path(folder: Path, name: str) -> Path:
+    return folder / f".lock-{int(name[:8], 16) % _STRIPES}"
 
 
 class PartCache:
-    """Parts of shards in a local folder of limited size, least recently used ones dropped first.
+    """Parts of shards in a local folder of limited size; the least recently used ones are evicted.
 
-    Picklable; several processes and threads may use one folder, and only one of them fetches a part that all want.
+    Picklable. Several processes and threads may use one folder; a part that several of them want is fetched once.
+
+    Args:
+        folder: created if missing.
+        max_bytes: limit of all parts together.
+
+    Raises:
+        UserError: the folder cannot be created, or belongs to another user.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder = _private_folder(folder)
+        self.folder = chosen_folder(folder, _ADVICE)
         self.max_bytes = max_bytes
 
     def get(self, name: str, fetch: Callable[[], bytes], check: Callable[[bytes], None]) -> bytes:
-        """The entry of that name, from the folder if it is there and passes the check, else fetched and kept.
+        """Return an entry from the folder if it is there and passes the check; otherwise fetch, check and store it.
 
         Args:
-            name: a hexadecimal digest of what the entry is.
-            fetch: gets the bytes.
-            check: raises an exception when bytes are not the right ones; fetched ones are checked before they are kept.
+            name: hexadecimal digest that identifies the entry.
+            fetch: gets the entry's bytes.
+            check: raises UserError for wrong bytes. What it raises for fetched ones is passed on.
         """
         path = self.folder / name[:2] / name
         if (data := self._read(path, check)) is not None:
             return data
-        with _locked(self.folder / f".lock-{int(name[:8], 16) % _STRIPES}"):
+        with self._locked(name):
             if (data := self._read(path, check)) is not None:  # another worker was faster
                 return data
             data = fetch()
@@ -74,6 +123,15 @@ class PartCache:
             if len(data) <= self.max_bytes:
                 self._write(path, data)
             return data
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold the lock of an entry; without one if the disk has no room for the lock's file."""
+        with ExitStack() as stack:
+            with suppress(OSError):
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                stack.enter_context(file_lock(_lock_path(self.folder, name)))
+            yield
 
     def _read(self, path: Path, check: Callable[[bytes], None]) -> bytes | None:
         try:
@@ -88,21 +146,18 @@ class PartCache:
         return data
 
     def _remove(self, path: Path) -> None:
-        with self._usage() as usage:
-            try:
-                size = path.stat().st_size
-                path.unlink()
-            except FileNotFoundError:
-                return
+        with suppress(OSError), self._usage() as usage:
+            size = path.stat().st_size
+            path.unlink()
             usage[0] -= size
 
     def _write(self, path: Path, data: bytes) -> None:
-        temporary = self.folder / ".new"  # the same for all: one overwrites what a killed one has left
-        # A full disk is no reason to stop: the part is used without being kept.
-        # Locked until it is written: who makes room must see all that takes room.
+        temporary = self.folder / ".new"  # one name for all: the next writer overwrites what a killed one left
+        # If the disk is full, the part is used without being stored.
+        # Locked until the part is written: whoever makes room must see all that takes room.
         with suppress(OSError), self._usage() as usage:
             if usage[0] + len(data) > self.max_bytes:
-                usage[0] = self._evict(int(self.max_bytes * _KEEP) - len(data))
+                usage[0] = evict(self._entries(), max(0, int(self.max_bytes * _KEEP) - len(data)))
             try:
                 path.parent.mkdir(exist_ok=True)
                 temporary.write_bytes(data)
@@ -111,56 +166,18 @@ class PartCache:
             except OSError:
                 temporary.unlink(missing_ok=True)
 
-    def _evict(self, target: int) -> int:
-        """Remove the entries used longest ago until what is left is at most target bytes; returns what is left."""
-        entries = []
-        for path in self.folder.glob("??/*"):
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            entries.append((status.st_mtime_ns, status.st_size, path))
-        left = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if left <= max(target, 0):
-                break
-            path.unlink(missing_ok=True)
-            left -= size
-        return left
+    def _entries(self) -> Iterator[Path]:
+        return self.folder.glob("??/*")
 
     @contextmanager
     def _usage(self) -> Iterator[list[int]]:
         """Bytes in the folder, as one number that is read and written back under a lock."""
         path = self.folder / ".usage"
-        with _locked(self.folder / ".lock-usage"):
+        with file_lock(self.folder / ".lock-usage"):
             try:
                 usage = [int(path.read_text())]
-                path.unlink()  # the next one counts anew if this one is killed
+                path.unlink()  # if this process is killed, the next one counts
             except (FileNotFoundError, ValueError):
-                usage = [sum(entry.stat().st_size for entry in self.folder.glob("??/*"))]
+                usage = [total_size(self._entries())]
             yield usage
             path.write_text(str(usage[0]))
-
-
-def _private_folder(path: Path) -> Path:
-    """The folder, made for this user alone. Raises UserError where it belongs to somebody else or cannot be made."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the cache folder {path}: {error.strerror}; choose another one") from None
-    if path.stat().st_uid != os.getuid():
-        raise UserError(f"the cache folder {path} belongs to another user; choose another one")
-    return path
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, among processes and threads."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""Local folders and S3 behind one small interface: whole objects, ranges of them, and listings.
+"""Local folders and S3 behind one small interface: read, write, list and delete objects.
 
-Every failure that a user can mend is a UserError of one sentence; no message holds a credential.
+Every failure that a user can fix is a UserError of one sentence. No message contains credentials.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from crate_ray.config import S3Config
 from crate_ray.errors import UserError
 
 
-class NotFound(UserError):  # noqa: N818 - named for what happened, as FileExistsError's kin are
+class NotFound(UserError):  # noqa: N818 - named for what happened
     """The object does not exist."""
 
 
 class AlreadyExists(UserError):  # noqa: N818
-    """A write with if_absent found an object of that name."""
+    """A write with if_absent found an object with that name."""
 
 
 class Replaced(UserError):  # noqa: N818
-    """Another object has, or has taken, the name of the one that was meant."""
+    """The object was replaced by another one, or is gone."""
 
 
 @dataclass(frozen=True)
@@ -31,99 +31,103 @@ class ObjectInfo:
     """One entry of a listing."""
 
     key: str
-    """Name relative to the storage, '/'-separated."""
+    """Name relative to the storage, with '/' between folders."""
     size: int
     """Bytes."""
     etag: str
-    """Changes when the content does (S3's ETag; time and size of a local file)."""
+    """Changes with the content: S3's ETag, or modification time and size of a local file."""
 
 
 class Storage(ABC):
-    """Objects under one prefix. Picklable and safe to use from several threads. Keys are relative and '/'-separated."""
+    """Objects under one prefix. Picklable, and safe to use from several threads.
+
+    Keys are names relative to the prefix, with '/' between folders.
+    """
 
     uri: str
-    """Local folder or s3://bucket/prefix, without a slash at the end."""
+    """Local folder or s3://bucket/prefix, without a trailing slash."""
 
     @abstractmethod
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes start .. start + length of an object (to its end by default); fewer where the object ends before.
+        """Read bytes start .. start + length of an object, by default to its end; fewer if the object ends earlier.
 
         Raises:
             NotFound: there is no such object.
-            Replaced: it was overwritten meanwhile.
+            Replaced: it was overwritten during the read.
         """
 
     @abstractmethod
     def read_version(self, key: str, start: int, length: int) -> tuple[bytes, str]:
-        """Bytes start .. start + length of an object (fewer where it ends before), and its ETag.
+        """Read bytes start .. start + length of an object, fewer if it ends earlier; returns them and its ETag.
 
-        The ETag is that of the very bytes (S3's ETag; time and size of a local file), as in ObjectInfo: a caller who
-        compares it between two reads notices that the object was replaced.
+        The ETag (as in ObjectInfo) is that of the version that was read. If it differs between two reads, the object
+        was replaced.
 
         Raises:
             NotFound: there is no such object.
-            Replaced: it was overwritten meanwhile.
+            Replaced: it was overwritten during the read.
         """
 
     @abstractmethod
     def write(self, key: str, data: bytes | Path, *, if_absent: bool = False, if_match: str | None = None) -> None:
-        """Write an object from bytes or from a local file; it appears whole or not at all.
+        """Write an object atomically from bytes or a local file.
 
         Args:
-            key: its name.
-            data: its content.
-            if_absent: only where there is no such object.
-            if_match: only in the place of the object that has this ETag. In a local folder that holds among those who
-                write with if_match.
+            key: name of the object.
+            data: its content, or the path of a local file with it.
+            if_absent: fail if the object exists.
+            if_match: fail unless the object has this ETag. Local folders guarantee this only among writers that use
+                if_match.
 
         Raises:
-            AlreadyExists: if_absent, and the object exists.
-            Replaced: if_match, and the object has another ETag or is gone.
+            AlreadyExists: if_absent is set, and the object exists.
+            Replaced: if_match is set, and the object has another ETag or is gone.
         """
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
-        """Copy an object to a local file, which appears whole or not at all.
+        """Copy an object atomically to a local file.
 
         Raises:
             NotFound: there is no such object.
-            Replaced: it was overwritten meanwhile.
+            Replaced: it was overwritten during the download.
         """
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose keys begin with prefix (a string, not a folder), in all sub-folders, sorted by key."""
+        """List the objects whose keys start with prefix, which need not be a folder's name, sorted by key."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether there is such an object."""
+        """Return whether there is such an object."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object; nothing happens where there is none."""
+        """Delete an object, if it exists."""
 
     @abstractmethod
     def under(self, prefix: str) -> Storage:
-        """The storage of a sub-folder."""
+        """Return the storage of a sub-folder."""
 
     @abstractmethod
     def at(self, uri: str) -> Storage:
-        """The storage of another address, reached with the same settings.
+        """Return the storage of another address, with the same S3 settings.
 
         Raises:
             UserError: as open_storage.
         """
 
     def local_path(self, key: str) -> Path | None:
-        """Where the object is a local file, its path (for memory mapping); None for S3."""
+        """Return the path of the object's local file, for memory mapping; None if the storage is S3."""
         return None
 
 
 def open_storage(uri: str, s3: S3Config) -> Storage:
-    """Storage of a local folder (a path or file:// address; need not exist) or of s3://bucket/prefix.
+    """Open a local folder (a path or file:// address; it need not exist) or s3://bucket/prefix.
 
     Raises:
-        UserError: the address has another scheme, or no bucket. Whether the bucket exists shows at the first use.
+        UserError: the address has another scheme or no bucket, or boto3 is missing. Whether the bucket exists is only
+            checked at the first use.
     """
     from crate_ray.storage.local import LocalStorage
 
@@ -140,7 +144,10 @@ def open_storage(uri: str, s3: S3Config) -> Storage:
         bucket, _, prefix = rest.partition("/")
         if not bucket:
             raise UserError(f"{uri!r} names no bucket; write s3://bucket/prefix")
-        from crate_ray.storage.s3 import S3Storage  # a machine without boto3 can work on local folders
+        try:  # local folders need no boto3
+            from crate_ray.storage.s3 import S3Storage
+        except ImportError as error:
+            raise UserError(f"{uri} cannot be opened: {error}; install boto3 in this environment") from None
 
         return S3Storage(bucket, prefix.strip("/"), s3)
     raise UserError(

@@ -1,7 +1,8 @@
-"""One writer at a time: an object in the storage that says who works on something, renewed while they do.
+"""Leases: an object in the storage names the one process that may work on something.
 
-Taken and handed on by conditional writes only. Clocks of machines are not compared: whoever finds the lease taken
-watches it, and may take it over when its heartbeat has not moved for a while by the watcher's own clock.
+A lease changes hands by conditional writes only. Its holder renews it with heartbeats. A process that finds it taken
+watches the heartbeat, and takes the lease over if the heartbeat does not change for a while. Each process measures time
+by its own clock, so clocks need not agree.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
@@ -25,17 +26,17 @@ from crate_ray.storage.interface import AlreadyExists, NotFound, Replaced, Stora
 logger = logging.getLogger(__name__)
 
 _BEATS = 6  # heartbeats within lease_seconds, so that some may be late
-_LOOKS = 4  # looks at a foreign lease between two of its heartbeats
-_LARGEST = 2**16  # bytes; the record of a lease has some hundreds
+_POLLS = 4  # reads of another process's lease between two of its heartbeats
+_LARGEST = 2**16  # bytes; a record has a few hundred
 
 
 class LeaseLost(UserError):  # noqa: N818 - named for what happened
-    """Another process has taken the lease over, because this one gave no sign of life for too long."""
+    """Another process has taken the lease over, because this one sent no heartbeat for too long."""
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What the object holds. The heartbeat makes each version of it, and so its ETag, another one."""
+    """Content of the object. The heartbeat counter gives each version another ETag."""
 
     id: str
     host: str
@@ -43,7 +44,7 @@ class _Record:
     since: str
     what: str
     seconds: float
-    """Without a heartbeat for so long, it may be taken over."""
+    """After so many seconds without a heartbeat, others may take the lease over."""
     beat: int
 
     def to_json(self) -> bytes:
@@ -60,13 +61,13 @@ class _Record:
 class Lease:
     """The right to work on something, for one process at a time. Use it as a context manager.
 
-    Call `check` before whatever nobody else may do at the same time.
+    Call `check` before every action that only the holder may do.
 
     Args:
-        storage: where the lease is; an S3-compatible store must honour If-Match and If-None-Match.
+        storage: where the lease is stored. An S3-compatible store must support If-Match and If-None-Match.
         key: name of the lease's object.
-        what: what the messages say is in use, such as "run 'x'".
-        lease_seconds: without a heartbeat for so long, others may take this lease over, whatever theirs are.
+        what: what is leased, for messages, such as "run 'x'".
+        lease_seconds: after so many seconds without a heartbeat, others may take this lease over.
     """
 
     def __init__(self, storage: Storage, key: str, what: str, *, lease_seconds: float = 30.0) -> None:
@@ -74,19 +75,19 @@ class Lease:
         self._seconds = lease_seconds
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._mine = _Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), now, what, lease_seconds, 0)
-        self._renewed = 0.0  # when the last renewal began
+        self._renewed = 0.0  # start of the last successful renewal
         self._lost: LeaseLost | None = None
         self._renewing = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"lease {key}", daemon=True)
 
     def __enter__(self) -> Self:
-        """Take the lease.
+        """Take the lease. If another process holds it, wait until that one sends a heartbeat or its lease expires.
 
-        A holder that is alive shows it within a sixth of its lease_seconds; one that is dead is waited for that long.
+        A live holder sends a heartbeat within a sixth of its lease_seconds.
 
         Raises:
-            UserError: another process holds it and is alive.
+            UserError: another process holds the lease and is alive.
         """
         self._acquire()
         self._thread.start()
@@ -97,17 +98,17 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        with suppress(UserError):  # it expires by itself
+        with suppress(UserError):  # otherwise it expires by itself
             if self._lost is None:
-                self._renew()  # now it is certainly ours, and stays so for lease_seconds
+                self._renew()  # so that it is ours while it is deleted
                 self._storage.delete(self._key)
 
     def check(self) -> None:
-        """Make sure that the lease is still ours.
+        """Check that this process still holds the lease.
 
         Raises:
             LeaseLost: another process has taken it over.
-            UserError: it needs to be renewed, and the storage cannot be reached.
+            UserError: it must be renewed, and the storage cannot be reached.
         """
         if self._lost is None and time.monotonic() - self._renewed > self._seconds:
             self._renew()
@@ -115,7 +116,7 @@ class Lease:
             raise self._lost
 
     def _acquire(self) -> None:
-        seen, seen_at = "", 0.0  # ETag of what is watched, and since when
+        seen, seen_at = "", 0.0  # ETag of the lease that is watched, and since when
         while True:
             self._renewed = time.monotonic()
             try:
@@ -133,25 +134,25 @@ class Lease:
             if not seen:
                 seen, seen_at = etag, time.monotonic()
                 logger.warning(
-                    "%s: %s is waited for up to %.0f s, to see whether it is alive",
+                    "%s is in use by %s; waiting up to %.0f s to see whether that process is alive",
                     self._what,
                     _named(holder),
                     seconds,
                 )
             elif etag != seen:
                 raise UserError(
-                    f"{self._what} is in use by {_named(holder)}, as {self._storage.uri}/{self._key} says; wait until "
-                    "it ends, or stop it and start again"
+                    f"{self._what} is in use by {_named(holder)} (lease {self._storage.uri}/{self._key}); wait until "
+                    "that process ends, or stop it and start again"
                 )
             elif looked_at - seen_at >= seconds:
                 self._renewed = time.monotonic()
                 try:
                     self._storage.write(self._key, self._mine.to_json(), if_match=etag)
                 except Replaced:
-                    continue  # it is alive after all, or another was faster
-                logger.warning("%s: %s gave no sign of life, its lease is taken over", self._what, _named(holder))
+                    continue  # its holder is alive after all, or a third process was faster
+                logger.warning("%s: took over the lease of %s, which sent no heartbeat", self._what, _named(holder))
                 return
-            time.sleep(seconds / _BEATS / _LOOKS)
+            time.sleep(seconds / _BEATS / _POLLS)
 
     def _keep(self) -> None:
         while not self._stop.wait(self._seconds / _BEATS):
@@ -160,10 +161,10 @@ class Lease:
             except LeaseLost:
                 return
             except UserError as error:
-                logger.warning("the lease of %s cannot be renewed so far: %s", self._what, error)
+                logger.warning("cannot renew the lease of %s yet: %s", self._what, error)
 
     def _renew(self) -> None:
-        """Move the heartbeat. Raises LeaseLost, or UserError when the storage fails."""
+        """Send a heartbeat. Raises LeaseLost, or UserError if the storage fails."""
         with self._renewing:
             for attempt in range(3):
                 begun = time.monotonic()
@@ -172,11 +173,11 @@ class Lease:
                     holder = _Record.parse(data)
                     if holder is None or holder.id != self._mine.id:
                         raise self._lose(holder)
-                    self._mine = _Record(**{**holder.__dict__, "beat": holder.beat + 1})
-                    self._storage.write(self._key, self._mine.to_json(), if_match=etag)
+                    renewed = replace(holder, beat=holder.beat + 1)
+                    self._storage.write(self._key, renewed.to_json(), if_match=etag)
                 except NotFound:
                     raise self._lose(None) from None
-                except Replaced:  # perhaps by an earlier heartbeat of ours that was late
+                except Replaced:  # perhaps by a delayed heartbeat of our own
                     if attempt == 2:
                         raise self._lose(None) from None
                     continue
@@ -185,8 +186,8 @@ class Lease:
 
     def _lose(self, to: _Record | None) -> LeaseLost:
         self._lost = LeaseLost(
-            f"{self._what} has been taken over by {_named(to)}, since this process gave no sign of life for more than "
-            f"{self._seconds:g} s; let that one end, then start again"
+            f"{self._what} has been taken over by {_named(to)}, because this process sent no heartbeat for more than "
+            f"{self._seconds:g} s; wait until that process ends, then start again"
         )
         return self._lost
 

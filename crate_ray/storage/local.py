@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import uuid
@@ -14,12 +13,18 @@ from typing import Any
 from crate_ray.config import S3Config
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import AlreadyExists, NotFound, ObjectInfo, Replaced, Storage, open_storage
+from crate_ray.storage.node_folders import file_lock
 
 _TEMPORARY_PREFIX = ".tmp-"
 
 
 class LocalStorage(Storage):
-    """A local folder. Writes go to a temporary file that is then renamed. The S3 settings are only for at()."""
+    """A local folder. Writes go to a temporary file that is then renamed.
+
+    Args:
+        root: the folder; created at the first write.
+        s3: S3 settings for the storages that `at` opens.
+    """
 
     def __init__(self, root: Path, s3: S3Config | None = None) -> None:
         self.root = Path(root).absolute()
@@ -35,7 +40,7 @@ class LocalStorage(Storage):
         with self._errors("read", key), self.local_path(key).open("rb") as file:
             file.seek(start)
             data = file.read(length)
-            status = os.fstat(file.fileno())  # of the file that was read, whatever has the name by now
+            status = os.fstat(file.fileno())  # of the file that was read: its name may be another's by now
             return data, f"{status.st_mtime_ns}-{status.st_size}"
 
     def write(self, key: str, data: bytes | Path, *, if_absent: bool = False, if_match: str | None = None) -> None:
@@ -55,10 +60,10 @@ class LocalStorage(Storage):
                 if if_absent:
                     path.hardlink_to(temporary)
                 elif if_match is not None:
-                    with _locked(path.parent):
+                    with file_lock(path.parent):
                         status = path.stat() if path.exists() else None
                         if status is None or f"{status.st_mtime_ns}-{status.st_size}" != if_match:
-                            raise Replaced(f"{self.uri}/{key} is not the object that it was")
+                            raise Replaced(f"{self.uri}/{key} was changed by another process")
                         temporary.replace(path)
                 else:
                     temporary.replace(path)
@@ -66,7 +71,7 @@ class LocalStorage(Storage):
                 temporary.unlink(missing_ok=True)
 
     def download(self, key: str, path: Path) -> None:
-        with self._errors("read", key), self.local_path(key).open("rb") as source:  # noqa: SIM117 - whose error it is
+        with self._errors("read", key), self.local_path(key).open("rb") as source:  # noqa: SIM117 - errors of source and target differ
             with arriving(path) as file, local_errors(path):
                 shutil.copyfileobj(source, file, 2**20)
                 file.flush()
@@ -84,7 +89,7 @@ class LocalStorage(Storage):
                     if (base + name).startswith(prefix) and not name.startswith(_TEMPORARY_PREFIX):
                         try:
                             status = os.stat(os.path.join(folder, name))  # noqa: PTH116, PTH118 - a million files
-                        except FileNotFoundError:  # deleted meanwhile
+                        except FileNotFoundError:  # just deleted
                             continue
                         found.append(ObjectInfo(base + name, status.st_size, f"{status.st_mtime_ns}-{status.st_size}"))
         found.sort(key=lambda info: info.key)
@@ -106,7 +111,7 @@ class LocalStorage(Storage):
 
     def local_path(self, key: str) -> Path:
         if key.startswith("/") or ".." in key.split("/"):
-            raise UserError(f"name {key!r} leads out of {self.uri}; names are relative and may not hold '..'")
+            raise UserError(f"name {key!r} leads out of {self.uri}; use relative names without '..'")
         return self.root / key
 
     @contextmanager
@@ -117,14 +122,14 @@ class LocalStorage(Storage):
         except FileNotFoundError:
             raise NotFound(f"{path} does not exist") from None
         except FileExistsError:
-            raise AlreadyExists(f"{path} exists already") from None
+            raise AlreadyExists(f"{path} already exists") from None
         except OSError as error:
             raise UserError(f"cannot {action} {path}: {error.strerror or error}") from None
 
 
 @contextmanager
 def arriving(path: Path) -> Iterator[Any]:
-    """A file to write that gets its name when the block ends without an error."""
+    """Open a file for writing that gets its name when the block ends without an error."""
     temporary = path.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     try:
         with local_errors(path):
@@ -138,18 +143,8 @@ def arriving(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that do the same out of a folder; the lock of a process that dies is gone with it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def local_errors(path: Path) -> Iterator[None]:
+    """Turn errors of writing a local file into UserErrors."""
     try:
         yield
     except OSError as error:

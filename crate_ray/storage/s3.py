@@ -1,4 +1,4 @@
-"""S3, on AWS or a compatible store, as storage."""
+"""Storage on S3: AWS or a compatible store."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from crate_ray.storage.s3_client import (
 T = TypeVar("T")
 
 _CREDENTIAL_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws or an instance role"
-_PART_BYTES = 16 * 2**20  # of what is copied in parts
+_PART_BYTES = 16 * 2**20  # size of a part in downloads and multipart uploads
 _PARALLEL_PARTS = 8
-_MULTIPART_BYTES = 32 * 2**20  # from this size on, objects are written in parts
+_MULTIPART_BYTES = 32 * 2**20  # larger objects are uploaded in parts
 _SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit for one PUT
-_MOST_PARTS = 10_000  # S3's limit
-_WRITER = "crate-ray-writer"  # metadata of an object: the write() that made it
-_FRUITFUL_BYTES = 64 * 2**10  # of a body, that count as progress
+_MAX_PARTS = 10_000  # S3's limit
+_WRITER = "crate-ray-writer"  # metadata of an object: which write() call made it
+_PROGRESS_BYTES = 64 * 2**10  # so many bytes of a body count as progress
 
 
 class _Range(NamedTuple):
@@ -80,7 +80,7 @@ class S3Storage(Storage):
 
     def write(self, key: str, data: bytes | Path, *, if_absent: bool = False, if_match: str | None = None) -> None:
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        # Some stores (Ceph 16, for one) ignore the condition on a multipart upload; on a single PUT they keep it.
+        # Some stores (Ceph 16, for example) ignore conditions on multipart uploads, but not on single PUTs.
         if if_match is not None:
             self._put_in_place(key, data, if_match)
         elif size > (_SINGLE_PUT_BYTES if if_absent else _MULTIPART_BYTES):
@@ -112,12 +112,12 @@ class S3Storage(Storage):
             page = self._request("list", prefix, send)
             for entry in page.get("Contents", []):
                 key = entry["Key"].removeprefix(base)
-                if key and not key.endswith("/"):  # consoles make empty objects as folders
+                if key and not key.endswith("/"):  # S3 consoles create empty objects as folders
                     yield ObjectInfo(key, entry["Size"], _etag(entry))
             more = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
 
     def exists(self, key: str) -> bool:
-        def send(client: Any, _: Attempts) -> None:  # not a HEAD, whose refusals do not tell their cause
+        def send(client: Any, _: Attempts) -> None:  # not a HEAD: its errors have no cause
             try:
                 client.get_object(Bucket=self.bucket, Key=self._name(key), Range="bytes=0-0")["Body"].read()
             except ClientError as error:
@@ -148,7 +148,7 @@ class S3Storage(Storage):
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _fetch(self, key: str, start: int, length: int | None, etag: str = "") -> _Range:
-        """A range of one object, the one of that ETag if given; a body that stops is continued from where it was."""
+        """Read a range of an object, of the version with that ETag if given; a body that breaks off is resumed."""
         address = {"Bucket": self.bucket, "Key": self._name(key)}
         stop = "" if length is None else start + length - 1
         sink = io.BytesIO()  # getvalue() does not copy
@@ -156,7 +156,7 @@ class S3Storage(Storage):
         def send(client: Any, attempts: Attempts) -> _Range:
             nonlocal etag
             if not etag:
-                sink.seek(0)  # nothing tells whether the rest would be of the same object
+                sink.seek(0)  # without an ETag, the rest could be of another version
                 sink.truncate()
             came = sink.tell()
             condition = {"IfMatch": f'"{etag}"'} if etag else {}
@@ -170,7 +170,7 @@ class S3Storage(Storage):
                 answer = client.get_object(**address)
                 answer["Body"].close()
                 size = answer.get("ContentLength")
-                if size is None or size > start:  # the answer does not tell, or it was not so a moment ago
+                if size is None or size > start:  # unknown, or the object has changed
                     raise IncompleteReadError(actual_bytes=0, expected_bytes=1) from None
                 return _Range(b"", _etag(answer), size)
             if etag and _etag(answer) != etag:
@@ -182,14 +182,14 @@ class S3Storage(Storage):
             try:
                 receive(answer["Body"], wanted, sink, self.config.read_timeout)
             finally:
-                if etag and sink.tell() - came >= _FRUITFUL_BYTES:
+                if etag and sink.tell() - came >= _PROGRESS_BYTES:
                     attempts.progressed()
             return _Range(sink.getvalue(), etag, size)
 
         return self._request("read", key, send)
 
     def _size(self, answer: dict[str, Any], start: int) -> int:
-        """Size of an object whose bytes from start on are in an answer."""
+        """Size of the whole object, from an answer with its bytes from start on."""
         unit, _, rest = answer.get("ContentRange", "").partition(" ")
         extent, _, size = rest.partition("/")
         if unit == "bytes" and size.isdigit() and extent.startswith(f"{start}-"):
@@ -197,7 +197,7 @@ class S3Storage(Storage):
         if not unit and not start and "ContentLength" in answer:  # the whole object, as HTTP allows
             return int(answer["ContentLength"])
         answer["Body"].close()
-        raise UserError(f"the store at {self._s3.where()} does not serve parts of objects; use one that does")
+        raise UserError(f"the store at {self._s3.where()} does not support ranged reads; use one that does")
 
     def _put(self, key: str, data: bytes | Path, condition: dict[str, str]) -> None:
         writer = uuid.uuid4().hex
@@ -214,7 +214,7 @@ class S3Storage(Storage):
         self._request("write", key, send)
 
     def _put_in_place(self, key: str, data: bytes | Path, etag: str) -> None:
-        # HTTP quotes ETags; some stores (Ceph 16, for one) compare what stands in a PUT's condition as it is.
+        # HTTP quotes ETags. Some stores (Ceph 16, for example) compare a PUT's condition literally.
         for condition in (f'"{etag}"', etag):
             try:
                 self._put(key, data, {"IfMatch": condition})
@@ -225,16 +225,16 @@ class S3Storage(Storage):
                         break
                 except NotFound:
                     break
-        raise Replaced(f"{self.uri}/{key} is not the object that it was")
+        raise Replaced(f"{self.uri}/{key} was changed by another process")
 
     def _put_parts(self, key: str, data: bytes | Path, size: int, if_absent: bool) -> None:
         address = {"Bucket": self.bucket, "Key": self._name(key)}
-        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        part_bytes = max(_PART_BYTES, -(-size // _MAX_PARTS))
         writer = uuid.uuid4().hex
 
-        def refuse_present() -> None:  # for stores that ignore the condition below
+        def check_absent() -> None:  # for stores that ignore the condition of `complete`
             if if_absent and self.exists(key):
-                raise AlreadyExists(f"{self.uri}/{key} exists already")
+                raise AlreadyExists(f"{self.uri}/{key} already exists")
 
         def create(client: Any, _: Attempts) -> str:
             answer = client.create_multipart_upload(**address, Metadata={_WRITER: writer})
@@ -257,15 +257,15 @@ class S3Storage(Storage):
                     **address, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
                 )
                 whole(answer, "ETag")
-            except ClientError as error:  # the first answer may have been lost, and the upload is gone
+            except ClientError as error:  # perhaps an earlier attempt succeeded and its answer was lost
                 if not (status(error) in (404, 412) and attempts.count and self._is_by(key, writer)):
                     raise
 
-        refuse_present()
+        check_absent()
         upload = self._request("write", key, create)
         try:
             parts = _in_parallel(put_part, range(0, size, part_bytes))
-            refuse_present()
+            check_absent()
             self._request("write", key, complete)
         except BaseException:
             with suppress(UserError, RequestFailed):
@@ -277,7 +277,7 @@ class S3Storage(Storage):
             raise
 
     def _is_by(self, key: str, writer: str) -> bool:
-        """Whether the object is the one that a certain write() made: its answer was lost, then."""
+        """Whether an object was made by a certain write() call, whose answer was lost."""
 
         def send(client: Any, _: Attempts) -> bool:
             answer = client.get_object(Bucket=self.bucket, Key=self._name(key))
@@ -292,11 +292,11 @@ class S3Storage(Storage):
     def _request(self, action: str, key: str, send: Callable[[Any, Attempts], T]) -> T:
         try:
             return self._s3.request(f"{action} {self.uri}/{key}", send)
-        except RequestFailed as failed:  # not chained: boto's errors may quote what we must not print
+        except RequestFailed as failed:  # not chained: boto's errors may contain secrets
             raise self._explained(failed, action, key) from None
 
     def _explained(self, failed: RequestFailed, action: str, key: str) -> UserError:
-        """What the user can do about a request that was given up."""
+        """The sentence for the user about a request that failed for good."""
         error, where, address = failed.error, self._s3.where(), f"{self.uri}/{key}"
         effort = f", {failed.attempts}" if failed.attempts.count > 1 else ""
         what = cause(error) + effort
@@ -306,18 +306,18 @@ class S3Storage(Storage):
         if isinstance(error, ClientError) and failure == "expired":
             return UserError(
                 f"cannot {action} {address}: the AWS credentials have expired ({code(error)}{effort}); renew them and "
-                "start again, or use ones that renew themselves, such as an instance role"
+                "start again, or use credentials that renew themselves, such as an instance role"
             )
         if failure == "credentials":
             return UserError(f"no usable AWS credentials for {self.uri} ({what}); {_CREDENTIAL_HINT}")
         if failure == "store":
             return UserError(
-                f"cannot {action} {address} at {where}: {what}; the store is overloaded or in trouble: start again "
-                "later, or raise s3.retry_seconds"
+                f"cannot {action} {address} at {where}: {what}; the store is overloaded or failing: start again later, "
+                "or raise s3.retry_seconds"
             )
         if failure == "connection" and self._s3.answered:
             return UserError(
-                f"the connection to {where} fails: cannot {action} {address} ({what}); check the network and the "
+                f"cannot {action} {address}: the connection to {where} failed ({what}); check the network and the "
                 "server and start again, or raise s3.retry_seconds"
             )
         if failure == "connection":
@@ -327,7 +327,7 @@ class S3Storage(Storage):
             )
         if isinstance(error, SSLError):
             return UserError(
-                f"the certificate of {where} is not trusted; set AWS_CA_BUNDLE to a file with its authority"
+                f"the TLS certificate of {where} is not trusted; set AWS_CA_BUNDLE to the file of its CA certificate"
             )
         if isinstance(error, ParamValidationError):
             return UserError(f"{address} is not a valid S3 address: check the bucket's name")
@@ -340,24 +340,22 @@ class S3Storage(Storage):
         if code(error) in ("NoSuchKey", "404", "NotFound"):
             return NotFound(f"{address} does not exist at {where}")
         if status(error) == 412:
-            return self._replaced(key) if action == "read" else AlreadyExists(f"{address} exists already")
+            return self._replaced(key) if action == "read" else AlreadyExists(f"{address} already exists")
         if code(error) == "RequestTimeTooSkewed":
-            return UserError(f"{where} refuses requests because this machine's clock is wrong; set the clock")
+            return UserError(f"{where} rejects requests because this machine's clock is wrong; set the clock")
         if code(error) in REFUSED:
-            return UserError(f"{where} refuses the AWS credentials ({code(error)}); {_CREDENTIAL_HINT}")
+            return UserError(f"{where} rejects the AWS credentials ({code(error)}); {_CREDENTIAL_HINT}")
         if status(error) == 403:
             return UserError(
                 f"access denied: these AWS credentials may not {action} {address} at {where}; "
-                "ask for that permission or use other credentials"
+                "request that permission or use other credentials"
             )
         if status(error) == 301 or code(error) in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
             return UserError(f"bucket {self.bucket!r} is in another region; set s3.region")
         return UserError(f"cannot {action} {address} at {where}: {cause(error)}")
 
     def _replaced(self, key: str) -> Replaced:
-        return Replaced(
-            f"{self.uri}/{key} was replaced by another object while it was read; start again when nothing writes there"
-        )
+        return Replaced(f"{self.uri}/{key} was replaced while it was being read; start again when nothing writes to it")
 
 
 def _etag(answer: dict[str, Any]) -> str:
@@ -382,6 +380,6 @@ def _part(data: bytes | Path, start: int, length: int) -> bytes:
 
 
 def _in_parallel(function: Callable[[int], T], starts: Iterable[int]) -> list[T]:
-    """Results of a function in order, from some threads; after an error no further call is begun, and none runs on."""
+    """Call a function from several threads; returns the results in order. After an error, no further call starts."""
     with ThreadPoolExecutor(_PARALLEL_PARTS, "part") as pool:
         return list(pool.map(function, starts))

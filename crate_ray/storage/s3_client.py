@@ -1,6 +1,6 @@
-"""A boto3 client whose requests survive what object stores do: the one place where requests are tried again.
+"""A boto3 client that retries requests. No other module retries them.
 
-botocore's own retries are off: they cover neither a body that stops in the middle nor credentials that come back.
+botocore's own retries are off: they cover neither a body that breaks off nor credentials that are renewed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken"})
-"""Credentials that were good once; new ones may be on their way."""
+"""Error codes of expired credentials; renewed ones may arrive soon."""
 REFUSED = frozenset(
     {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidClientTokenId", "UnrecognizedClientException"}
 )
-"""Credentials that never were good, unless they were exchanged just now."""
+"""Error codes of invalid credentials, or of ones that have just been rotated."""
 _PASSING = frozenset(
     {
         "SlowDown", "ServiceUnavailable", "InternalError", "InternalFailure", "RequestTimeout",
@@ -61,8 +61,8 @@ _PASSING = frozenset(
 _PASSING_STATUS = (429, 500, 502, 503, 504)
 
 Failure = Literal["connection", "store", "expired", "refused", "credentials", "lasting"]
-"""Of the connection or a body; of the store, which says itself that it will pass; of expired credentials; of ones that
-are refused; of ones that cannot be found; or a failure that no second attempt mends."""
+"""connection: the connection or a body broke. store: the store reports a temporary failure. expired: the credentials
+have expired. refused: they are invalid. credentials: none were found. lasting: another attempt cannot succeed."""
 _BROKEN_CONNECTION = (HTTPClientError, ConnectionError, HTTPError, IncompleteReadError, ResponseParserError)
 _NO_CREDENTIALS = (
     NoCredentialsError,
@@ -76,62 +76,67 @@ _NO_CREDENTIALS = (
 )
 _FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
 
-_DELAY = 0.1  # seconds; the upper limit of the first wait, doubled with every further one
+_DELAY = 0.1  # seconds; upper limit of the first wait, doubled for each further one
 _LONGEST_DELAY = 20.0
-_FIRST_CONTACT = 10.0  # seconds for an endpoint that never answered: more likely a wrong address than an outage
+_FIRST_CONTACT = 10.0  # seconds for an endpoint that has never answered: its address is probably wrong
 _WARN_AFTER = 5.0
-_SLOWEST = 1024  # bytes per second; a body that is slower stands still
+_SLOWEST = 1024  # bytes per second; a slower body counts as stalled
 
 
 class Attempts:
-    """The budget of one request: attempts and seconds without progress, and the waits between attempts."""
+    """Retry budget of one request: a number of attempts and of seconds without progress.
+
+    Args:
+        most: attempts without progress.
+        seconds: without progress.
+    """
 
     def __init__(self, most: int, seconds: float) -> None:
         self.count = 0
-        """Attempts that have failed."""
+        """Number of failed attempts."""
         self._most, self._seconds = most, seconds
-        self._begun = self._fruitful = time.monotonic()
-        self._in_vain = 0
+        self._begun = self._last_progress = time.monotonic()
+        self._failed_since = 0
         self._warned = False
         self.renewed = False
-        """Whether the credentials were read anew because the store refused them."""
+        """Whether the credentials were read again because the store rejected them."""
 
     def progressed(self) -> None:
-        """A good part of the answer arrived: the budget is whole again."""
-        self._in_vain, self._fruitful = 0, time.monotonic()
+        """Reset the budget, because a good part of the answer has arrived."""
+        self._failed_since, self._last_progress = 0, time.monotonic()
 
     def failed(self) -> None:
-        """Count an attempt."""
+        """Count a failed attempt."""
         self.count += 1
-        self._in_vain += 1
+        self._failed_since += 1
 
     def wait(self, at_most: float | None = None) -> bool:
-        """Sleep before the next attempt; False, at once, where none is left.
+        """Sleep before the next attempt; returns False at once if the budget is used up.
 
-        The last attempt is made when the seconds are over, so that any shorter outage is survived; whatever one
-        attempt takes, there are two.
+        The last attempt is made when the seconds are over, so that every shorter outage is survived. There are at least
+        two attempts, however long the first one takes.
         """
         seconds = self._seconds if at_most is None else min(self._seconds, at_most)
-        left = self._fruitful + seconds - time.monotonic()
-        if self._in_vain >= self._most or seconds == 0 or (left <= 0 and self._in_vain >= 2):
+        left = self._last_progress + seconds - time.monotonic()
+        if self._failed_since >= self._most or seconds == 0 or (left <= 0 and self._failed_since >= 2):
             return False
-        delay = random.uniform(0, min(_LONGEST_DELAY, _DELAY * 2 ** min(self._in_vain - 1, 30)))
+        delay = random.uniform(0, min(_LONGEST_DELAY, _DELAY * 2 ** min(self._failed_since - 1, 30)))
         time.sleep(max(0.0, min(delay, left)))
         return True
 
     def warn(self, what: str, error: Exception) -> None:
-        """Log once that a request is in trouble, when it has been for a while."""
-        if not self._warned and time.monotonic() - self._fruitful > _WARN_AFTER:
+        """Log a warning, once, if a request has been failing for a while."""
+        if not self._warned and time.monotonic() - self._last_progress > _WARN_AFTER:
             self._warned = True
-            logger.warning("cannot %s so far: %s, %s; trying again", what, cause(error), self)
+            logger.warning("cannot %s yet: %s, %s; retrying", what, cause(error), self)
 
     def __str__(self) -> str:
         plural = "s" if self.count != 1 else ""
         return f"{self.count} attempt{plural} in {time.monotonic() - self._begun:.0f} s"
 
 
-class RequestFailed(Exception):  # noqa: N818 - what storage.py makes a sentence of
-    """A request that was given up: the last error, and the attempts that were made."""
+class RequestFailed(Exception):  # noqa: N818 - s3.py turns it into a UserError
+    """A request failed for good: its last error, and the attempts that were made."""
 
     def __init__(self, error: Exception, attempts: Attempts) -> None:
         super().__init__(cause(error))
@@ -140,30 +145,33 @@ class RequestFailed(Exception):  # noqa: N818 - what storage.py makes a sentence
 
 class _Login(NamedTuple):
     client: Any
-    keys: Any  # access key, secret key and token that the client signed with at first
+    keys: Any  # access key, secret key and token when the client was created
 
 
 class S3Client:
-    """The connection to one endpoint, made at the first request. Safe to use from several threads."""
+    """Connection to one endpoint, opened at the first request. Safe to use from several threads."""
 
     def __init__(self, config: S3Config) -> None:
         self.config = config
         self._login: _Login | None = None
         self._lock = threading.Lock()
         self.answered = False
-        """Whether the endpoint ever answered as S3 does."""
+        """Whether the endpoint has ever given a valid S3 answer."""
 
     def __repr__(self) -> str:
         return f"S3Client({self.where()})"
 
     def request(self, what: str, send: Callable[[Any, Attempts], T], *, once: bool = False) -> T:
-        """Result of send(boto3 client, attempts), called again after failures that pass, until the budget is spent.
+        """Send a request, retrying after temporary failures until the budget is used up.
 
-        send may tell progress to attempts. what ('read s3://...') is for the log.
+        Args:
+            what: the request in words, such as 'read s3://...', for the log.
+            send: called with a boto3 client and the attempts, to which it may report progress. Returns the result.
+            once: do not retry.
 
         Raises:
-            RequestFailed: the budget is spent, or the failure is not one that passes.
-            UserError: the endpoint or region is not a valid one.
+            RequestFailed: the budget is used up, or the failure is not temporary.
+            UserError: the endpoint or region is not valid.
         """
         attempts = Attempts(1 if once else self.config.max_attempts, self.config.retry_seconds)
         login = None
@@ -173,14 +181,14 @@ class S3Client:
                 return send(login.client, attempts)
             except _FAILURES as error:
                 attempts.failed()
-                if isinstance(error, ClientError) and not code(error).isdigit():  # a code comes from S3's own document
+                if isinstance(error, ClientError) and not code(error).isdigit():  # a code that S3 itself sent
                     self.answered = True
                 if not self._wait(error, login, attempts):
                     raise RequestFailed(error, attempts) from None
                 attempts.warn(what, error)
 
     def _wait(self, error: Exception, login: _Login | None, attempts: Attempts) -> bool:
-        """Before another attempt; False where it makes no sense."""
+        """Wait before another attempt; returns False if another attempt is pointless."""
         failure = failure_of(error)
         if failure in ("connection", "store"):
             return attempts.wait(None if self.answered else _FIRST_CONTACT)
@@ -189,7 +197,7 @@ class S3Client:
                 return False
             self._renew(login)
             return True
-        if failure == "credentials":  # a file that is being rewritten, or a metadata service that is slow
+        if failure == "credentials":  # perhaps a file is being rewritten, or a metadata service is slow
             return self.answered and attempts.wait()
         if failure == "refused" and not attempts.renewed:
             attempts.renewed = True
@@ -198,12 +206,12 @@ class S3Client:
 
     @property
     def endpoint(self) -> str | None:
-        """Address of the store; None for AWS."""
+        """Address of the endpoint; None for AWS."""
         named = (self.config.endpoint_url, os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
         return next(filter(None, named), None)
 
     def where(self) -> str:
-        """The endpoint for messages, without a user name and password that might be in it."""
+        """The endpoint for messages, without user name and password."""
         if not self.endpoint:
             return "AWS"
         parts = urlsplit(self.endpoint)
@@ -216,9 +224,9 @@ class S3Client:
             return self._login
 
     def _renew(self, used: _Login | None) -> bool:
-        """Read the credentials anew, unless another thread has; whether they are others than those that were used.
+        """Read the credentials again, unless another thread has; returns whether they have changed.
 
-        A session keeps what it read from ~/.aws for ever, so it takes a new one.
+        A session caches what it read from ~/.aws for ever, so a new one is needed.
         """
         with self._lock:
             if used is None or self._login is not used:
@@ -226,7 +234,7 @@ class S3Client:
             try:
                 session = boto3.session.Session()
                 keys = _keys(session)
-            except _FAILURES:  # of the file, or of the service that gives credentials out
+            except _FAILURES:  # of reading the file, or of the metadata service
                 return False
             if keys is None or keys == used.keys:
                 return False
@@ -239,7 +247,7 @@ class S3Client:
             connect_timeout=self.config.connect_timeout,
             read_timeout=self.config.read_timeout,
             retries={"mode": "standard", "total_max_attempts": 1},
-            # stores other than AWS refuse or garble the checksums that newer SDKs send
+            # some stores other than AWS reject the checksums that newer SDKs send
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             max_pool_connections=64,
@@ -268,17 +276,17 @@ def _keys(session: boto3.session.Session) -> Any:
 
 
 def _check_length(response_dict: dict[str, Any], operation_model: Any, **_: Any) -> None:
-    """Refuse a document that was cut short, which botocore takes as it comes: half an error has another meaning."""
+    """Raise if an XML answer was cut short: botocore would accept it, and half an error can mean another one."""
     body, length = response_dict["body"], response_dict["headers"].get("content-length")
     if isinstance(body, bytes) and length and operation_model.http["method"] != "HEAD" and len(body) != int(length):
         raise IncompleteReadError(actual_bytes=len(body), expected_bytes=int(length))
 
 
 def whole(answer: dict[str, Any], field: str) -> dict[str, Any]:
-    """An answer, if its document has a field that every whole one has; an empty document is a valid answer to botocore.
+    """Return an answer if it has a field that every complete answer has. botocore accepts empty answers as valid.
 
     Raises:
-        IncompleteReadError: it has not.
+        IncompleteReadError: the field is missing.
     """
     if field not in answer:
         raise IncompleteReadError(actual_bytes=0, expected_bytes=1)
@@ -286,10 +294,10 @@ def whole(answer: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def receive(body: Any, wanted: int, sink: io.BytesIO, read_timeout: float) -> None:
-    """Append exactly `wanted` bytes of a boto3 streaming body to the sink, keeping what came before a failure.
+    """Append exactly `wanted` bytes of a boto3 streaming body to the sink. After a failure, received bytes stay in it.
 
     Raises:
-        IncompleteReadError, ReadTimeoutError, or one of urllib3's: the body ended early, stood still or broke.
+        IncompleteReadError, ReadTimeoutError, or one of urllib3's errors: the body ended early, stalled or broke off.
     """
     got = since = 0
     begun = time.monotonic()
@@ -301,31 +309,31 @@ def receive(body: Any, wanted: int, sink: io.BytesIO, read_timeout: float) -> No
             sink.write(piece)
             got += len(piece)
             now = time.monotonic()
-            if now - begun > read_timeout:  # which otherwise is for a body that brings nothing at all
+            if now - begun > read_timeout:  # the socket's own timeout only notices a body that sends nothing
                 if got - since < _SLOWEST * read_timeout and got < wanted:
                     raise ReadTimeoutError(endpoint_url="")
                 begun, since = now, got
 
 
 def code(error: ClientError) -> str:
-    """S3's error code."""
+    """Return S3's error code."""
     return str(error.response.get("Error", {}).get("Code", "unknown"))
 
 
 def status(error: ClientError) -> int:
-    """HTTP status; 0 where there is none."""
+    """Return the HTTP status, 0 if there is none."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def cause(error: Exception) -> str:
-    """An error in a few words that quote nothing of the request."""
+    """Describe an error in a few words, without content of the request."""
     if isinstance(error, ClientError):
         return f"{code(error)} (HTTP {status(error)})"
     return type(error).__name__
 
 
 def failure_of(error: Exception) -> Failure:
-    """What kind of failure an error is."""
+    """Classify an error."""
     if isinstance(error, ClientError):
         if code(error) in EXPIRED:
             return "expired"

@@ -25,7 +25,7 @@ from crate_ray.sweeps.report import best_trial, picture, results_table
 from crate_ray.sweeps.space import shared_values, trial_config, tune_space
 from crate_ray.sweeps.trial import RECORDS, TrialRecord, run_trial
 from crate_ray.tracking.pretraining import source_tags
-from crate_ray.tracking.runs import RunTracker, flatten
+from crate_ray.tracking.run_tracker import RunTracker, flatten
 
 RECORD_FILE, BEST_FILE, RESULTS_FILE = "sweep.json", "best.yaml", "results.csv"
 _TUNE_FOLDER = "tune"

@@ -18,7 +18,7 @@ from crate_ray.runs.pretraining import open_pretraining
 from crate_ray.runs.references import load_encoder
 from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.sweeps.space import trial_config
-from crate_ray.tracking.runs import RunTracker
+from crate_ray.tracking.run_tracker import RunTracker
 from crate_ray.training.lifecycle import run_training
 from crate_ray.training.pretraining import PretrainTask, validation_loss
 

@@ -22,7 +22,8 @@ from crate_ray.runs.export import export_run
 from crate_ray.runs.pretraining import Run
 from crate_ray.storage.interface import NotFound
 from crate_ray.storage.lease import Lease, LeaseLost
-from crate_ray.tracking.runs import RunTracker, flatten, spool_folder
+from crate_ray.storage.node_folders import spool_folder
+from crate_ray.tracking.run_tracker import RunTracker, flatten
 
 _MODEL_FOLDER = "model"
 _DESCRIPTION = f"{_MODEL_FOLDER}/{DESCRIPTION_FILE}"

@@ -12,7 +12,7 @@ from crate_ray.ray_cluster import start_ray
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.planning import Run, driver_lease
 from crate_ray.tracking.pretraining import is_published, track
-from crate_ray.tracking.runs import RunTracker
+from crate_ray.tracking.run_tracker import RunTracker
 from crate_ray.training.display import ProgressDisplay
 from crate_ray.training.ray.driver import train_on_ray
 from crate_ray.training.task import Task

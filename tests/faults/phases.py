@@ -97,7 +97,7 @@ def _try(phase: str, workers: list[psutil.Process], chance: random.Random) -> bo
             return _kill_if(victim, lambda: "all-reduce" in phase_of(stacks(victim)))
         finally:
             other.resume()
-    space = _local_space(victim)
+    space = _process_folder(victim)
     deadline = time.monotonic() + 5
     while space and time.monotonic() < deadline:
         if any(space.glob("step-*")):
@@ -130,13 +130,13 @@ def _kill_if(worker: psutil.Process, condition: Callable[[], bool]) -> bool:
     return False
 
 
-def _local_space(worker: psutil.Process) -> Path | None:
+def _process_folder(worker: psutil.Process) -> Path | None:
     """The worker's folder on the local disk, where it holds a lock; None before it has one."""
     for link in Path(f"/proc/{worker.pid}/fd").iterdir():
         try:
             target = link.readlink()
         except OSError:
             continue
-        if target.name == "lock" and target.parent.parent.name.startswith("crate-ray-"):
+        if target.name == "lock" and target.parent.parent.name == "processes":
             return target.parent
     return None

@@ -108,7 +108,7 @@ def test_killed_packing_goes_on_and_a_second_one_is_refused(
     second = prepare(output, tmp_path)
     _, errors = second.communicate(timeout=120)
     assert second.returncode == 0, errors
-    assert f"process {first.pid} on " in errors and "gave no sign of life, its lease is taken over" in errors
+    assert f"process {first.pid} on " in errors and "which sent no heartbeat" in errors
     assert f"{len(done)} of 20 shards were finished by an earlier run" in errors
     assert times(output, done) == modified
     assert content(output) == undisturbed

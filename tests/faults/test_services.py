@@ -73,8 +73,8 @@ def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
     )
     assert committed <= newest_commit(run) < STEPS
     # MLflow was not there at all, which stopped nothing.
-    spool = tmp_path / "cache" / "crate-ray" / json.loads(run.read("run.json"))["run_key"]
-    assert f"the rest waits in {spool}" in job.log
+    spool = tmp_path / "cache" / "crate-ray" / "spool" / json.loads(run.read("run.json"))["run_key"]
+    assert f"the rest is in {spool}" in job.log
 
     with ExitStack() as stack:
         with mlflow_server(server, port):

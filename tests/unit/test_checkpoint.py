@@ -9,8 +9,6 @@ import math
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +48,6 @@ from crate_ray.runs.commits import (
 from crate_ray.runs.record import RUN_FILE, RunRecord, read_record, write_record
 from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
 from crate_ray.storage.local import LocalStorage
-from crate_ray.storage.node_folders import local_space
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.step import build_optimizer, learning_rate, train_step
 from crate_ray.training.task import Place, assemble
@@ -427,33 +424,6 @@ def test_a_start_looks_at_sizes_and_leaves_the_content_to_the_workers(run: Local
     os.truncate(tmp_path / "run" / newest / PARTS[3], 5)
     found = newest_complete(run)
     assert found is not None and found.directory == older
-
-
-def test_the_folder_of_a_dead_worker_is_removed_by_the_next_that_starts(tmp_path: Path) -> None:
-    program = (
-        "import sys, time; from pathlib import Path; from crate_ray.storage.node_folders import local_space\n"
-        "with local_space(sys.argv[2], Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'part').write_bytes(bytes(100)); print('ready', flush=True); time.sleep(60)"
-    )
-    workers = {}
-    for name in ("dead", "alive"):
-        command = [sys.executable, "-c", program, tmp_path.as_posix(), name]
-        workers[name] = subprocess.Popen(command, stdout=subprocess.PIPE)
-        stdout = workers[name].stdout
-        assert stdout is not None and stdout.readline() == b"ready\n"
-    try:
-        with local_space("first", tmp_path) as first:
-            assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["alive", "dead", "first"]
-        assert not first.exists()
-        workers["dead"].kill()
-        workers["dead"].wait()
-        with local_space("second", tmp_path):
-            assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["alive", "second"]
-            assert (tmp_path / "alive" / "part").exists()
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
 
 
 def test_the_record_of_a_run(run: LocalStorage, tmp_path: Path) -> None:

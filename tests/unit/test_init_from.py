@@ -3,6 +3,8 @@ checkpoint."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from crate_ray.runs.pretraining import Run, open_run, start_from
 from crate_ray.runs.record import read_record, write_record
 from crate_ray.storage.local import LocalStorage
 from crate_ray.tracking.registry import register
-from crate_ray.tracking.runs import RunTracker
+from crate_ray.tracking.run_tracker import RunTracker
 from tests.unit.test_checkpoint import MODEL, RECORD, Trainer
 
 
@@ -163,3 +165,25 @@ def test_a_run_that_has_begun_goes_on_from_its_own_checkpoint(
     assert open_run(config.model_copy(update={"init_from": None})).first_step == 2
     with pytest.raises(UserError, match=r"was started with init_from \S+/earlier, not /other; choose another --name"):
         open_run(config.model_copy(update={"init_from": "/other"}))
+
+
+KILLED_BETWEEN = """
+import os, sys
+from crate_ray.config import PretrainConfig
+from crate_ray.runs import pretraining
+config = PretrainConfig.model_validate_json(sys.argv[1])
+pretraining.write_record = lambda *_: os._exit(3)
+pretraining.start_from(pretraining.open_run(config))
+"""
+
+
+def test_a_start_killed_between_weights_and_record_leaves_no_record_of_other_weights(
+    data: str, earlier: dict[int, Trainer], tmp_path: Path
+) -> None:
+    """Before the first checkpoint, other settings begin the run anew; killed there, the first ones do so again."""
+    first, run = new_run(data, tmp_path, f"{tmp_path / 'earlier'}@4")
+    assert same(started(first, run, tmp_path / "first"), earlier[4].model)
+    other, _ = new_run(data, tmp_path, f"{tmp_path / 'earlier'}@2")
+    command = [sys.executable, "-c", KILLED_BETWEEN, other.model_dump_json()]
+    assert subprocess.run(command, timeout=100).returncode == 3
+    assert same(started(first, open_run(first), tmp_path / "second"), earlier[4].model)

@@ -120,7 +120,7 @@ def test_if_absent_lets_one_writer_win(storage: Storage, tmp_path: Path) -> None
     assert sum(won) == 1
     winner = contents[won.index(True)]
     assert storage.read("once") == (winner if isinstance(winner, bytes) else b"9")
-    with pytest.raises(AlreadyExists, match="once exists already"):
+    with pytest.raises(AlreadyExists, match="once already exists"):
         storage.write("once", file, if_absent=True)
 
 
@@ -236,8 +236,8 @@ def answering() -> Iterator[tuple[str, list[tuple[int, str, int]]]]:
     ("status", "code", "message"),
     [
         (403, "AccessDenied", "access denied: these AWS credentials may not read s3://bucket/x/key"),
-        (403, "SignatureDoesNotMatch", r"refuses the AWS credentials \(SignatureDoesNotMatch\); set AWS_ACCESS"),
-        (403, "InvalidAccessKeyId", r"refuses the AWS credentials"),
+        (403, "SignatureDoesNotMatch", r"rejects the AWS credentials \(SignatureDoesNotMatch\); set AWS_ACCESS"),
+        (403, "InvalidAccessKeyId", r"rejects the AWS credentials"),
         (400, "AuthorizationHeaderMalformed", "bucket 'bucket' is in another region; set s3.region"),
         (400, "Curious", r"cannot read s3://bucket/x/key at http://127.0.0.1:\d+: Curious \(HTTP 400\)"),
     ],
@@ -255,7 +255,7 @@ def test_store_without_ranges(answering: tuple[str, list[tuple[int, str, int]]])
     answers += [(503, "SlowDown", 0), (200, "whole", 2), (200, "whole", 0), (200, "whole", 0)]
     storage = open_storage("s3://bucket", S3Config(endpoint_url=endpoint, max_attempts=3))
     assert storage.read("key") == b"whole"
-    with pytest.raises(UserError, match=f"the store at {endpoint} does not serve parts of objects"):
+    with pytest.raises(UserError, match=f"the store at {endpoint} does not support ranged reads"):
         storage.read("key", 1, 2)
     assert not answers
 

@@ -81,3 +81,28 @@ def test_wrong_use_is_told(dataset: str) -> None:
         stream(dataset, batch_size=8, image_size=16, crop_scael=(0.5, 1))
     with pytest.raises(UserError, match="batch_size"):
         stream(dataset, batch_size=1000, image_size=16)
+
+
+WITHOUT_BOTO3 = """
+import sys
+sys.modules["boto3"] = sys.modules["botocore"] = None  # whoever imports one gets an ImportError
+import crate_ray.data.loader
+from crate_ray.config import S3Config
+from crate_ray.data.format.dataset import load_dataset
+from crate_ray.data.stream import stream
+from crate_ray.errors import UserError
+from crate_ray.storage.interface import open_storage
+assert load_dataset(open_storage(sys.argv[1], S3Config())).manifest.num_samples == 150
+with stream(sys.argv[1], batch_size=20, image_size=16, steps=1) as batches:
+    assert [len(batch.images) for batch in batches] == [20]
+try:
+    open_storage("s3://bucket/data", S3Config())
+except UserError as error:
+    print(error)
+"""
+
+
+def test_local_folders_need_no_boto3(dataset: str) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_BOTO3, dataset], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("s3://bucket/data cannot be opened: ") and "install boto3" in done.stdout

@@ -6,8 +6,10 @@ from __future__ import annotations
 import io
 import json
 import resource
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,21 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, Run
 from PIL import Image
 
-from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, TrackingConfig
+from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, S3Config, TrackingConfig
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.sources import Item, Source
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription, export_model
 from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG
+from crate_ray.runs.references import load_model
 from crate_ray.serving import FeatureExtractor
 from crate_ray.storage.lease import LeaseLost
 from crate_ray.storage.local import LocalStorage
-from crate_ray.tracking.registry import list_versions
-from crate_ray.tracking.runs import RunTracker, flatten
+from crate_ray.tracking.registry import list_versions, promote, register
+from crate_ray.tracking.run_tracker import RunTracker, flatten
 
+ROOT = Path(__file__).parents[2]
 AWAY = "http://127.0.0.1:9"  # the discard port: nobody listens
 NOW = 1_700_000_000_000
 PARAMS = {f"group.setting{i}": str(i) for i in range(130)}  # more than one request to MLflow holds
@@ -61,7 +65,7 @@ def tracker(uri: str, key: str, **values: Any) -> RunTracker:
 
 
 def spool(tmp_path: Path, key: str) -> Path:
-    return tmp_path / "cache" / "crate-ray" / key
+    return tmp_path / "cache" / "crate-ray" / "spool" / key
 
 
 def find(uri: str, key: str, experiment: str = "tests") -> Run:
@@ -142,7 +146,7 @@ def test_nothing_is_lost_or_doubled_when_the_server_was_away(uri: str, tmp_path:
     assert away.run_id == "" and away.where == f"not created yet at {AWAY}"
     kept = spool(tmp_path, "away")
     explanation = away.undelivered
-    assert explanation.startswith(f"MLflow at {AWAY} did not take everything (") and str(kept) in explanation
+    assert explanation.startswith(f"MLflow at {AWAY} does not have everything (") and str(kept) in explanation
     assert "127.0.0.1" in explanation.partition("(")[2] and "\n" not in explanation
 
     back = tracker(uri, "away")
@@ -168,7 +172,7 @@ def test_a_delivery_that_fails_midway_is_repeated_without_doubles(
         return result
 
     monkeypatch.setattr(MlflowClient, "log_batch", flaky)
-    monkeypatch.setattr("crate_ray.tracking.runs._RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("crate_ray.tracking.delivery._RETRY_SECONDS", 0.05)
     cut = tracker(uri, "cut")
     for step in range(1, 601):
         cut.metrics(step, {"loss": 1 / step}, NOW + step)
@@ -181,7 +185,8 @@ def test_a_delivery_that_fails_midway_is_repeated_without_doubles(
 
 def test_a_torn_line_in_the_spool_costs_only_itself(uri: str, tmp_path: Path) -> None:
     folder = spool(tmp_path, "torn")
-    (folder / "files").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    folder.parent.parent.chmod(0o755)
     whole = json.dumps({"kind": "metrics", "step": 1, "values": {"loss": 0.25}, "time": NOW})
     (folder / "events.jsonl").write_text(f"{whole}\n{whole[:31]}")  # the machine went down while writing
     next_start = tracker(uri, "torn")
@@ -193,7 +198,7 @@ def test_a_torn_line_in_the_spool_costs_only_itself(uri: str, tmp_path: Path) ->
 def test_a_full_disk_costs_what_it_does_not_take_and_no_more(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("crate_ray.tracking.runs._RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("crate_ray.tracking.delivery._RETRY_SECONDS", 0.05)
     full = tracker(AWAY, "full")
     for step in range(1, 101):
         full.metrics(step, {"loss": 1 / step}, NOW + step)
@@ -208,8 +213,10 @@ def test_a_full_disk_costs_what_it_does_not_take_and_no_more(
         full.metrics(102, {"loss": 1 / 102}, NOW + 102)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    (told,) = [record.message for record in caplog.records if "cannot be written" in record.message]
-    assert str(spool(tmp_path, "full")) in told and "metrics and pictures for MLflow are lost until it can" in told
+    (told,) = [record.message for record in caplog.records if "cannot write to" in record.message]
+    assert (
+        str(spool(tmp_path, "full")) in told and "metrics and pictures for MLflow are lost until it works again" in told
+    )
     full.metrics(103, {"loss": 1 / 103}, NOW + 103)
     assert full.finish("FAILED", timeout=0.5) is False
 
@@ -355,3 +362,96 @@ def test_an_address_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"MLflow at http://\*\*\*@127\.0\.0\.1:1 has no registered model") as raised:
         list_versions("any", TrackingConfig(uri="http://user:secret@127.0.0.1:1"))
     assert "secret" not in str(raised.value)
+
+
+KILLED = """
+import os, shutil, sys
+from mlflow import MlflowClient
+from crate_ray.config import TrackingConfig
+from crate_ray.tracking.run_tracker import RunTracker
+uri, moment = sys.argv[1:]
+upload, terminate = MlflowClient.log_artifact, MlflowClient.set_terminated
+
+def log_artifact(*args):
+    if moment == "before the upload":
+        os._exit(3)
+    upload(*args)
+    if moment == "after the upload":
+        os._exit(3)
+
+MlflowClient.log_artifact = log_artifact
+tracker = RunTracker(TrackingConfig(uri=uri, experiment="tests"), f"killed {moment}", "killed", {}, {})
+tracker.metrics(1, {"loss": 0.25}, 1_700_000_000_000)
+tracker.picture(1, "reconstruction", b"the picture")
+if moment == "while all is removed":
+    shutil.rmtree = lambda path, **_: str(path).endswith(".removed") and os._exit(3)
+tracker.finish("FAILED", timeout=60)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before the upload", "after the upload", "while all is removed"])
+def test_a_process_killed_while_it_delivers_loses_nothing(uri: str, tmp_path: Path, moment: str) -> None:
+    process = subprocess.run([sys.executable, "-c", KILLED, uri, moment], cwd=ROOT, timeout=100)
+    assert process.returncode == 3
+    key = f"killed {moment}"
+    assert spool(tmp_path, key).exists() == (moment != "while all is removed")
+    next_start = tracker(uri, key)
+    next_start.metrics(2, {"loss": 0.5}, NOW)
+    assert next_start.finish("FINISHED", timeout=60) is True, next_start.undelivered
+    run = find(uri, key)
+    assert artifact(uri, run, "reconstruction/step-00000001.png", tmp_path) == b"the picture"
+    assert history(uri, run, "loss") == [(1, 0.25, NOW), (2, 0.5, NOW)]
+    assert run.info.status == "FINISHED"
+    assert not list(spool(tmp_path, key).parent.iterdir())
+
+
+def test_a_record_that_is_refused_blocks_no_other(uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refused = tracker(uri, "refused")
+    refused.metrics(1, {"loss": 0.25}, NOW)
+    refused.picture(1, "a", b"1")
+    refused.metrics(2, {"a name with a colon: and \n a line break": 0.5}, NOW)
+    refused.metrics(3, {f"many/{number}": 0.5 for number in range(1200)}, NOW)  # more than one request may hold
+    refused.picture(3, "a", b"3")
+    assert refused.finish("FINISHED", timeout=60) is True, refused.undelivered
+    run = find(uri, "refused")
+    assert (
+        history(uri, run, "loss") == [(1, 0.25, NOW)]
+        and len(run.data.metrics) == 1201
+        and "many/1199" in run.data.metrics
+    )
+    assert artifact(uri, run, "a/step-00000003.png", tmp_path) == b"3"
+    assert "MLflow refuses a record of run run refused, which is skipped" in caplog.text
+
+
+def test_a_file_that_vanishes_from_the_spool_is_reported(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = tracker(AWAY, "vanished")
+    away.picture(1, "a", b"1")
+    away.picture(2, "a", b"2")
+    assert away.finish("FAILED", timeout=0.1) is False
+    (gone,) = spool(tmp_path, "vanished").glob("files/*/step-00000001.png")
+    gone.unlink()
+    assert tracker(uri, "vanished").finish("FINISHED", timeout=60) is True
+    assert f"{gone} was deleted before MLflow had it, and is skipped" in caplog.text
+    assert artifact(uri, find(uri, "vanished"), "a/step-00000002.png", tmp_path) == b"2"
+
+
+def test_reading_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracking, s3 = TrackingConfig(), S3Config()
+    reads: list[Callable[[], object]] = [
+        lambda: list_versions("any", tracking),
+        lambda: load_model("models:/any@champion", tracking=tracking),
+        lambda: load_model("runs:/0123", tracking=tracking),
+        lambda: register("0123", "any", tracking, s3),
+        lambda: promote("any", 1, 0.5, None, tracking),
+    ]
+    for read in reads:
+        with pytest.raises(UserError, match=rf"there is no MLflow database {tmp_path}/mlflow\.db; set --tracking\.uri"):
+            read()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db?timeout=5")
+        with pytest.raises(UserError, match=rf"there is no MLflow database {tmp_path}/other\.db; set"):
+            read()
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert not list(tmp_path.iterdir())

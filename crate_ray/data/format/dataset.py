@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,14 +30,16 @@ from crate_ray.data.format.manifest import (
     NAMES_NAME,
     SHARDS_NAME,
     TABLE_SUFFIX,
+    DamagedDataset,
     Manifest,
     name_pattern,
     parse_manifest,
 )
 from crate_ray.data.format.tar import BLOCK, Buffer, DamagedShard
 from crate_ray.errors import UserError
-from crate_ray.storage.cache import fetched_once
+from crate_ray.storage.cache import WrongDigest, fetch_once
 from crate_ray.storage.interface import NotFound, Storage
+from crate_ray.storage.node_folders import file_digest
 
 
 class ByteRange(NamedTuple):
@@ -103,13 +108,13 @@ class ShardSet:
     def table(self, shard: int) -> NDArray[np.void]:
         """The table of such a shard: rows of `table_dtype`, sorted by sample.
 
-        Raises UserError when the file is missing or not the one that belongs to the index.
+        Raises DamagedDataset if the file is missing or not the one that belongs to the index.
         """
         key = self.shard_name(shard) + TABLE_SUFFIX
         try:
             data = self.storage.read(key)
         except NotFound:
-            raise _disagrees(self.storage, key) from None
+            raise _missing(self.storage, key) from None
         if xxhash.xxh3_64_intdigest(data) != int(self.shards["table"][shard]):
             raise _disagrees(self.storage, key)
         return npy.read(data)
@@ -151,7 +156,8 @@ def load_dataset(storage: Storage) -> ShardSet:
     """Read manifest and index of the dataset under a storage; the index is memory-mapped (S3: fetched once per node).
 
     Raises:
-        UserError: there is no manifest, or a file does not agree with it.
+        DamagedDataset: the manifest is damaged or of another version, or a file is missing or disagrees with it.
+        UserError: there is no manifest, or something cannot be read.
     """
     try:
         text = storage.read(MANIFEST_NAME)
@@ -220,8 +226,16 @@ def save_dataset(
     return manifest
 
 
-def _disagrees(storage: Storage, key: str) -> UserError:
-    return UserError(
+def _missing(storage: Storage, key: str) -> DamagedDataset:
+    return DamagedDataset(
+        f"{storage.uri}/{key} does not exist, although {MANIFEST_NAME} beside it refers to it; restore it, wait if the "
+        "dataset is still being copied, or index the shards again: jobs/prepare.py without --source, with "
+        "--overwrite true"
+    )
+
+
+def _disagrees(storage: Storage, key: str) -> DamagedDataset:
+    return DamagedDataset(
         f"{storage.uri}/{key} does not agree with {MANIFEST_NAME} (damaged, or of another version of the dataset); "
         "run jobs/prepare.py with --overwrite true"
     )
@@ -231,18 +245,38 @@ def _verified(storage: Storage, key: str, sha256: str | None) -> bytes:
     try:
         data = storage.read(key)
     except NotFound:
-        raise _disagrees(storage, key) from None
+        raise _missing(storage, key) from None
     if hashlib.sha256(data).hexdigest() != sha256:
         raise _disagrees(storage, key)
     return data
 
 
 def _load_array(storage: Storage, key: str, sha256: str) -> NDArray[Any]:
+    with _open_file(storage, key, sha256) as file:
+        try:
+            if os.fstat(file.fileno()).st_size > mmap.PAGESIZE:
+                return npy.map_file(file)
+            file.seek(0)
+            return npy.read(file.read())
+        except ValueError:
+            raise _disagrees(storage, key) from None
+
+
+def _open_file(storage: Storage, key: str, sha256: str) -> BufferedReader:
+    """Open a file of a dataset, the node's copy of it if it is in object storage, whose digest is the manifest's."""
+    path = storage.local_path(key)
     try:
-        path = storage.local_path(key) or fetched_once(storage, key, sha256)
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+        if path is None:
+            return fetch_once(storage, key, sha256)
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("rb"))
+            if file_digest(file) != sha256:
                 raise _disagrees(storage, key)
-        return npy.map_file(path) if path.stat().st_size > mmap.PAGESIZE else npy.read(path.read_bytes())
-    except (ValueError, FileNotFoundError, NotFound):
+            stack.pop_all()
+            return file
+    except (FileNotFoundError, NotFound):
+        raise _missing(storage, key) from None
+    except WrongDigest:
         raise _disagrees(storage, key) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -23,6 +23,10 @@ _UNSAFE_FIELDS = {"num_unsafe", "unsafe_names"}
 _PATTERN = re.compile(r"[^{}]*\{:0[1-9][0-9]?d\}[^{}]*")
 
 
+class DamagedDataset(UserError):  # noqa: N818 - named for what it reports
+    """A dataset's manifest, or a file that it refers to, is missing, damaged or of another version."""
+
+
 class Manifest(BaseModel):
     """Description of a dataset. It is read first; the other files must have the digests given here."""
 
@@ -100,17 +104,17 @@ def parse_manifest(text: bytes, uri: str) -> Manifest:
     """The manifest with this content, of the dataset at uri.
 
     Raises:
-        UserError: it is damaged or has another format version.
+        DamagedDataset: it is damaged or has another format version.
     """
     try:
         values = json.loads(text)
         version = values.get("version")
     except (ValueError, AttributeError):
-        raise UserError(
+        raise DamagedDataset(
             f"{uri}/{MANIFEST_NAME} is damaged: it is not a JSON object; run jobs/prepare.py again"
         ) from None
     if version != FORMAT_VERSION:
-        raise UserError(
+        raise DamagedDataset(
             f"{uri}/{MANIFEST_NAME} has format version {version}, this crate-ray reads version {FORMAT_VERSION}; "
             "install the crate-ray that wrote it, or run jobs/prepare.py with --overwrite true"
         )
@@ -118,7 +122,7 @@ def parse_manifest(text: bytes, uri: str) -> Manifest:
         return Manifest.model_validate(values)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise UserError(
+        raise DamagedDataset(
             f"{uri}/{MANIFEST_NAME} is damaged: {where}: {error.errors()[0]['msg']}; run jobs/prepare.py again"
         ) from None
 

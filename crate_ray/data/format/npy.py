@@ -13,7 +13,7 @@ import math
 import struct
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,19 +67,22 @@ def content_of(array: NDArray[Any]) -> bytes:
     return file.getvalue()
 
 
-def map_file(path: Path) -> NDArray[Any]:
-    """The array in a `.npy` file, memory-mapped and read-only.
+def map_file(file: Path | BinaryIO) -> NDArray[Any]:
+    """The array in a `.npy` file, given by its path or opened, memory-mapped and read-only.
 
     Raises:
         ValueError: as `read`.
         OSError: the file cannot be opened.
     """
-    with path.open("rb") as file:
-        header = read_header(file.read(_MAX_HEADER))
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            return map_file(opened)
+    file.seek(0)
+    header = read_header(file.read(_MAX_HEADER))
     if header.dtype.hasobject:
         raise ValueError("the array holds pickled objects")
     array: NDArray[Any] = np.memmap(
-        path, header.dtype, "r", header.offset, header.shape, "F" if header.fortran else "C"
+        file, header.dtype, "r", header.offset, header.shape, "F" if header.fortran else "C"
     )
     return array
 

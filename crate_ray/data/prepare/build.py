@@ -14,7 +14,7 @@ import numpy as np
 
 from crate_ray.data.format.dataset import load_dataset, save_dataset
 from crate_ray.data.format.index import SHARD_DTYPE
-from crate_ray.data.format.manifest import MANIFEST_NAME, NAMES_NAME, TABLE_SUFFIX, Manifest
+from crate_ray.data.format.manifest import MANIFEST_NAME, NAMES_NAME, TABLE_SUFFIX, DamagedDataset, Manifest
 from crate_ray.data.prepare.records import Finished, begin, load_records, remove, unfinished_plan
 from crate_ray.data.prepare.sources import tables
 from crate_ray.data.prepare.statistics import Measurement, SampleCounts
@@ -174,7 +174,7 @@ def _complete(storage: Storage, plan: Plan, finished: dict[int, Finished]) -> Ma
         return None
     try:
         dataset = load_dataset(storage)
-    except UserError:
+    except DamagedDataset:
         return None
     rows = _rows(_kept(plan, [finished[number] for number in range(len(plan.names))]))
     return dataset.manifest if np.array_equal(dataset.shards, rows) else None
@@ -184,7 +184,7 @@ def _described(storage: Storage, plan: Plan) -> set[str] | None:
     """Names of the shards that the manifest describes; None, for all, if it cannot be read."""
     try:
         dataset = load_dataset(storage)
-    except UserError:
+    except DamagedDataset:
         return None
     if plan.packs and dataset.manifest.shards_uri is not None:  # they are elsewhere
         return set()

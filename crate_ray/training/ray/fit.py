@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from crate_ray.storage.node_folders import local_space
+from crate_ray.storage.node_folders import process_folder
 
 _KILLED_SECONDS = 5.0  # for the controller to be gone, at the most
 
@@ -47,7 +47,7 @@ def fit(
     """
     # Ray Train's own record of checkpoints, which nobody reads, stays on this node: where it lies in the run's storage,
     # a connection that breaks while the controller writes it ends the run.
-    with local_space(f"driver-{uuid.uuid4().hex[:12]}") as folder:
+    with process_folder(f"driver-{uuid.uuid4().hex[:12]}") as folder:
         _Trainer(
             follow,
             _work,

@@ -15,7 +15,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from crate_ray.config import ScalingConfig
 from crate_ray.errors import UserError
-from crate_ray.storage.node_folders import local_space
+from crate_ray.storage.node_folders import process_folder
 from crate_ray.training.control import WorkerControl, beat_seconds
 from crate_ray.training.guard import Judgement
 
@@ -40,7 +40,7 @@ def run_worker(payload: dict[str, Any], train: Callable[[dict[str, Any], WorkerC
             beat_seconds=beat_seconds(scaling.hang_seconds),
             look_seconds=scaling.preemption_seconds,
         )
-        with local_space(names[0]) as own, control:
+        with process_folder(names[0]) as own, control:
             train(payload, control, own, own.with_name(names[1]))
     except UserError as error:
         ray.get(mailbox.put.remote(("error", 0, str(error))))

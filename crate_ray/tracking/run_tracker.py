@@ -1,0 +1,158 @@
+"""A training run in MLflow: everything is written to a spool on disk, and a thread of our own delivers it.
+
+A slow or absent server never slows training: what was not delivered stays in the spool, and the next start of the run
+delivers it. A full disk never stops training either: what cannot be written is lost, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset
+
+from crate_ray.config import TrackingConfig
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.mlflow_lookup import redact, tracking_uri
+from crate_ray.tracking.delivery import Delivery, RunDescription
+from crate_ray.tracking.flavor import MODEL_NAME
+from crate_ray.tracking.spool import Spool
+
+
+class RunTracker(Listener):
+    """One run in MLflow, recorded from the driver.
+
+    Args:
+        tracking: MLflow's settings.
+        key: identifies the run for ever, whatever it is called.
+        name: of a new run.
+        params: of a new run.
+        tags: of a new run.
+        datasets: its training data, for MLflow's lineage (name, digest, source, profile).
+        parent_key: key of the run whose model it started from. If MLflow has that run, it shows this one under it.
+
+    Raises:
+        UserError: the spool's folder cannot be created, or belongs to another user.
+    """
+
+    def __init__(
+        self,
+        tracking: TrackingConfig,
+        key: str,
+        name: str,
+        params: dict[str, str],
+        tags: dict[str, str],
+        datasets: Sequence[Dataset] = (),
+        parent_key: str | None = None,
+    ) -> None:
+        self._uri, self._deliver_seconds = tracking_uri(tracking), tracking.deliver_seconds
+        self.is_complete = False
+        """Set once the run has left all that it was started for."""
+        self._spool = Spool(key)
+        self._spool.add("status", status="RUNNING")
+        description = RunDescription(tracking.experiment, key, name, params, tags, datasets, parent_key)
+        self._delivery = Delivery(self._spool, self._uri, description)
+
+    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
+        """Record values measured after so many steps, at a time in milliseconds since 1970."""
+        self._add("metrics", step=step, values=values, time=time_ms)
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Record a picture as the artifact <name>/step-<step>.png."""
+        self._add_file(name, f"step-{step:08d}.png", png)
+
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
+        """Record keys and causes of unusable samples as an artifact bad_samples/<split>/step-<step>-<id>.json."""
+        name = f"step-{step:08d}-{uuid.uuid4().hex[:8]}.json"
+        self._add_file(f"bad_samples/{split}", name, json.dumps(causes, indent=1).encode())
+
+    def note(self, step: int, text: str) -> None:
+        """Record a sentence on what happened as an artifact notes/step-<step>-<id>.txt."""
+        self._add_file("notes", f"step-{step:08d}-{uuid.uuid4().hex[:8]}.txt", f"{text}\n".encode())
+
+    def text(self, name: str, content: str) -> None:
+        """Record a text file as an artifact."""
+        self._add_file(None, name, content.encode())
+
+    def model(self, exported: Path) -> None:
+        """Record an exported model (see models.exported) as an MLflow model, and its files as artifacts.
+
+        Raises:
+            OSError: the spool has no room. Without the model, the run is not complete.
+        """
+        if not self._spool.add_model(exported, MODEL_NAME):
+            assert self._spool.error is not None
+            raise self._spool.error
+        self._delivery.wake()
+
+    def finish(self, status: str, timeout: float | None = None) -> bool:
+        """Set the run's status and wait until everything is delivered.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            timeout: seconds to wait; by default tracking.deliver_seconds.
+
+        Returns:
+            Whether all was delivered. If not, the rest stays in the spool, and `undelivered` says where and why.
+        """
+        added = self._add("status", status=status, time=int(time.time() * 1000))
+        self._delivery.finish(self._deliver_seconds if timeout is None else timeout)
+        if not added or not self._spool.is_delivered:
+            return False
+        self._spool.remove()
+        return True
+
+    def abandon(self) -> None:
+        """Stop recording, and leave the run and its spool to another driver that has taken the run over."""
+        self._delivery.abandon()
+
+    def wait_for_run(self, timeout: float = 15.0) -> str:
+        """Return the run's id as soon as MLflow has answered; empty if that takes more than `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not self.run_id and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.run_id
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run; empty until the server has answered."""
+        return self._delivery.run_id
+
+    @property
+    def where(self) -> str:
+        """The run's id and MLflow's address."""
+        return f"{self.run_id or 'not created yet'} at {redact(self._uri)}"
+
+    @property
+    def undelivered(self) -> str:
+        """A sentence on where undelivered records are, and why."""
+        problem = self._delivery.problem or self._spool.error
+        cause = redact(" ".join(str(problem).split()))[:200] if problem else "the server is slow"
+        return (
+            f"MLflow at {redact(self._uri)} does not have everything ({cause}); the rest is in {self._spool.folder}, "
+            "and the same command delivers it when it is started again"
+        )
+
+    def _add(self, kind: str, **values: Any) -> bool:
+        added = self._spool.add(kind, **values)
+        self._delivery.wake()
+        return added
+
+    def _add_file(self, folder: str | None, name: str, content: bytes) -> None:
+        self._spool.add_file(folder, name, content)
+        self._delivery.wake()
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as MLflow parameters: dotted names, text values without passwords."""
+    out: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = redact(str(value))
+    return out

@@ -1,0 +1,148 @@
+"""Records on their way to MLflow, on disk, so that they survive a server that is away and a process that is killed.
+
+    <spool folder>/<run key>/  events.jsonl                one event a line, in order
+                               sent                        how many bytes of events.jsonl have been delivered
+                               files/<id>/<artifact name>  content of an event, under the name that MLflow shows
+
+A file is written before its event. It is deleted after `sent` says that the event was delivered, so that a process may
+be killed at any moment: at worst, an event is delivered twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from crate_ray.storage.node_folders import private_folder, spool_folder
+
+logger = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+"""`kind`: 'metrics', 'status', 'file' or 'model', and what belongs to it. `path`: its file or folder in the spool."""
+
+
+class Spool:
+    """The undelivered records of one run. One process writes; one of its threads may deliver meanwhile.
+
+    A full disk raises nothing: what cannot be written is lost, `error` says why, and a warning is logged once.
+
+    Args:
+        run_key: identifies the run. Records that an earlier process left are delivered first.
+
+    Raises:
+        UserError: the spool's folder cannot be created, or belongs to another user.
+    """
+
+    def __init__(self, run_key: str) -> None:
+        path = spool_folder(run_key)
+        shutil.rmtree(_removed(path), ignore_errors=True)
+        self.folder = private_folder(path, "set XDG_CACHE_HOME to a folder of your own")
+        self._events, self._sent = self.folder / "events.jsonl", self.folder / "sent"
+        self.error: OSError | None = None
+        """Why something could not be written."""
+        self._delivered = 0  # bytes of the events
+        with suppress(FileNotFoundError, ValueError):
+            self._delivered = min(int(self._sent.read_text()), self.size)
+        with suppress(OSError), self._events.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the machine went down in the middle of a line
+                    file.write(b"\n")
+
+    @property
+    def size(self) -> int:
+        """Bytes of all events."""
+        return self._events.stat().st_size if self._events.exists() else 0
+
+    @property
+    def is_delivered(self) -> bool:
+        """Whether MLflow has all events."""
+        return self._delivered >= self.size
+
+    def add(self, kind: str, **values: Any) -> bool:
+        """Append an event; returns False if the disk does not take it."""
+        size = None
+        try:
+            size = self.size
+            with self._events.open("a") as file:
+                file.write(json.dumps({"kind": kind, **values}) + "\n")
+        except OSError as error:
+            with suppress(OSError):
+                if size is not None:
+                    os.truncate(self._events, size)  # half a line would spoil the next one
+            self._note(error)
+            return False
+        return True
+
+    def add_file(self, folder: str | None, name: str, content: bytes) -> bool:
+        """Append a file event for the artifact <folder>/<name>; returns False if the disk does not take it."""
+        return self._add_with("file", name, lambda path: path.write_bytes(content), folder=folder)
+
+    def add_model(self, exported: Path, name: str) -> bool:
+        """Append a model event with a copy of an exported model; returns False if the disk does not take it."""
+        return self._add_with("model", name, lambda path: shutil.copytree(exported, path))
+
+    def undelivered(self) -> Iterator[tuple[Event, int]]:
+        """Events that have not been delivered, each with the number to call `mark_delivered` with."""
+        end = self._delivered
+        with self._events.open("rb") as file:
+            file.seek(end)
+            for line in file:
+                if not line.endswith(b"\n"):  # it is just being written
+                    break
+                end += len(line)
+                try:
+                    yield json.loads(line), end
+                except ValueError:
+                    logger.warning("%s: a line was cut off and is skipped", self._events)
+
+    def path_of(self, event: Event) -> Path:
+        """Path of an event's file or folder."""
+        return self.folder / event["path"]
+
+    def mark_delivered(self, event: Event, end: int) -> None:
+        """Note that MLflow has an event and all before it, then delete the event's file."""
+        self._delivered = end
+        with suppress(OSError):  # disk full: a later start delivers the event again
+            new = self._sent.with_suffix(".new")
+            new.write_text(str(end))
+            new.replace(self._sent)
+            if "path" in event:
+                shutil.rmtree(self.path_of(event).parent, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Delete everything, at once for whoever looks for the folder."""
+        with suppress(FileNotFoundError):
+            self.folder.rename(_removed(self.folder))
+        shutil.rmtree(_removed(self.folder), ignore_errors=True)
+
+    def _add_with(self, kind: str, name: str, write: Callable[[Path], Any], **values: Any) -> bool:
+        folder = self.folder / "files" / uuid.uuid4().hex
+        try:
+            folder.mkdir(parents=True)
+            write(folder / name)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._note(error)
+            return False
+        return self.add(kind, path=(folder / name).relative_to(self.folder).as_posix(), **values)
+
+    def _note(self, error: OSError) -> None:
+        if self.error is None:
+            logger.warning(
+                "cannot write to %s (%s): metrics and pictures for MLflow are lost until it works again",
+                self.folder,
+                error,
+            )
+        self.error = error
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.removed")

@@ -1,0 +1,214 @@
+"""Folders on a node's disk: what may be removed is removed, nothing else is, and no other user can plant files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from crate_ray.config import PrepareConfig, S3Config
+from crate_ray.data.prepare.builtin import digits_source
+from crate_ray.data.prepare.packing import pack
+from crate_ray.errors import UserError
+from crate_ray.storage import node_folders
+from crate_ray.storage.interface import open_storage
+from crate_ray.storage.node_folders import chosen_folder, evict, file_digest, process_folder, total_size
+
+ROOT = Path(__file__).parents[2]
+OTHER_USER = 12345
+NODE = f"crate-ray-node-{os.getuid()}"
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's temporary folder, for this process and its children; and the user's cache beside it."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder
+
+
+def started(program: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_the_folder_of_a_dead_process_is_removed_by_the_next_that_starts(temporary: Path) -> None:
+    program = (
+        "import sys, time; from crate_ray.storage.node_folders import process_folder\n"
+        "with process_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'part').write_bytes(bytes(100)); print('ready', flush=True); time.sleep(60)"
+    )
+    processes = temporary / NODE / "processes"
+    index = node_folders.index_folder()
+    (index / "something").mkdir()
+    workers = {}
+    for name in ("dead", "alive"):
+        workers[name] = started(program, name)
+        stdout = workers[name].stdout
+        assert stdout is not None and stdout.readline() == "ready\n"
+    try:
+        with process_folder("first") as first:
+            assert sorted(path.name for path in processes.iterdir() if path.is_dir()) == ["alive", "dead", "first"]
+        assert not first.exists()
+        workers["dead"].kill()
+        workers["dead"].wait()
+        with process_folder("second"):
+            assert sorted(path.name for path in processes.iterdir() if path.is_dir()) == ["alive", "second"]
+            assert (processes / "alive" / "part").exists()
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.communicate()
+    assert (index / "something").exists()  # nothing but folders of processes is swept
+
+
+@pytest.fixture
+def dataset(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """Address of a dataset on an S3 server, and the server's."""
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="bucket")
+    uri = "s3://bucket/digits"
+    pack(digits_source("test"), open_storage(uri, S3Config(endpoint_url=endpoint)), PrepareConfig(output=uri))
+    yield uri, endpoint
+    server.stop()
+
+
+@pytest.mark.timeout(120)
+def test_processes_come_and_go_while_others_open_a_dataset(temporary: Path, dataset: tuple[str, str]) -> None:
+    """The index is shared: nobody who starts removes it, and nobody who opens the dataset takes it for damaged."""
+    starts = (
+        "import sys, time; from itertools import count; from pathlib import Path\n"
+        "from crate_ray.storage.node_folders import process_folder\n"
+        "for number in count():\n"
+        "    if Path(sys.argv[2]).exists(): break\n"
+        "    time.sleep(0.005)\n"
+        "    with process_folder(f'{sys.argv[1]}-{number}') as folder:\n"
+        "        (folder / 'part').write_bytes(bytes(100))\n"
+    )
+    opens = (
+        "import sys; from crate_ray.config import S3Config; from crate_ray.storage.interface import open_storage\n"
+        "from crate_ray.data.format.dataset import load_dataset\n"
+        "storage = open_storage(sys.argv[1], S3Config(endpoint_url=sys.argv[2]))\n"
+        "for _ in range(25):\n"
+        "    assert len(load_dataset(storage).index)\n"
+    )
+    stop, index = temporary / "stop", temporary / NODE / "index"
+    coming = [started(starts, name, str(stop)) for name in "ab"]
+    opening = [started(opens, *dataset) for _ in range(2)]
+    processes = coming + opening
+    inodes, deadline = set(), time.monotonic() + 90
+    try:
+        while any(process.poll() is None for process in opening) and time.monotonic() < deadline:
+            if index.exists():
+                inodes |= {(path.name, path.stat().st_ino) for path in index.iterdir() if path.name[0] != "."}
+            time.sleep(0.02)
+        stop.touch()
+        errors = [process.communicate(timeout=10)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0] * 4, errors
+    finally:
+        for process in processes:
+            process.kill()
+    assert len(inodes) == len({name for name, _ in inodes}) == 2  # shards.npy and index.npy, each downloaded once
+
+
+KINDS = {"processes": lambda: process_folder("mine").__enter__(), "index": node_folders.index_folder}
+CACHES = {"features": node_folders.feature_folder, "spool": lambda: node_folders.spool_folder("key")}
+
+
+@pytest.mark.parametrize("level", ["base", "kind"])
+@pytest.mark.parametrize("kind", [*KINDS, *CACHES])
+def test_what_another_user_may_have_planted_is_refused(temporary: Path, tmp_path: Path, kind: str, level: str) -> None:
+    base = temporary / NODE if kind in KINDS else tmp_path / "cache" / "crate-ray"
+    planted = base if level == "base" else base / kind
+    planted.parent.mkdir(parents=True, exist_ok=True)
+    base.parent.chmod(0o755)
+    if level == "kind":
+        base.chmod(0o755)
+    setting = "TMPDIR" if kind in KINDS else "XDG_CACHE_HOME"
+    use = (KINDS | CACHES)[kind]
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    planted.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=rf"the folder {planted} is a symbolic link; remove it, or set {setting} to a"):
+        use()
+    planted.unlink()
+    planted.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        use()
+    planted.unlink()
+    planted.touch()
+    with pytest.raises(UserError, match="is not a folder"):
+        use()
+    planted.unlink()
+    planted.mkdir(mode=0o700)
+    planted.chmod(0o770)
+    with pytest.raises(UserError, match="may be written to by other users"):
+        use()
+    if os.getuid() == 0:
+        planted.chmod(0o700)
+        os.chown(planted, OTHER_USER, OTHER_USER)
+        with pytest.raises(UserError, match=rf"{planted} belongs to another user; remove it, or set {setting} to a"):
+            use()
+        os.chown(planted, 0, 0)
+    assert not any(elsewhere.iterdir())
+    planted.chmod(0o755)  # as an earlier version made it
+    use()
+    assert planted.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_the_user_chose_may_be_a_link_but_not_another_users(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert chosen_folder(tmp_path / "link", "choose another").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot create the folder \S+/file: File exists; choose another"):
+        chosen_folder(tmp_path / "file", "choose another")
+    if os.getuid() == 0:
+        os.chown(tmp_path / "disk", OTHER_USER, OTHER_USER)
+        with pytest.raises(UserError, match=r"the folder \S+/link belongs to another user; choose another"):
+            chosen_folder(tmp_path / "link", "choose another")
+
+
+def test_eviction_removes_what_was_used_longest_ago(tmp_path: Path) -> None:
+    for age, name in enumerate("dcba"):
+        entry = tmp_path / name
+        if name in "ac":
+            entry.mkdir()
+            (entry / "1").write_bytes(bytes(60))
+            (entry / "2").write_bytes(bytes(40))
+        else:
+            entry.write_bytes(bytes(100))
+        os.utime(entry, (time.time() - age * 100,) * 2)  # a is the oldest
+    assert total_size(tmp_path.iterdir()) == 400
+    assert evict(tmp_path.iterdir(), 400) == 400
+    assert evict(tmp_path.iterdir(), 250, keep={tmp_path / "b"}) == 200
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "d"]
+    assert evict([tmp_path / "b", tmp_path / "gone"], 0) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
+
+
+def test_the_digest_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of FIPS 180-2
+    assert file_digest(tmp_path / "file") == expected
+    with (tmp_path / "file").open("rb") as file:
+        file.read(2)
+        assert file_digest(file) == expected
