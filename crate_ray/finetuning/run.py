@@ -100,7 +100,8 @@ def _labelled(config: FinetuneConfig) -> tuple[Manifest, int]:
     """Manifest of the training data, and the number of classes. Raises UserError if samples have no labels."""
     if not isinstance(config.data.train, str) and len(config.data.train) > 1:
         raise UserError(
-            "data.train has several datasets, each with its own class numbers; pack them into one with crate-ray prepare"
+            "data.train has several datasets, each with its own class numbers; pack them into one with "
+            "crate-ray prepare"
         )
     train = config.data.train if isinstance(config.data.train, str) else next(iter(config.data.train))
     manifests = {}
