@@ -101,7 +101,7 @@ class Predictor:
         """
         model, description = load_any(folder)
         if not isinstance(model, Classifier):
-            raise UserError(f"{folder} holds an encoder without classes; fine-tune it with jobs/finetune.py first")
+            raise UserError(f"{folder} holds an encoder without classes; fine-tune it with crate-ray finetune first")
         return cls(model, description, device)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:

@@ -37,12 +37,13 @@ def save(
     scratch: Path,
     name: str = "",
     world_size: int = 1,
+    validation_loss: float | None = None,
 ) -> str:
     """A whole checkpoint, committed; its folder in the run."""
     directory = f"attempt-001/step-{step:08d}{name}"
     state = CheckpointState(step=step, run=record, world_size=world_size, torch_version="2")
     for rank in range(world_size):
         upload(run, tensors, state, directory, rank, scratch)
-    commit = commit_checkpoint(run, directory, step, world_size, timeout=0)
+    commit = commit_checkpoint(run, directory, step, world_size, validation_loss=validation_loss, timeout=0)
     assert commit.directory == directory
     return directory

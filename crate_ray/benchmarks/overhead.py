@@ -123,7 +123,7 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
 
 
 def _train(settings: PretrainConfig, *listeners: Listener) -> None:
-    """As a job trains, without the progress display."""
+    """Train as a job does, without the progress display."""
     run_training(
         settings,
         PretrainTask,

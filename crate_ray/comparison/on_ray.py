@@ -1,4 +1,4 @@
-"""Train the runs of a comparison on Ray, tracked in MLflow, as `jobs/pretrain.py` and `jobs/finetune.py` do."""
+"""Train the runs of a comparison on Ray, tracked in MLflow, as `crate-ray pretrain` and `crate-ray finetune` do."""
 
 from __future__ import annotations
 

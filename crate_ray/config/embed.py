@@ -12,7 +12,9 @@ class EmbedConfig(Settings):
     """Embed every sample of a dataset with a trained encoder; Parquet files with sample keys come out."""
 
     model: str = "models:/crate-mae@champion"
-    """Registered model, or any other that jobs/evaluate.py takes."""
+    """Model that embeds: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a
+    checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
+    runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors)."""
     data: str
     """Local folder or s3://bucket/prefix of the shards, with manifest."""
     output: str

@@ -46,10 +46,11 @@ class EvaluateConfig(Settings):
     }
 
     model: str
-    """Model to measure: a run's folder (its newest checkpoint; <run>@<step> for another), the folder of a checkpoint or
-    of an exported model, runs:/<MLflow run>, models:/<name>@<alias>, or a published checkpoint (.pth, .safetensors)."""
+    """Model to evaluate: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a
+    checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
+    runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors)."""
     baseline: str | None = None
-    """Another model to measure beside it, such as a ViT-MAE trained on the same data."""
+    """Second model to compare with, for example a ViT-MAE trained on the same data; any form that `model` takes."""
     probe: ProbeConfig | None = None
     """Labelled datasets for linear probe and k-NN."""
     all_layers: Advanced[bool] = True

@@ -88,10 +88,11 @@ class FinetuneConfig(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of new weights, data order, augmentation, mixing and drop path."""
     model: str = "scratch"
-    """The pretrained encoder: a run's folder (<run>@<step> for that of a step) or a checkpoint's, runs:/<MLflow run>,
-    models:/<name>@<alias>, the folder of an exported model, or a published checkpoint (.pth, .safetensors, also as
-    published:<file>). 'scratch:<any of these>': the same encoder with random weights, the control. 'scratch': the
-    encoder of the settings below with random weights."""
+    """Pretrained model: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a
+    checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
+    runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors). 'scratch:<any of these>':
+    the same encoder with random weights, the control. 'scratch': the encoder of the settings below with random
+    weights."""
     encoder: Advanced[ModelConfig] = CrateMAEConfig()
     """The encoder of model 'scratch', as for pretraining."""
     recipe: Literal["crate", "mae"] = "crate"

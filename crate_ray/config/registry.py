@@ -12,7 +12,10 @@ class RegisterConfig(Settings):
     """Add the encoder of a run, or the classifier of a fine-tuning, to the MLflow registry as a new version."""
 
     run: str
-    """Folder of the run (storage/name, local or on S3), or its MLflow run id."""
+    """Model to register: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a
+    checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
+    runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors). MLflow must know its
+    run."""
     name: str = "crate-mae"
     """Name of the registered model."""
     tracking: TrackingConfig = TrackingConfig()

@@ -100,7 +100,8 @@ def _labelled(config: FinetuneConfig) -> tuple[Manifest, int]:
     """Manifest of the training data, and the number of classes. Raises UserError if samples have no labels."""
     if not isinstance(config.data.train, str) and len(config.data.train) > 1:
         raise UserError(
-            "data.train has several datasets, each with its own class numbers; pack them into one with jobs/prepare.py"
+            "data.train has several datasets, each with its own class numbers; pack them into one with "
+            "crate-ray prepare"
         )
     train = config.data.train if isinstance(config.data.train, str) else next(iter(config.data.train))
     manifests = {}
@@ -109,7 +110,7 @@ def _labelled(config: FinetuneConfig) -> tuple[Manifest, int]:
         if manifest.num_classes is None:
             raise UserError(
                 f"not every sample of {uri} has a class (a member `cls` with its number); pack images in class "
-                "folders, or shards with labels, with jobs/prepare.py"
+                "folders, or shards with labels, with crate-ray prepare"
             )
     found = manifests[train]
     assert found.num_classes is not None

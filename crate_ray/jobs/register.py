@@ -1,4 +1,4 @@
-"""The model registry: python jobs/register.py register|promote|list
+"""The model registry: crate-ray register register|promote|list
 
 Modules that take seconds to import are imported after the settings are parsed.
 """
@@ -23,7 +23,7 @@ def register(config: RegisterConfig) -> None:
     kind, step = version.tags[registry.KIND_TAG], version.tags["step"]
     print(f"{config.name} version {version.version} is the {kind} of {config.run} (step {step})")
     if kind == "encoder":
-        print(f"next: python jobs/register.py promote --version {version.version} --probe.train … --probe.test …")
+        print(f"next: crate-ray register promote --version {version.version} --probe.train … --probe.test …")
 
 
 def promote(config: PromoteConfig) -> None:

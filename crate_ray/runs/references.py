@@ -41,11 +41,11 @@ from crate_ray.storage.interface import Storage, open_storage
 
 PUBLISHED_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 FORMS = (
-    "a run's folder, <run>@<step>, <run>@best, a checkpoint's folder, the folder of an exported model, "
-    "models:/<name>@<alias>, models:/<name>/<version>, runs:/<MLflow run id>, or a published checkpoint "
-    "(.pth, .pt, .ckpt, .bin, .safetensors)"
+    "a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a checkpoint's folder, "
+    "the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>, runs:/<MLflow run id>, or a "
+    "published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors)"
 )
-"""The forms, for messages."""
+"""The forms in words, for messages. The help of every setting that names a model has the same words."""
 
 _PUBLISHED = "published:"
 _REGISTERED, _MLFLOW_RUN = "models:/", "runs:/"
