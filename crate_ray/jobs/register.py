@@ -71,5 +71,6 @@ def run() -> NoReturn:
             "register": (RegisterConfig, register),
             "promote": (PromoteConfig, promote),
             "list": (ListConfig, show),
-        }
+        },
+        default="register",
     )
