@@ -28,8 +28,8 @@ from crate_ray.config.automatic import (
 from crate_ray.config.values import merge, validate
 from crate_ray.errors import UserError
 from crate_ray.jobs.automatic import complete, prepare_data, run_name
-from crate_ray.runs.checkpoint import write_record
-from crate_ray.runs.pretraining import open_run
+from crate_ray.runs.pretraining import open_pretraining
+from crate_ray.runs.record import write_record
 from crate_ray.storage.interface import open_storage
 from crate_ray.training.step import peak_learning_rate
 
@@ -174,7 +174,7 @@ def test_a_folder_of_images_is_packed_once_and_resumes(photos: Path, capsys: pyt
     assert lines[0].startswith("data      54 images, 6 held out for validation: packed into ")
     assert config.name == "my-photos" == run_name("my photos")
     assert (config.model.image_size, config.training.batch_size) == (48, 16)
-    run = open_run(config)
+    run = open_pretraining(config)
     assert run.mixture.datasets[0].manifest.num_samples == 54
     keys = {str(path): path.stat().st_mtime_ns for path in Path("runs/datasets").rglob("*")}
     assert parse(f"--data={photos}") == config  # the same choices, and nothing is packed again
@@ -198,12 +198,12 @@ def test_held_out_images_are_not_trained_on(photos: Path) -> None:
     sizes = []
     for uri in (prepared.train, prepared.validation):
         config = validate(PretrainConfig, {"data": {"train": uri}, "training": {"steps": 1}})
-        sizes.append(open_run(config).mixture.datasets[0].manifest.num_samples)
+        sizes.append(open_pretraining(config).mixture.datasets[0].manifest.num_samples)
     assert sizes == [54, 6]
     given = {"data": {"validation": prepared.validation}}
     own = prepare_data(open_storage(str(photos), S3Config()), open_storage("out", S3Config()), given)
     config = validate(PretrainConfig, {"data": {"train": own.train}, "training": {"steps": 1}})
-    assert open_run(config).mixture.datasets[0].manifest.num_samples == 60
+    assert open_pretraining(config).mixture.datasets[0].manifest.num_samples == 60
     assert own.validation == prepared.validation
 
 
@@ -225,7 +225,7 @@ def test_shards_a_dataset_and_split_folders_are_used_as_they_are(
     assert sorted(foreign.rglob("*")) == before
     assert isinstance(indexed.train, str) and "runs/datasets/foreign-" in indexed.train and indexed.validation
     config = validate(PretrainConfig, {"data": {"train": indexed.train}, "training": {"steps": 1}})
-    (dataset,) = open_run(config).mixture.datasets
+    (dataset,) = open_pretraining(config).mixture.datasets
     assert dataset.manifest.num_samples == 54
     assert dataset.manifest.shards_uri == str(foreign.absolute() / "train")
     # A folder of images with train/ and test/ is split as it is.
