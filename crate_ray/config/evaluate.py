@@ -46,8 +46,9 @@ class EvaluateConfig(Settings):
     }
 
     model: str
-    """Model to measure: a run's folder (its newest checkpoint; <run>@<step> for another), the folder of a checkpoint or
-    of an exported model, runs:/<MLflow run>, models:/<name>@<alias>, or a published checkpoint (.pth, .safetensors)."""
+    """Model to measure: a run's folder (its newest checkpoint; <run>@<step> or <run>@best for another), the folder of a
+    checkpoint or of an exported model, runs:/<MLflow run>, models:/<name>@<alias>, or a published checkpoint (.pth,
+    .safetensors)."""
     baseline: str | None = None
     """Another model to measure beside it, such as a ViT-MAE trained on the same data."""
     probe: ProbeConfig | None = None

@@ -29,8 +29,8 @@ class PretrainConfig(Settings):
     """Seed of the initial weights, the data order, augmentation and masks."""
     init_from: str | None = None
     """Model to take the initial weights from. The run still starts at step 0. A run's folder (its newest checkpoint;
-    <run>@<step> for another), models:/<name>@<alias>, runs:/<MLflow run>, the folder of an exported model, or a
-    checkpoint file of the published code (.pth, .pt, .bin, .safetensors)."""
+    <run>@<step> or <run>@best for another), the folder of a checkpoint or of an exported model, models:/<name>@<alias>,
+    runs:/<MLflow run>, or a checkpoint file of the published code (.pth, .pt, .ckpt, .bin, .safetensors)."""
     model: ModelConfig = CrateMAEConfig()
     """Architecture and size."""
     data: DataConfig

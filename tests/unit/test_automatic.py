@@ -192,6 +192,21 @@ def test_a_folder_of_images_is_packed_once_and_resumes(photos: Path, capsys: pyt
     assert other.data.train != config.data.train
 
 
+def test_a_batch_that_is_not_set_fits_the_data(photos: Path) -> None:
+    packed = parse("--data", str(photos)).data.train
+    values = {"name": "small", "data": {"train": packed}, "training": {"epochs": 1}}
+    run = open_pretraining(validate(PretrainConfig, values))
+    assert (run.config.training.batch_size, run.total_steps) == (8, 6)  # of 54 samples
+    # The run keeps its batch, whatever would be the default by now.
+    kept = run.config.model_copy(update={"training": run.config.training.model_copy(update={"batch_size": 4})})
+    write_record(run.storage, run.record.model_copy(update={"config": kept}))
+    assert open_pretraining(validate(PretrainConfig, values)).config.training.batch_size == 4
+    given = merge(values, {"name": "large", "training": {"batch_size": 256}})
+    sentence = "a batch of 256 does not fit the 54 samples of .*; set training.batch_size to at most 54, such as 8, or "
+    with pytest.raises(UserError, match=sentence):
+        open_pretraining(validate(PretrainConfig, given))
+
+
 def test_held_out_images_are_not_trained_on(photos: Path) -> None:
     prepared = prepare_data(open_storage(str(photos), S3Config()), open_storage("out", S3Config()), {})
     assert prepared.validation
