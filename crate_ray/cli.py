@@ -201,8 +201,9 @@ def _config_path(argv: Sequence[str]) -> Path | None:
         return path
     example = find_example(str(path))
     if example is None:
-        names = [example.name for example in example_configs()]
-        raise UserError(f"there is no file {path}, and no example of that name{suggest(str(path), names)}")
+        close = closest(path.stem, [example.stem for example in example_configs()])
+        hint = f", did you mean {close}.yaml?" if close else "; crate-ray configs lists the examples"
+        raise UserError(f"there is no file {path}, and no example of that name{hint}")
     print(f"config: {example.name} is the example that comes with crate-ray ({example})", file=sys.stderr)
     return example
 

@@ -16,6 +16,7 @@ GIB = 2**30
 _GPU_PRESETS = ((20_000, "tiny"), (200_000, "small"), (5_000_000, "base"))
 _NICE_EPOCHS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 600, 800)
 _BASE_LR, _LEAST_LR = 1.5e-4, 5e-4
+_FEW_PATCHES = 16  # of which three quarters cannot be hidden
 _MOST_IMAGES_HELD_OUT = 10_000
 
 
@@ -106,6 +107,7 @@ def choose(data: DataFacts, machine: MachineFacts, given: dict[str, Any] | None 
             "image_size": hw[0] if hw[0] == hw[1] else list(hw),
             "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
             "channels": data.channels,
+            **({"mask_ratio": 0.5} if patches <= _FEW_PATCHES else {}),
             **({} if _has_sizes(model) else {"preset": preset}),
         },
         "training": {"batch_size": batch, "epochs": epochs},
@@ -146,7 +148,7 @@ def held_out_count(num_samples: int) -> int:
     if num_samples < 50:
         return 0
     share = 0.05 if num_samples >= 5_000 else 0.1
-    return min(round(num_samples * share), _MOST_IMAGES_HELD_OUT)
+    return min(int(num_samples * share), _MOST_IMAGES_HELD_OUT)
 
 
 def _image_size(data: DataFacts, machine: MachineFacts, given: tuple[int, int] | None) -> tuple[tuple[int, int], str]:
@@ -159,7 +161,7 @@ def _image_size(data: DataFacts, machine: MachineFacts, given: tuple[int, int] |
         return hw, f"all samples are {height} × {width}"
     if grid:
         scale = min(1, most / max(height, width))
-        hw = _rounded(round(height * scale)), _rounded(round(width * scale))
+        hw = _rounded(max(1, round(height * scale))), _rounded(max(1, round(width * scale)))
         return hw, f"samples are {height} × {width}, at most {most} on a {machine.device}"
     shortest = min(height, width)
     side = _rounded(min(shortest, most))

@@ -15,25 +15,25 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
 class BenchmarkDataConfig(Settings):
-    """Measure our loader, stock webdataset and, where installed, spdl and LitData, with the same output."""
+    """Measure data loading: our loader, stock webdataset and, if installed, spdl and LitData, with the same output."""
 
     data: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Datasets of images as jobs/prepare.py leaves them: a local folder or s3://bucket/prefix, or several as
-    name=address (a mapping in YAML). Ratios are against webdataset on the first one."""
+    """Prepared datasets of images: a local folder or s3://bucket/prefix, or several as name=address (a mapping in
+    YAML). Ratios are relative to webdataset on the first one."""
     image_size: PositiveInt = 224
-    """Side of the images that come out, in pixels."""
+    """Side of the loaded images in pixels."""
     batch_size: PositiveInt = 64
     """Images per batch."""
     seconds: Annotated[float, Field(gt=0)] = 10.0
-    """Duration of each measurement in seconds, after the first batch and a moment more."""
+    """Seconds of each measurement, after a short warm-up."""
     repeats: PositiveInt = 3
-    """Measurements of each loader, in turns; the fastest counts."""
+    """Measurements of each loader, in turns; the fastest is reported."""
     processes: Advanced[Annotated[tuple[PositiveInt, ...], Field(min_length=1)]] = (1, 2, 4)
-    """Numbers of loader processes that webdataset and LitData are measured with; the fastest counts."""
+    """Numbers of loader processes to try for webdataset and LitData; the fastest is reported."""
     memory_bytes: Advanced[PositiveInt] = 2 * 2**30
-    """Our loader keeps data up to this many bytes in memory, as in training; 1 makes it stream."""
+    """Largest dataset that our loader keeps in memory, as in training; 1 makes it stream."""
     json_file: Annotated[str | None, Field(alias="json")] = None
-    """File to write every figure to, as JSON."""
+    """JSON file to write all results to."""
     s3: S3Config = S3Config()
     """Object storage."""
 
@@ -65,10 +65,10 @@ def _named(entry: str) -> tuple[str, str]:
 
 
 class BenchmarkOrderConfig(Settings):
-    """Measure what planning costs on very large data, and how well shards that are sorted by class are mixed."""
+    """Measure the cost of planning the order of a very large dataset, and how well sorted shards are mixed."""
 
     num_shards: PositiveInt = 1_000_000
-    """Shards of the synthetic dataset that is planned for; its index takes some hundred MB of the temporary folder."""
+    """Shards of the synthetic dataset; its index takes some hundred MB in the temporary folder."""
     shard_samples: Advanced[PositiveInt] = 1000
     """Samples per shard."""
     sample_bytes: Advanced[Annotated[int, Field(ge=512)]] = 110 * 2**10
@@ -84,24 +84,24 @@ class BenchmarkOrderConfig(Settings):
     buffer_bytes: Advanced[PositiveInt] = 2**30
     """data.buffer_bytes of each worker."""
     json_file: Annotated[str | None, Field(alias="json")] = None
-    """File to write every figure to, as JSON."""
+    """JSON file to write all results to."""
 
 
 class BenchmarkScalingConfig(Settings):
-    """Estimate how a model trains on 8 to 512 GPUs, from the bytes that a step moves. The defaults are H100 nodes."""
+    """Estimate training on 8 to 512 GPUs from the bytes that a step moves. The defaults are nodes of H100s."""
 
     model: ModelConfig = CrateMAEConfig(preset="base")
-    """The model, as for pretraining."""
+    """Model, as for pretraining."""
     batch_size: PositiveInt = 4096
-    """Global batch; the GPUs share it."""
+    """Global batch, over all GPUs."""
     gpus: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 16, 32, 64, 128, 256, 512)
     """Numbers of GPUs."""
     peak_flops: Annotated[float, Field(gt=0)] = 989e12
     """Peak of one GPU in FLOP/s, bf16 without sparsity (H100 SXM)."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the peak that the computation alone reaches, as jobs/benchmark.py train measures it."""
+    """Share of the peak that computation alone reaches; `crate-ray benchmark train` measures it."""
     gpus_per_node: PositiveInt = 8
-    """GPUs of a node."""
+    """GPUs per node."""
     gpu_bytes_per_second: Annotated[float, Field(gt=0)] = 450e9
     """Bandwidth of a GPU's links within the node, one direction (NVLink 4)."""
     node_bytes_per_second: Annotated[float, Field(gt=0)] = 400e9
@@ -109,37 +109,37 @@ class BenchmarkScalingConfig(Settings):
     latency_seconds: Advanced[Annotated[float, Field(ge=0)]] = 10e-6
     """Latency of one hop between nodes."""
     json_file: Annotated[str | None, Field(alias="json")] = None
-    """File to write every figure to, as JSON."""
+    """JSON file to write all results to."""
 
 
 class BenchmarkOverheadConfig(Settings):
-    """Measure what a Ray Train job costs beside training, against the same loop bare under torchrun."""
+    """Measure the overhead of a Ray Train job, compared with the same loop under torchrun."""
 
     data: str | None = None
-    """Dataset as jobs/prepare.py leaves it; by default generated shapes of the model's size."""
+    """Prepared dataset; by default generated shapes of the model's size."""
     samples: PositiveInt = 2000
-    """Shapes to generate."""
+    """Number of shapes to generate."""
     model: ModelConfig = CrateMAEConfig(preset="small", image_size=96, patch_size=8)
-    """The model, as for pretraining."""
+    """Model, as for pretraining."""
     batch_size: PositiveInt = 16
     """Global batch."""
     workers: PositiveInt = 2
-    """Training processes."""
+    """Number of training processes."""
     cpus_per_worker: PositiveInt | None = None
-    """Threads of each, on a CPU; by default all that the machine has for it. Fewer leave room for Ray's own processes,
-    which otherwise take their share of the cores from the training."""
+    """CPU threads of each process; by default an equal share of the machine's. Fewer leave cores for Ray's own
+    processes, which otherwise compete with the training."""
     steps: PositiveInt = 60
     """Steps of each run."""
     log_every: PositiveInt = 10
-    """Steps between logged metrics, and of one measured interval; the first one of each run is left out."""
+    """Steps between logged metrics. This is also the measured interval; the first one of each run is left out."""
     rounds: PositiveInt = 2
-    """Runs of each kind, in turns; medians over their intervals are compared."""
+    """Runs of each kind, in turns. The medians of their intervals are compared."""
     checkpoint_preset: PresetName | None = "base"
-    """Size of the model whose checkpoints are measured; null to leave that out."""
+    """Size of the model whose checkpoints are measured; null for none."""
     checkpoint_batch_size: PositiveInt = 4
-    """Its global batch."""
+    """Global batch of that model."""
     json_file: Annotated[str | None, Field(alias="json")] = None
-    """File to write every figure to, as JSON."""
+    """JSON file to write all results to."""
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -152,37 +152,37 @@ Contestant = Literal["crate_mae", "plain", "vit_mae", "vit_mae_matched"]
 
 
 class BenchmarkTrainConfig(Settings):
-    """Measure training: CRATE-MAE, its equations written out plainly, and ViT-MAE, each in a process of its own."""
+    """Measure training speed and memory of CRATE-MAE, of its equations as written, and of ViT-MAE."""
 
     presets: Annotated[tuple[PresetName, ...], Field(min_length=1)] | None = None
-    """Sizes of the models. By default all on a GPU, tiny and small on a CPU."""
+    """Sizes of the models; by default all on a GPU, tiny and small on a CPU."""
     precisions: Annotated[tuple[Literal["bf16", "fp32"], ...], Field(min_length=1)] = ("bf16", "fp32")
-    """Autocast to bf16, and plain fp32."""
+    """Precisions: autocast to bf16, or fp32."""
     contestants: Annotated[tuple[Contestant, ...], Field(min_length=1)] = (
         "crate_mae", "plain", "vit_mae", "vit_mae_matched",
     )  # fmt: skip
-    """'crate_mae' as we train it, 'plain' for the same function as its equations read, 'vit_mae' of the same width,
-    depth and heads, 'vit_mae_matched' of as many parameters."""
+    """Models: 'crate_mae' as trained, 'plain' for the same function as its equations are written, 'vit_mae' of the same
+    width, depth and heads, 'vit_mae_matched' with the same parameter count."""
     image_size: PositiveInt = 224
     """Side of the images in pixels; a multiple of 16."""
     batch_size: PositiveInt | None = None
-    """Images per step. By default 128 on a GPU, 8 on a CPU."""
+    """Images per step; by default 128 on a GPU, 8 on a CPU."""
     image_sizes: tuple[PositiveInt, ...] = (224, 448, 672, 896)
-    """Sides at which time and memory are measured, for the first preset and precision; none to leave that out."""
+    """Image sides at which time and memory are measured, for the first preset and precision."""
     image_sizes_batch: Advanced[PositiveInt | None] = None
-    """Images per step for that. By default 8 on a GPU, 1 on a CPU."""
+    """Images per step of the measurements by image size; by default 8 on a GPU, 1 on a CPU."""
     seconds: Annotated[float, Field(gt=0)] = 3.0
-    """Duration of each measurement in seconds, after two steps to warm up; at least three steps."""
+    """Seconds of each measurement, after two warm-up steps; at least three steps."""
     repeats: PositiveInt = 1
-    """Measurements of each contestant, in turns; the fastest counts."""
+    """Measurements of each model, in turns; the fastest is reported."""
     compile: Literal["auto", "layers", "off"] = "auto"
-    """training.compile of all but 'plain'."""
+    """training.compile for all models but 'plain'."""
     activation_checkpointing: bool = False
     """Train all but 'plain' with training.activation_checkpointing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; 'auto' takes a GPU where there is one."""
+    """Device; 'auto' is a GPU if there is one."""
     peak_flops: Advanced[Annotated[float, Field(gt=0)] | None] = None
-    """FLOP/s that count as 100 % in bf16. By default what the GPU's maker states, or, on a CPU or an unknown GPU, the
-    rate of a large matrix product; fp32 is always measured."""
+    """FLOP/s that count as 100 % MFU in bf16; by default the GPU's data sheet, or the measured rate of a large matrix
+    product on a CPU or an unknown GPU. fp32 is always measured."""
     json_file: Annotated[str | None, Field(alias="json")] = None
-    """File to write every figure to, as JSON."""
+    """JSON file to write all results to."""

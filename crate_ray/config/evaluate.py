@@ -46,8 +46,8 @@ class EvaluateConfig(Settings):
     }
 
     model: str
-    """Model to evaluate: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a
-    checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
+    """Model to evaluate. Forms: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation
+    loss), a checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
     runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors)."""
     baseline: str | None = None
     """Second model to compare with, for example a ViT-MAE trained on the same data; any form that `model` takes."""

@@ -19,11 +19,5 @@ def find_example(name: str) -> Path | None:
 
 
 def summary(path: Path) -> str:
-    """What an example says of itself: the first sentence of its opening comment."""
-    comment: list[str] = []
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        comment.append(line.removeprefix("#").strip())
-    sentence, _, _ = " ".join(comment).partition(". ")
-    return sentence.rstrip(".")
+    """What an example says of itself: the first line of its opening comment."""
+    return path.read_text().partition("\n")[0].lstrip("# ").rstrip(".:")

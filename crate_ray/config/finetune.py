@@ -16,7 +16,7 @@ FINETUNE_RECIPES: dict[str, dict[str, Any]] = {
     "crate": {
         "pooling": "cls",
         "data": {"crop_scale": (0.08, 1.0)},
-        "training": {"batch_size": 256, "epochs": 200},
+        "training": {"epochs": 200},  # batch 256 is the default, which gives way to small data
         "optim": {
             "lr": 5e-5, "min_lr": 0.0, "warmup": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.01, "clip_norm": None,
         },
@@ -50,76 +50,76 @@ Pooling = Literal["cls", "mean"]
 
 
 class ClassifierConfig(Settings):
-    """A classifier: an encoder, the feature that it is read at, and a norm and a linear map to classes."""
+    """A classifier: an encoder, a feature of it, then a norm and a linear map to classes."""
 
     num_classes: PositiveInt
     """Number of classes."""
     pooling: Pooling = "cls"
-    """Feature: the CLS token of the last layer, or the mean of its patch tokens."""
+    """Feature: 'cls', the CLS token of the last layer, or 'mean' of its patch tokens."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes, in the order of their numbers, where known."""
+    """Names of the classes in the order of their numbers, if known."""
 
 
 class AugmentConfig(Settings):
-    """What is done to training samples beside crop and flip."""
+    """Augmentation of training samples besides crop and flip."""
 
     randaugment: Annotated[int, Field(ge=0, le=14)] = 2
-    """Operations that RandAugment (arXiv 1909.13719) applies to each image, drawn anew for each; 0 for none."""
+    """Operations that RandAugment (arXiv 1909.13719) applies to each image; 0 for none."""
     magnitude: Advanced[Annotated[float, Field(gt=0, lt=30)]] = 14.0
-    """Their magnitude M of 30, with the operations and ranges of torchvision."""
+    """Magnitude M of RandAugment, out of 30, with the operations and ranges of torchvision."""
     mixup: Advanced[Annotated[float, Field(ge=0)]] = 0.0
-    """α of mixup (arXiv 1710.09412): pairs of samples are averaged with a weight λ ~ Beta(α, α) drawn for each batch; 0
-    for none."""
+    """α of mixup (arXiv 1710.09412); 0 for none. Pairs of samples are averaged with a weight λ ~ Beta(α, α), drawn for
+    each batch."""
     cutmix: Advanced[Annotated[float, Field(ge=0)]] = 0.0
-    """α of CutMix (arXiv 1905.04899): a box of the area 1 − λ comes from the other sample of the pair; 0 for none. With
-    both, each batch has one of them, either as likely."""
+    """α of CutMix (arXiv 1905.04899); 0 for none. A box of area 1 − λ comes from the other sample of the pair. With
+    mixup too, each batch uses one of the two at random."""
 
 
 class FinetuneConfig(Settings):
-    """Train a pretrained encoder, or the same encoder from random weights, to classify labelled images, on Ray.
+    """Train a pretrained encoder to classify labelled images, on Ray.
 
-    A recipe gives the settings that are not set.
+    A recipe gives the defaults of the settings that are not set.
     """
 
     name: RunName = "finetune"
-    """Name of the run. The same name and storage resume the run where its last checkpoint left it."""
+    """Name of the run; the same name and storage resume it."""
     storage: str = "runs"
-    """Local folder or s3://bucket/prefix for checkpoints and results; with several nodes one that all reach."""
+    """Local folder or s3://bucket/prefix for checkpoints and results. On several nodes, all of them must reach it."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of new weights, data order, augmentation, mixing and drop path."""
+    """Seed of new weights, the data order, augmentation, mixing and drop path."""
     model: str = "scratch"
-    """Pretrained model: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a
-    checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
-    runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors). 'scratch:<any of these>':
-    the same encoder with random weights, the control. 'scratch': the encoder of the settings below with random
-    weights."""
+    """Pretrained encoder. Forms: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation
+    loss), a checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
+    runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors). 'scratch:<any of these>' is
+    the same encoder with random weights, as a control; 'scratch' is the encoder of the settings under `encoder` with
+    random weights."""
     encoder: Advanced[ModelConfig] = CrateMAEConfig()
-    """The encoder of model 'scratch', as for pretraining."""
+    """Encoder of model 'scratch', as for pretraining."""
     recipe: Literal["crate", "mae"] = "crate"
-    """Where settings come from that are not set: 'crate', how CRATE was fine-tuned (its public code), or 'mae', how MAE
-    was (arXiv 2111.06377, table 9): layer-wise decay, mixup, CutMix, drop path, label smoothing."""
+    """Recipe that gives the defaults: 'crate', the fine-tuning of the public CRATE code, or 'mae', that of MAE (arXiv
+    2111.06377, table 9) with layer-wise decay, mixup, CutMix, drop path and label smoothing."""
     pooling: Pooling = "cls"
-    """What is classified: the CLS token of the last layer, or the mean of its patch tokens."""
+    """Feature to classify: 'cls', the CLS token of the last layer, or 'mean' of its patch tokens."""
     data: DataConfig
-    """The data; every sample has its class as member `cls`."""
+    """Labelled datasets: every sample has its class as member `cls`."""
     training: TrainingConfig = TrainingConfig(epochs=200)
-    """The training run."""
+    """Batch, length and precision."""
     optim: OptimConfig = OptimConfig(lr=5e-5, warmup=0.0, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=None)
-    """The optimiser and its schedule."""
+    """AdamW and its learning rate."""
     layer_decay: Advanced[Annotated[float, Field(gt=0, le=1)]] = 1.0
-    """Layer-wise decay: each encoder layer's learning rate is that of the layer above it times this; the classifier has
-    the whole rate, the patch embedding layer_decay ** (depth + 1) of it."""
+    """Layer-wise decay: the learning rate of each encoder layer is that of the layer above times this. The classifier
+    has the full rate, the patch embedding layer_decay ** (depth + 1) of it."""
     drop_path: Advanced[Annotated[float, Field(ge=0, lt=1)]] = 0.0
-    """Drop path (stochastic depth, arXiv 1603.09382): share of samples that skip a residual branch in the last layer;
-    it rises linearly from 0 in the first. In CRATE the compression step is one; ISTA has no residual to skip to."""
+    """Drop path (stochastic depth, arXiv 1603.09382): share of samples that skip a residual branch in the last layer.
+    It rises linearly from 0 in the first layer. In CRATE this is the compression step; ISTA has no residual."""
     label_smoothing: Advanced[Annotated[float, Field(ge=0, lt=1)]] = 0.0
-    """Share of each label that is spread over all classes."""
+    """Label smoothing: share of each label that is spread over all classes."""
     augment: AugmentConfig = AugmentConfig()
-    """Augmentation beside crop and flip."""
+    """Augmentation besides crop and flip."""
     scaling: ScalingConfig = ScalingConfig()
-    """The workers."""
+    """Ray Train workers."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints."""
+    """When state is saved."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     s3: S3Config = S3Config()
@@ -147,15 +147,15 @@ class FinetuneConfig(Settings):
     @model_validator(mode="after")
     def _check_training(self) -> Self:
         if self.checkpoint.keep_best and not self.data.validation:
-            raise ValueError("checkpoint.keep_best goes by the validation loss; set data.validation")
+            raise ValueError("checkpoint.keep_best compares validation losses; set data.validation")
         if self.mixes and self.training.batch_size % 2:
             raise ValueError(
-                f"mixup and cutmix mix pairs of samples, and training.batch_size {self.training.batch_size} is odd; "
-                "use an even one"
+                f"mixup and cutmix need an even training.batch_size, not {self.training.batch_size}: they mix pairs of "
+                "samples"
             )
         return self
 
     @property
     def mixes(self) -> bool:
-        """Whether samples are mixed in pairs."""
+        """Whether pairs of samples are mixed."""
         return bool(self.augment.mixup or self.augment.cutmix)

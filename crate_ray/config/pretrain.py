@@ -28,10 +28,10 @@ class PretrainConfig(Settings):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the initial weights, the data order, augmentation and masks."""
     init_from: str | None = None
-    """Model whose weights the run starts from, at step 0: a run's folder (its newest checkpoint), <run>@<step>,
-    <run>@best (lowest validation loss), a checkpoint's folder, the folder of an exported model, models:/<name>@<alias>,
-    models:/<name>/<version>, runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin,
-    .safetensors)."""
+    """Model to take the initial weights from. The run still starts at step 0. Forms: a run's folder (its newest
+    checkpoint), <run>@<step>, <run>@best (lowest validation loss), a checkpoint's folder, the folder of an exported
+    model, models:/<name>@<alias>, models:/<name>/<version>, runs:/<MLflow run id>, or a published checkpoint (.pth,
+    .pt, .ckpt, .bin, .safetensors)."""
     model: ModelConfig = CrateMAEConfig()
     """Architecture and size."""
     data: DataConfig

@@ -1,1 +1,1 @@
-"""The mains of all jobs: `crate-ray NAME` and `python jobs/NAME.py` both run them."""
+"""The main function of every job, which `crate-ray NAME` and `python jobs/NAME.py` run."""

@@ -1,6 +1,6 @@
-"""Measurements to compare with: python jobs/benchmark.py data, order, train, overhead or scaling (an estimate).
+"""Measure data loading, data order, training and overhead, and estimate scaling: crate-ray benchmark data|order|…
 
-A command imports what it measures when it runs: a machine without Ray or boto3 can measure training.
+Each command imports what it measures when it runs, so training can be measured without Ray and boto3.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TITLES = {
 
 
 def data(config: BenchmarkDataConfig) -> None:
-    """Measure our loader, stock webdataset, spdl and LitData, and show the fastest of each as a table."""
+    """Measure our loader, stock webdataset, spdl and LitData, and print the fastest repeat of each as a table."""
     from crate_ray.benchmarks.data_loading import compare
 
     _check_writable(config.json_file)
@@ -83,7 +83,7 @@ def data(config: BenchmarkDataConfig) -> None:
 
 
 def order(config: BenchmarkOrderConfig) -> None:
-    """Measure planning and mixing, and show them as a table."""
+    """Measure planning and mixing, and print tables."""
     from crate_ray.benchmarks.data_order import measure_order
 
     _check_writable(config.json_file)
@@ -110,7 +110,7 @@ def order(config: BenchmarkOrderConfig) -> None:
 
 
 def train(config: BenchmarkTrainConfig) -> None:
-    """Measure training, and show speed and memory as tables."""
+    """Measure training, and print speed and memory as tables."""
     from crate_ray.benchmarks.training import compare as compare_training
 
     _check_writable(config.json_file)
@@ -161,7 +161,7 @@ def _training_row(contestant: str, found: dict[str, Any]) -> tuple[str, ...]:
 
 
 def overhead(config: BenchmarkOverheadConfig) -> None:
-    """Measure what a Ray Train job costs beside training, and show it as a table."""
+    """Measure the overhead of a Ray Train job, and print it as a table."""
     from crate_ray.benchmarks.overhead import measure
 
     _check_writable(config.json_file)
@@ -191,7 +191,7 @@ def overhead(config: BenchmarkOverheadConfig) -> None:
 
 
 def scaling(config: BenchmarkScalingConfig) -> None:
-    """Estimate steps on many GPUs, and show them as a table."""
+    """Estimate step times on many GPUs, and print them as a table."""
     from crate_ray.benchmarks.scaling import estimate
     from crate_ray.comparison.variants import count_parameters
 
@@ -221,7 +221,7 @@ def scaling(config: BenchmarkScalingConfig) -> None:
 
 
 def _check_writable(json_file: str | None) -> None:
-    """Find out now, rather than when all is measured."""
+    """Check before the measurement that the JSON file can be written."""
     if json_file:
         try:
             Path(json_file).open("a").close()
@@ -230,7 +230,7 @@ def _check_writable(json_file: str | None) -> None:
 
 
 def run() -> NoReturn:
-    """The command."""
+    """Parse the command line and run the job."""
     run_subcommand(
         {
             "data": (BenchmarkDataConfig, data),

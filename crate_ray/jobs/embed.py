@@ -1,6 +1,6 @@
-"""Embed a dataset: python jobs/embed.py --model models:/crate-mae@champion --data s3://data/mine --output s3://out
+"""Embed a dataset: crate-ray embed --model models:/crate-mae@champion --data s3://data/mine --output s3://out
 
-What takes seconds to import is imported once the settings are read.
+Modules that take seconds to import are imported after the settings are read.
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ def main(config: EmbedConfig) -> None:
 
 
 def run() -> NoReturn:
-    """The command."""
+    """Parse the command line and run the job."""
     run_job(EmbedConfig, main)

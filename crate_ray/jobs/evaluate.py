@@ -1,6 +1,6 @@
 """Evaluate a pretrained model: crate-ray evaluate --model runs/mine --probe.train … --probe.test … --data …
 
-Or train several models in the same way and evaluate all of them: crate-ray evaluate compare --config FILE.yaml
+`evaluate compare` is the same as `crate-ray compare`.
 
 Ray and MLflow are imported only if they are needed: a comparison with --launcher none runs without them.
 """

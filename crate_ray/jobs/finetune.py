@@ -1,6 +1,6 @@
-"""Fine-tune a pretrained encoder to classify: crate-ray finetune --model runs/mine --data.train data/labelled …
+"""Fine-tune a pretrained encoder to classify: crate-ray finetune --model runs/mine --data.train data/labelled
 
-Modules that take seconds to import are imported after the settings are parsed.
+Modules that take seconds to import are imported after the settings are read.
 """
 
 from __future__ import annotations
@@ -28,5 +28,5 @@ def main(config: FinetuneConfig) -> None:
 
 
 def run() -> NoReturn:
-    """Run the command."""
+    """Parse the command line and run the job."""
     run_job(FinetuneConfig, main)

@@ -1,6 +1,6 @@
 """Pack images or .npy grids into WebDataset shards with a manifest and an index, or index shards that are there.
 
-What takes seconds to import is imported once the settings are read.
+Modules that take seconds to import are imported after the settings are read.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, NoReturn
 
-from crate_ray.cli import run_job
+from crate_ray.cli import command, run_job
 from crate_ray.config import PrepareConfig
 from crate_ray.errors import UserError
 
@@ -38,8 +38,8 @@ def main(config: PrepareConfig) -> None:
         f"{output.uri}: {manifest.num_samples:,} {manifest.kind}s in {shards} ({manifest.total_bytes:,} bytes), "
         f"{manifest.channels} × {size}{classes}"
     )
-    endpoint = f" --s3.endpoint_url {shlex.quote(config.s3.endpoint_url)}" if config.s3.endpoint_url else ""
-    print(f"next: python jobs/pretrain.py --data.train {shlex.quote(output.uri)}{endpoint} ...")
+    endpoint = f" --s3.endpoint-url {shlex.quote(config.s3.endpoint_url)}" if config.s3.endpoint_url else ""
+    print(f"next: {command('pretrain')} --data {shlex.quote(output.uri)}{endpoint}")
 
 
 def find_source(config: PrepareConfig, output_uri: str) -> Source:
@@ -66,5 +66,5 @@ def find_source(config: PrepareConfig, output_uri: str) -> Source:
 
 
 def run() -> NoReturn:
-    """The command."""
+    """Parse the command line and run the job."""
     run_job(PrepareConfig, main)

@@ -35,5 +35,5 @@ def choose_settings(values: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def run() -> NoReturn:
-    """Parse the command line and pretrain."""
+    """Parse the command line and run the job."""
     run_job(PretrainConfig, main, complete=choose_settings)

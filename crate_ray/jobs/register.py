@@ -1,6 +1,6 @@
-"""The model registry: crate-ray register register|promote|list
+"""The model registry: crate-ray register --run runs/mine, crate-ray register promote, crate-ray register list
 
-Modules that take seconds to import are imported after the settings are parsed.
+Modules that take seconds to import are imported after the settings are read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from rich.table import Table
 
-from crate_ray.cli import run_subcommand
+from crate_ray.cli import command, run_subcommand
 from crate_ray.config import ListConfig, PromoteConfig, RegisterConfig
 from crate_ray.progress import console
 
@@ -23,7 +23,7 @@ def register(config: RegisterConfig) -> None:
     kind, step = version.tags[registry.KIND_TAG], version.tags["step"]
     print(f"{config.name} version {version.version} is the {kind} of {config.run} (step {step})")
     if kind == "encoder":
-        print(f"next: crate-ray register promote --version {version.version} --probe.train … --probe.test …")
+        print(f"next: {command('register')} promote --version {version.version} --probe.train … --probe.test …")
 
 
 def promote(config: PromoteConfig) -> None:
@@ -65,11 +65,12 @@ def show(config: ListConfig) -> None:
 
 
 def run() -> NoReturn:
-    """Run the command."""
+    """Parse the command line and run the job."""
     run_subcommand(
         {
             "register": (RegisterConfig, register),
             "promote": (PromoteConfig, promote),
             "list": (ListConfig, show),
-        }
+        },
+        default="register",
     )

@@ -1,6 +1,6 @@
-"""Search over pretraining settings: python jobs/sweep.py --config jobs/configs/sweep-codebook.yaml
+"""Search over pretraining settings: crate-ray sweep --config sweep-codebook.yaml
 
-What takes seconds to import is imported once the settings are read.
+Modules that take seconds to import are imported after the settings are read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from rich.table import Table
 
-from crate_ray.cli import run_job
+from crate_ray.cli import command, run_job
 from crate_ray.config import SweepConfig
 from crate_ray.errors import UserError
 from crate_ray.progress import console
@@ -33,9 +33,9 @@ def main(config: SweepConfig) -> None:
     console().print(table)
     if best_trial(records, sweep) is None:
         raise UserError("no trial finished; the table's last column says why")
-    print(f"best: {sweep.storage}/{sweep.name}/{BEST_FILE}  (python jobs/pretrain.py --config …)")
+    print(f"best: {sweep.storage}/{sweep.name}/{BEST_FILE}  ({command('pretrain')} --config …)")
 
 
 def run() -> NoReturn:
-    """The command."""
+    """Parse the command line and run the job."""
     run_job(SweepConfig, main)

@@ -53,7 +53,7 @@ def test_pack_index_and_repack_in_a_bucket(endpoint: str, tmp_path: Path) -> Non
         packed = prepare("--source", "digits", "--output", f"{base}/a", "--shard_samples", "500", *to_s3)
         assert packed.returncode == 0, packed.stderr
         assert "1,797 images in 4 shards" in packed.stdout
-        assert f"python jobs/pretrain.py --data.train {base}/a" in packed.stdout
+        assert f"jobs/pretrain.py --data {base}/a --s3.endpoint-url" in packed.stdout
 
         dataset = load_dataset(open_storage(f"{base}/a", S3Config(endpoint_url=endpoint)))
         manifest = dataset.manifest

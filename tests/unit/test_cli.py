@@ -1,17 +1,23 @@
-"""From command line and YAML to settings: what wins, what is refused, and in which words. Every shipped config parses,
-and --help knows every setting."""
+"""From command line and YAML to settings: which value wins, what is refused, and with which message. Every example
+parses, and the help and docs/configuration.md list every setting."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from crate_ray.cli import dotted_names, nested, parse_config, run_job
+from crate_ray.__main__ import COMMANDS, main
+from crate_ray.cli import parse_config, run_job
 from crate_ray.config import (
     BenchmarkDataConfig,
     BenchmarkOrderConfig,
@@ -27,9 +33,13 @@ from crate_ray.config import (
     SweepConfig,
     ViTMAEConfig,
 )
+from crate_ray.config.listing import markdown
+from crate_ray.config.values import dotted_names, kebab, merge, nested
 from crate_ray.errors import UserError
+from crate_ray.jobs.configs import JOBS
 
-CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "jobs" / "configs"
 BASE = "--data.train shards --training.steps 5"
 
 
@@ -82,11 +92,21 @@ def test_the_architecture_chooses_the_settings_of_the_model(tmp_path: Path) -> N
 
 
 WRONG_LINES = {
-    f"{BASE} --training.step 7": "there is no setting 'training.step', did you mean 'training.steps'?",
-    f"{BASE} --batch_size 7": "there is no setting 'batch_size', did you mean 'training.batch_size'?",
-    f"{BASE} --zzzz 7": "there is no setting 'zzzz'; --help lists them all",
-    f"{BASE} 7": "there is no setting '7'; --help lists them all",
-    f"{BASE} --training.batch_size": "argument --training.batch_size: expected one argument",
+    f"{BASE} --training.step 7": "there is no setting --training.step, did you mean --training.steps?",
+    f"{BASE} --batch_size 7": "there is no setting --batch-size, did you mean --training.batch-size?",
+    f"{BASE} --data.cachedir x": "there is no setting --data.cachedir, did you mean --data.cache-dir?",
+    f"{BASE} --data.cache-dri=x": "there is no setting --data.cache-dri, did you mean --data.cache-dir?",
+    f"{BASE} --zzzz 7": "there is no setting --zzzz; --help-all lists every setting",
+    f"{BASE} 7": "there is no setting 7; --help-all lists every setting",
+    f"{BASE} --training.batch_size": "argument --training.batch-size: expected one argument",
+    f"{BASE} --data": "argument --data: expected one argument",
+    f"{BASE} --data --seed 3": "argument --data: expected one argument",
+    f"{BASE} --config nope.yaml": (
+        "there is no file nope.yaml, and no example of that name; crate-ray configs lists the examples"
+    ),
+    f"{BASE} --config cifar01.yaml": (
+        "there is no file cifar01.yaml, and no example of that name, did you mean cifar10.yaml?"
+    ),
     f"{BASE} --model.architecture vit_mae --model.num_subspaces 3": (
         "setting 'model.num_subspaces' does not belong to vit_mae"
     ),
@@ -187,7 +207,9 @@ def fields(config_class: type[BaseModel], prefix: str = "") -> dict[str, list[tu
     """Description, and whether there is a default, of each field that is no group, by dotted name; here computed from
     the classes' own defaults and docstrings, and not by the code under test."""
     groups: dict[str, list[type[BaseModel]]] = {
-        name: [m for m in [*Settings.__subclasses__(), CrateMAEConfig, ViTMAEConfig] if m.__name__ in str(f.annotation)]
+        name: []
+        if str(f.annotation).startswith("dict")
+        else [m for m in [*Settings.__subclasses__(), CrateMAEConfig, ViTMAEConfig] if m.__name__ in str(f.annotation)]
         for name, f in config_class.model_fields.items()
     }
     out: dict[str, list[tuple[str, bool]]] = {}
@@ -201,28 +223,223 @@ def fields(config_class: type[BaseModel], prefix: str = "") -> dict[str, list[tu
     return out
 
 
-@pytest.mark.parametrize("config_class", [PretrainConfig, PrepareConfig, FinetuneConfig])
-def test_help_describes_every_setting(
-    config_class: type[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as exit_:
-        parse_config(config_class, ["--help"])
-    assert exit_.value.code == 0
+def help_entries(text: str) -> dict[str, str]:
+    """Text of each option of a help page, by name."""
     entries: dict[str, str] = {}
-    for line in capsys.readouterr().out.partition("options:")[2].splitlines():
-        if option := re.match(r"  --([\w.]+)(.*)", line):
+    for line in text.splitlines():
+        if option := re.match(r"  --([\w.-]+)(.*)", line):
             name = option[1]
             entries[name] = option[2]
         elif line.startswith("    "):
             entries[name] += f" {line.strip()}"
-    expected = fields(config_class)
-    assert set(entries) == {*expected, "config"}
-    assert set(expected) <= set(dotted_names(config_class))
+    return entries
+
+
+def help_of(config_class: type[Settings], option: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        parse_config(config_class, [option])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+ALL_CLASSES = [config_class for classes in JOBS.values() for config_class in classes]
+
+
+@pytest.mark.parametrize("config_class", ALL_CLASSES)
+def test_help_all_describes_every_setting(
+    config_class: type[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    entries = help_entries(help_of(config_class, "--help-all", capsys))
+    expected = {name.replace("json_file", "json"): found for name, found in fields(config_class).items()}
+    assert set(entries) == {*map(kebab, expected), *config_class.short_forms, "config"}
     for name, choices in expected.items():
-        text = " ".join(entries[name].split())
+        text = " ".join(entries[kebab(name)].split())
         assert any(d and " ".join(d.split()) in text for d, _ in choices), name
-        assert ("(default: " in text) == any(default for _, default in choices), name
+        assert text.endswith("(required)") != any(default for _, default in choices), name
+
+
+@pytest.mark.parametrize("config_class", ALL_CLASSES)
+def test_help_fits_two_screens(
+    config_class: type[Settings], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    page = help_of(config_class, "--help", capsys)
+    assert page.count("\n") <= 80
+    shown = set(help_entries(page))
+    assert shown <= {*map(kebab, dotted_names(config_class)), *config_class.short_forms, "config", "json"}
+    if config_class is PretrainConfig:
+        assert 25 <= len(shown) <= 35
+        assert {"data", "data.train", "training.batch-size", "optim.lr", "scaling.workers"} <= shown
+        assert not {"optim.eps", "scaling.hang-seconds", "model.mlp-ratio", "data.lanes"} & shown
+        assert "(default: 0.75)" in page and "required" in page
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    assert (ROOT / "docs/configuration.md").read_text() == markdown(JOBS), (
+        "run: crate-ray configs --markdown > docs/configuration.md"
+    )
+
+
+def test_names_are_kebab_or_snake_on_the_command_line() -> None:
+    kebab_line = "--data.train x --data.cache-dir a-b --training.batch-size=3 --init-from x-y --training.steps 2"
+    assert pretrain(kebab_line) == pretrain(
+        kebab_line.replace("-dir", "_dir").replace("h-s", "h_s").replace("t-f", "t_f")
+    )
+    assert pretrain(kebab_line).data.cache_dir == "a-b" and pretrain(kebab_line).init_from == "x-y"
+
+
+def test_the_last_of_two_alternatives_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {train: x}\ntraining: {epochs: 3}\noptim: {lr: 1e-3}\n")
+    config = pretrain(f"--config {path} --training.steps 7 --optim.base-lr 2e-4")
+    assert (config.training.steps, config.training.epochs) == (7, None)
+    assert (config.optim.lr, config.optim.base_lr) == (None, 2e-4)
+    assert pretrain(f"--config {path} --training.batch-size 7").training.epochs == 3
+    path.write_text("data: {train: x}\ntraining: {steps: 3}\noptim: {base_lr: 1e-3}\n")
+    config = pretrain(f"--config {path} --training.epochs 7 --optim.lr 2e-4")
+    assert (config.training.steps, config.training.epochs, config.optim.lr) == (None, 7, 2e-4)
+    with pytest.raises(UserError, match="set either steps or epochs, and not both"):
+        pretrain(f"--config {path} --training.epochs 7 --training.steps 7")
+    with pytest.raises(UserError, match="set either steps or epochs, and not both"):
+        pretrain(f"--config {path} --training.steps null")
+    tuned = parse_config(FinetuneConfig, shlex.split("--data.train x --training.steps 9 --optim.base-lr 1e-3"))
+    assert (tuned.training.steps, tuned.training.epochs, tuned.optim.lr) == (9, None, None)
+
+
+def test_a_short_form_stands_for_several_settings(tmp_path: Path) -> None:
+    given: list[tuple[dict[str, Any], str]] = []
+
+    def complete(values: dict[str, Any], path: str) -> dict[str, Any]:
+        given.append((values, path))
+        return merge({"data": {"train": "packed"}, "training": {"epochs": 5}}, values)
+
+    path = tmp_path / "run.yaml"
+    path.write_text("data: photos\nseed: 3\n")
+    for line in (f"--config {path} --data.flip false", "--data photos --seed 3 --data.flip=false"):
+        config = parse_config(PretrainConfig, shlex.split(line), complete)
+        assert (config.data.train, config.data.flip, config.seed, config.training.epochs) == ("packed", False, 3, 5)
+    assert [(path, values["data"]) for values, path in given] == [("photos", {"flip": "false"})] * 2
+    steps = parse_config(PretrainConfig, shlex.split("--data=photos --training.steps 4"), complete)
+    assert (steps.training.steps, steps.training.epochs) == (4, None)
+    whole = parse_config(PretrainConfig, ["--data", '{"train": "there"}', "--training.steps", "4"], complete)
+    assert whole.data.train == "there" and len(given) == 3
+
+
+def test_files_that_a_yaml_file_names_are_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, elsewhere = tmp_path / "configs", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "sweep.yaml").write_text("base: base.yaml\nsearch: {optim.lr: {choice: [1]}}\n")
+    (folder / "base.yaml").touch()
+    monkeypatch.chdir(elsewhere)
+    assert parse_config(SweepConfig, ["--config", "../configs/sweep.yaml"]).base == "../configs/base.yaml"
+    assert capsys.readouterr().err == ""
+    # On the command line a path is what it says, and so is one that is only in the working directory.
+    assert parse_config(SweepConfig, ["--config", "../configs/sweep.yaml", "--base", "mine.yaml"]).base == "mine.yaml"
+    (folder / "base.yaml").rename(elsewhere / "base.yaml")
+    assert parse_config(SweepConfig, ["--config", "../configs/sweep.yaml"]).base == "base.yaml"
+    assert "base base.yaml is not beside this file; using the one in the working directory" in capsys.readouterr().err
+
+
+def test_an_example_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_config(PretrainConfig, ["--config", "cifar10.yaml"]).name == "cifar10"
+    assert "config: cifar10.yaml is the example that comes with crate-ray" in capsys.readouterr().err
+    assert Path(parse_config(SweepConfig, ["--config=sweep-codebook.yaml"]).base).samefile(CONFIGS / "demo.yaml")
+    Path("cifar10.yaml").write_text("name: mine\ndata: {train: x}\ntraining: {steps: 1}\n")
+    capsys.readouterr()
+    assert parse_config(PretrainConfig, ["--config", "cifar10.yaml"]).name == "mine"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_removed_setting_says_what_happens_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "evaluate.yaml"
+    path.write_text("model: x\ndata: y\nknn_neighbours: 5\n")
+    with pytest.raises(
+        UserError, match=r"setting 'knn_neighbours' was removed: k-NN uses 20 neighbours.*; leave it out"
+    ):
+        parse_config(EvaluateConfig, ["--config", str(path)])
+    with pytest.raises(UserError, match=r"setting --knn-neighbours was removed: k-NN uses 20 neighbours"):
+        parse_config(EvaluateConfig, ["--model", "x", "--data", "y", "--knn-neighbours", "5"])
+
+
+@pytest.fixture
+def crate_ray(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["crate-ray", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+CrateRay = Callable[..., tuple[int, str, str]]
+
+
+def test_the_command_lists_its_commands(crate_ray: CrateRay) -> None:
+    code, shown, _ = crate_ray("--help")
+    assert code == 0
+    assert re.findall(r"^  (\w+)  +\S", shown, re.MULTILINE) == list(COMMANDS)
+    assert {name.split()[0] for name in JOBS} | {"configs"} == set(COMMANDS)
+    assert crate_ray() == (0, shown, "")
+    code, shown, _ = crate_ray("--version")
+    assert code == 0 and re.fullmatch(r"crate-ray [\w.]+\n", shown)
+    assert crate_ray("pretrian") == (2, "", "error: there is no command 'pretrian', did you mean 'pretrain'?\n")
+    assert crate_ray("x")[::2] == (2, "error: there is no command 'x'; crate-ray --help lists the commands\n")
+
+
+def test_the_list_of_commands_is_quick() -> None:
+    code = "import sys; sys.argv[1:] = []\ntry: from crate_ray.__main__ import main; main()\n"
+    code += "except SystemExit: print({'torch', 'ray', 'pydantic', 'mlflow'} & set(sys.modules))"
+    before = os.times()
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    after = os.times()
+    assert shown.startswith("usage: crate-ray COMMAND") and shown.endswith("set()\n")
+    # Time of the processor, so that other processes on the machine do not count.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_command_has_a_help_page_and_knows_its_name(name: str, crate_ray: CrateRay) -> None:
+    code, shown, err = crate_ray(*name.split(), "--help")
+    assert (code, err) == (0, "")
+    assert shown.startswith(f"usage: crate-ray {name} ")
+
+
+def test_register_is_the_default_of_its_commands(crate_ray: CrateRay) -> None:
+    assert crate_ray("register", "--nmae", "x")[::2] == (2, "error: there is no setting --nmae, did you mean --name?\n")
+    assert crate_ray("register", "--name", "x")[2] == (
+        "error: setting 'run' is required; give --run or put it into the --config file\n"
+    )
+    assert crate_ray("register", "lits")[2] == "error: there is no command 'lits', did you mean 'list'?\n"
+
+
+def test_examples_are_listed_shown_and_copied(
+    crate_ray: CrateRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, listed, _ = crate_ray("configs")
+    for name in SHIPPED:
+        assert re.search(rf"^{name} +[A-Z].{{20,95}}$", listed, re.MULTILINE), name
+    content = (CONFIGS / "demo.yaml").read_text()
+    assert crate_ray("configs", "demo") == (0, content, "")
+    assert crate_ray("configs", "demo.yaml", "--output", ".") == (0, "demo.yaml\n", "")
+    assert Path("demo.yaml").read_text() == content
+    assert crate_ray("configs", "demo", "--output", "demo.yaml")[::2] == (
+        2, "error: demo.yaml exists; remove it or name another --output\n",
+    )  # fmt: skip
+    assert crate_ray("configs", "dmeo")[::2] == (2, "error: there is no example 'dmeo', did you mean 'demo'?\n")
 
 
 SHIPPED: dict[str, type[Settings]] = {
@@ -249,9 +466,10 @@ def test_every_shipped_config_parses() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(SHIPPED)
     for name, config_class in SHIPPED.items():
         config = parse_config(config_class, ["--config", str(CONFIGS / f"{name}.yaml")])
-        if isinstance(config, CompareConfig):  # paths in them are the repository's
-            assert (CONFIGS.parents[1] / config.base).is_file()
-            assert config.finetune is None or (CONFIGS.parents[1] / config.finetune).is_file()
+        if isinstance(config, CompareConfig | SweepConfig):
+            assert Path(config.base).is_file()
+        if isinstance(config, CompareConfig):
+            assert config.finetune is None or Path(config.finetune).is_file()
 
 
 def test_a_mapping_that_is_no_json_is_one_sentence() -> None:

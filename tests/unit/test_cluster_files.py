@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray._private.runtime_env import packaging
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from crate_ray.cli import parse_config
@@ -28,6 +30,28 @@ def leaves(tree: Any) -> Iterator[Any]:
             yield from leaves(item)
     else:
         yield tree
+
+
+# --- .rayignore -------------------------------------------------------------------------------------------------------
+
+
+def test_a_working_directory_is_uploaded_without_data_and_credentials(tmp_path: Path) -> None:
+    uploaded = {"jobs/pretrain.py", "jobs/configs/demo.yaml", "crate_ray/data/loader.py", "docker/.env.example"}
+    kept = {
+        "data/photos/shard-000000.tar", "runs/mine/run.json", "demo/digits-train/index.npy", "mlflow.db", ".venv/bin/x",
+        ".env", "docker/.env", "docker/.env.local", ".aws/credentials", "cluster/server.pem", "cluster/id_rsa",
+        "cluster/auth_token", "photos.tar", "crate_ray/__pycache__/cli.pyc", "dist/crate_ray-0.1.0-py3-none-any.whl",
+    }  # fmt: skip
+    tree, package = tmp_path / "tree", tmp_path / "package.zip"
+    for name in uploaded | kept:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("x")
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, tree)
+    packaging.create_package(str(tree), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    assert names == uploaded | {".gitignore", ".rayignore"}
 
 
 # --- cluster/aws.yaml -------------------------------------------------------------------------------------------------

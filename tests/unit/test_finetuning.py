@@ -458,7 +458,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(digits: str, tmp_path: Pat
     assert "12 workers are more than the 22 samples of a batch, which are mixed in pairs" in message(
         scaling={"workers": 12}
     )
-    with pytest.raises(UserError, match=r"training.batch_size 21 is odd"):
+    with pytest.raises(UserError, match=r"need an even training.batch_size, not 21"):
         parse_config(FinetuneConfig, f"--data.train {digits} --augment.mixup 0.2 --training.batch_size 21".split())
 
 
