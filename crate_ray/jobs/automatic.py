@@ -220,7 +220,7 @@ def gather_data_facts(prepared: PreparedData, s3: S3Config) -> DataFacts:
 
 def _median_size(shards: Any) -> tuple[int, int]:
     from crate_ray.data.decode.samples import DecodeError, read_image_header
-    from crate_ray.data.prepare.statistics import BadSample, measure_grid
+    from crate_ray.data.prepare.statistics import BadSample, grid_statistics
     from crate_ray.data.read.reader import ShardReader
 
     manifest, reader = shards.manifest, ShardReader(shards)
@@ -233,7 +233,7 @@ def _median_size(shards: Any) -> tuple[int, int]:
             continue
         try:
             if manifest.kind == "grid":
-                found = measure_grid(bytes(content), measure=False).size
+                found = grid_statistics(bytes(content), moments=False).size
             else:
                 found = read_image_header(content)[:2]
         except (DecodeError, BadSample):

@@ -1,4 +1,4 @@
-"""Pack images or .npy grids into WebDataset shards with a manifest and an index, or index shards that are there.
+"""Pack images or .npy grids into WebDataset shards with a manifest and an index, or index existing shards.
 
 Modules that take seconds to import are imported after the settings are read.
 """
@@ -13,33 +13,54 @@ from crate_ray.config import PrepareConfig
 from crate_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from crate_ray.data.format.manifest import Manifest
     from crate_ray.data.prepare.sources import Source
 
 
 def main(config: PrepareConfig) -> None:
-    """Write the dataset and say what was written and what to do next."""
+    """Write the dataset, then print what was written and the next command."""
     from crate_ray.data.prepare.indexing import index_existing
     from crate_ray.data.prepare.packing import pack
+    from crate_ray.data.prepare.validation import PARTS, pack_split
     from crate_ray.storage.interface import open_storage
 
     output = open_storage(config.output, config.s3)
     if config.source is None:
-        if config.max_side is not None:
-            raise UserError("max_side encodes images anew while they are packed; name them with --source")
+        _refuse_without_source(config)
         manifest = index_existing(
             output, shards=config.shards, overwrite=config.overwrite, lease_seconds=config.lease_seconds
         )
+        written = {"train": (output.uri, manifest)}
+    elif config.validation is None:
+        written = {"train": (output.uri, pack(find_source(config, output.uri), output, config))}
     else:
-        manifest = pack(find_source(config, output.uri), output, config)
+        manifests = pack_split(find_source(config, output.uri), output, config)
+        written = {name: (output.under(name).uri, manifest) for name, manifest in zip(PARTS, manifests, strict=True)}
+    for uri, manifest in written.values():
+        print(f"{uri}: {_summary(manifest)}")
+    flags = {"train": "--data", "validation": "--data.validation"}
+    data = " ".join(f"{flags[name]} {shlex.quote(uri)}" for name, (uri, _) in written.items())
+    endpoint = f" --s3.endpoint-url {shlex.quote(config.s3.endpoint_url)}" if config.s3.endpoint_url else ""
+    print(f"next: {command('pretrain')} {data}{endpoint}")
+
+
+def _summary(manifest: Manifest) -> str:
     size = "varying size" if manifest.height is None else f"{manifest.height}×{manifest.width}"
     classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
+    samples = f"1 {manifest.kind}" if manifest.num_samples == 1 else f"{manifest.num_samples:,} {manifest.kind}s"
     shards = "1 shard" if manifest.num_shards == 1 else f"{manifest.num_shards:,} shards"
-    print(
-        f"{output.uri}: {manifest.num_samples:,} {manifest.kind}s in {shards} ({manifest.total_bytes:,} bytes), "
-        f"{manifest.channels} × {size}{classes}"
-    )
-    endpoint = f" --s3.endpoint-url {shlex.quote(config.s3.endpoint_url)}" if config.s3.endpoint_url else ""
-    print(f"next: {command('pretrain')} --data {shlex.quote(output.uri)}{endpoint}")
+    return f"{samples} in {shards} ({manifest.total_bytes:,} bytes), {manifest.channels} × {size}{classes}"
+
+
+def _refuse_without_source(config: PrepareConfig) -> None:
+    """Raise a UserError for settings of packing when shards are indexed in place."""
+    if config.max_side is not None:
+        raise UserError("max_side re-encodes images while they are packed; give them with --source")
+    if config.validation is not None:
+        raise UserError(
+            "validation splits samples while they are packed, but without --source shards are indexed in place; give "
+            "the samples with --source"
+        )
 
 
 def find_source(config: PrepareConfig, output_uri: str) -> Source:
@@ -49,19 +70,24 @@ def find_source(config: PrepareConfig, output_uri: str) -> Source:
     from crate_ray.storage.interface import open_storage
 
     assert config.source is not None
+    if config.validation is not None and config.split != "all":
+        raise UserError(
+            f"split {config.split!r} is already one side of a fixed split; leave out --validation, or use --split all"
+        )
     if config.source == "digits":
         return digits_source(config.split)
     if config.source == "shapes":
         return shapes_source(config.split, config.num_samples, config.image_size, config.seed)
     if config.split != "all":
         raise UserError(
-            f"split {config.split!r} is for the built-in sets 'digits' and 'shapes'; pack folders one by one"
+            f"split {config.split!r} is for the built-in sets 'digits' and 'shapes'; to split your own samples, use "
+            "--validation 0.1"
         )
     if is_address(config.shards):
-        raise UserError(f"shards is the address {config.shards}; with a source, give the shards' names within it")
+        raise UserError(f"shards is the address {config.shards}; together with --source, give names within the source")
     storage = open_storage(config.source, config.s3)
     if storage.uri == output_uri:
-        raise UserError(f"source and output are both {output_uri}; write the new dataset somewhere else")
+        raise UserError(f"source and output are both {output_uri}; use another output")
     return open_source(storage, config.shards)
 
 

@@ -17,6 +17,8 @@ import pytest
 from crate_ray.config import PrepareConfig, S3Config
 from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.sources import open_source
+from crate_ray.data.prepare.validation import pack_split
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import Storage, open_storage
 from tests.jobs import ROOT, environment, job
@@ -112,6 +114,35 @@ def test_killed_packing_goes_on_and_a_second_one_is_refused(
     assert f"{len(done)} of 20 shards were finished by an earlier run" in errors
     assert times(output, done) == modified
     assert content(output) == undisturbed
+
+
+def test_killed_packing_with_validation_goes_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SETTINGS, "source": str(tmp_path / "images"), "validation": 0.4, "shard_samples": 10}
+    for number, item in enumerate(shapes_source("all", 120, 160, 0).items):
+        path = tmp_path / "images" / f"{number % 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(item.load()["jpg"])
+    source = open_source(open_storage(settings["source"], S3Config()))
+    undisturbed = open_storage(str(tmp_path / "undisturbed"), S3Config())
+    pack_split(source, undisturbed, PrepareConfig(**settings, output="unused"))
+    output = open_storage(str(tmp_path / "out"), S3Config())
+    for part in ("train", "validation"):
+        killed = prepare(output, tmp_path, **settings)
+        try:
+            wait_for_records(output.under(part), 1, killed)
+            with pytest.raises(UserError, match=rf"^the output \S+ is in use by process {killed.pid} on "):
+                pack_split(source, output, PrepareConfig(**settings, output=output.uri, lease_seconds=LEASE))
+            killed.send_signal(signal.SIGKILL)
+            assert killed.wait(30) == -signal.SIGKILL, "it was still at work"
+        finally:
+            killed.kill()
+    last = prepare(output, tmp_path, **settings)
+    printed, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors
+    assert (
+        f"next: crate-ray pretrain --data.train {output.uri}/train --data.validation {output.uri}/validation" in printed
+    )
+    assert content(output) == content(undisturbed)
 
 
 def times(output: Storage, names: set[str]) -> dict[str, object]:

@@ -275,7 +275,7 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
 
     assert "there is no setting 'training.stps', did you mean 'training.steps'?" in error(training__stps=3)
     assert "bucket 'nowhere' does not exist" in error(data__train="s3://nowhere/digits")
-    assert "no manifest at s3://data/nothing; run jobs/prepare.py" in error(data__train="s3://data/nothing")
+    assert "no manifest at s3://data/nothing: it is empty or does not exist" in error(data__train="s3://data/nothing")
     assert "image height 8 is not divisible by patch height 3" in error(model__patch_size=3)
     assert "do not fill one batch of 64" in error(name="new", data__lanes=2000)
     assert "100 workers are more than the 64 samples of a batch" in error(scaling__workers=100)

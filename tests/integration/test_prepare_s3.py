@@ -1,4 +1,4 @@
-"""jobs/prepare.py against S3: a real store where CRATE_RAY_TEST_S3_ENDPOINT names one, else moto's server."""
+"""Packing and indexing against S3: a real store where CRATE_RAY_TEST_S3_ENDPOINT names one, else moto's server."""
 
 from __future__ import annotations
 

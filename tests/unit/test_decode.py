@@ -32,7 +32,7 @@ from crate_ray.data.decode.samples import DecodeError, decode_batch, read_image_
 from crate_ray.data.decode.transforms import CROP_UNIFORMS, Crops, Int64, centre_crops, random_crops
 from crate_ray.data.decode.turbojpeg import LIBRARY_VARIABLE, Region, RegionError, find_turbojpeg
 from crate_ray.data.order.sequence import uniform
-from crate_ray.data.prepare.statistics import BadSample, measure_image
+from crate_ray.data.prepare.statistics import BadSample, image_statistics
 from crate_ray.errors import UserError
 from tests.uniforms import from_table
 
@@ -261,7 +261,7 @@ def test_16_bit_pictures_keep_their_range() -> None:
     for channels in (1, 3):
         expected = np.rint(GRADIENT_16 / 257)[:, :, None].repeat(channels, 2)
         assert np.array_equal(decoded(content, channels, (140, 130)), expected)
-    measured = measure_image(content)[1]
+    measured = image_statistics(content)[1]
     assert measured.mean == pytest.approx([GRADIENT_16.mean() / 65535], abs=0.002)
 
 
@@ -566,7 +566,7 @@ def assert_one_size_or_refused(content: bytes) -> None:
     out = torch.empty(1, 3, 32, 32, dtype=torch.uint8)
     error = decode_batch([content], "image", rule, out)[0]
     try:
-        measured = measure_image(content)[1].size
+        measured = image_statistics(content)[1].size
     except BadSample:
         measured = None
     try:
@@ -605,7 +605,7 @@ def test_a_bomb_behind_a_marker_without_a_length_is_refused(library: str, marker
 def test_a_second_frame_is_not_measured() -> None:
     at = JPEG.index(frame_of(JPEG))
     with pytest.raises(BadSample, match="it has two sizes"):  # before Pillow allocates for the last one
-        measure_image(JPEG[:at] + shown(40, 48) + JPEG[at:])
+        image_statistics(JPEG[:at] + shown(40, 48) + JPEG[at:])
 
 
 def test_images_for_other_numbers_of_channels_are_refused() -> None:

@@ -30,7 +30,9 @@ from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.shrink import shrink_image, shrink_mask, shrunk_size
 from crate_ray.data.prepare.sources import Item, Source, open_source, size_in_tar
+from crate_ray.data.prepare.validation import pack_split, split_source
 from crate_ray.errors import UserError
+from crate_ray.jobs.prepare import main
 from crate_ray.storage.local import LocalStorage
 
 IMAGENET = Path(__file__).parents[3] / "shared/data/imagenet-samples"
@@ -120,7 +122,7 @@ def test_resumed_packing_gives_the_same_files_and_repeats_no_finished_shard(
             pack(source, LocalStorage(folder), config())
         except ConnectionError:
             assert not (folder / MANIFEST_NAME).exists()
-            with pytest.raises(UserError, match=r"was not finished, of other samples or with other .*--overwrite"):
+            with pytest.raises(UserError, match=r"was not finished, with other samples .*--overwrite"):
                 pack(source, LocalStorage(folder), config(shard_samples=11))
             with pytest.raises(UserError, match="was not finished|no shards named"):
                 index_existing(LocalStorage(folder))
@@ -241,6 +243,128 @@ def test_index_in_parallel_is_that_of_one_shard_after_another(tmp_path: Path, mo
     }
 
 
+# --- Validation -----------------------------------------------------------------------------------------------------
+
+
+def numbered(count: int, first: int = 0) -> Source:
+    items = [
+        Item(f"{n}.png", partial(dict, png=png(n), cls=b"%d" % (n % 3)), 2048) for n in range(first, first + count)
+    ]
+    return Source(items, ("a", "b", "c"), ["x.tar: ../y.png"])
+
+
+@given(st.integers(2, 300), st.floats(0.001, 0.999), st.integers(-5, 2**70))
+def test_split_is_whole_and_stays_when_samples_are_added(count: int, share: float, seed: int) -> None:
+    train, validation = split_source(numbered(count), share, seed)
+    names = [item.name for item in numbered(count).items]
+    assert sorted([item.name for part in (train, validation) for item in part.items]) == sorted(names)
+    assert train.items and validation.items
+    assert (train.classes, validation.classes) == (("a", "b", "c"),) * 2
+    assert (train.unsafe_names, validation.unsafe_names) == (["x.tar: ../y.png"], ()), "counted once"
+    more, held_out = split_source(Source([*numbered(150, 1000).items, *numbered(count).items]), share, seed)
+    if 1 < len(validation.items) and 1 < len(train.items):  # else one had to be on its side
+        assert {item.name for item in validation.items} <= {item.name for item in held_out.items}
+        assert {item.name for item in train.items} <= {item.name for item in more.items}
+
+
+def test_split_has_the_share_and_depends_on_the_seed() -> None:
+    source = numbered(4000)
+    parts = [{item.name for item in split_source(source, 0.1, seed)[1].items} for seed in (0, 0, 1)]
+    assert parts[0] == parts[1] != parts[2]
+    assert all(abs(len(part) - 400) < 80 for part in parts), "4 standard deviations"
+    with pytest.raises(UserError, match="1 samples cannot be split"):
+        split_source(numbered(1), 0.5, 0)
+
+
+def test_packing_with_validation_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    settings = {"validation": 0.2, "seed": 3}
+    undisturbed = tmp_path / "undisturbed"
+    manifests = pack_split(numbered(64), LocalStorage(undisturbed), config(**settings))
+    train, validation = split_source(numbered(64), 0.2, 3)
+    for name, part, manifest in zip(("train", "validation"), (train, validation), manifests, strict=True):
+        pack(part, LocalStorage(tmp_path / "alone" / name), config(seed=3))
+        assert tree(undisturbed / name) == tree(tmp_path / "alone" / name), "each is what packing it alone gives"
+        assert manifest == load_dataset(LocalStorage(undisturbed / name)).manifest
+        assert manifest.num_samples == len(part.items)
+    expected = tree(undisturbed)
+    assert {path.split("/")[0] for path in expected} == {"train", "validation"}
+    few = pack_split(numbered(8), LocalStorage(tmp_path / "few"), config(validation=0.1))
+    assert [manifest.num_classes for manifest in few] == [3, 3], "also of a part that lacks a class"
+
+    order = [item.name for part in (train, validation) for item in part.items]
+    finished: dict[str, int] = {}
+    for stop_at in (order[5], order[len(train.items) - 1], order[len(train.items)], order[-1], None):
+
+        def load(name: str, stop_at: str | None = stop_at) -> dict[str, bytes]:
+            if name == stop_at:
+                raise ConnectionError
+            number = int(name.removesuffix(".png"))
+            return {"png": png(number), "cls": b"%d" % (number % 3)}
+
+        source = numbered(64)
+        source = Source(
+            [i._replace(load=partial(load, i.name)) for i in source.items], source.classes, source.unsafe_names
+        )
+        storage = LocalStorage(tmp_path / "resumed")
+        if stop_at is None:
+            pack_split(source, storage, config(**settings))
+        else:
+            with pytest.raises(ConnectionError):
+                pack_split(source, storage, config(**settings))
+            with pytest.raises(UserError, match="was not finished, with other samples"):
+                pack_split(source, storage, config(validation=0.3))
+            with pytest.raises(UserError, match="was not finished, with other samples"):
+                pack(source, storage, config())
+        for path, time in finished.items():
+            assert (tmp_path / "resumed" / path).stat().st_mtime_ns == time, "not made again"
+        finished = {
+            str(path.relative_to(tmp_path / "resumed")): path.stat().st_mtime_ns
+            for path in (tmp_path / "resumed").rglob("shard-*.tar")
+            if (path.parent / ".packing" / f"{path.stem.removeprefix('shard-')}.json").exists()
+            or (path.parent / MANIFEST_NAME).exists()
+        }
+    assert tree(tmp_path / "resumed") == expected
+
+
+def test_packing_with_validation_replaces_only_when_asked(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    first = pack_split(numbered(40), storage, config(validation=0.5))
+    with pytest.raises(UserError, match=r"there is a dataset at .*/train already; .*--overwrite true"):
+        pack_split(numbered(40), storage, config(validation=0.5))
+    assert load_dataset(storage.under("train")).manifest == first[0]
+    # Stopped between two steps of the replacement: the old train set is never taken for the new one.
+    other = numbered(30, 100)
+    broken = Source([item._replace(load=lambda: 1 / 0) for item in other.items], other.classes)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError):
+        pack_split(broken, storage, config(validation=0.5, overwrite=True))
+    again = pack_split(other, storage, config(validation=0.5, overwrite=True))
+    assert sum(manifest.num_samples for manifest in again) == 30
+    assert load_dataset(storage.under("train")).manifest == again[0]
+    pack(numbered(20), LocalStorage(tmp_path / "whole"), config())
+    with pytest.raises(UserError, match=r"whole is a dataset itself; .*use another output"):
+        pack_split(numbered(40), LocalStorage(tmp_path / "whole"), config(validation=0.5, overwrite=True))
+
+
+def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(12):
+        (tmp_path / "my photos").mkdir(exist_ok=True)
+        (tmp_path / "my photos" / f"{number}.png").write_bytes(png(number))
+    source, out = str(tmp_path / "my photos"), f"{tmp_path}/out"
+    main(config(source=source, output=out, validation=0.25))
+    lines = capsys.readouterr().out.splitlines()
+    counts = [load_dataset(LocalStorage(Path(out) / name)).manifest.num_samples for name in ("train", "validation")]
+    assert sum(counts) == 12
+    assert lines[0].startswith(f"{out}/train: {counts[0]} images in ")
+    assert lines[1].startswith(f"{out}/validation: {counts[1]} image")
+    assert lines[2] == f"next: crate-ray pretrain --data.train {out}/train --data.validation {out}/validation ..."
+    with pytest.raises(UserError, match="without --source shards are indexed in place"):
+        main(config(output=out, validation=0.25))
+    with pytest.raises(UserError, match="split 'train' is already one side of a fixed split"):
+        main(config(source="digits", split="train", output=f"{out}-2", validation=0.25))
+    with pytest.raises(UserError, match=r"split 'test' is for the built-in sets .* use --validation 0\.1"):
+        main(config(source=source, split="test", output=f"{out}-2"))
+
+
 # --- Smaller pictures -----------------------------------------------------------------------------------------------
 
 
@@ -339,7 +463,7 @@ def test_packing_shrinks_pictures_and_masks_and_keeps_small_ones(tmp_path: Path)
     out = tmp_path / "out"
     manifest = pack(open_source(LocalStorage(tmp_path)), LocalStorage(out), config(shuffle=False, max_side=50))
     samples = stored(out)
-    assert list(samples) == ["000000", "000001", "000003"], "the truncated one and that of the wrong mask are left out"
+    assert list(samples) == ["000000", "000001", "000003"], "the truncated one and the wrong mask are skipped"
     assert manifest.num_samples == 3
     assert samples["000003"] == {"jpg": files["small.jpg"]}
     sizes = {k: {s: Image.open(io.BytesIO(c)).size for s, c in m.items()} for k, m in samples.items()}

@@ -31,7 +31,7 @@ from crate_ray.data.format.names import split_name
 from crate_ray.data.format.samples import parse_samples, read_table
 from crate_ray.data.format.tar import DamagedShard, Member, range_members, whole_members
 from crate_ray.data.prepare.indexing import index_existing
-from crate_ray.data.prepare.packing import pack
+from crate_ray.data.prepare.packing import pack, shard_writer
 from crate_ray.data.prepare.sources import Item, Source, find_shards, open_source
 from crate_ray.data.prepare.statistics import SampleCounts
 from crate_ray.errors import UserError
@@ -518,7 +518,7 @@ def test_name_pattern(names: list[str], pattern: tuple[str | None, int]) -> None
 
 def test_manifest_and_files_must_agree(tmp_path: Path) -> None:
     storage = local(tmp_path)
-    with pytest.raises(UserError, match=r"no manifest at .*; run jobs/prepare.py"):
+    with pytest.raises(UserError, match=r"no manifest at .*: it is empty or does not exist"):
         load_dataset(storage)
     items = [Item(str(i), lambda i=i: {"png": picture(i)}) for i in range(40)]  # type: ignore[misc]
     manifest = pack(Source(items), storage, config(shard_samples=9))
@@ -549,6 +549,35 @@ def test_manifest_and_files_must_agree(tmp_path: Path) -> None:
             load_dataset(storage)
         storage.write(name, content)
     assert load_dataset(storage).locate(39) == (4, 3)
+
+
+def test_a_folder_without_a_manifest_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    def error(folder: Path) -> str:
+        with pytest.raises(UserError) as raised:
+            load_dataset(local(folder))
+        return str(raised.value)
+
+    for name, content in (("cat/1.JPG", picture()), ("cat/notes.txt", b""), (".git/x.tar", b"")):
+        local(tmp_path / "my photos").write(name, content)
+    photos = f"{tmp_path}/my photos"
+    assert error(tmp_path / "my photos") == (
+        f"no manifest at {photos}: these are images, run `crate-ray prepare --source '{photos}' --output ...`"
+    )
+    local(tmp_path / "grids").write("a.npy", b"")
+    assert "these are grids, run `crate-ray prepare --source" in error(tmp_path / "grids")
+    local(tmp_path / "shards").write("x-0.tar", tar_of([("a.png", picture())]))
+    shards = f"{tmp_path}/shards"
+    assert (
+        error(tmp_path / "shards")
+        == f"no manifest at {shards}: run `crate-ray prepare --output {shards}` to index the shards"
+    )
+    index_existing(local(tmp_path / "shards"))
+    assert f"there are datasets below it: use {shards}" in error(tmp_path)
+    local(tmp_path / "begun").write(".packing/plan.json", b"{}")
+    assert "`crate-ray prepare` has not finished there; run it again to continue" in error(tmp_path / "begun")
+    local(tmp_path / "texts").write("a.txt", b"")
+    assert f"{tmp_path}/texts: it holds a.txt; give the output of `crate-ray prepare" in error(tmp_path / "texts")
+    assert not any("overwrite" in error(folder) for folder in (tmp_path, tmp_path / "begun", tmp_path / "texts"))
 
 
 def test_of_two_that_make_a_dataset_one_wins(tmp_path: Path) -> None:
@@ -612,6 +641,30 @@ def test_stock_webdataset_reads_what_we_pack(tmp_path: Path, caplog: pytest.LogC
     assert manifest.std == pytest.approx(pixels.std((0, 1, 2)), rel=1e-5)
 
 
+def test_webdatasets_writer_gives_plain_ustar() -> None:
+    """The bytes that tarfile gives, and so those of datasets packed before webdataset's writer was used."""
+    samples = [
+        (f"{i:06d}", {"cls": b"%d" % i, "jpg": b"x" * 511 * i, "_meta": b"1", "mask.png": b""}) for i in range(40)
+    ]
+    file = io.BytesIO()
+    with shard_writer(file) as writer:
+        for key, members in samples:
+            writer.write({"__key__": key, **members})
+    expected = tar_of(
+        [(f"{key}.{suffix}", content) for key, members in samples for suffix, content in sorted(members.items())]
+    )
+    assert file.getvalue() == expected
+
+
+def test_members_that_webdataset_cannot_write_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "x.tar").write_bytes(
+        tar_of([("1.png", picture()), ("2.png", picture()), ("2.", b""), ("3.__key__", b"")])
+    )
+    manifest = pack(open_source(local(tmp_path)), local(tmp_path / "out"), config())
+    assert manifest.num_samples == 1
+    assert "x.tar/2 (it has a member that webdataset cannot write" in caplog.text
+
+
 def test_same_input_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
     image_folder(tmp_path / "in")
     source = local(tmp_path / "in")
@@ -666,7 +719,7 @@ def test_tables_of_an_overwritten_index_are_removed(tmp_path: Path) -> None:
         ("{train,extra}-*.tar", ["train-08.tar", "train-09.tar", "train-10.tar", "extra-0.tar"]),
         ("{train-0{8,9},extra-{0..0}}.tar", ["train-08.tar", "train-09.tar", "extra-0.tar"]),
         ("train-1?.tar::{sub/train,extra}-0.tar", ["train-10.tar", "sub/train-0.tar", "extra-0.tar"]),
-        ("train-{08..12}.tar", r"no shards named train-11\.tar, train-12\.tar under .* \(2 of the 5 that are named\)"),
+        ("train-{08..12}.tar", r"no shards named train-11\.tar, train-12\.tar under .* \(2 of 5 are missing\)"),
         ("{train,test}-*.tar", r"no shards named test-\*\.tar under"),
         ("{train,extra-*.tar", r"the braces .* are not closed"),
         ("old-*.tar", r"no shards named old-\*\.tar .*old-1\.tar\.gz must be decompressed"),
@@ -716,7 +769,7 @@ def test_shards_elsewhere_are_only_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert index_existing(elsewhere, shards=f"{there}/a/*.tar").shards_uri == f"{there}/a"
     assert index_existing(local(tmp_path / "there/a"), shards=f"{there}/a/*.tar").shards_uri is None
     for shards, message in (
-        (f"{there}/a/x-{{0..2}}.tar", r"no shards named x-2\.tar under .*/there/a \(1 of the 3"),
+        (f"{there}/a/x-{{0..2}}.tar", r"no shards named x-2\.tar under .*/there/a \(1 of 3"),
         ("s3://{one,other}/x.tar", "in several buckets"),
         ("http://host/x-{0..1}.tar", "unknown scheme 'http'"),
         ("s3://*/x.tar", "names no bucket"),

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from crate_ray.data.format.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     NAMES_NAME,
+    PLAN_NAME,
     SHARDS_NAME,
     TABLE_SUFFIX,
     DamagedDataset,
@@ -35,15 +37,18 @@ from crate_ray.data.format.manifest import (
     name_pattern,
     parse_manifest,
 )
+from crate_ray.data.format.names import IMAGE_SUFFIXES
 from crate_ray.data.format.tar import BLOCK, Buffer, DamagedShard
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, first_few
 from crate_ray.storage.cache import WrongDigest, fetch_once
 from crate_ray.storage.interface import NotFound, Storage
 from crate_ray.storage.node_folders import file_digest
 
+_NAMES_SEEN = 1000  # files looked at to say what a folder without a manifest holds
+
 
 class ByteRange(NamedTuple):
-    """Bytes start .. end of a shard hold samples first, first + 1, … of it (numbers within the shard)."""
+    """Bytes start .. end of a shard, which hold its samples first, first + 1, …"""
 
     start: int
     end: int
@@ -52,7 +57,7 @@ class ByteRange(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A dataset as its manifest and index describe it; nothing of the shards themselves has been read."""
+    """An open dataset: its manifest and index. The shards themselves have not been read."""
 
     storage: Storage
     """Where manifest and index are."""
@@ -60,9 +65,9 @@ class ShardSet:
     shards: NDArray[np.void]
     """(num_shards,) rows of SHARD_DTYPE."""
     index: NDArray[np.void]
-    """Entries of INDEX_DTYPE: ⌈samples / 16⌉ for every shard, the shards laid end to end."""
+    """Entries of INDEX_DTYPE: ⌈samples / 16⌉ per shard, one shard after the other."""
     names: tuple[str, ...] | None = None
-    """Names of the shards where they follow no pattern."""
+    """Names of the shards if they follow no pattern."""
 
     @cached_property
     def shard_storage(self) -> Storage:
@@ -81,12 +86,12 @@ class ShardSet:
 
     @cached_property
     def first_sample(self) -> NDArray[np.int64]:
-        """(num_shards + 1,) number of the first sample of each shard in the dataset; the last entry is the total."""
+        """(num_shards + 1,) number of each shard's first sample in the dataset; the last entry is the total."""
         return np.concatenate(([0], np.cumsum(self.samples)))
 
     @cached_property
     def first_entry(self) -> NDArray[np.int64]:
-        """(num_shards + 1,) where each shard's entries begin in the index."""
+        """(num_shards + 1,) position of each shard's first entry in the index; the last is the total."""
         return np.concatenate(([0], np.cumsum(-(-self.samples // INDEX_STRIDE))))
 
     def shard_name(self, shard: int) -> str:
@@ -97,18 +102,19 @@ class ShardSet:
         return self.manifest.shard_pattern.format(self.manifest.shard_first + shard)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Shard, and number within the shard, of a sample of the dataset."""
+        """The shard of a sample, and the sample's number within the shard."""
         shard = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
         return shard, sample - int(self.first_sample[shard])
 
     def has_table(self, shard: int) -> bool:
-        """Whether the shard's samples do not lie together, so that its members are listed in a table."""
+        """Whether the shard's samples are not contiguous, so that a table lists its members."""
         return bool(self.shards["table"][shard])
 
     def table(self, shard: int) -> NDArray[np.void]:
         """The table of such a shard: rows of `table_dtype`, sorted by sample.
 
-        Raises DamagedDataset if the file is missing or not the one that belongs to the index.
+        Raises:
+            DamagedDataset: the file is missing or does not belong to the index.
         """
         key = self.shard_name(shard) + TABLE_SUFFIX
         try:
@@ -120,9 +126,9 @@ class ShardSet:
         return npy.read(data)
 
     def byte_range(self, shard: int, first: int, count: int) -> ByteRange:
-        """Smallest indexed byte range of a shard that covers its samples first .. first + count (numbers within it).
+        """The smallest indexed byte range that covers samples first .. first + count of a shard without a table.
 
-        It begins and ends at multiples of 16 samples, or where the shard does. For shards without a table.
+        It begins at a multiple of 16 samples, and ends at one or at the end of the shard.
         """
         samples = int(self.samples[shard])
         if not (0 <= first and 1 <= count and first + count <= samples):
@@ -133,9 +139,15 @@ class ShardSet:
         return ByteRange(int(self.index["block"][low]) * BLOCK, end, (low - begin) * INDEX_STRIDE)
 
     def check(self, shard: int, start: int, data: Buffer) -> None:
-        """Compare bytes of a shard that were read, `byte_range` or several of them, with the digests of the index.
+        """Compare bytes of a shard with the digests in the index.
 
-        Raises DamagedShard when they differ: changed on the way, or since the shard was indexed.
+        Args:
+            shard: the shard's number.
+            start: offset of the bytes; the start of a `byte_range`.
+            data: the bytes of one or several consecutive ranges.
+
+        Raises:
+            DamagedShard: they differ. They changed in transit or since the shard was indexed.
         """
         view = memoryview(data)
         begin, stop = int(self.first_entry[shard]), int(self.first_entry[shard + 1])
@@ -148,12 +160,12 @@ class ShardSet:
             if xxhash.xxh3_64_intdigest(view[left:right]) & 0xFFFFFFFF != int(self.index["digest"][begin + low + i]):
                 raise DamagedShard(
                     f"bytes {start + left} to {start + right} of {self.shard_storage.uri}/{self.shard_name(shard)} are "
-                    "not those that were indexed: the shard changed or is damaged; index or pack it again"
+                    "not those that were indexed: the shard was changed or damaged; index or pack it again"
                 )
 
 
 def load_dataset(storage: Storage) -> ShardSet:
-    """Read manifest and index of the dataset under a storage; the index is memory-mapped (S3: fetched once per node).
+    """Open the dataset under a storage. The index is memory-mapped; from S3 it is fetched once per node.
 
     Raises:
         DamagedDataset: the manifest is damaged or of another version, or a file is missing or disagrees with it.
@@ -162,10 +174,7 @@ def load_dataset(storage: Storage) -> ShardSet:
     try:
         text = storage.read(MANIFEST_NAME)
     except NotFound:
-        raise UserError(
-            f"no manifest at {storage.uri}; run jobs/prepare.py --output {storage.uri} to index the shards there "
-            "(with --source FOLDER to pack images first)"
-        ) from None
+        raise _no_manifest(storage) from None
     manifest = parse_manifest(text, storage.uri)
     names = None
     if manifest.shard_pattern is None:
@@ -189,14 +198,14 @@ def save_dataset(
     index: Sequence[NDArray[np.void]],
     **described: Any,
 ) -> Manifest:
-    """Write names.txt (where names follow no pattern), shards.npy, index.npy and, last, the manifest.
+    """Write names.txt (if names follow no pattern), shards.npy, index.npy and, last, the manifest.
 
     Args:
-        storage: where the shards are; where the index goes if described["shards_uri"] says that they are elsewhere.
+        storage: where manifest and index go. The shards are there too, unless described["shards_uri"] is given.
         names: keys of the shards.
         shards: (num_shards,) rows of SHARD_DTYPE.
-        index: per shard, its entries of INDEX_DTYPE; tables of members have been written already.
-        described: the manifest's fields that say what the samples are (kind, image_suffixes, mean, …).
+        index: for each shard, its entries of INDEX_DTYPE. Tables of members must have been written before.
+        described: the manifest's fields that describe the samples (kind, image_suffixes, mean, …).
 
     Raises:
         AlreadyExists: there is a manifest.
@@ -226,18 +235,48 @@ def save_dataset(
     return manifest
 
 
+def _no_manifest(storage: Storage) -> UserError:
+    """There is no dataset: what is there instead, and the command that makes one of it."""
+    uri, quoted = storage.uri, shlex.quote(storage.uri)
+    if storage.exists(PLAN_NAME):
+        return UserError(f"no manifest at {uri}: `crate-ray prepare` has not finished there; run it again to continue")
+    visible = (info.key for info in storage.list() if not info.key.startswith(".") and "/." not in info.key)
+    names = list(islice(visible, _NAMES_SEEN))
+    datasets = sorted({f"{uri}/{name.rpartition('/')[0]}" for name in names if name.endswith(f"/{MANIFEST_NAME}")})
+    suffixes = {name.rpartition(".")[2].lower() for name in names}
+    if datasets:
+        return UserError(f"no manifest at {uri}, but there are datasets below it: use {first_few(datasets)}")
+    if suffixes & {*IMAGE_SUFFIXES, "npy"}:
+        what = "images" if suffixes & set(IMAGE_SUFFIXES) else "grids"
+        return UserError(
+            f"no manifest at {uri}: these are {what}, run `crate-ray prepare --source {quoted} --output ...`"
+        )
+    if "tar" in suffixes:
+        return UserError(f"no manifest at {uri}: run `crate-ray prepare --output {quoted}` to index the shards")
+    there = f"it holds {first_few(names)}" if names else "it is empty or does not exist"
+    return UserError(
+        f"no manifest at {uri}: {there}; give the output of `crate-ray prepare --source IMAGES --output FOLDER`"
+    )
+
+
 def _missing(storage: Storage, key: str) -> DamagedDataset:
     return DamagedDataset(
-        f"{storage.uri}/{key} does not exist, although {MANIFEST_NAME} beside it refers to it; restore it, wait if the "
-        "dataset is still being copied, or index the shards again: jobs/prepare.py without --source, with "
-        "--overwrite true"
+        f"{storage.uri}/{key} does not exist, although {MANIFEST_NAME} refers to it; restore it, wait if the dataset is "
+        f"still being copied, or {_index_again(storage)}"
     )
 
 
 def _disagrees(storage: Storage, key: str) -> DamagedDataset:
     return DamagedDataset(
-        f"{storage.uri}/{key} does not agree with {MANIFEST_NAME} (damaged, or of another version of the dataset); "
-        "run jobs/prepare.py with --overwrite true"
+        f"{storage.uri}/{key} does not agree with {MANIFEST_NAME}: it is damaged or of another version of the dataset; "
+        f"restore it, or {_index_again(storage)}"
+    )
+
+
+def _index_again(storage: Storage) -> str:
+    return (
+        f"index the shards again, which does not change them: `crate-ray prepare --output {shlex.quote(storage.uri)} "
+        "--overwrite true`"
     )
 
 

@@ -17,6 +17,8 @@ SHARDS_NAME = "shards.npy"
 INDEX_NAME = "index.npy"
 NAMES_NAME = "names.txt"
 TABLE_SUFFIX = ".table.npy"
+PLAN_NAME = ".packing/plan.json"
+"""Exists while a dataset is being packed or indexed."""
 FORMAT_VERSION = 2
 
 _UNSAFE_FIELDS = {"num_unsafe", "unsafe_names"}

@@ -1,1 +1,1 @@
-"""From images or foreign shards to a dataset: packing, indexing, shrinking, the built-in sets."""
+"""From images or existing shards to a dataset: packing, indexing, shrinking, built-in sets."""

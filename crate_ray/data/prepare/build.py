@@ -1,6 +1,7 @@
 """From a plan to a dataset: what packing and indexing have in common.
 
-One process at a time; finished shards are not made again; and a manifest never describes other bytes than those there.
+One process works on a dataset at a time. Finished shards are not made again, and at every moment the manifest, if there
+is one, describes the files that are there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from crate_ray.data.format.index import SHARD_DTYPE
 from crate_ray.data.format.manifest import MANIFEST_NAME, NAMES_NAME, TABLE_SUFFIX, DamagedDataset, Manifest
 from crate_ray.data.prepare.records import Finished, begin, load_records, remove, unfinished_plan
 from crate_ray.data.prepare.sources import tables
-from crate_ray.data.prepare.statistics import Measurement, SampleCounts
+from crate_ray.data.prepare.statistics import DatasetStatistics, SampleCounts
 from crate_ray.data.prepare.tasks import Report, run_tasks, wants_cluster
 from crate_ray.errors import UserError
 from crate_ray.progress import CountDisplay
@@ -25,12 +26,16 @@ from crate_ray.storage.interface import Storage
 from crate_ray.storage.lease import Lease
 
 SHARD_PATTERN = "shard-{:06d}.tar"
+LEASE_NAME = ".packing.lease"
 _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
-_LEASE = ".packing.lease"
+
+Describe = Callable[[SampleCounts, DatasetStatistics, list[str]], dict[str, Any]]
+"""Fields of the manifest, from the counts, statistics and bad samples of all shards. Raises UserError if they do not
+make a dataset."""
 
 
 class ShardTask(NamedTuple):
-    """The work on one shard, as it is sent to where it is done."""
+    """The work on one shard, as it is sent to the thread or machine that does it."""
 
     storage: Storage
     """Where the dataset is made."""
@@ -40,66 +45,63 @@ class ShardTask(NamedTuple):
     name: str
     """Key of the shard."""
     replaces: bool
-    """Whether an older manifest may describe what is replaced; it must be deleted first."""
+    """Whether an older manifest may describe the file that this task replaces. Delete that manifest first."""
     detail: Any
-    """What the plan says of this shard."""
+    """What the plan says about this shard."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is to be done, before anything is."""
+    """All of the work, fixed before it begins."""
 
     title: str
-    """'packing' or 'indexing', for progress."""
+    """'packing' or 'indexing', for the progress display."""
     digest: str
-    """Of all that decides what is written."""
+    """Of everything that determines what is written."""
     names: Sequence[str]
     """Keys of the shards."""
     packs: bool
-    """The shards are written, rather than read."""
+    """Whether shards are written; otherwise they are only read."""
     work: Callable[[ShardTask, Report], Finished]
-    """A module's function that does what is to be done for one shard."""
+    """Module-level function that does the work on one shard."""
     detail: Callable[[int], Any]
-    """What it needs to know, by the shard's number."""
+    """What that function needs to know, by the shard's number."""
+    describe: Describe
     samples: int
-    """Samples to pack; 0 if not known."""
+    """Number of samples to pack; 0 if unknown."""
     size: int
-    """Bytes of the shards, about."""
+    """Approximate size of the shards in bytes."""
     threads: int
-    """Shards that are worked on at a time by one process."""
+    """Number of shards that one process works on at a time."""
 
 
-Describe = Callable[[SampleCounts, Measurement, list[str]], dict[str, Any]]
-"""Fields of the manifest, from what all shards have and their bad samples. Raises UserError if that is no dataset."""
-
-
-def make_dataset(
-    storage: Storage, plan: Plan, describe: Describe, *, overwrite: bool, lease_seconds: float
-) -> Manifest:
-    """Carry out a plan, or what is left of it, and write index and, last, manifest.
+def build_dataset(storage: Storage, plan: Plan, *, overwrite: bool, lease_seconds: float) -> Manifest:
+    """Carry out a plan, or the rest of it, then write the index and, last, the manifest.
 
     Raises:
-        UserError: there is a dataset or another unfinished plan (unless overwrite); another process is at work there.
+        UserError: there is a dataset or an unfinished one of another plan (unless overwrite), or another process works
+            there.
     """
-    _refuse(storage, plan, overwrite=overwrite)
-    what = f"the dataset at {storage.uri}"
+    refuse_existing(storage, plan, overwrite=overwrite)
     with (
-        Lease(storage, _LEASE, what, lease_seconds=lease_seconds) as lease,
+        Lease(storage, LEASE_NAME, f"the dataset at {storage.uri}", lease_seconds=lease_seconds) as lease,
         CountDisplay(plan.title, plan.samples or len(plan.names)) as display,
     ):
-        _refuse(storage, plan, overwrite=overwrite)
+        refuse_existing(storage, plan, overwrite=overwrite)
         has_manifest = storage.exists(MANIFEST_NAME)
         finished = _resume(storage, plan)
         if finished:
-            done = f"{len(finished):,} of {len(plan.names):,} shards"
-            display.say(f"{storage.uri}: {done} were finished by an earlier run; going on with the rest")
+            display.say(
+                f"{storage.uri}: {len(finished):,} of {len(plan.names):,} shards were finished by an earlier run; "
+                "continuing"
+            )
         if has_manifest:
             manifest = _complete(storage, plan, finished)
-            if manifest is not None:  # only the records were left to be removed
+            if manifest is not None:  # the earlier run was stopped while it removed its records
                 remove(storage)
                 return manifest
             if not overwrite:
-                raise _taken(storage, plan)
+                raise _exists(storage, plan)
 
         skipped = sum(f.record.samples + len(f.record.bad) for f in finished.values())
 
@@ -115,46 +117,51 @@ def make_dataset(
             finished[left[order]] = result
         good, bad = sum(f.record.samples for f in finished.values()), sum(len(f.record.bad) for f in finished.values())
         display.update(plan.samples or len(finished), good + bad - skipped, bad)
-        return _conclude(storage, plan, [finished[number] for number in range(len(plan.names))], describe, lease)
+        return _conclude(storage, plan, [finished[number] for number in range(len(plan.names))], lease)
+
+
+def refuse_existing(storage: Storage, plan: Plan, *, overwrite: bool) -> None:
+    """Raise a UserError if the plan would replace something, unless overwrite."""
+    unfinished = unfinished_plan(storage)
+    if overwrite or unfinished == plan.digest:
+        return
+    if unfinished is not None:
+        raise unfinished_error(storage)
+    if storage.exists(MANIFEST_NAME):
+        raise _exists(storage, plan)
+    if plan.packs and next(_packed_shards(storage), None) is not None:
+        raise UserError(
+            f"there are shards without a manifest at {storage.uri} already; use another output, index them (without "
+            "--source), or replace them with --overwrite true"
+        )
+
+
+def unfinished_error(storage: Storage) -> UserError:
+    """There is the beginning of another dataset."""
+    return UserError(
+        f"at {storage.uri} is a dataset that was not finished, with other samples or settings; finish it with the "
+        "command that began it, use another output, or start over with --overwrite true"
+    )
+
+
+def _exists(storage: Storage, plan: Plan) -> UserError:
+    if plan.packs:
+        return UserError(
+            f"there is a dataset at {storage.uri} already; use another output, or replace it with --overwrite true"
+        )
+    return UserError(f"{storage.uri} is indexed already; index it again with --overwrite true (shards do not change)")
 
 
 def _tasks(storage: Storage, plan: Plan, numbers: Iterable[int], described: set[str] | None) -> Iterator[ShardTask]:
-    """The tasks of some shards; described are the shards of an older manifest, None for all."""
+    """The tasks of some shards. An older manifest describes the shards in `described`; None means all."""
     for number in numbers:
         name = plan.names[number]
         replaces = described is None or name in described
         yield ShardTask(storage, plan.digest, number, name, replaces, plan.detail(number))
 
 
-def _refuse(storage: Storage, plan: Plan, *, overwrite: bool) -> None:
-    """Raise a UserError where something is that may not be overwritten."""
-    unfinished = unfinished_plan(storage)
-    if overwrite or unfinished == plan.digest:
-        return
-    if unfinished is not None:
-        raise UserError(
-            f"at {storage.uri} is a dataset that was not finished, of other samples or with other settings; finish it "
-            "by the command that began it, use another output, or --overwrite true to begin anew"
-        )
-    if storage.exists(MANIFEST_NAME):
-        raise _taken(storage, plan)
-    if plan.packs and next(_packed_shards(storage), None) is not None:
-        raise UserError(
-            f"there are shards without a manifest at {storage.uri} already; use another output, index them (without "
-            "--source), or --overwrite true to replace them"
-        )
-
-
-def _taken(storage: Storage, plan: Plan) -> UserError:
-    if plan.packs:
-        return UserError(
-            f"there is a dataset at {storage.uri} already; use another output, or --overwrite true to replace it"
-        )
-    return UserError(f"{storage.uri} is indexed already; --overwrite true indexes it again")
-
-
 def _resume(storage: Storage, plan: Plan) -> dict[int, Finished]:
-    """What is finished already, of this plan; else begin it."""
+    """Shards of this plan that are finished. If there are none, the plan begins."""
     if unfinished_plan(storage) != plan.digest:
         begin(storage, plan.digest)
         return {}
@@ -169,19 +176,19 @@ def _resume(storage: Storage, plan: Plan) -> dict[int, Finished]:
 
 
 def _complete(storage: Storage, plan: Plan, finished: dict[int, Finished]) -> Manifest | None:
-    """The manifest that is there, if it is the one that the plan makes."""
+    """The existing manifest, if it is the one that the plan makes."""
     if len(finished) < len(plan.names):
         return None
     try:
         dataset = load_dataset(storage)
     except DamagedDataset:
         return None
-    rows = _rows(_kept(plan, [finished[number] for number in range(len(plan.names))]))
+    rows = _rows(_stored(plan, [finished[number] for number in range(len(plan.names))]))
     return dataset.manifest if np.array_equal(dataset.shards, rows) else None
 
 
 def _described(storage: Storage, plan: Plan) -> set[str] | None:
-    """Names of the shards that the manifest describes; None, for all, if it cannot be read."""
+    """Names of the shards that the manifest describes; None, meaning all, if it cannot be read."""
     try:
         dataset = load_dataset(storage)
     except DamagedDataset:
@@ -191,38 +198,38 @@ def _described(storage: Storage, plan: Plan) -> set[str] | None:
     return {dataset.shard_name(shard) for shard in range(dataset.manifest.num_shards)}
 
 
-def _conclude(storage: Storage, plan: Plan, finished: list[Finished], describe: Describe, lease: Lease) -> Manifest:
-    """Describe the dataset, remove what was there before, and save it."""
-    counts, measurement = SampleCounts(), Measurement()
+def _conclude(storage: Storage, plan: Plan, finished: list[Finished], lease: Lease) -> Manifest:
+    """Remove what an older dataset left, and save the new one."""
+    counts, statistics = SampleCounts(), DatasetStatistics()
     bad: list[str] = []
     for shard in finished:
         counts.merge(shard.record.counts)
-        measurement.merge(shard.record.measurement)
+        statistics.merge(shard.record.measurement)
         bad += shard.record.bad
     try:
-        described = describe(counts, measurement, bad)
+        described = plan.describe(counts, statistics, bad)
     except UserError:
-        if plan.packs and not counts.samples:  # nothing was written that an earlier run's records could be about
+        if plan.packs and not counts.samples:  # no shard was written, so there is nothing to resume
             remove(storage)
         raise
-    kept = _kept(plan, finished)
-    names = [shard.record.name for shard in kept]
+    stored = _stored(plan, finished)
+    names = [shard.record.name for shard in stored]
     lease.check()
     storage.delete(MANIFEST_NAME)
     storage.delete(NAMES_NAME)
     if plan.packs:
         for name in set(_packed_shards(storage)).difference(names):
             storage.delete(name)
-    needed = {shard.record.name + TABLE_SUFFIX for shard in kept if shard.record.table}
+    needed = {shard.record.name + TABLE_SUFFIX for shard in stored if shard.record.table}
     for name in set(tables(info.key for info in storage.list())).difference(needed):
         storage.delete(name)
-    manifest = save_dataset(storage, names, _rows(kept), [shard.entries for shard in kept], **described)
+    manifest = save_dataset(storage, names, _rows(stored), [shard.entries for shard in stored], **described)
     remove(storage)
     return manifest
 
 
-def _kept(plan: Plan, finished: list[Finished]) -> list[Finished]:
-    """The shards that the dataset has: none that would have been packed of bad samples only."""
+def _stored(plan: Plan, finished: list[Finished]) -> list[Finished]:
+    """The shards of the dataset. Packing writes no shard if all of its samples are bad."""
     return [shard for shard in finished if shard.record.samples or not plan.packs]
 
 

@@ -1,6 +1,6 @@
-"""Datasets that need no download: scikit-learn's digits, and 'shapes', procedural pictures with foreground masks.
+"""Datasets that need no download: scikit-learn's digits, and 'shapes', procedural images with foreground masks.
 
-Both have a fixed 80/20 split: in every class of digits, and of all shapes, each fifth sample is a test sample.
+Both have a fixed 80/20 split: every fifth digit of a class, and every fifth of the shapes, is a test sample.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from crate_ray.data.prepare.sources import Item, Source, size_in_tar
 Split = Literal["all", "train", "test"]
 Float = NDArray[np.float64]
 
-_DIGIT_BYTES = 123  # of a PNG, about
-_SHAPES_BYTES_PER_PIXEL = 1.1  # of a JPEG, about
+_DIGIT_BYTES = 123  # approximate size of a PNG
+_SHAPES_BYTES_PER_PIXEL = 1.1  # approximate, of a JPEG
 
 SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "star", "cross")
 
@@ -39,9 +39,9 @@ def _encode(pixels: NDArray[np.uint8], kind: str, **options: int) -> bytes:
 
 
 def digits_source(split: Split = "all") -> Source:
-    """scikit-learn's 1,797 handwritten digits: 8×8 grayscale PNG, values 0..16 spread over 0..255, `cls` 0..9.
+    """scikit-learn's 1,797 handwritten digits: 8×8 grayscale PNG, values 0..16 scaled to 0..255, `cls` 0..9.
 
-    The split is stratified: every fifth sample of a class, in the order of the dataset, is a test sample.
+    The split is stratified: every fifth sample of a class, in the dataset's order, is a test sample.
     """
     from sklearn.datasets import load_digits  # slow to import
 
@@ -64,15 +64,15 @@ def _digit(picture: NDArray[np.uint8], label: int) -> dict[str, bytes]:
 
 
 def shapes_source(split: Split, num_samples: int, image_size: int, seed: int) -> Source:
-    """Procedural pictures of one to three textured shapes before a textured background, JPEG with masks.
+    """Procedural images of one to three textured shapes on a textured background: JPEGs with masks.
 
-    `cls` is the shape of the largest object, which lies on top; `mask.png` is 255 where any object is, else 0. A sample
-    is a function of (seed, its number); every fifth number is a test sample.
+    `cls` is the shape of the largest object, which lies on top; `mask.png` is 255 on any object, else 0. A sample
+    depends only on the seed and its number; every fifth number is a test sample.
 
     Args:
         split: part of the set.
         num_samples: size of the whole set, both splits together.
-        image_size: side of the pictures in pixels.
+        image_size: side of the images in pixels.
         seed: seed of the set.
     """
     numbers = [number for number in range(num_samples) if _in_split(number, split)]
@@ -86,10 +86,10 @@ def shapes_source(split: Split, num_samples: int, image_size: int, seed: int) ->
 
 
 def draw_shapes(seed: int, number: int, image_size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
-    """One picture of the 'shapes' set.
+    """One image of the 'shapes' set.
 
     Returns:
-        Pixels (S, S, 3) and mask (S, S), 0 or 255; number of the class in SHAPE_CLASSES.
+        Pixels (S, S, 3); mask (S, S), 0 or 255; number of the class in SHAPE_CLASSES.
     """
     random = np.random.Generator(np.random.Philox(key=[seed % 2**64, number]))
     axis = (np.arange(image_size) + 0.5) / image_size * 2 - 1
@@ -98,10 +98,10 @@ def draw_shapes(seed: int, number: int, image_size: int) -> tuple[NDArray[np.uin
     mask = np.zeros((image_size, image_size))
 
     count = int(random.integers(1, 4))
-    largest = random.uniform(0.38, 0.62)  # radius; 1 is half the picture
+    largest = random.uniform(0.38, 0.62)  # radius; 1 is half the image
     radii = [largest * random.uniform(0.4, 0.7) for _ in range(count - 1)] + [largest]
     label = 0
-    for radius in radii:  # the largest comes last and hides others, never the other way round
+    for radius in radii:  # the largest comes last, so that no other hides it
         label = int(random.integers(len(SHAPE_CLASSES)))
         reach = max(0.0, 0.95 - radius)
         centre_x, centre_y = random.uniform(-reach, reach, 2)
@@ -130,7 +130,7 @@ def _shapes_members(seed: int, number: int, image_size: int) -> dict[str, bytes]
 
 
 def _contrasting(random: np.random.Generator, x: Float, y: Float, behind: Float, coverage: Float) -> Float:
-    """A texture whose mean differs visibly from what it will hide."""
+    """A texture whose mean differs visibly from the pixels it will cover."""
     weight = coverage[..., None] / max(coverage.sum(), 1e-9)
     hidden = (behind * weight).sum((0, 1))
     texture = _texture(random, x, y)
@@ -142,7 +142,7 @@ def _contrasting(random: np.random.Generator, x: Float, y: Float, behind: Float,
 
 
 def _texture(random: np.random.Generator, x: Float, y: Float) -> Float:
-    """(S, S, 3) texture in 0..1: two colours mixed by stripes, checks, dots, clouds or a slope."""
+    """(S, S, 3) texture in 0..1: two colours mixed by stripes, checks, dots, clouds or a gradient."""
     first = random.uniform(0.05, 0.95, 3)
     second = np.clip(first + random.uniform(-0.4, 0.4, 3), 0, 1)
     kind = int(random.integers(5))
@@ -165,7 +165,7 @@ def _texture(random: np.random.Generator, x: Float, y: Float) -> Float:
 
 
 def _clouds(random: np.random.Generator, size: int) -> Float:
-    """(S, S) smooth noise of two octaves in 0..1."""
+    """(S, S) smooth noise of two octaves, in 0..1."""
     total = np.zeros((size, size))
     for cells, strength in ((4, 0.65), (9, 0.35)):
         grid = Image.fromarray(random.random((cells, cells)).astype(np.float32))
@@ -174,7 +174,7 @@ def _clouds(random: np.random.Generator, size: int) -> Float:
 
 
 def _polygon(*points: tuple[float, float]) -> Callable[[Float, Float], Float]:
-    """Signed distance to a polygon, negative inside (Quilez, 'distance functions', sdPolygon)."""
+    """Signed distance to a polygon, negative inside (Quilez, "2D distance functions", sdPolygon)."""
 
     def distance(u: Float, v: Float) -> Float:
         squared = np.full(u.shape, np.inf)
@@ -191,7 +191,7 @@ def _polygon(*points: tuple[float, float]) -> Callable[[Float, Float], Float]:
 
 
 def _regular(corners: int, inner: float | None = None) -> Callable[[Float, Float], Float]:
-    """A regular polygon in the unit circle; with an inner radius, a star."""
+    """A regular polygon in the unit circle, or a star if an inner radius is given."""
     step = 2 if inner else 1
     angles = [2 * np.pi * i / (step * corners) for i in range(step * corners)]
     radii = [inner if inner and i % 2 else 1.0 for i in range(len(angles))]

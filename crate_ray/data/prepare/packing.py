@@ -1,18 +1,17 @@
-"""Making datasets: pack images or grids into plain USTAR shards, over a cluster, smaller than they were if wished.
+"""Pack images or grids into plain ustar shards, optionally re-encoding large images at a smaller size.
 
-The same input, seed and settings give the same bytes, on however many machines. Every sample is decoded once here, so
-that training meets no broken one.
+The same input, seed and settings give the same bytes on any number of machines. Every sample is decoded once, and one
+that cannot be decoded is skipped, so training meets only good ones.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,33 +20,36 @@ from crate_ray.data.decode.samples import DecodeError, read_image_header
 from crate_ray.data.format.index import INDEX_STRIDE, index_shard
 from crate_ray.data.format.manifest import MANIFEST_NAME, Manifest
 from crate_ray.data.format.samples import read_table
-from crate_ray.data.prepare.build import SHARD_PATTERN, Plan, ShardTask, make_dataset
+from crate_ray.data.prepare.build import SHARD_PATTERN, Plan, ShardTask, build_dataset
 from crate_ray.data.prepare.records import Finished, check_plan, digest_of, save_record
 from crate_ray.data.prepare.shrink import shrink_image, shrink_mask
 from crate_ray.data.prepare.sources import Item, Source, in_order, map_file, size_in_tar
 from crate_ray.data.prepare.statistics import (
-    MEASURED_SAMPLES,
+    STATISTICS_SAMPLES,
     BadSample,
-    Measured,
-    Measurement,
+    DatasetStatistics,
     SampleCounts,
+    SampleStatistics,
+    grid_statistics,
+    image_statistics,
     image_suffix,
-    measure_grid,
-    measure_image,
 )
 from crate_ray.data.prepare.tasks import Report
 from crate_ray.errors import UserError, first_few
 from crate_ray.storage.interface import Storage
 
+if TYPE_CHECKING:
+    import webdataset
+
 logger = logging.getLogger(__name__)
 
 _FORMAT_SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_SHRUNK_TO_MEASURE = 64
-_SHARDS_AT_A_TIME = 2  # so that one is hashed and uploaded while another is filled
+_SHRUNK_FOR_RATIO = 64  # samples
+_CONCURRENT_SHARDS = 2  # one is hashed and uploaded while another is filled
 
 
 class Shrinking(NamedTuple):
-    """How pictures are made smaller."""
+    """How large images are re-encoded."""
 
     max_side: int
     """Largest shortest side in pixels."""
@@ -56,34 +58,50 @@ class Shrinking(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What is to be packed into one shard."""
+    """The content of one shard."""
 
     first: int
-    """Number of its first sample in the packing order."""
+    """Position of its first sample in the packing order."""
     items: Sequence[Item]
     digits: int
-    """Of keys."""
+    """Length of a key."""
     stride: int
-    """Every so many samples, one is measured."""
+    """The statistics of every stride-th sample are computed."""
     channels: int | None
-    """That all grids have; None for images."""
+    """Channels that all grids must have; None for images."""
     shrinking: Shrinking | None
 
 
 def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
-    """Write the samples of a source into shards, then index and manifest; or what an earlier run left of that.
+    """Write the samples of a source as shards, then index and manifest. Continues an interrupted packing.
 
-    Keys are positions in the packing order, so that a sample that cannot be decoded, which is left out and reported,
-    leaves a gap. Members are stored as they are, but for pictures that config.max_side makes smaller.
+    Keys are positions in the packing order. A sample that cannot be decoded is skipped with a warning and leaves a gap
+    in the keys. Members are stored unchanged, except images that exceed config.max_side.
 
     Raises:
         UserError: there is a dataset already (unless config.overwrite), another process packs there, or no sample can
             be decoded.
     """
+    plan = plan_packing(source, storage.uri, config)
+    return build_dataset(storage, plan, overwrite=config.overwrite, lease_seconds=config.lease_seconds)
+
+
+def plan_packing(source: Source, uri: str, config: PrepareConfig, title: str = "packing") -> Plan:
+    """The plan of a packing.
+
+    Args:
+        source: the samples.
+        uri: where they go, for messages.
+        config: shard sizes, order and re-encoding.
+        title: name of the progress display.
+
+    Raises:
+        UserError: there are no samples, or grids are to be shrunk.
+    """
     items = list(source.items)
     if not items:
-        raise UserError("there is no sample to pack; a built-in set needs a larger num_samples for this split")
-    if config.shuffle:  # by raw random numbers, whose stream numpy keeps the same for ever
+        raise UserError("there are no samples to pack; for a built-in set, increase num_samples for this split")
+    if config.shuffle:  # by raw random numbers, which NumPy keeps the same between versions
         order = np.argsort(np.random.Philox(key=config.seed % 2**64).random_raw(len(items)), kind="stable")
         items = [items[i] for i in order]
     shrinking = None if config.max_side is None else Shrinking(config.max_side, config.quality)
@@ -91,10 +109,24 @@ def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
     if channels is not None and shrinking is not None:
         raise _grids_are_not_shrunk(items[0].name)
     edges = _shard_edges(items, config, shrinking)
-    digits, stride = max(6, len(str(len(items) - 1))), -(-len(items) // MEASURED_SAMPLES)
+    digits, stride = max(6, len(str(len(items) - 1))), -(-len(items) // STATISTICS_SAMPLES)
+
+    def describe(counts: SampleCounts, statistics: DatasetStatistics, bad: list[str]) -> dict[str, object]:
+        if bad:
+            logger.warning("%d of %d samples cannot be decoded, skipped: %s", len(bad), len(items), first_few(bad))
+        if not counts.samples or not statistics.count:
+            raise UserError(f"none of the {len(items)} samples can be packed: {first_few(bad)}")
+        counts.add_unsafe(source.unsafe_names)
+        described = counts.describe(uri) | statistics.describe() | {"classes": source.classes}
+        if (
+            described["num_classes"] is not None and source.classes is not None
+        ):  # the last class may have no good sample
+            described["num_classes"] = max(described["num_classes"], len(source.classes))
+        return described
+
     settings = ["packing", 1, shrinking, channels, source.classes, edges]
-    plan = Plan(
-        title="packing",
+    return Plan(
+        title=title,
         digest=digest_of([*settings, *((item.name, item.size, item.version) for item in items)]),
         names=[SHARD_PATTERN.format(number) for number in range(len(edges) - 1)],
         packs=True,
@@ -102,32 +134,21 @@ def pack(source: Source, storage: Storage, config: PrepareConfig) -> Manifest:
         detail=lambda number: _Part(
             edges[number], items[edges[number] : edges[number + 1]], digits, stride, channels, shrinking
         ),
+        describe=describe,
         samples=len(items),
         size=sum(item.size for item in items),
-        threads=_SHARDS_AT_A_TIME,
+        threads=_CONCURRENT_SHARDS,
     )
-
-    def describe(counts: SampleCounts, measurement: Measurement, bad: list[str]) -> dict[str, object]:
-        if bad:
-            logger.warning(
-                "%d of %d samples cannot be decoded and are left out: %s", len(bad), len(items), first_few(bad)
-            )
-        if not counts.samples or not measurement.count:
-            raise UserError(f"none of the {len(items)} samples can be packed: {first_few(bad)}")
-        counts.add_unsafe(source.unsafe_names)
-        return counts.describe(storage.uri) | measurement.describe() | {"classes": source.classes}
-
-    return make_dataset(storage, plan, describe, overwrite=config.overwrite, lease_seconds=config.lease_seconds)
 
 
 # --- The plan -------------------------------------------------------------------------------------------------------
 
 
 def _shard_edges(items: Sequence[Item], config: PrepareConfig, shrinking: Shrinking | None) -> list[int]:
-    """Where the shards begin in the packing order, and the number of samples: a plan by what is known beforehand.
+    """Positions at which shards begin, and the number of samples. Uses only what is known before packing.
 
-    A shard that is full of bytes is closed at a multiple of 16 samples, if it holds as many: blocks of the training's
-    order then begin at entries of the index, and nothing beside them is read.
+    A shard that reaches shard_bytes ends at a multiple of 16 samples if it has that many. Blocks of the training order
+    then begin at entries of the index, and no other bytes are read.
     """
     ratio = 1.0
     if shrinking is not None and sum(item.size for item in items) > config.shard_bytes:
@@ -143,24 +164,24 @@ def _shard_edges(items: Sequence[Item], config: PrepareConfig, shrinking: Shrink
 
 
 def _shrinking_ratio(items: Sequence[Item], shrinking: Shrinking) -> float:
-    """Size of the samples after shrinking by their size before, from some that are spread evenly."""
+    """Size after shrinking divided by size before, estimated from evenly spaced samples."""
 
-    def measure(item: Item) -> tuple[int, int]:
+    def sizes_of(item: Item) -> tuple[int, int]:
         try:
             before = item.load()
-            after, _ = _checked(before, shrinking, measure=False)
+            after, _ = _checked(before, shrinking, moments=False)
         except BadSample:
             return 0, 0
         return size_in_tar(*map(len, before.values())), size_in_tar(*map(len, after.values()))
 
-    count = min(len(items), _SHRUNK_TO_MEASURE)
-    sizes = list(in_order(measure, (items[i * len(items) // count] for i in range(count))))
+    count = min(len(items), _SHRUNK_FOR_RATIO)
+    sizes = list(in_order(sizes_of, (items[i * len(items) // count] for i in range(count))))
     before, after = (sum(column) for column in zip(*sizes, strict=True))
     return after / before if before else 1.0
 
 
 def _channels_of_grids(items: Sequence[Item]) -> int | None:
-    """Channels of the first good sample if it is a grid, which all grids must have; None for images."""
+    """Channels of the first good sample if it is a grid, else None. All grids must have as many."""
     for item in items:
         members = {suffix.lower(): content for suffix, content in item.load().items()}
         suffix = image_suffix(members)
@@ -169,14 +190,14 @@ def _channels_of_grids(items: Sequence[Item]) -> int | None:
         if suffix != "npy":
             return None
         try:
-            return measure_grid(members["npy"], measure=False).channels
+            return grid_statistics(members["npy"], moments=False).channels
         except BadSample:
             continue
     return None
 
 
 def _grids_are_not_shrunk(name: str) -> UserError:
-    return UserError(f"max_side is for images, but {name} is a .npy grid; leave it out, or shrink the grids yourself")
+    return UserError(f"max_side is for images, but {name} is a .npy grid; leave max_side out or resize the grids")
 
 
 # --- The work -------------------------------------------------------------------------------------------------------
@@ -186,30 +207,30 @@ def pack_shard(task: ShardTask, report: Report) -> Finished:
     """Write one shard and its record."""
     part: _Part = task.detail
     check_plan(task.storage, task.plan)
-    counts, measurement = SampleCounts(), Measurement()
+    counts, statistics = SampleCounts(), DatasetStatistics()
     bad: list[str] = []
 
-    def load(numbered: tuple[int, Item]) -> tuple[dict[str, bytes], Measured] | str:
+    def load(numbered: tuple[int, Item]) -> tuple[dict[str, bytes], SampleStatistics] | str:
         number, item = numbered
         try:
-            members, measured = _checked(item.load(), part.shrinking, measure=number % part.stride == 0)
+            members, sample = _checked(item.load(), part.shrinking, moments=number % part.stride == 0)
         except BadSample as error:
             return f"{item.name} ({error})"
-        if "npy" in members and part.channels not in (None, measured.channels):
-            return f"{item.name} ({measured.channels} channels where others have {part.channels})"
-        return members, measured
+        if "npy" in members and part.channels not in (None, sample.channels):
+            return f"{item.name} ({sample.channels} channels, but others have {part.channels})"
+        return members, sample
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with path.open("wb") as file, shard_writer(file) as writer:
             for number, loaded in enumerate(in_order(load, enumerate(part.items, part.first)), part.first):
                 if isinstance(loaded, str):
                     bad.append(loaded)
                 else:
-                    members, measured = loaded
-                    _add(tar, f"{number:0{part.digits}d}", members)
+                    members, sample = loaded
+                    writer.write({"__key__": f"{number:0{part.digits}d}", **members})
                     counts.add(members, members.get("cls"))
-                    measurement.add(measured)
+                    statistics.add(sample)
                 report(counts.samples, len(bad))
         with map_file(path) as buffer:
             table = read_table(buffer, task.name).rows
@@ -217,67 +238,74 @@ def pack_shard(task: ShardTask, report: Report) -> Finished:
             row, entries, _ = index_shard(buffer, table)
         if counts.samples:
             check_plan(task.storage, task.plan)
-            if task.replaces:  # from here on the old dataset is no longer whole
+            if task.replaces:  # from here on the old dataset is incomplete
                 task.storage.delete(MANIFEST_NAME)
             task.storage.write(task.name, path)
     return save_record(
         task.storage, task.number, row, entries,
-        plan=task.plan, name=task.name, counts=counts, measurement=measurement, bad=bad,
+        plan=task.plan, name=task.name, counts=counts, measurement=statistics, bad=bad,
     )  # fmt: skip
 
 
-def _add(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
-    """Append a sample: names and contents, nothing else."""
-    for suffix, content in sorted(members.items()):
-        info = tarfile.TarInfo(f"{key}.{suffix}")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+def shard_writer(file: IO[bytes]) -> webdataset.TarWriter:
+    """webdataset's writer for encoded samples: ustar headers, no owner and no time, so equal samples give equal bytes.
+
+    TarWriter of webdataset 1.0.2 ignores its `format` argument and writes PAX headers, so the format is set on its
+    tar file.
+    """
+    import webdataset
+
+    writer = webdataset.TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0, keep_meta=True)
+    writer.tarstream.format = tarfile.USTAR_FORMAT
+    return writer
 
 
 def _checked(
-    members: dict[str, bytes], shrinking: Shrinking | None, *, measure: bool
-) -> tuple[dict[str, bytes], Measured]:
-    """Decode a sample once. Its members as they are stored, and what was measured of them.
+    members: dict[str, bytes], shrinking: Shrinking | None, *, moments: bool
+) -> tuple[dict[str, bytes], SampleStatistics]:
+    """Decode a sample once. Returns its members as they are to be stored, and its statistics.
 
-    Images get the suffix of their format.
+    An image gets the suffix of its actual format.
 
     Raises:
         BadSample: it cannot be decoded.
     """
     members = {suffix.lower(): content for suffix, content in members.items()}
+    if not members.keys().isdisjoint(("", "__key__")):
+        raise BadSample("it has a member that webdataset cannot write: its suffix is empty or '__key__'")
     suffix = image_suffix(members)
     if suffix is None:
         raise BadSample("no image or grid among " + ", ".join(sorted(members)))
     if suffix == "npy":
         if shrinking is not None:
             raise _grids_are_not_shrunk("one of the samples")
-        return members, measure_grid(members["npy"], measure=measure)
+        return members, grid_statistics(members["npy"], moments=moments)
     content = members[suffix]
     mask = members.get("mask.png")
     if mask is not None:
         _check_mask(mask, content)
     shrunk = None if shrinking is None else shrink_image(content, *shrinking)
     if shrinking is None or shrunk is None:
-        image, result = measure_image(content, measure=measure, reduce=False)
+        image, statistics = image_statistics(content, moments=moments, reduce=False)
         kind = image.format or "JPEG"
     else:
         members[suffix], kind = shrunk.content, shrunk.kind
-        result = Measured(shrunk.channels, shrunk.size, None, None)
-        if measure:
-            _, result = measure_image(shrunk.content, reduce=False)
+        statistics = SampleStatistics(shrunk.channels, shrunk.size, None, None)
+        if moments:
+            _, statistics = image_statistics(shrunk.content, reduce=False)
         if mask is not None:
             members["mask.png"] = shrink_mask(mask, shrinking.max_side)
     if _FORMAT_SUFFIX[kind] not in members:
         members[_FORMAT_SUFFIX[kind]] = members.pop(suffix)
-    return members, result
+    return members, statistics
 
 
 def _check_mask(mask: bytes, content: bytes) -> None:
-    """Decode the mask of an encoded image, whose size it must have. Raises BadSample."""
+    """Decode the mask of an encoded image and compare their sizes. Raises BadSample."""
     try:
         size = read_image_header(content)[:2]
     except DecodeError as error:
         raise BadSample(str(error)) from None
-    _, found = measure_image(mask, measure=False, reduce=False)
+    _, found = image_statistics(mask, moments=False, reduce=False)
     if found.size != size:
-        raise BadSample(f"mask of {found.size[1]}×{found.size[0]} pixels for an image of {size[1]}×{size[0]}")
+        raise BadSample(f"the mask has {found.size[1]}×{found.size[0]} pixels, the image {size[1]}×{size[0]}")

@@ -1,13 +1,12 @@
-"""What a packing or indexing has finished so far: small records in the output, so that it can go on after a crash.
+"""Records of finished shards, kept in the output so that an interrupted packing or indexing can continue.
 
-`.packing/` holds the plan's digest and, per finished shard, a JSON object and the shard's part of the index; it is
-there only until the manifest is.
+`.packing/` holds the digest of the plan and, for each finished shard, a JSON object and its part of the index. It is
+removed once the manifest is written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +19,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crate_ray.data.format import npy
 from crate_ray.data.format.index import INDEX_DTYPE
-from crate_ray.data.prepare.statistics import Measurement, SampleCounts
+from crate_ray.data.format.manifest import PLAN_NAME
+from crate_ray.data.prepare.statistics import DatasetStatistics, SampleCounts
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import NotFound, Storage
 
-_FOLDER = ".packing"
-_PLAN = f"{_FOLDER}/plan.json"
-_READERS = 16
+_FOLDER = PLAN_NAME.partition("/")[0]
+_CONCURRENCY = 16
 
 
 class ShardRecord(BaseModel):
@@ -35,7 +34,7 @@ class ShardRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     plan: str
-    """Digest of the plan that it belongs to."""
+    """Digest of its plan."""
     name: str
     samples: int
     bytes: int
@@ -43,11 +42,11 @@ class ShardRecord(BaseModel):
     sha256: str
     """The columns of its row of SHARD_DTYPE."""
     counts: SampleCounts
-    measurement: Measurement
+    measurement: DatasetStatistics
     bad: list[str]
-    """Samples that cannot be decoded, and why."""
+    """Samples that cannot be decoded, with the cause."""
     index_sha256: str
-    """Of its index entries' .npy file."""
+    """Of the .npy file of its index entries."""
 
 
 class Finished(NamedTuple):
@@ -58,13 +57,13 @@ class Finished(NamedTuple):
 
     @property
     def row(self) -> tuple[Any, ...]:
-        """The row of SHARD_DTYPE."""
+        """Its row of SHARD_DTYPE."""
         record = self.record
         return record.samples, record.bytes, record.table, np.frombuffer(bytes.fromhex(record.sha256), np.uint8)
 
 
 def digest_of(parts: Iterable[object]) -> str:
-    """Digest of a plan: of all that decides what is written, in order."""
+    """Digest of a plan, from everything that determines what is written, in order."""
     sha256 = hashlib.sha256()
     for part in parts:
         sha256.update(json.dumps(part).encode() + b"\n")
@@ -72,9 +71,9 @@ def digest_of(parts: Iterable[object]) -> str:
 
 
 def unfinished_plan(storage: Storage) -> str | None:
-    """Digest of the plan that was begun under a storage and not finished; None if there is none."""
+    """Digest of the unfinished plan under a storage; None if there is none."""
     try:
-        return str(json.loads(storage.read(_PLAN))["plan"])
+        return str(json.loads(storage.read(PLAN_NAME))["plan"])
     except NotFound:
         return None
     except (ValueError, TypeError, KeyError):
@@ -82,13 +81,13 @@ def unfinished_plan(storage: Storage) -> str | None:
 
 
 def begin(storage: Storage, plan: str) -> None:
-    """Forget what another plan has finished, and note that this one is under way."""
+    """Remove the records of any other plan, and record that this one has begun."""
     remove(storage)
-    storage.write(_PLAN, json.dumps({"plan": plan}).encode())
+    storage.write(PLAN_NAME, json.dumps({"plan": plan}).encode())
 
 
 def check_plan(storage: Storage, plan: str) -> None:
-    """Make sure that a plan is still under way, seen from where this is called.
+    """Check that a plan is still the unfinished one, as seen from the calling machine.
 
     Raises:
         UserError: it is not.
@@ -96,35 +95,34 @@ def check_plan(storage: Storage, plan: str) -> None:
     found = unfinished_plan(storage)
     if found is None:
         raise UserError(
-            f"{storage.uri} is not what it is on the machine that runs the job; give an s3:// address, or a folder "
-            "that all nodes of the cluster share"
+            f"{storage.uri} on this node is not the folder that the job writes to; use an s3:// address, or a folder "
+            "that all nodes share"
         )
     if found != plan:
-        raise UserError(f"another packing has begun at {storage.uri}, this one must not go on")
+        raise UserError(f"another packing has begun at {storage.uri}, so this one stops")
 
 
 def save_record(
     storage: Storage, number: int, row: tuple[Any, ...], entries: NDArray[np.void], **described: Any
 ) -> Finished:
-    """Note that a shard is finished: its row of SHARD_DTYPE, its index entries, the record's other fields."""
-    file = io.BytesIO()
-    np.save(file, entries, allow_pickle=False)
+    """Record a finished shard: its row of SHARD_DTYPE, its index entries, and the record's other fields."""
+    content = npy.content_of(entries)
     samples, size, table, sha256 = row
     record = ShardRecord(
         samples=samples,
         bytes=size,
         table=table,
         sha256=bytes(bytearray(sha256)).hex(),
-        index_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+        index_sha256=hashlib.sha256(content).hexdigest(),
         **described,
     )
-    storage.write(f"{_FOLDER}/{number:06d}.npy", file.getvalue())
+    storage.write(f"{_FOLDER}/{number:06d}.npy", content)
     storage.write(f"{_FOLDER}/{number:06d}.json", record.model_dump_json().encode())
     return Finished(record, entries)
 
 
 def load_records(storage: Storage, plan: str) -> dict[int, Finished]:
-    """The finished shards of a plan by number; records that are damaged, or another plan's, do not count."""
+    """The finished shards of a plan by number, without records that are damaged or belong to another plan."""
 
     def load(key: str) -> Finished | None:
         try:
@@ -137,8 +135,8 @@ def load_records(storage: Storage, plan: str) -> dict[int, Finished]:
         entries: NDArray[np.void] = npy.read(data)
         return Finished(record, entries) if entries.dtype == INDEX_DTYPE else None
 
-    keys = [key for key in _keys(storage) if key.endswith(".json") and key != _PLAN]
-    with ThreadPoolExecutor(_READERS) as pool:
+    keys = [key for key in _keys(storage) if key.endswith(".json") and key != PLAN_NAME]
+    with ThreadPoolExecutor(_CONCURRENCY) as pool:
         loaded = zip(keys, pool.map(load, keys), strict=True)
         return {
             int(number): finished
@@ -148,10 +146,10 @@ def load_records(storage: Storage, plan: str) -> dict[int, Finished]:
 
 
 def remove(storage: Storage) -> None:
-    """Delete all records; the plan last, so that none is taken for another plan's."""
-    with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(storage.delete, [key for key in _keys(storage) if key != _PLAN]))
-    storage.delete(_PLAN)
+    """Delete all records, the plan last: a record left behind always has its plan beside it."""
+    with ThreadPoolExecutor(_CONCURRENCY) as pool:
+        list(pool.map(storage.delete, [key for key in _keys(storage) if key != PLAN_NAME]))
+    storage.delete(PLAN_NAME)
     if (folder := storage.local_path(_FOLDER)) is not None:
         with suppress(OSError):
             folder.rmdir()

@@ -1,6 +1,6 @@
-"""Pictures made smaller for storage: what training would decode and throw away is not stored in the first place.
+"""Re-encode large images at a smaller size, so that no pixels are stored that training would discard.
 
-Colours are taken as `decode` takes them: ICC profiles and transparency do not count, CMYK becomes RGB.
+Colours are treated as in `decode`: ICC profiles and transparency are ignored, CMYK becomes RGB.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from crate_ray.data.decode.samples import DecodeError, read_image_header, to_eight_bits
 from crate_ray.data.prepare.statistics import IMAGE_FORMATS, BadSample, channels_of
 
-_REDUCING_GAP = 3.0  # Pillow: first whole pixels are averaged down to 3 times the size; not to be told from one pass
+_REDUCING_GAP = 3.0  # Pillow first averages whole pixels down to 3 times the size; no visible difference to one pass
 
 
 def shrunk_size(height: int, width: int, max_side: int) -> tuple[int, int]:
-    """Height and width of a picture whose shortest side is made max_side, where it is longer."""
+    """Height and width after the shortest side is reduced to max_side; unchanged if it is not longer."""
     short = min(height, width)
     if short <= max_side:
         return height, width
@@ -26,23 +26,22 @@ def shrunk_size(height: int, width: int, max_side: int) -> tuple[int, int]:
 
 
 class Shrunk(NamedTuple):
-    """A picture that was made smaller."""
+    """A re-encoded image."""
 
     content: bytes
-    """Encoded."""
+    """The encoded bytes."""
     kind: str
-    """Pillow's name of the format."""
+    """Format, by Pillow's name."""
     channels: int
     """1 or 3."""
     size: tuple[int, int]
-    """Height, width."""
+    """Height and width."""
 
 
 def shrink_image(content: bytes, max_side: int, quality: int) -> Shrunk | None:
-    """A picture whose shortest side is longer than max_side, encoded anew with that shortest side; None for others.
+    """Reduce the shortest side of an image to max_side. Returns None if it is not longer.
 
-    Antialiased (bicubic) and upright: EXIF orientation is applied, then all metadata dropped. A JPEG stays one, as
-    does a WebP or PNG.
+    Resizing is bicubic and antialiased. EXIF orientation is applied, then all metadata is dropped. The format stays.
 
     Args:
         content: JPEG, PNG or WebP.
@@ -65,7 +64,7 @@ def shrink_image(content: bytes, max_side: int, quality: int) -> Shrunk | None:
 
 
 def shrink_mask(content: bytes, max_side: int) -> bytes:
-    """A mask made smaller as its picture is, by nearest neighbour, so that it holds no new values.
+    """Resize a mask like its image, by nearest neighbour, so that no new values arise.
 
     Raises:
         BadSample: it cannot be decoded.
@@ -75,7 +74,7 @@ def shrink_mask(content: bytes, max_side: int) -> bytes:
 
 
 def _open(content: bytes, max_side: int) -> Image.Image | None:
-    """The decoded image, as stored, if it is too large."""
+    """The decoded image, not rotated; None if it is small enough."""
     try:
         header = read_image_header(content)
         if min(header.height, header.width) <= max_side:
@@ -92,12 +91,12 @@ def _open(content: bytes, max_side: int) -> Image.Image | None:
 
 
 def _resized(pixels: Image.Image, stored: Image.Image, max_side: int, filter_: Image.Resampling) -> Image.Image:
-    """Pixels of a stored image, smaller and upright."""
+    """Pixels of a stored image, resized and upright."""
     height, width = shrunk_size(stored.height, stored.width, max_side)
     gap = None if filter_ == Image.Resampling.NEAREST else _REDUCING_GAP
     smaller = pixels.resize((width, height), filter_, reducing_gap=gap)
     exif = stored.getexif()
-    smaller.info = {}  # no metadata is stored but the orientation, which is applied now
+    smaller.info = {}  # drop all metadata except the orientation, which is applied next
     if exif.get(0x0112, 1) != 1:
         orientation = Image.Exif()
         orientation[0x0112] = exif[0x0112]

@@ -1,6 +1,6 @@
-"""What there is to pack or to index: folders of images or grids, tar shards, and the names of sets of shards.
+"""What can be packed or indexed: folders of images or grids, tar shards, and patterns of shard names.
 
-A source knows names and sizes of its samples; their content is read where it is packed, perhaps on another machine.
+A source knows the names and sizes of its samples. Their content is read on the machine that packs them.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from crate_ray.storage.interface import ObjectInfo, Storage
 logger = logging.getLogger(__name__)
 
 THREADS = 8
-"""Samples of a shard that are read and decoded at a time; also shards that are scanned at a time by one process."""
+"""Samples of a shard that are decoded at a time; also shards that one process scans at a time."""
 
 _COMPRESSED_NAME = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 _WILDCARD = re.compile(r"[*?[]")
-_CLASS_BYTES = 2  # of a `cls` member, about
-_GAP_BYTES = 2**16  # so many bytes between members cost less than another request
+_CLASS_BYTES = 2  # approximate size of a `cls` member
+_GAP_BYTES = 2**16  # reading a gap of this size costs less than another request
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,28 +50,28 @@ class Item(NamedTuple):
     """One sample to pack."""
 
     name: str
-    """What messages call it."""
+    """Its path in the source, or another name for messages."""
     load: Callable[[], dict[str, bytes]]
-    """Reads or makes its members: content by suffix. It is sent to other machines."""
+    """Reads or generates its members: content by suffix. Must be picklable."""
     size: int = 0
-    """Bytes that it takes in a shard, tar headers included, as far as is known beforehand."""
+    """Estimated bytes in a shard, tar headers included."""
     version: str = ""
     """Changes when the content does."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples to pack, and what is known about all of them."""
+    """Samples to pack, and what they have in common."""
 
     items: Sequence[Item]
     classes: tuple[str, ...] | None = None
-    """Names of the classes that `cls` members number."""
+    """Names of the classes, by the numbers in `cls` members."""
     unsafe_names: Sequence[str] = ()
-    """Members of its shards that no item has for their names, each behind its shard's name."""
+    """Members of its shards that were skipped because of their names, each after its shard's name."""
 
 
 def size_in_tar(*sizes: int) -> int:
-    """Bytes that members of these sizes take in a tar, headers and padding included."""
+    """Bytes that members of these sizes occupy in a tar, headers and padding included."""
     return sum(BLOCK + size + -size % BLOCK for size in sizes)
 
 
@@ -81,15 +81,15 @@ def size_in_tar(*sizes: int) -> int:
 def open_source(storage: Storage, shards: str = "*.tar") -> Source:
     """Samples of a folder: its images or .npy grids, or else the samples of its .tar shards.
 
-    `a/b.jpg` is a sample of class `a` (where all files lie in folders); `b.mask.png` beside `b.jpg` becomes its
-    `mask.png` member. Files and folders whose names begin with a dot are left out.
+    If all files lie in sub-folders, these are the classes: `a/b.jpg` belongs to class `a`. `b.mask.png` beside `b.jpg`
+    becomes its `mask.png` member. Files and folders whose names begin with a dot are skipped.
 
     Args:
         storage: the folder.
-        shards: which shards to take where the folder holds no images: names with wildcards and braces.
+        shards: names of the shards to use if the folder holds no images, with wildcards and braces.
 
     Raises:
-        UserError: there is nothing to pack, or images and grids are mixed.
+        UserError: there is nothing to pack, or the folder holds both images and grids.
     """
     infos = {info.key: info for info in storage.list() if not _is_hidden(info.key)}
     names = list(infos)
@@ -102,9 +102,7 @@ def open_source(storage: Storage, shards: str = "*.tar") -> Source:
     images = [name for name in names if suffixes[name] in IMAGE_SUFFIXES and name not in mask_names]
     grids = [name for name in names if suffixes[name] == "npy"]
     if images and grids:
-        raise UserError(
-            f"{storage.uri} holds both images ({images[0]}) and grids ({grids[0]}); pack them as two datasets"
-        )
+        raise UserError(f"{storage.uri} holds both images ({images[0]}) and grids ({grids[0]}); make them two datasets")
     files = images or grids
     if not files:
         tars = [name for name in names if suffixes[name] == "tar"]
@@ -116,9 +114,9 @@ def open_source(storage: Storage, shards: str = "*.tar") -> Source:
         )
     stems = {name.rpartition(".")[0] for name in files}
     if lost := [name for stem, name in masks.items() if stem not in stems]:
-        logger.warning("%d masks have no image beside them and are left out: %s", len(lost), first_few(lost))
+        logger.warning("skipped %d masks without an image beside them: %s", len(lost), first_few(lost))
     if others := Counter(f".{suffixes[n]}" for n in names if suffixes[n] not in (*IMAGE_SUFFIXES, "npy")):
-        logger.warning("%d other files are left out (%s)", sum(others.values()), ", ".join(sorted(others)))
+        logger.warning("skipped %d other files (%s)", sum(others.values()), ", ".join(sorted(others)))
     classes: tuple[str, ...] | None = None
     if all("/" in name for name in files):
         classes = tuple(sorted({name.split("/", 1)[0] for name in files}))
@@ -152,12 +150,12 @@ def _is_hidden(name: str) -> bool:
 
 
 def _describes_dataset(name: PurePosixPath, indexed: set[PurePosixPath]) -> bool:
-    """Whether a file belongs to a manifest beside it."""
+    """Whether a file is part of the manifest or index beside it."""
     return name.parent in indexed and name.name in (MANIFEST_NAME, SHARDS_NAME, INDEX_NAME, NAMES_NAME)
 
 
 def tables(names: Iterable[str]) -> Iterator[str]:
-    """Those of some files that are tables of shards' members: the shard is beside, or was a .tar."""
+    """Those of some files that are tables of members: their shard is among the files, or was a .tar."""
     present = set(names)
     for name in present:
         shard = name.removesuffix(TABLE_SUFFIX)
@@ -166,7 +164,7 @@ def tables(names: Iterable[str]) -> Iterator[str]:
 
 
 def known_classes(storage: Storage) -> tuple[str, ...] | None:
-    """Names of the classes from an earlier manifest, which the shards themselves do not hold."""
+    """Names of the classes from an existing manifest; shards hold only their numbers."""
     try:
         return load_dataset(storage).manifest.classes
     except UserError:
@@ -174,7 +172,7 @@ def known_classes(storage: Storage) -> tuple[str, ...] | None:
 
 
 def _shard_source(storage: Storage, shards: Sequence[ObjectInfo], classes: tuple[str, ...] | None) -> Source:
-    """Samples of tar shards, members gathered from anywhere in their shard."""
+    """Samples of tar shards. The members of a sample may lie anywhere in its shard."""
     found: dict[int, Table] = {}
     on_cluster = wants_cluster(len(shards), 0, sum(info.size for info in shards))
     jobs = ((storage, info.key) for info in shards)
@@ -213,15 +211,15 @@ def _read_members(storage: Storage, shard: str, members: dict[str, tuple[int, in
 
 
 def split_address(storage: Storage, shards: str) -> tuple[Storage, str]:
-    """Where shards are and what they are called there: those of a storage, or those that whole addresses name.
+    """Where shards are, and the pattern of their names there.
 
     Args:
-        storage: where names that are no addresses belong; its settings also open other addresses.
-        shards: names, or addresses (of s3://, file://, or beginning with / ~ ./ or ../) below one folder;
-            with wildcards and braces.
+        storage: where the shards are if `shards` are names; its settings also open other addresses.
+        shards: names, or addresses below one folder (s3://…, file://…, or beginning with / ~ ./ or ../), with
+            wildcards and braces.
 
     Raises:
-        UserError: the addresses have no bucket or scheme in common.
+        UserError: the addresses are in several buckets or stores.
     """
     if not is_address(shards):
         return storage, shards
@@ -231,17 +229,17 @@ def split_address(storage: Storage, shards: str) -> tuple[Storage, str]:
     folders = [posixpath.dirname(_WILDCARD.split(path, maxsplit=1)[0]) for path in paths]
     try:
         folder = posixpath.commonpath(folders)
-    except ValueError:  # some are absolute, some are not
+    except ValueError:  # absolute and relative paths
         folder = ""
     if len(schemes) > 1 or (not folder and any(folders)):
-        raise UserError(f"the shards {shards} are in several buckets or stores; index each of them by itself")
+        raise UserError(f"the shards {shards} are in several buckets or stores; index each store on its own")
     (scheme,) = schemes
     source = storage.at(f"{scheme}://{folder}" if scheme else folder)
     return source, "::".join(posixpath.relpath(path, folder) for path in paths)
 
 
 def is_address(shards: str) -> bool:
-    """Whether shards are given by whole addresses, not by their names within a storage."""
+    """Whether shards are given as whole addresses, not as names within a storage."""
     return "://" in shards or shards.startswith(("/", "~", "./", "../"))
 
 
@@ -252,25 +250,25 @@ def _absolute(address: str) -> str:
 
 
 def find_shards(storage: Storage, shards: str) -> list[str]:
-    """Names of the shards under a storage that a pattern stands for: those of list_shards."""
+    """Names of the shards that match a pattern, as `list_shards`."""
     return [info.key for info in list_shards(storage, shards)]
 
 
 def list_shards(storage: Storage, shards: str) -> list[ObjectInfo]:
-    """The shards under a storage that a pattern stands for, in the order of the pattern.
+    """The shards that match a pattern, in the order of the pattern.
 
     Args:
-        storage: where they are, in sub-folders too.
-        shards: wildcards as in a shell ('train-*.tar'; '*' goes on into sub-folders), what such a pattern finds being
-            sorted; and braces as in a shell ('train-{00000..00049}.tar', '{train,extra}-*.tar'), each of which must be
-            there. '::' joins several, as in webdataset.
+        storage: where they are, sub-folders included.
+        shards: wildcards as in a shell ('train-*.tar'; '*' also matches '/'), whose matches are sorted; braces as in a
+            shell ('train-{00000..00049}.tar', '{train,extra}-*.tar'), each alternative of which must exist. '::' joins
+            several patterns, as in webdataset.
 
     Raises:
-        UserError: there is no shard for a pattern, or for a name or pattern that its braces stand for.
+        UserError: a pattern, or one of the alternatives in its braces, matches nothing.
     """
     patterns = _expanded(shards)
     before = [_WILDCARD.split(pattern, maxsplit=1)[0] for pattern in patterns]
-    prefix = os.path.commonprefix(before)  # noqa: RUF071 - characters, not folders: a listing goes by them
+    prefix = os.path.commonprefix(before)  # noqa: RUF071 - of characters, not folders, as a listing needs it
     present = {info.key: info for info in storage.list(prefix)}
     names = list(present)
     visible = [name for name in names if not posixpath.basename(name).startswith(".")]
@@ -286,24 +284,22 @@ def list_shards(storage: Storage, shards: str) -> list[ObjectInfo]:
     if missing:
         compressed = [name for name in names if _COMPRESSED_NAME.search(name) and name not in found]
         hint = f"; compressed ones such as {compressed[0]} must be decompressed first" if compressed else ""
-        of_set = f" ({len(missing)} of the {len(patterns)} that are named)" if len(patterns) > 1 else ""
+        of_set = f" ({len(missing)} of {len(patterns)} are missing)" if len(patterns) > 1 else ""
         raise UserError(f"no shards named {first_few(missing)} under {storage.uri}{of_set}{hint}")
     return [present[name] for name in found]
 
 
 def _expanded(shards: str) -> list[str]:
-    """The patterns without braces that a pattern stands for."""
+    """The patterns that result from expanding the braces of a pattern."""
     try:
         return [name for pattern in shards.split("::") for name in braceexpand(pattern, escape=False)]
     except ValueError:
-        raise UserError(
-            f"the braces in the shards' names {shards} are not closed; write train-{{00..49}}.tar"
-        ) from None
+        raise UserError(f"the braces in {shards} are not closed; write for example train-{{00..49}}.tar") from None
 
 
 @contextmanager
 def open_shard(storage: Storage, name: str) -> Iterator[mmap.mmap | bytes]:
-    """A whole shard, memory-mapped: the local file itself, or a temporary copy."""
+    """A shard, memory-mapped: the local file or a temporary copy."""
     path = storage.local_path(name)
     if path is not None:
         with map_file(path) as buffer:
@@ -323,14 +319,14 @@ def map_file(path: Path) -> Iterator[mmap.mmap | bytes]:
         if not os.fstat(file.fileno()).st_size:
             yield b""
             return
-        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped when the last view of it is gone
+        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped together with its last view
 
 
 # --- Reading ahead --------------------------------------------------------------------------------------------------
 
 
 def in_order(function: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
-    """Results of a function in the order of its inputs, computed by some threads a little ahead."""
+    """Results of a function in the order of its inputs, computed a little ahead in threads."""
     with ThreadPoolExecutor(THREADS, "sample") as pool:
         waiting: deque[Future[R]] = deque()
         try:

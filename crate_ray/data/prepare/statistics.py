@@ -1,6 +1,6 @@
-"""What samples are: each is decoded once when it is packed or indexed, and their shape and statistics are gathered.
+"""Shapes, mean, standard deviation, suffixes and labels of a dataset, gathered while it is packed or indexed.
 
-Parts of a dataset are measured apart and merged, in the order of the shards.
+Each shard is measured on its own; the results are merged in the order of the shards.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from crate_ray.errors import UserError, first_few
 logger = logging.getLogger(__name__)
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-MEASURED_SAMPLES = 2048
-"""At most this many samples are measured for mean and standard deviation."""
+STATISTICS_SAMPLES = 2048
+"""Mean and standard deviation are computed from at most this many samples."""
 
 _NUMBERED_SUFFIX = re.compile(r"\d[\d.]*\.(jpe?g|png|webp|npy)")
 _REPORTED_NAMES = 10
@@ -35,37 +35,39 @@ _GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 
 
 class BadSample(Exception):  # noqa: N818
-    """A sample that cannot be decoded; packing goes on without it."""
+    """A sample cannot be decoded. Packing skips it."""
 
 
 def image_suffix(suffixes: Iterable[str]) -> str | None:
-    """The suffix under which a sample with these suffixes holds its image or grid; images are preferred."""
+    """The suffix under which a sample with these suffixes holds its image, or else its grid."""
     present = set(suffixes)
     return next((suffix for suffix in (*IMAGE_SUFFIXES, "npy") if suffix in present), None)
 
 
-class Measured(NamedTuple):
-    """One sample: shape, and mean of values and of their squares per channel where measured."""
+class SampleStatistics(NamedTuple):
+    """Shape of a sample and, if computed, mean and mean square per channel."""
 
     channels: int
     size: tuple[int, int]
-    """Height, width; upright, as training sees the picture."""
+    """Height and width of the upright image, as training sees it."""
     mean: NDArray[np.float64] | None
     square: NDArray[np.float64] | None
 
 
 def channels_of(image: Image.Image) -> int:
-    """1 for a grayscale picture, 3 for any other."""
+    """1 for a grayscale image, 3 for any other."""
     return 1 if image.mode in _GRAY_MODES else 3
 
 
-def measure_image(content: bytes, *, measure: bool = True, reduce: bool = True) -> tuple[Image.Image, Measured]:
-    """Decode a JPEG, PNG or WebP image; nothing else is tried.
+def image_statistics(
+    content: bytes, *, moments: bool = True, reduce: bool = True
+) -> tuple[Image.Image, SampleStatistics]:
+    """Decode a JPEG, PNG or WebP image, and no other format.
 
     Args:
         content: the encoded image.
-        measure: compute its statistics on the scale 0-1 too.
-        reduce: decode large JPEGs at a smaller scale of at least 256 pixels, for statistics only.
+        moments: compute mean and mean square, on the scale 0-1.
+        reduce: decode large JPEGs at a smaller scale, of at least 256 pixels; enough for statistics.
 
     Raises:
         BadSample: it cannot be decoded.
@@ -76,13 +78,13 @@ def measure_image(content: bytes, *, measure: bool = True, reduce: bool = True) 
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         if sorted(image.size) != sorted(header[:2]):  # upright or not
-            raise BadSample("the image is damaged: it has two sizes")
+            raise BadSample("the image is damaged: its headers give two sizes")
         if reduce:
             image.draft(None, (256, 256))
         image.load()
         channels = channels_of(image)
-        if not measure:
-            return image, Measured(channels, header[:2], None, None)
+        if not moments:
+            return image, SampleStatistics(channels, header[:2], None, None)
         eight_bits = to_eight_bits(image).convert("L" if channels == 1 else "RGB")
         histogram = np.array(eight_bits.histogram(), np.float64).reshape(-1, 256)
     except UnidentifiedImageError:
@@ -91,14 +93,18 @@ def measure_image(content: bytes, *, measure: bool = True, reduce: bool = True) 
         raise BadSample(str(error)) from None
     share = histogram / histogram.sum(1, keepdims=True)
     values = np.arange(256) / 255
-    return image, Measured(channels, header[:2], share @ values, share @ values**2)
+    return image, SampleStatistics(channels, header[:2], share @ values, share @ values**2)
 
 
-def measure_grid(content: bytes, *, measure: bool = True) -> Measured:
-    """Check a .npy array of shape (C, H, W) or (H, W) and compute its statistics.
+def grid_statistics(content: bytes, *, moments: bool = True) -> SampleStatistics:
+    """Check a .npy array of shape (C, H, W) or (H, W).
+
+    Args:
+        content: the .npy file.
+        moments: compute mean and mean square.
 
     Raises:
-        BadSample: it is no such array of finite numbers.
+        BadSample: it has another shape, or holds something other than finite numbers.
     """
     if not content.startswith(npy.MAGIC):
         raise BadSample("not a .npy array")
@@ -112,39 +118,39 @@ def measure_grid(content: bytes, *, measure: bool = True) -> Measured:
         raise BadSample("the array holds infinities or NaN")
     grid = array[None] if array.ndim == 2 else array
     size = (int(grid.shape[1]), int(grid.shape[2]))
-    if not measure:
-        return Measured(len(grid), size, None, None)
+    if not moments:
+        return SampleStatistics(len(grid), size, None, None)
     flat = grid.reshape(len(grid), -1).astype(np.float64)
-    return Measured(len(grid), size, flat.mean(1), (flat**2).mean(1))
+    return SampleStatistics(len(grid), size, flat.mean(1), (flat**2).mean(1))
 
 
-class Measurement(BaseModel):
-    """Shape and statistics of a dataset or a part of it, gathered from samples."""
+class DatasetStatistics(BaseModel):
+    """Shape, mean and standard deviation of a dataset or a part of it."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     count: int = 0
-    """Samples whose statistics were measured."""
+    """Number of samples whose moments were computed."""
     channels: list[int] = []
-    """All numbers of channels that occur, ascending."""
+    """The numbers of channels found, ascending."""
     sizes: list[tuple[int, int]] = []
-    """The first one or two sizes that occur."""
+    """The first two sizes found, or the only one."""
     mean: list[float] = []
     """Weighted sum of the samples' means, per channel."""
     square: list[float] = []
-    """The same of the means of squares."""
+    """Weighted sum of the samples' mean squares, per channel."""
     weight: float = 0.0
 
-    def add(self, sample: Measured, weight: float = 1.0) -> None:
-        """Add a sample; of one that was not measured, only the shape counts."""
+    def add(self, sample: SampleStatistics, weight: float = 1.0) -> None:
+        """Add a sample; without moments, only its shape counts."""
         statistics = {}
         if sample.mean is not None and sample.square is not None:
             mean, square = (weight * sample.mean).tolist(), (weight * sample.square).tolist()
             statistics = {"count": 1, "mean": mean, "square": square, "weight": weight}
-        self.merge(Measurement.model_construct(channels=[sample.channels], sizes=[sample.size], **statistics))
+        self.merge(DatasetStatistics.model_construct(channels=[sample.channels], sizes=[sample.size], **statistics))
 
-    def merge(self, other: Measurement) -> None:
-        """Add what was gathered from another part."""
+    def merge(self, other: DatasetStatistics) -> None:
+        """Add the statistics of another part."""
         for size in other.sizes:
             if len(self.sizes) < 2 and size not in self.sizes:
                 self.sizes = [*self.sizes, size]
@@ -156,7 +162,7 @@ class Measurement(BaseModel):
             self.mean, self.square = _sum(self.mean, other.mean), _sum(self.square, other.square)
 
     def describe(self) -> dict[str, Any]:
-        """Fields of the manifest."""
+        """The manifest's fields for channels, size, mean and std."""
         channels = self.channels[-1]
         mean = np.resize(self.mean, channels) / self.weight
         std = np.sqrt(np.maximum(np.resize(self.square, channels) / self.weight - mean**2, 0))
@@ -172,7 +178,7 @@ class Measurement(BaseModel):
 
 
 def _sum(first: list[float], second: list[float]) -> list[float]:
-    """Sum per channel; a grayscale picture has three equal channels among coloured ones."""
+    """Sum per channel; a grayscale image counts as three equal channels among coloured ones."""
     if not first:
         return list(second)
     channels = max(len(first), len(second))
@@ -180,7 +186,7 @@ def _sum(first: list[float], second: list[float]) -> list[float]:
 
 
 class SampleCounts(BaseModel):
-    """Which members and labels all samples of a dataset or a part of it have."""
+    """Suffixes and labels of all samples of a dataset or a part of it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -192,13 +198,13 @@ class SampleCounts(BaseModel):
     max_label: int = -1
     without_image: int = 0
     without_image_names: list[str] = []
-    """The first few."""
+    """The first ten."""
     num_unsafe: int = 0
     unsafe_names: list[str] = []
     """As in the manifest."""
 
     def add(self, members: Iterable[str], label: bytes | None, key: str = "") -> None:
-        """Add a sample: its suffixes, the content of its `cls` member, its key."""
+        """Add a sample by its suffixes, the content of its `cls` member, and its key."""
         self.samples += 1
         self.suffixes.update(members)
         suffix = image_suffix(members)
@@ -213,14 +219,14 @@ class SampleCounts(BaseModel):
             self.max_label = max(self.max_label, int(label))
 
     def add_unsafe(self, names: Sequence[str]) -> None:
-        """Add members with unsafe names, each behind its shard's name."""
+        """Add members with unsafe names, each after its shard's name."""
         self.num_unsafe += len(names)
-        # Bytes that are no UTF-8 cannot be written to JSON.
+        # Names that are not UTF-8 cannot be written to JSON.
         named = [name.encode("utf-8", "backslashreplace").decode() for name in names[:_REPORTED_UNSAFE]]
         self.unsafe_names = [*self.unsafe_names, *named][:_REPORTED_UNSAFE]
 
     def merge(self, other: SampleCounts) -> None:
-        """Add what was counted in another part."""
+        """Add the counts of another part."""
         self.samples += other.samples
         self.suffixes |= other.suffixes
         self.images |= other.images
@@ -232,21 +238,25 @@ class SampleCounts(BaseModel):
         self.unsafe_names = (self.unsafe_names + other.unsafe_names)[:_REPORTED_UNSAFE]
 
     def describe(self, uri: str) -> dict[str, Any]:
-        """Fields of the manifest; warnings and errors where samples do not agree."""
+        """The manifest's fields for kind, suffixes and classes. Logs a warning if samples disagree.
+
+        Raises:
+            UserError: no sample has an image or grid, or some have images and some grids.
+        """
         numbered = sorted(suffix for suffix in self.suffixes if _NUMBERED_SUFFIX.fullmatch(suffix))
         hint = (
-            f" (suffixes such as {numbered[0]!r} come from dots within file names: in WebDataset the key ends at the "
-            "first dot, so files may have merged into one sample)"
+            f" (suffixes such as {numbered[0]!r} come from dots within file names: WebDataset ends the key at the "
+            "first dot, so several files may have become one sample)"
             if numbered
             else ""
         )
         if not self.images:
             raise UserError(
-                f"no sample under {uri} has an image or grid but {', '.join(sorted(self.suffixes)) or 'nothing'}; "
-                f"wanted is one of {', '.join((*IMAGE_SUFFIXES, 'npy'))}{hint}"
+                f"no sample under {uri} has an image or grid, only {', '.join(sorted(self.suffixes)) or 'nothing'}; "
+                f"one of {', '.join((*IMAGE_SUFFIXES, 'npy'))} is needed{hint}"
             )
         if "npy" in self.images and len(self.images) > 1:
-            raise UserError(f"{uri} mixes samples with images and samples with .npy grids; make two datasets of them")
+            raise UserError(f"{uri} holds samples with images and samples with .npy grids; make them two datasets")
         if self.without_image:
             names = first_few(self.without_image_names, self.without_image)
             logger.warning(

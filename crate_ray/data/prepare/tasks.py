@@ -1,6 +1,6 @@
-"""Where the work on shards is done: as Ray tasks over a cluster, one a shard, or by threads of this process.
+"""Run the work on shards as Ray tasks on a cluster, one per shard, or in threads of this process.
 
-The work is the same function either way; what it returns and writes does not depend on the place.
+The same function does the work, with the same results.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 Report = Callable[[int, int], None]
-"""Called by a task now and then with the good and bad samples that it has done so far; may raise to end the task."""
+"""A task calls it regularly with the number of good and bad samples so far. It may raise, which ends the task."""
 
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 _REPORT_SECONDS = 0.5
 _SMALL_SAMPLES = 20_000
 _SMALL_BYTES = 2**29
 
 
 def wants_cluster(shards: int, samples: int, size: int) -> bool:
-    """Whether work is for Ray: it runs already, or RAY_ADDRESS names a cluster, or starting it pays for so much work.
+    """Whether to use Ray: it runs already, RAY_ADDRESS names a cluster, or the work is worth starting it.
 
-    That is the case with several shards that have more than 20,000 samples or 512 MiB together; less is done by threads
-    before Ray has started.
+    It is for several shards with more than 20,000 samples or 512 MiB in all. Threads finish less than that before Ray
+    has started.
 
     Args:
-        shards: number of tasks.
-        samples: of all of them; 0 if not known.
-        size: bytes to read and write, about.
+        shards: number of shards.
+        samples: number of samples; 0 if unknown.
+        size: approximate number of bytes to read and write.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
-    if address != "local" and not address.startswith("http"):  # that is where jobs are submitted to, not a cluster
+    if address != "local" and not address.startswith("http"):  # http: an address to submit jobs to
         return True
     import ray  # takes a second
 
@@ -56,24 +56,24 @@ def run_tasks(
     on_cluster: bool,
     threads: int,
 ) -> Iterator[tuple[int, R]]:
-    """Results of function(job, report) with the jobs' numbers, as they come.
+    """Results of function(job, report) with the jobs' numbers, in the order in which they finish.
 
     Args:
-        function: a module's function, whose jobs and results can be sent to another machine.
-        jobs: taken one by one, not many more than run at a time.
-        show: called several times a second with the good and bad samples that all tasks have reported; what it raises
-            ends all tasks.
-        on_cluster: run Ray tasks of one CPU each.
-        threads: jobs that run at a time where that is not so.
+        function: a module-level function whose jobs and results can be pickled.
+        jobs: read lazily, only a few more than run at a time.
+        show: called several times a second with the good and bad samples reported by all tasks; if it raises, all
+            tasks end.
+        on_cluster: run Ray tasks of one CPU each, instead of threads.
+        threads: number of jobs at a time in threads.
 
     Raises:
-        UserError: of a task; or there is no cluster, or it lost a task several times.
+        UserError: a task raised it, there is no cluster, or the cluster lost a task several times.
     """
     return (_on_cluster if on_cluster else _in_threads)(function, jobs, show, threads)
 
 
 class _Stopped(Exception):  # noqa: N818
-    """Ends a task whose result nobody waits for."""
+    """Ends a task whose result is no longer needed."""
 
 
 def _in_threads(
@@ -99,7 +99,7 @@ def _in_threads(
                     running[pool.submit(function, job, reporter(number))] = number
                 if not running:
                     return
-                finished, _ = wait(running, _LOOK_SECONDS, FIRST_COMPLETED)
+                finished, _ = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
                 counts = list(done.values())
                 show(sum(good for good, _ in counts), sum(bad for _, bad in counts))
                 for future in finished:
@@ -129,7 +129,7 @@ def _on_cluster(
                 running[task.remote(function, job, tally, number)] = number
             if not running:
                 return
-            finished, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_SECONDS)
+            finished, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_SECONDS)
             if ray.wait([counted], timeout=0)[0]:
                 show(*ray.get(counted))
                 counted = tally.total.remote()
@@ -142,7 +142,7 @@ def _on_cluster(
     except ray.exceptions.RayError as error:
         raise UserError(
             f"the Ray cluster lost a task that worked on a shard ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0]}); start again to go on with what is left"
+            f"{str(error).strip().splitlines()[0]}); run the command again to continue"
         ) from error
     finally:
         for reference in running:
@@ -151,13 +151,13 @@ def _on_cluster(
 
 
 class _Tally:
-    """Actor that adds up what the tasks report."""
+    """Actor that sums up what the tasks report."""
 
     def __init__(self) -> None:
         self._done: dict[int, tuple[int, int]] = {}
         self._total = [0, 0]
 
-    def note(self, number: int, good: int, bad: int) -> None:
+    def add(self, number: int, good: int, bad: int) -> None:
         before = self._done.get(number, (0, 0))
         self._done[number] = good, bad
         self._total = [self._total[0] + good - before[0], self._total[1] + bad - before[1]]
@@ -167,7 +167,7 @@ class _Tally:
 
 
 def _reporting(function: Callable[[J, Report], R], job: J, tally: Any, number: int) -> R:
-    """A task: the function, with reports that are sent on now and then."""
+    """Ray task: the function, with reports that reach the tally at most twice a second."""
     latest, sent_at = (0, 0), 0.0
 
     def report(good: int, bad: int) -> None:
@@ -176,8 +176,8 @@ def _reporting(function: Callable[[J, Report], R], job: J, tally: Any, number: i
         now = time.monotonic()
         if now - sent_at > _REPORT_SECONDS:
             sent_at = now
-            tally.note.remote(number, good, bad)
+            tally.add.remote(number, good, bad)
 
     result = function(job, report)
-    tally.note.remote(number, *latest)
+    tally.add.remote(number, *latest)
     return result
