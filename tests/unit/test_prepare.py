@@ -253,6 +253,7 @@ def numbered(count: int, first: int = 0) -> Source:
     return Source(items, ("a", "b", "c"), ["x.tar: ../y.png"])
 
 
+@settings(deadline=None)
 @given(st.integers(2, 300), st.floats(0.001, 0.999), st.integers(-5, 2**70))
 def test_split_is_whole_and_stays_when_samples_are_added(count: int, share: float, seed: int) -> None:
     train, validation = split_source(numbered(count), share, seed)

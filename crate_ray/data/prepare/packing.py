@@ -7,7 +7,6 @@ that cannot be decoded is skipped, so training meets only good ones.
 from __future__ import annotations
 
 import logging
-import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -248,16 +247,13 @@ def pack_shard(task: ShardTask, report: Report) -> Finished:
 
 
 def shard_writer(file: IO[bytes]) -> webdataset.TarWriter:
-    """webdataset's writer for encoded samples: ustar headers, no owner and no time, so equal samples give equal bytes.
+    """webdataset's writer for encoded samples, without owner and time, so that equal samples give equal bytes.
 
-    TarWriter of webdataset 1.0.2 ignores its `format` argument and writes PAX headers, so the format is set on its
-    tar file.
+    The time is a whole number, so headers are plain ustar; only a suffix that ustar cannot hold gets a PAX header.
     """
     import webdataset
 
-    writer = webdataset.TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0, keep_meta=True)
-    writer.tarstream.format = tarfile.USTAR_FORMAT
-    return writer
+    return webdataset.TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0, keep_meta=True)
 
 
 def _checked(
