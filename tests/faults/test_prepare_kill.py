@@ -139,9 +139,7 @@ def test_killed_packing_with_validation_goes_on(tmp_path: Path) -> None:
     last = prepare(output, tmp_path, **settings)
     printed, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors
-    assert (
-        f"next: crate-ray pretrain --data.train {output.uri}/train --data.validation {output.uri}/validation" in printed
-    )
+    assert f"pretrain.py --data {output.uri}/train --data.validation {output.uri}/validation" in printed
     assert content(output) == content(undisturbed)
 
 

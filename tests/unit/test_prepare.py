@@ -346,7 +346,10 @@ def test_packing_with_validation_replaces_only_when_asked(tmp_path: Path) -> Non
         pack_split(numbered(40), LocalStorage(tmp_path / "whole"), config(validation=0.5, overwrite=True))
 
 
-def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_it_wrote_and_what_comes_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["crate-ray", "prepare"])
     for number in range(12):
         (tmp_path / "my photos").mkdir(exist_ok=True)
         (tmp_path / "my photos" / f"{number}.png").write_bytes(png(number))
@@ -357,7 +360,7 @@ def test_the_command_says_what_it_wrote_and_what_comes_next(tmp_path: Path, caps
     assert sum(counts) == 12
     assert lines[0].startswith(f"{out}/train: {counts[0]} images in ")
     assert lines[1].startswith(f"{out}/validation: {counts[1]} image")
-    assert lines[2] == f"next: crate-ray pretrain --data.train {out}/train --data.validation {out}/validation ..."
+    assert lines[2] == f"next: crate-ray pretrain --data {out}/train --data.validation {out}/validation"
     with pytest.raises(UserError, match="without --source shards are indexed in place"):
         main(config(output=out, validation=0.25))
     with pytest.raises(UserError, match="split 'train' is already one side of a fixed split"):

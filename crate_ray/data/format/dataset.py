@@ -34,6 +34,7 @@ from crate_ray.data.format.manifest import (
     TABLE_SUFFIX,
     DamagedDataset,
     Manifest,
+    index_again,
     name_pattern,
     parse_manifest,
 )
@@ -261,22 +262,15 @@ def _no_manifest(storage: Storage) -> UserError:
 
 def _missing(storage: Storage, key: str) -> DamagedDataset:
     return DamagedDataset(
-        f"{storage.uri}/{key} does not exist, although {MANIFEST_NAME} refers to it; restore it, wait if the dataset is "
-        f"still being copied, or {_index_again(storage)}"
+        f"{storage.uri}/{key} does not exist, although {MANIFEST_NAME} refers to it; restore it, wait if the dataset "
+        f"is still being copied, or {index_again(storage.uri)}"
     )
 
 
 def _disagrees(storage: Storage, key: str) -> DamagedDataset:
     return DamagedDataset(
         f"{storage.uri}/{key} does not agree with {MANIFEST_NAME}: it is damaged or of another version of the dataset; "
-        f"restore it, or {_index_again(storage)}"
-    )
-
-
-def _index_again(storage: Storage) -> str:
-    return (
-        f"index the shards again, which does not change them: `crate-ray prepare --output {shlex.quote(storage.uri)} "
-        "--overwrite true`"
+        f"restore it, or {index_again(storage.uri)}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Literal
 
@@ -113,20 +114,28 @@ def parse_manifest(text: bytes, uri: str) -> Manifest:
         version = values.get("version")
     except (ValueError, AttributeError):
         raise DamagedDataset(
-            f"{uri}/{MANIFEST_NAME} is damaged: it is not a JSON object; run jobs/prepare.py again"
+            f"{uri}/{MANIFEST_NAME} is damaged: it is not a JSON object; restore it, or {index_again(uri)}"
         ) from None
     if version != FORMAT_VERSION:
         raise DamagedDataset(
             f"{uri}/{MANIFEST_NAME} has format version {version}, this crate-ray reads version {FORMAT_VERSION}; "
-            "install the crate-ray that wrote it, or run jobs/prepare.py with --overwrite true"
+            f"install the crate-ray that wrote it, or {index_again(uri)}"
         )
     try:
         return Manifest.model_validate(values)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise DamagedDataset(
-            f"{uri}/{MANIFEST_NAME} is damaged: {where}: {error.errors()[0]['msg']}; run jobs/prepare.py again"
+            f"{uri}/{MANIFEST_NAME} is damaged: {where}: {error.errors()[0]['msg']}; restore it, or {index_again(uri)}"
         ) from None
+
+
+def index_again(uri: str) -> str:
+    """How to make a new manifest and index for shards that are intact, for messages."""
+    return (
+        f"index the shards again, which does not change them: `crate-ray prepare --output {shlex.quote(uri)} "
+        "--overwrite true`"
+    )
 
 
 def name_pattern(names: Sequence[str]) -> tuple[str | None, int]:
