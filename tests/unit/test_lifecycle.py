@@ -27,8 +27,14 @@ from tests.unit.test_checkpoint import MODEL, Trainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow store. Creating one takes seconds, so the tests share it."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
 @pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def base(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = LocalStorage(tmp_path / "data")
     pack(shapes_source("all", 20, 8, 0), data, PrepareConfig(source="shapes", output=data.uri))
@@ -37,7 +43,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "storage": str(tmp_path / "runs"),
         "model": MODEL,
         "data": {"train": data.uri},
-        "tracking": {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"},
+        "tracking": {"uri": uri},
     }
 
 

@@ -146,7 +146,6 @@ FORM_STEPS: dict[str, tuple[Callable[[Store], str], int]] = {
     "mlflow": (lambda s: f"runs:/{s.run_id}", 6),
     "mlflow_best": (lambda s: f"{s.run_id}@best", 4),
     "published": (lambda s: str(s.folder / "mae.pth"), 0),
-    "published_prefix": (lambda s: f"published:{s.folder / 'mae.pth'}", 0),
 }
 
 
