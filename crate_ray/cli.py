@@ -182,13 +182,18 @@ def _parse_options(config_class: type[Settings], argv: list[str]) -> dict[str, A
             cli_exit_on_error=True,
             cli_parse_args=argv,
         )
+        values: dict[str, Any] = source()
     except SettingsError as error:
+        if group := re.search(r'field "(\w+)"', str(error)):
+            inside = next(n for n in parser.setting_names if n.startswith(f"{group[1]}."))
+            raise UserError(
+                f"--{kebab(group[1])} is a group of settings; set one of them, such as --{kebab(inside)}"
+            ) from None
         name, _, cause = str(error).removeprefix("Parsing error encountered for ").partition(": ")
         raise UserError(
             f"the value of --{kebab(name)} is not JSON ({cause}); give it such as '{{\"name\": value}}', or put it "
             "into the --config file"
         ) from None
-    values: dict[str, Any] = source()
     return values
 
 

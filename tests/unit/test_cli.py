@@ -99,6 +99,7 @@ WRONG_LINES = {
     f"{BASE} --zzzz 7": "there is no setting --zzzz; --help-all lists every setting",
     f"{BASE} 7": "there is no setting 7; --help-all lists every setting",
     f"{BASE} --training.batch_size": "argument --training.batch-size: expected one argument",
+    f"{BASE} --optim fast": "--optim is a group of settings; set one of them, such as --optim.base-lr",
     f"{BASE} --data": "argument --data: expected one argument",
     f"{BASE} --data --seed 3": "argument --data: expected one argument",
     f"{BASE} --config nope.yaml": (
