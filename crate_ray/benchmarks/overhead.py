@@ -23,6 +23,7 @@ from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.progress import console
 from crate_ray.ray_cluster import start_ray
+from crate_ray.runs import metrics
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import open_storage
@@ -96,7 +97,7 @@ def measure(config: BenchmarkOverheadConfig) -> dict[str, Any]:
 def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dict[str, Any]:
     """The same steps as a Ray Train job and bare, in turns."""
     seconds: dict[str, list[float]] = {"ray_train": [], "torchrun": []}
-    shares: dict[str, list[float]] = {"data_wait_share": [], "logging_share": []}
+    shares: dict[str, list[float]] = {metrics.DATA_WAIT_SHARE: [], metrics.LOGGING_SHARE: []}
     beside: list[float] = []
     for number in range(config.rounds):
         settings = _settings(f"overhead-{number}", folder, data, config)
@@ -105,7 +106,7 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
         _train(settings, follower, meter)
         if meter.share is not None:
             beside.append(meter.share)
-        taken = follower.values["step_seconds"]
+        taken = follower.values[metrics.STEP_SECONDS]
         seconds["ray_train"] += [taken[step] for step in sorted(taken)[1:]]
         for name, found in shares.items():
             found += [follower.values[name][step] for step in sorted(taken)[1:]]
@@ -118,7 +119,7 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
         "intervals": seconds,
         "ray_overhead": medians["ray_train"] / medians["torchrun"] - 1,
         "beside_share": statistics.fmean(beside) if beside else None,
-        **{name: statistics.fmean(values) for name, values in shares.items()},
+        **{name.rsplit("/", 1)[-1]: statistics.fmean(values) for name, values in shares.items()},
     }
 
 
@@ -165,15 +166,15 @@ def _checkpoint(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dic
     console().print(f"checkpoints of the {config.checkpoint_preset} preset: {_CHECKPOINT_STEPS} steps")
     follower = _Follower()
     _train(settings, follower)
-    taken = follower.values["step_seconds"]
+    taken = follower.values[metrics.STEP_SECONDS]
     calm = statistics.median(taken[step] for step in range(_SETTLING + 1, _CHECKPOINT_EVERY + 1))
     # Its blocking part counts to the step after it, the upload to those that follow.
     hit = [taken[step] - calm for step in range(_CHECKPOINT_EVERY + 1, 2 * _CHECKPOINT_EVERY)]
     return {
         "preset": config.checkpoint_preset,
         "step_seconds": calm,
-        "blocking_seconds": follower.values["checkpoint_blocking_seconds"][_CHECKPOINT_EVERY],
-        "background_seconds": follower.values["checkpoint_background_seconds"][_CHECKPOINT_EVERY],
+        "blocking_seconds": follower.values[metrics.CHECKPOINT_BLOCKING_SECONDS][_CHECKPOINT_EVERY],
+        "background_seconds": follower.values[metrics.CHECKPOINT_BACKGROUND_SECONDS][_CHECKPOINT_EVERY],
         "lost_seconds": sum(hit),
         "steps_between": _COUNTED_STEPS,
         "share": sum(hit) / (_COUNTED_STEPS * calm),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 
 from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
-from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.finetuning.run import open_finetuning
@@ -24,6 +22,7 @@ from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription, export_model, load_exported
 from crate_ray.runs.export import describe
 from crate_ray.runs.initial_weights import fetch_initial_weights
+from crate_ray.runs.metrics import TOP1, VALIDATION_LOSS
 from crate_ray.runs.planning import Run
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import open_storage
@@ -75,14 +74,14 @@ def _pretrain(config: PretrainConfig) -> PretrainFigures:
     per_interval = config.training.batch_size * config.tracking.log_every
     (memory,) = used_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")).values() or (0.0,)
     return PretrainFigures(
-        loss=done.held_out["validation_loss"],
+        loss=done.held_out[VALIDATION_LOSS],
         images_per_second=settled_speed([per_interval / seconds for seconds in done.seconds]),
         memory_bytes=memory,
     )
 
 
 def _finetune(config: FinetuneConfig) -> float:
-    return _train(FinetuneTask, open_finetuning(config)).held_out["top1"]
+    return _train(FinetuneTask, open_finetuning(config)).held_out[TOP1]
 
 
 def _train(task_class: type[Task], run: Run) -> Trained:
@@ -91,16 +90,5 @@ def _train(task_class: type[Task], run: Run) -> Trained:
         with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
             fetch_initial_weights(run.storage, run.record.initial_weights, Path(temporary))
             weights = safetensors.torch.load_file(Path(temporary) / "model.safetensors")
-    config = run.config
-    assert config.data.validation is not None
-    validation = load_dataset(open_storage(config.data.validation, config.s3))
     with ProgressDisplay(0, run.total_steps) as display:
-        return train(
-            task_class,
-            config,
-            run.record,
-            run.total_steps,
-            weights=weights,
-            validation=validation,
-            told=lambda step, values: display.metrics(step, values, int(1000 * time.time())),
-        )
+        return train(task_class, run.config, run.record, run.total_steps, weights=weights, listeners=[display])

@@ -15,6 +15,7 @@ from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
+from crate_ray.runs import metrics
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.planning import Run
 from crate_ray.runs.pretraining import open_pretraining
@@ -26,6 +27,8 @@ from crate_ray.training.lifecycle import run_training
 from crate_ray.training.pretraining import PretrainTask
 
 _CACHE_BYTES = 20 * 2**30
+_STORED_NAMES = {metrics.VALIDATION_LOSS: "validation_loss", metrics.TOP1: "top1", metrics.TOP5: "top5"}
+"""Names in the file of a follower, by those of the metrics."""
 
 
 class OnRay:
@@ -71,13 +74,14 @@ class _Follower(Listener):
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         kept = self._kept
-        if "images_per_second" in values:
-            kept.images_per_second[step] = values["images_per_second"]
-            memory = values.get("gpu_memory_bytes", values.get("memory_bytes", 0.0))
+        if metrics.IMAGES_PER_SECOND in values:
+            kept.images_per_second[step] = values[metrics.IMAGES_PER_SECOND]
+            memory = values.get(metrics.GPU_MEMORY_BYTES, values.get(metrics.MEMORY_BYTES, 0.0))
             kept.memory_bytes = max(kept.memory_bytes, memory)
-        if "validation_loss" in values:
-            for name, value in values.items():
-                kept.held_out.setdefault(name, {})[step] = value
+        if metrics.VALIDATION_LOSS in values:
+            for metric, name in _STORED_NAMES.items():
+                if metric in values:
+                    kept.held_out.setdefault(name, {})[step] = values[metric]
             self._folder.write(self._name, kept.model_dump_json().encode())
 
     def final(self, name: str, run: Run) -> float:

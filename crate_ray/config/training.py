@@ -94,6 +94,12 @@ class ScalingConfig(Settings):
     """One driver at a time works on a run, or on a sweep. One that was killed keeps it for so many seconds."""
     max_failures: Advanced[Annotated[int, Field(ge=-1)]] = 3
     """Worker failures to recover from before the run ends with an error; -1 for any number."""
+    max_preemption_failures: Annotated[int, Field(ge=-1)] = -1
+    """Preemptions of nodes to recover from, which max_failures does not count; -1 for any number."""
+    accelerator_type: str | None = None
+    """Train only on nodes with this accelerator, by Ray's name for it, such as H100 or A100-80G."""
+    label_selector: dict[str, str] = {}
+    """Train only on nodes with these Ray labels, such as {"ray.io/market-type": "spot"}."""
 
     @field_validator("workers", mode="before")
     @classmethod

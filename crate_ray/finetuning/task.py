@@ -12,8 +12,9 @@ from crate_ray.finetuning.batches import PAIR, TrainingBatches
 from crate_ray.finetuning.measure import measure_accuracy
 from crate_ray.finetuning.optim import build_layerwise_optimizer
 from crate_ray.models.classifier import Classifier, Targets
+from crate_ray.runs.metrics import TOP1, TOP5, VALIDATION_LOSS
 from crate_ray.runs.record import RunRecord
-from crate_ray.training.task import Place, Task
+from crate_ray.training.task import Task, WorkerContext
 
 _MOST_AT_ONCE = 256  # samples of a validation batch
 
@@ -24,17 +25,17 @@ class FinetuneTask(Task):
     config_class = FinetuneConfig
     model: Classifier
 
-    def __init__(self, config: FinetuneConfig, place: Place) -> None:
-        assert place.record.finetune is not None
-        self._config, self._place = config, place
-        self.model = new_classifier(place.record, config.seed).to(place.device)
+    def __init__(self, config: FinetuneConfig, context: WorkerContext) -> None:
+        assert context.record.finetune is not None
+        self._config, self._context = config, context
+        self.model = new_classifier(context.record, config.seed).to(context.device)
         self.model.autoencoder.checkpoint_layers = config.training.activation_checkpointing
         self.layers = list(self.model.encoder)
-        self.image_model = place.record.finetune.encoder
+        self.image_model = context.record.finetune.encoder
         self.together = PAIR if config.mixes else 1
-        self._num_classes = place.record.finetune.classifier.num_classes
-        slots = worker_slots(config.training.batch_size, place.rank, place.world_size, self.together)
-        self._make_inputs = TrainingBatches(config, self._num_classes, self.model.branches, place.normalizer, slots)
+        self._num_classes = context.record.finetune.classifier.num_classes
+        slots = worker_slots(config.training.batch_size, context.rank, context.world_size, self.together)
+        self._make_inputs = TrainingBatches(config, self._num_classes, self.model.branches, context.normalizer, slots)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """AdamW whose learning rates fall towards the first layer."""
@@ -46,25 +47,26 @@ class FinetuneTask(Task):
 
     def blank(self, count: int) -> tuple[Tensor, Tensor]:
         """Black images of no class."""
-        encoder, device = self.image_model, self._place.device
+        encoder, device = self.image_model, self._context.device
         images = torch.zeros(count, encoder.channels, *encoder.image_hw, device=device)
         return images, torch.zeros(count, self._num_classes, device=device)
 
     def validate(self, bad: dict[str, str] | None = None) -> dict[str, float]:
         """Cross entropy, top-1 and top-5 accuracy."""
-        place = self._place
-        assert place.validation is not None
-        return measure_accuracy(
+        context = self._context
+        assert context.validation is not None
+        accuracy = measure_accuracy(
             self.model,
-            place.validation,
+            context.validation,
             self._config.data,
-            place.normalizer,
+            context.normalizer,
             batch_size=min(self._config.training.micro_batch_size or _MOST_AT_ONCE, _MOST_AT_ONCE),
-            autocast=place.autocast,
-            rank=place.rank,
-            world_size=place.world_size,
+            autocast=context.autocast,
+            rank=context.rank,
+            world_size=context.world_size,
             bad=bad,
-        )._asdict()
+        )
+        return {VALIDATION_LOSS: accuracy.validation_loss, TOP1: accuracy.top1, TOP5: accuracy.top5}
 
 
 def new_classifier(record: RunRecord, seed: int) -> Classifier:

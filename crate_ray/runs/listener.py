@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Listener:
     """Receives the events of a run on the driver, for example to show them or to log them to MLflow.
@@ -9,8 +11,17 @@ class Listener:
     Events arrive in order, from one thread. Override the methods of the events you need.
     """
 
+    def started(self, step: int, facts: dict[str, Any]) -> None:
+        """Workers start to train at a step: of a new run, of a resumed run, and after each restart of the workers.
+
+        For the facts see training.worker.StartFacts.
+        """
+
+    def first_step(self, step: int, loss: float, seconds: float) -> None:
+        """One of the first two steps after a start was made: its loss, and how long it took."""
+
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
-        """Metrics were logged at a step, at a time in milliseconds since 1970."""
+        """Metrics (see runs.metrics) were logged at a step, at a time in milliseconds since 1970."""
 
     def picture(self, step: int, name: str, png: bytes) -> None:
         """A picture was drawn at a step."""

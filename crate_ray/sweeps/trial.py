@@ -13,6 +13,7 @@ from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.evaluation.probe import probe_encoder
 from crate_ray.models.exported import Normalizer
 from crate_ray.runs.listener import Listener
+from crate_ray.runs.metrics import VALIDATION_LOSS
 from crate_ray.runs.planning import Run
 from crate_ray.runs.pretraining import open_pretraining
 from crate_ray.runs.references import load_encoder
@@ -112,8 +113,8 @@ class _Reporter(Listener):
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         """Report a validation loss."""
-        if "validation_loss" in values:
-            self.last_loss = values["validation_loss"]
+        if VALIDATION_LOSS in values:
+            self.last_loss = values[VALIDATION_LOSS]
             # The last loss is reported by run_trial, when the workers are gone: any report may end the trial's process.
             if self._report and step < self.total_steps:
                 self._record.update(objective=self.last_loss, step=step)

@@ -1,22 +1,24 @@
-"""The training loop with nothing around it: no Ray, no checkpoint, no log.
+"""The training loop without Ray, checkpoints and MLflow, in this process or in those that torchrun has started.
 
-It is what the Ray Train job is compared with, in time and bit by bit, and what trains where there is torch alone. Under
+A Ray Train job is compared with it, in time and bit by bit, and it trains on a machine that has torch alone. Under
 torchrun:
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m crate_ray.training.bare_loop RUN TIMES
 
-The file RUN holds a pretraining run's settings and record, TIMES gets the seconds of each interval of
+The file RUN holds a pretraining run's settings and record. TIMES gets the seconds of each interval of
 tracking.log_every steps.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,26 +27,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crate_ray.config import FinetuneConfig, PretrainConfig
-from crate_ray.data.format.dataset import ShardSet
-from crate_ray.data.loader import training_loader
-from crate_ray.data.order.mixture import open_mixture
-from crate_ray.models.exported import Normalizer
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.metrics import STEP_SECONDS, VALIDATION_LOSS
 from crate_ray.runs.record import RunRecord
-from crate_ray.training.parallel import settle
+from crate_ray.training.loop import TrainingLoop
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.step import autocast_dtype, learning_rate, prepare_cpu, train_step
-from crate_ray.training.task import Place, Task, assemble
+from crate_ray.training.task import Assembled, Task
+from crate_ray.training.worker import StartFacts, StepDecision, Worker
 
 
 class Trained(NamedTuple):
-    """What the loop leaves."""
+    """What training leaves."""
 
     weights: dict[str, Tensor]
-    """Of the model, after the last step."""
+    """Of the model, after the last step, on the CPU."""
     seconds: list[float]
     """Duration of each whole interval of tracking.log_every steps."""
     held_out: dict[str, float]
-    """Metrics over the held-out data after the last step; empty without any."""
+    """Metrics on the held-out data after the last step; empty if there is none."""
 
 
 def train(
@@ -54,74 +54,114 @@ def train(
     total_steps: int,
     *,
     weights: Mapping[str, Tensor] | None = None,
-    validation: ShardSet | None = None,
-    told: Callable[[int, dict[str, float]], None] | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> Trained:
-    """Train all steps of a run, as one process of a group where there is one, from other weights where they are given.
+    """Train all steps of a run, as one process of the process group if there is one.
 
-    `told` hears loss, images/s, step_seconds and lr of every interval. A record without a number of threads takes all
-    cores.
+    Starts from `weights` if they are given. If the record has no number of threads, each process uses all cores.
+    Listeners of rank 0 follow the run. No pictures are made.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        prepare_cpu()
-    torch.set_num_threads(record.threads or len(os.sched_getaffinity(0)))
-    autocast = autocast_dtype(config.training.precision, device)
-    normalizer = Normalizer.of(record.mean, record.std, device)
-    mixture = open_mixture(config.data.train, config.s3)
-    place = Place(record, mixture, validation, rank, world_size, device, autocast, normalizer)
-    task, trained, optimizer, micro_steps, _ = assemble(task_class, config, place)
-    if weights is not None:
-        task.model.load_state_dict(weights)
-    loader = training_loader(
-        mixture,
-        record.order,
-        task.image_model,
-        config.data,
-        steps=range(total_steps),
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        together=task.together,
-    )
-    settle(trained, *task.blank(1))
-    batch_size, every = config.training.batch_size, config.tracking.log_every
-    seconds: list[float] = []
-    with loader:
-        began = time.perf_counter()
-        for step, batch in enumerate(loader):
-            images, given = task.inputs(batch)
-            lr = learning_rate(step, total_steps, config.optim, batch_size)
-            loss_sum, _ = train_step(
-                trained,
-                optimizer,
-                images,
-                given,
-                batch_size=batch_size,
-                world_size=world_size,
-                micro_steps=micro_steps,
-                lr=lr,
-                clip_norm=config.optim.clip_norm,
-                autocast=autocast,
-            )
-            if (step + 1) % every == 0:
-                loss = loss_sum.item() / max(1, len(images))  # the device has done these steps
-                now = time.perf_counter()
-                seconds.append(now - began)
-                if told is not None:
-                    rates = {"images_per_second": every * batch_size / seconds[-1], "step_seconds": seconds[-1] / every}
-                    told(step + 1, {"loss": loss, "lr": lr, **rates})
-                began = now
-    held_out = task.validate() if validation is not None else {}
-    state = {name: tensor.detach().cpu() for name, tensor in task.model.state_dict().items()}
-    del trained
-    gc.collect()
-    return Trained(state, seconds, held_out)
+    record = record.model_copy(update={"threads": record.threads or len(os.sched_getaffinity(0))})
+    reporter = _LocalReporter(listeners if rank == 0 else ())
+    tracking = config.tracking.model_copy(update={"picture_every": None})
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as scratch:
+        worker = Worker(
+            rank=rank,
+            world_size=world_size,
+            device=torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu"),
+            scratch=Path(scratch),
+            reporter=reporter,
+            control=_NoControl(),
+            checkpoints=_NoCheckpoints(weights),
+            preemption_notice=lambda: False,
+        )
+        loop = TrainingLoop(task_class, config.model_copy(update={"tracking": tracking}), record, total_steps, worker)
+        loop.resume()
+        loop.run()
+        state = {name: tensor.detach().cpu() for name, tensor in loop.task.model.state_dict().items()}
+        loop.finish()
+    every = config.tracking.log_every
+    seconds = [every * values[STEP_SECONDS] for step, values in reporter.logged.items() if not step % every]
+    return Trained(state, seconds, reporter.held_out)
+
+
+@dataclass
+class _LocalReporter:
+    """Passes on to listeners in this process, and keeps what `train` returns."""
+
+    listeners: Sequence[Listener]
+    logged: dict[int, dict[str, float]] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        if STEP_SECONDS in values:
+            self.logged[step] = values
+        if VALIDATION_LOSS in values:
+            self.held_out = values
+        for listener in self.listeners:
+            listener.metrics(step, values, int(1000 * time.time()))
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        for listener in self.listeners:
+            listener.picture(step, name, png)
+
+    def started(self, step: int, facts: StartFacts) -> None:
+        for listener in self.listeners:
+            listener.started(step, facts._asdict())
+
+    def first_step(self, step: int, loss: float, seconds: float) -> None:
+        for listener in self.listeners:
+            listener.first_step(step, loss, seconds)
+
+    def note(self, step: int, text: str) -> None:
+        for listener in self.listeners:
+            listener.note(step, text)
+
+    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
+        for listener in self.listeners:
+            listener.bad_samples(step, causes, split)
+
+    def flush(self) -> None:
+        pass
+
+
+class _NoControl:
+    """No driver asks for anything."""
+
+    def decide(self, step: int) -> StepDecision:
+        return StepDecision(stop=False, check_preemption=False)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finish(self) -> None:
+        pass
+
+
+@dataclass
+class _NoCheckpoints:
+    """Saves nothing; starts from the given weights, or from those of the seed."""
+
+    weights: Mapping[str, Tensor] | None
+
+    def restore(self, assembled: Assembled) -> int:
+        if self.weights is not None:
+            assembled.task.model.load_state_dict(self.weights)
+        return 0
+
+    def save(self, step: int, assembled: Assembled, validation_loss: float | None = None) -> None:
+        pass
+
+    def raise_failure(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
 
 
 def main(settings: Path, times: Path) -> None:
-    """Join the group that torchrun describes, train, and let the first process write its times."""
+    """Join the process group that torchrun describes, train, and let the first process write its times."""
     given = json.loads(settings.read_text())
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     config, record = PretrainConfig.model_validate(given["config"]), RunRecord.model_validate(given["record"])

@@ -1,7 +1,8 @@
-"""What happens between the driver and the workers beside training: signs of life, stopping, notices of preemption.
+"""What happens between the driver and the workers beside training: heartbeats, stopping, notices of preemption.
 
-Each worker has a thread that shows the driver where it is. Rank 0's also asks the driver whether to stop; what rank 0
-knows, all ranks agree on before a step, by a collective that was begun a step earlier, so that nobody waits for it.
+Each worker has a thread that shows the driver where the worker is. Rank 0's thread also asks the driver whether to
+stop. Before each step all ranks agree on what rank 0 knows, by a collective that was started one step earlier, so that
+no rank waits for it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from crate_ray.errors import UserError
-from crate_ray.training.ray.mailbox import Sign
+from crate_ray.training.heartbeat import Heartbeat
+from crate_ray.training.worker import StepDecision
 
 START, END = "start", "end"
 """Phases before the first step and after the last one."""
@@ -30,30 +32,21 @@ _POLL_SECONDS = 0.5
 _PACKAGE = Path(__file__).parents[1].as_posix()
 
 
-def beat_seconds(hang_seconds: float) -> float:
-    """Time between two signs of life, so that some may be late."""
+def heartbeat_seconds(hang_seconds: float) -> float:
+    """Time between two heartbeats. It is short enough that some may be late."""
     return min(10.0, hang_seconds / 6)
 
 
-class Agreed(NamedTuple):
-    """What all ranks do before the next step."""
-
-    stop: bool
-    """Save a checkpoint and return."""
-    look: bool
-    """Ask Ray, all together, whether a node is going to be taken away."""
-
-
 class WorkerControl:
-    """A worker's side. Use it as a context manager around all that a worker does.
+    """A worker's side. Use it as a context manager around everything that the worker does.
 
     Args:
-        group: names the workers that were started together.
+        group: id of the worker group.
         rank, world_size: of this worker.
-        show: tells the driver a sign of life; called from a thread.
-        asked_to_stop: whether the driver wants the run to stop; called from rank 0's thread.
-        beat_seconds: time between two signs of life.
-        look_seconds: time between two looks for a notice of preemption; None for never.
+        send: sends the driver a heartbeat; called from a thread.
+        stop_requested: whether the driver wants the run to stop; called from rank 0's thread.
+        heartbeat_seconds: time between two heartbeats.
+        preemption_seconds: time between two checks for a notice of preemption; None for no checks.
     """
 
     def __init__(
@@ -61,23 +54,23 @@ class WorkerControl:
         group: str,
         rank: int,
         world_size: int,
-        show: Callable[[Sign], None],
-        asked_to_stop: Callable[[], bool],
+        send: Callable[[Heartbeat], None],
+        stop_requested: Callable[[], bool],
         *,
-        beat_seconds: float,
-        look_seconds: float | None,
+        heartbeat_seconds: float,
+        preemption_seconds: float | None,
     ) -> None:
-        self._name, self._rank, self._show, self._asked = group, rank, show, asked_to_stop
-        self._beat_seconds, self._look_seconds = beat_seconds, look_seconds
-        # On the CPU, whatever trains: no device waits for it.
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group_id, self._rank, self._send, self._stop_requested = group, rank, send, stop_requested
+        self._heartbeat_seconds, self._preemption_seconds = heartbeat_seconds, preemption_seconds
+        # Gloo on any device: no GPU waits for it.
+        self._process_group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._step, self._phase = 0, START
-        self._stop_asked = False
-        self._looked = time.monotonic()
+        self._stop = False
+        self._checked = time.monotonic()
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._main = threading.get_ident()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="signs of life", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -96,39 +89,40 @@ class WorkerControl:
         yield
         self._phase = before
 
-    def agree(self, step: int) -> Agreed:
+    def decide(self, step: int) -> StepDecision:
         """What all ranks do before a step. All ranks call it before each step."""
         self._step, self._phase = step, "step"
-        look = self._look_seconds is not None and time.monotonic() - self._looked >= self._look_seconds
-        if look:
-            self._looked = time.monotonic()
-        if self._group is None:
-            return Agreed(self._stop_asked, look)
-        flags = torch.tensor([self._stop_asked, look and self._rank == 0], dtype=torch.uint8)
-        pending, self._pending = self._pending, (dist.all_reduce(flags, dist.ReduceOp.MAX, self._group, True), flags)
+        check = self._preemption_seconds is not None and time.monotonic() - self._checked >= self._preemption_seconds
+        if check:
+            self._checked = time.monotonic()
+        if self._process_group is None:
+            return StepDecision(self._stop, check)
+        flags = torch.tensor([self._stop, check and self._rank == 0], dtype=torch.uint8)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, self._process_group, True)
+        pending, self._pending = self._pending, (work, flags)
         if pending is None:
-            return Agreed(False, False)
-        work, agreed = pending
-        work.wait()
-        return Agreed(*map(bool, agreed.tolist()))
+            return StepDecision(False, False)
+        earlier_work, agreed = pending
+        earlier_work.wait()
+        return StepDecision(*map(bool, agreed.tolist()))
 
     def finish(self) -> None:
-        """Wait for the last agreement: all ranks have called `agree` equally often."""
+        """Wait for the last decision: all ranks have called `decide` equally often."""
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None
         self._phase = END
 
-    def _beat(self) -> None:
-        shown, phase = -self._beat_seconds, START
+    def _send_heartbeats(self) -> None:
+        sent, phase = -self._heartbeat_seconds, START
         while not self._end.wait(_POLL_SECONDS):
-            if self._rank == 0 and not self._stop_asked:
-                self._stop_asked = self._asked()
-            if time.monotonic() - shown >= self._beat_seconds or (phase == START and self._phase != START):
-                shown, phase = time.monotonic(), self._phase
-                self._show(Sign(self._name, self._rank, self._step, self._phase, self._place()))
+            if self._rank == 0 and not self._stop:
+                self._stop = self._stop_requested()
+            if time.monotonic() - sent >= self._heartbeat_seconds or (phase == START and self._phase != START):
+                sent, phase = time.monotonic(), self._phase
+                self._send(Heartbeat(self._group_id, self._rank, self._step, self._phase, self._current_line()))
 
-    def _place(self) -> str:
+    def _current_line(self) -> str:
         """Innermost line of this package in the main thread."""
         frame = sys._current_frames().get(self._main)
         lines = [f for f in traceback.extract_stack(frame) if f.filename.startswith(_PACKAGE)] if frame else []
@@ -139,58 +133,58 @@ class WorkerControl:
 
 @dataclass
 class Watchdog:
-    """The driver's side: finds out that the workers hang, and which of them."""
+    """The driver's side: finds out whether the workers hang, and which of them."""
 
     hang_seconds: float
-    """A run that makes no step for so long hangs."""
+    """A run hangs when it makes no step for this long."""
     _group: str = ""
-    _signs: dict[int, tuple[float, Sign]] = field(default_factory=dict)
+    _heartbeats: dict[int, tuple[float, Heartbeat]] = field(default_factory=dict)
     _furthest: int = -1
     _progress: float = 0.0
-    """When the step was first seen that is the furthest."""
+    """When the furthest step was first seen."""
 
-    def seen(self, sign: Sign, now: float) -> None:
-        """Take a sign of life, at a time by the driver's clock."""
-        if sign.group != self._group:  # the workers were started again, perhaps fewer of them
-            self._group, self._signs, self._furthest, self._progress = sign.group, {}, -1, now
-        self._signs[sign.rank] = (now, sign)
-        if sign.phase != START and sign.step > self._furthest:
-            self._furthest, self._progress = sign.step, now
+    def seen(self, heartbeat: Heartbeat, now: float) -> None:
+        """Record a heartbeat, and the time by the driver's clock."""
+        if heartbeat.group != self._group:  # the workers were restarted, perhaps with another number
+            self._group, self._heartbeats, self._furthest, self._progress = heartbeat.group, {}, -1, now
+        self._heartbeats[heartbeat.rank] = (now, heartbeat)
+        if heartbeat.phase != START and heartbeat.step > self._furthest:
+            self._furthest, self._progress = heartbeat.step, now
 
     @property
     def has_begun(self) -> bool:
-        """Whether the workers of now have come to their first step."""
+        """Whether the current workers have reached their first step."""
         return self._furthest >= 0
 
     def silence(self, now: float) -> float:
-        """Seconds since the last sign of life of any worker; infinite before the first."""
-        return now - max((seen for seen, _ in self._signs.values()), default=-math.inf)
+        """Seconds since the last heartbeat of any worker; infinite before the first."""
+        return now - max((seen for seen, _ in self._heartbeats.values()), default=-math.inf)
 
     def check(self, now: float) -> None:
         """Raise UserError, naming the rank, when nothing has moved for too long.
 
-        Signs come from threads of their own: where none comes, no worker is there to hang, and Ray Train waits for a
-        node. Before the first step only silence counts, as restoring and compiling take their time, and after the last
-        one nothing does: the workers upload, and leave one by one.
+        Heartbeats come from threads of their own: if none comes, there is no worker that could hang, and Ray Train
+        waits for a node. Before the first step only silence counts, as restoring and compiling take their time. After
+        the last step nothing counts: the workers upload, and leave one by one.
         """
-        if now - self._progress < self.hang_seconds or self.silence(now) > 3 * beat_seconds(self.hang_seconds):
+        if now - self._progress < self.hang_seconds or self.silence(now) > 3 * heartbeat_seconds(self.hang_seconds):
             return
-        if any(sign.phase == END for _, sign in self._signs.values()):
+        if any(heartbeat.phase == END for _, heartbeat in self._heartbeats.values()):
             return
-        latest = max(seen for seen, _ in self._signs.values())
-        silent = [sign for seen, sign in self._signs.values() if latest - seen > self.hang_seconds / 2]
+        latest = max(seen for seen, _ in self._heartbeats.values())
+        silent = [beat for seen, beat in self._heartbeats.values() if latest - seen > self.hang_seconds / 2]
         if silent:
-            blamed, why = silent, "gives no sign of life"
+            blamed, why = silent, "has sent no heartbeat"
         elif not self.has_begun:
             return
         else:
-            least = min(sign.step for _, sign in self._signs.values())
-            behind = [sign for _, sign in self._signs.values() if sign.step == least]
-            places = [sign.place for sign in behind]
-            rarest = min(places, key=places.count)
-            blamed, why = [sign for sign in behind if sign.place == rarest], "does not go on"
-        named = ", ".join(f"rank {s.rank} (step {s.step}, {s.phase}, {s.place})" for s in blamed)
+            least = min(beat.step for _, beat in self._heartbeats.values())
+            behind = [beat for _, beat in self._heartbeats.values() if beat.step == least]
+            lines = [beat.line for beat in behind]
+            rarest = min(lines, key=lines.count)
+            blamed, why = [beat for beat in behind if beat.line == rarest], "makes no progress"
+        named = ", ".join(f"rank {b.rank} (step {b.step}, {b.phase}, {b.line})" for b in blamed)
         raise UserError(
-            f"no step was made for {self.hang_seconds:.0f} s: {named} {why}; look at its node, then start the run "
-            "again, which goes on from its newest checkpoint (or raise scaling.hang_seconds if steps take that long)"
+            f"no step was made for {self.hang_seconds:.0f} s: {named} {why}; check its node, then run the same command "
+            "again, which resumes from the newest checkpoint (or raise scaling.hang_seconds if steps take that long)"
         )

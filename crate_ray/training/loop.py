@@ -1,218 +1,307 @@
-"""The training loop, from top to bottom: what every Ray Train worker of every kind of run does."""
+"""The training loop of one worker, for every kind of run: resume, steps, periodic work, finish."""
 
 from __future__ import annotations
 
 import gc
-import logging
+import platform
 import time
-import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from crate_ray.config import FinetuneConfig, PretrainConfig
 from crate_ray.data.format.dataset import load_dataset
-from crate_ray.data.loader import BAD_CAUSES, training_loader
+from crate_ray.data.loader import BAD_CAUSES, Batch, Loader, training_loader
 from crate_ray.data.order.mixture import open_mixture
 from crate_ray.data.order.sequence import worker_slots
 from crate_ray.errors import UserError
 from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import gpu_peak_flops
+from crate_ray.runs import metrics
 from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import open_storage
-from crate_ray.training.control import WorkerControl
 from crate_ray.training.guard import Guard
 from crate_ray.training.parallel import is_sharded, settle
-from crate_ray.training.probe_batch import Look
 from crate_ray.training.profiling import StepProfile
-from crate_ray.training.ray.checkpoints import WorkerCheckpoints
-from crate_ray.training.ray.worker import Reporter, judged, notes
 from crate_ray.training.step import autocast_dtype, learning_rate, prepare_cpu, train_step
-from crate_ray.training.task import Place, Task, assemble
+from crate_ray.training.task import Task, WorkerContext, assemble
 from crate_ray.training.telemetry import KEYS_DIGEST_RANGE, StepLog, Stopwatch, keys_digest, used_memory
+from crate_ray.training.worker import StartFacts, Worker
+
+_FIRST_STEPS = 2  # the first one warms up, the second one tells how long steps take
 
 
 def train(
-    task_class: type[Task], payload: dict[str, Any], control: WorkerControl, space: Path, node_space: Path
+    task_class: type[Task],
+    config: PretrainConfig | FinetuneConfig,
+    record: RunRecord,
+    total_steps: int,
+    worker: Worker,
 ) -> None:
-    """Train one worker's share of a run, from its newest committed checkpoint to its last step.
+    """Train one worker's share of a run, from its newest checkpoint to its last step. A collective call.
 
-    The payload is the driver's: `config` and `record` as plain data, `total_steps`, the folder `attempt` of this
-    start's checkpoints, and its `mailbox`. The control is this worker's, entered. The folders are local, of this worker
-    and of the first one on its node.
+    Raises UserError for mistakes in the settings or the data.
     """
-    config = task_class.config_class.model_validate(payload["config"])
-    record = RunRecord.model_validate(payload["record"])
-    total_steps: int = payload["total_steps"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        prepare_cpu()
-    torch.set_num_threads(record.threads)
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train tells of every report
-    # A token parameter has dimensions of size 1, whose strides mean nothing.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-
-    run = open_storage(config.storage, config.s3).under(config.name)
-    mixture = open_mixture(config.data.train, config.s3)
-    validation = load_dataset(open_storage(config.data.validation, config.s3)) if config.data.validation else None
-    if mixture.digest != record.dataset:
-        raise UserError(f"the dataset at {mixture.uri} changed while the run was starting; start it again")
-
-    autocast = autocast_dtype(config.training.precision, device)
-    normalizer = Normalizer.of(record.mean, record.std, device)
-    place = Place(record, mixture, validation, rank, world_size, device, autocast, normalizer)
-    task, trained, optimizer, micro_steps, arithmetic = assemble(task_class, config, place)
-    model = task.model
-    reporter = Reporter(payload["mailbox"], rank)
-    checkpoints = WorkerCheckpoints(
-        run,
-        payload["attempt"],
-        record,
-        arithmetic,
-        config.checkpoint,
-        (space, node_space),
-        reporter.flush,
-        reporter.wait_until_recorded,
-        reporter.checkpoint,
-    )
-    step = checkpoints.restore(model, optimizer)
-
-    peak_flops = gpu_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    validate_every = config.training.validate_every or total_steps
-    look_every = task.look_every if rank == 0 or is_sharded(model) else None
-    if look_every and step == 0:
-        _show(reporter, step, task.look(step))
-
-    loader = training_loader(
-        mixture,
-        record.order,
-        task.image_model,
-        config.data,
-        steps=range(step, total_steps),
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        together=task.together,
-    )
-    first_slot, _ = worker_slots(config.training.batch_size, rank, world_size, task.together)
-    profile = StepProfile(config.training.profile_steps, rank, run, space)
-    told: dict[str, set[str]] = {"training": set(), "validation": set()}
-    bad_held_out: dict[str, str] = {}
-
-    def tell_bad(split: str, causes: dict[str, str]) -> None:
-        if new := {key: cause for key, cause in list(causes.items()) if key not in told[split]}:
-            told[split].update(new)
-            reporter.bad_samples(step, new, split)
-
-    def tell_bad_samples() -> None:
-        tell_bad("training", loader.bad.causes)
-        tell_bad("validation", bad_held_out)
-
-    if rank == 0 and step == 0:
-        for dataset in mixture.datasets:
-            tell_bad("training", dataset.manifest.left_out)
-        if validation:
-            tell_bad("validation", validation.manifest.left_out)
-
-    with loader, profile, ExitStack() as at_the_end:
-        at_the_end.callback(tell_bad_samples)  # too many of them are why a run stops
-        if step < total_steps:
-            settle(trained, *task.blank(1))
-        watch, batches = Stopwatch(device), iter(loader)
-        step_log, guard = StepLog(config.tracking.log_every, device), Guard(config.training.max_skipped_steps)
-        logged = step
-        saved, rescued = step, False
-        while step < total_steps:
-            agreed = control.agree(step)
-            if agreed.stop or (agreed.look and not rescued and ray.train.get_preemption_info()):
-                # Before a node is taken away, go on training: Ray Train starts again when it is gone.
-                rescued = True
-                if step > saved:
-                    tell_bad_samples()  # who goes on from there does not meet them again
-                    with control.phase("checkpoint"):
-                        checkpoints.save(step, model, optimizer, None)
-                    saved = step
-                if agreed.stop:
-                    break
-            if rank == 0:
-                profile.before(step + 1)
-            with watch.waiting(), control.phase("data"):
-                batch = next(batches)
-
-            images, given = task.inputs(batch)
-            lr = learning_rate(step, total_steps, config.optim, config.training.batch_size)
-            part_sum, gradient_norm = train_step(
-                trained,
-                optimizer,
-                images,
-                given,
-                batch_size=config.training.batch_size,
-                world_size=world_size,
-                micro_steps=micro_steps,
-                lr=lr,
-                clip_norm=config.optim.clip_norm,
-                autocast=autocast,
-            )
-            step_log.add(part_sum, gradient_norm)
-            step += 1
-            if written := profile.after(step):
-                reporter.note(step, f"a profile was written to {written}; open it in Perfetto or chrome://tracing")
-
-            if step % config.tracking.log_every == 0 or step == total_steps:
-                with watch.logging():
-                    sums = torch.tensor([keys_digest(batch.keys, first_slot), *loader.bad.take_counts()], device=device)
-                    if world_size > 1:
-                        dist.all_reduce(sums)
-                    digest, *bad = sums.tolist()
-                    losses, norms = step_log.take(config.training.batch_size, world_size)
-                    judgement = guard.judge(logged + 1, losses, norms)
-                    rates = watch.lap(step - logged, config.training.batch_size)
-                    logged = step
-                    epoch = step / record.order.batches_per_epoch
-                    values = {"lr": lr, "epoch": epoch, **judged(judgement), **rates, **used_memory(device)}
-                    values["batch_digest"] = float(digest % KEYS_DIGEST_RANGE)
-                    times = zip(BAD_CAUSES, bad, strict=True)
-                    values |= {f"bad_samples/{cause}": float(count) for cause, count in times if count}
-                    if peak_flops and task.flops_per_image:
-                        values["mfu"] = task.flops_per_image * rates["images_per_second"] / (peak_flops * world_size)
-                    reporter.metrics(step, values)
-                    for text in notes(judgement):
-                        reporter.note(step, text)
-                    tell_bad_samples()
-            saves = step % config.checkpoint.every_steps == 0 or step == total_steps
-            validates = step % validate_every == 0 or step == total_steps or (saves and config.checkpoint.keep_best)
-            held_out: dict[str, float] = {}
-            if validation and validates:
-                with control.phase("validation"):
-                    held_out = task.validate(bad_held_out)
-                reporter.metrics(step, held_out)
-            if look_every and (step % look_every == 0 or step == total_steps):
-                _show(reporter, step, task.look(step))
-            if saves:
-                tell_bad_samples()
-                began = time.perf_counter()
-                with control.phase("checkpoint"):
-                    checkpoints.save(step, model, optimizer, held_out.get("validation_loss"))
-                saved = step
-                reporter.metrics(step, {"checkpoint_blocking_seconds": time.perf_counter() - began})
-        control.finish()
-
-    checkpoints.finish()
-    reporter.flush()
-    if world_size > 1:
-        # Without this gloo can deadlock when the process group is destroyed.
-        del trained
-        gc.collect()
+    loop = TrainingLoop(task_class, config, record, total_steps, worker)
+    loop.resume()
+    loop.run()
+    loop.finish()
 
 
-def _show(reporter: Reporter, step: int, look: Look | None) -> None:
-    if look is not None:
-        reporter.metrics(step, look.metrics)
-        for name, png in look.pictures.items():
-            reporter.picture(step, name, png)
+class TrainingLoop:
+    """One worker's share of a run. The arguments are those of `train`."""
+
+    def __init__(
+        self,
+        task_class: type[Task],
+        config: PretrainConfig | FinetuneConfig,
+        record: RunRecord,
+        total_steps: int,
+        worker: Worker,
+    ) -> None:
+        self.config, self.record, self.total_steps, self.worker = config, record, total_steps, worker
+        device = worker.device
+        if device.type == "cpu":
+            prepare_cpu()
+        torch.set_num_threads(record.threads)
+        self.mixture = open_mixture(config.data.train, config.s3)
+        validation = config.data.validation
+        self.validation = load_dataset(open_storage(validation, config.s3)) if validation else None
+        if self.mixture.digest != record.dataset:
+            raise UserError(f"the dataset at {self.mixture.uri} changed while the run was starting; start it again")
+
+        self.autocast = autocast_dtype(config.training.precision, device)
+        self.context = WorkerContext(
+            record=record,
+            mixture=self.mixture,
+            validation=self.validation,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            device=device,
+            autocast=self.autocast,
+            normalizer=Normalizer.of(record.mean, record.std, device),
+            run=worker.run,
+        )
+        self.assembled = assemble(task_class, config, self.context)
+        self.task = self.assembled.task
+        self.probes = self.task.probe_every is not None and (worker.rank == 0 or is_sharded(self.task.model))
+
+        self.step = self.start = self.logged = self.saved = 0
+        self.rescued = False
+        """Whether a checkpoint was saved for a notice of preemption."""
+        self.lr = 0.0
+        self.stopwatch = Stopwatch(device)
+        self.step_log = StepLog(config.tracking.log_every, device)
+        self.guard = Guard(config.training.max_skipped_steps)
+        self.first_slot, _ = worker_slots(
+            config.training.batch_size, worker.rank, worker.world_size, self.task.together
+        )
+        self.reported_bad: dict[str, set[str]] = {"training": set(), "validation": set()}
+        self.bad_validation: dict[str, str] = {}
+
+    # --- Resume -----------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Restore the newest checkpoint, and open the data at its step."""
+        self.step = self.start = self.logged = self.saved = self.worker.checkpoints.restore(self.assembled)
+        self.worker.reporter.started(self.step, self._start_facts())
+        if self.step == 0:
+            self._probe()
+        self.loader = self._open_loader()
+        if self.worker.rank == 0 and self.step == 0:
+            for dataset in self.mixture.datasets:
+                self._report_bad("training", dataset.manifest.left_out)
+            if self.validation:
+                self._report_bad("validation", self.validation.manifest.left_out)
+
+    def _start_facts(self) -> StartFacts:
+        device = self.worker.device
+        return StartFacts(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
+            workers=self.worker.world_size,
+            threads=torch.get_num_threads(),
+            parameters=sum(p.numel() for p in self.task.model.parameters() if p.requires_grad),
+            images=self.mixture.num_samples,
+            batch_size=self.config.training.batch_size,
+        )
+
+    def _open_loader(self) -> Loader:
+        return training_loader(
+            self.mixture,
+            self.record.order,
+            self.task.image_model,
+            self.config.data,
+            steps=range(self.step, self.total_steps),
+            rank=self.worker.rank,
+            world_size=self.worker.world_size,
+            device=self.worker.device,
+            together=self.task.together,
+        )
+
+    # --- Steps ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Make the steps that are left, and the periodic work after each; ends early when the driver asks to stop."""
+        profiled = self.config.training.profile_steps if self.worker.rank == 0 else None
+        profile = StepProfile(profiled, self.worker.run, self.worker.scratch)
+        with self.loader, profile, ExitStack() as at_the_end:
+            at_the_end.callback(self._report_bad_samples)  # too many of them are a reason why a run stops
+            if self.step < self.total_steps:
+                settle(self.assembled.trained, *self.task.blank(1))
+            self.stopwatch.start()
+            batches = iter(self.loader)
+            while self.step < self.total_steps and not self._stop_or_rescue():
+                profile.before(self.step + 1)
+                batch = self._train_step(batches)
+                if path := profile.after(self.step):
+                    note = f"a profile was written to {path}; open it in Perfetto or chrome://tracing"
+                    self.worker.reporter.note(self.step, note)
+                self._periodic_work(batch)
+            self.worker.control.finish()
+
+    def _stop_or_rescue(self) -> bool:
+        """Save a checkpoint if the driver asks to stop or a node is about to be taken away; whether to stop.
+
+        After a notice of preemption, training goes on: Ray Train restarts the workers when the node is gone.
+        """
+        self.worker.checkpoints.raise_failure()
+        decision = self.worker.control.decide(self.step)
+        preempted = decision.check_preemption and not self.rescued and self.worker.preemption_notice()
+        if decision.stop or preempted:
+            self.rescued = True
+            if self.step > self.saved:
+                self._save(validation_loss=None)
+        return decision.stop
+
+    def _train_step(self, batches: Iterator[Batch]) -> Batch:
+        """Read a batch and make an optimizer step with it."""
+        began, training = time.perf_counter(), self.config.training
+        with self.stopwatch.waiting(), self.worker.control.phase("data"):
+            batch = next(batches)
+        images, inputs = self.task.inputs(batch)
+        self.lr = learning_rate(self.step, self.total_steps, self.config.optim, training.batch_size)
+        loss_sum, gradient_norm = train_step(
+            self.assembled.trained,
+            self.assembled.optimizer,
+            images,
+            inputs,
+            batch_size=training.batch_size,
+            world_size=self.worker.world_size,
+            micro_steps=self.assembled.micro_steps,
+            lr=self.lr,
+            clip_norm=self.config.optim.clip_norm,
+            autocast=self.autocast,
+        )
+        self.step_log.add(loss_sum, gradient_norm)
+        self.step += 1
+        if self.step - self.start <= _FIRST_STEPS:
+            loss = self._summed(loss_sum.clone()).item() / training.batch_size
+            self.worker.reporter.first_step(self.step, loss, time.perf_counter() - began)
+        return batch
+
+    # --- Periodic work ----------------------------------------------------------------------------------------------
+
+    def _periodic_work(self, batch: Batch) -> None:
+        """What a step is followed by: log, validate, probe, save; all of them after the last step."""
+        last = self.step == self.total_steps
+        if last or self.step % self.config.tracking.log_every == 0:
+            self._log(batch)
+        saves = last or self.step % self.config.checkpoint.every_steps == 0
+        validate_every = self.config.training.validate_every or self.total_steps
+        validates = last or self.step % validate_every == 0 or (saves and self.config.checkpoint.keep_best)
+        validation_loss = self._validate() if self.validation and validates else None
+        if last or (self.task.probe_every and self.step % self.task.probe_every == 0):
+            self._probe()
+        if saves:
+            began = time.perf_counter()
+            self._save(validation_loss)
+            self.worker.reporter.metrics(self.step, {metrics.CHECKPOINT_BLOCKING_SECONDS: time.perf_counter() - began})
+
+    def _log(self, batch: Batch) -> None:
+        """Report the steps since the last log step. A collective call."""
+        with self.stopwatch.logging():
+            digest, *bad = self._summed(
+                torch.tensor(
+                    [keys_digest(batch.keys, self.first_slot), *self.loader.bad.take_counts()],
+                    device=self.worker.device,
+                )
+            ).tolist()
+            batch_size = self.config.training.batch_size
+            losses, norms = self.step_log.take(batch_size, self.worker.world_size)
+            report = self.guard.check(self.logged + 1, losses, norms)
+            rates = self.stopwatch.lap(self.step - self.logged, batch_size)
+            self.logged = self.step
+            values = {
+                metrics.LR: self.lr,
+                metrics.EPOCH: self.step / self.record.order.batches_per_epoch,
+                metrics.BATCH_DIGEST: float(digest % KEYS_DIGEST_RANGE),
+                **report.metrics(),
+                **rates,
+                **used_memory(self.worker.device),
+                **self._mfu(rates[metrics.IMAGES_PER_SECOND]),
+            }
+            values |= {
+                metrics.bad_samples(cause): float(count) for cause, count in zip(BAD_CAUSES, bad, strict=True) if count
+            }
+            self.worker.reporter.metrics(self.step, values)
+            for text in report.notes():
+                self.worker.reporter.note(self.step, text)
+            self._report_bad_samples()
+
+    def _mfu(self, images_per_second: float) -> dict[str, float]:
+        device, flops = self.worker.device, self.task.flops_per_image
+        peak = gpu_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if not peak or not flops:
+            return {}
+        return {metrics.MFU: flops * images_per_second / (peak * self.worker.world_size)}
+
+    def _validate(self) -> float | None:
+        """Report metrics on the held-out data; returns the loss. A collective call."""
+        with self.worker.control.phase("validation"):
+            values = self.task.validate(self.bad_validation)
+        self.worker.reporter.metrics(self.step, values)
+        return values.get(metrics.VALIDATION_LOSS)
+
+    def _probe(self) -> None:
+        """Report pictures and measures by layer on the task's probe batch."""
+        if self.probes and (result := self.task.probe(self.step)) is not None:
+            self.worker.reporter.metrics(self.step, result.metrics)
+            for name, png in result.pictures.items():
+                self.worker.reporter.picture(self.step, name, png)
+
+    def _save(self, validation_loss: float | None) -> None:
+        """Save a checkpoint. A run that goes on from it does not meet the bad samples before it again."""
+        self._report_bad_samples()
+        with self.worker.control.phase("checkpoint"):
+            self.worker.checkpoints.save(self.step, self.assembled, validation_loss)
+        self.saved = self.step
+
+    def _report_bad_samples(self) -> None:
+        self._report_bad("training", self.loader.bad.causes)
+        self._report_bad("validation", self.bad_validation)
+
+    def _report_bad(self, split: str, causes: dict[str, str]) -> None:
+        """Report the samples that this worker has not reported before."""
+        reported = self.reported_bad[split]
+        if new := {key: cause for key, cause in list(causes.items()) if key not in reported}:
+            reported.update(new)
+            self.worker.reporter.bad_samples(self.step, new, split)
+
+    def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all workers, in place. A collective call."""
+        if self.worker.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    # --- Finish -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Wait until checkpoints and reports have arrived, and let go of the parallel model."""
+        self.worker.checkpoints.finish()
+        self.worker.reporter.flush()
+        if self.worker.world_size > 1:
+            # Otherwise gloo can deadlock when the process group is destroyed.
+            self.assembled = self.assembled._replace(trained=self.task.model)
+            gc.collect()

@@ -1,4 +1,4 @@
-"""Pretraining as a task: masked images in, masked loss out, with a look at a few fixed samples now and then."""
+"""Pretraining as a task: masked images in, masked loss out, and a probe on a few fixed samples now and then."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from crate_ray.data.loader import Batch, evaluation_loader
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import training_flops
+from crate_ray.runs.metrics import VALIDATION_LOSS
 from crate_ray.training.parallel import is_sharded
-from crate_ray.training.probe_batch import Look, ProbeBatch
+from crate_ray.training.probe_batch import ProbeBatch, ProbeResult
 from crate_ray.training.step import build_optimizer, largest_micro_batch, mask_noise, probe_noise
-from crate_ray.training.task import Place, Task
+from crate_ray.training.task import Task, WorkerContext
 
 
 class PretrainTask(Task):
@@ -27,16 +28,16 @@ class PretrainTask(Task):
     config_class = PretrainConfig
     model: MaskedAutoencoder
 
-    def __init__(self, config: PretrainConfig, place: Place) -> None:
-        self._config, self._place = config, place
+    def __init__(self, config: PretrainConfig, context: WorkerContext) -> None:
+        self._config, self._context = config, context
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model).to(place.device)
+        self.model = build_model(config.model).to(context.device)
         self.model.checkpoint_layers = config.training.activation_checkpointing
         self.layers = [*self.model.encoder, *self.model.decoder]
         self.image_model = config.model
-        images = largest_micro_batch(config.training, place.world_size)
+        images = largest_micro_batch(config.training, context.world_size)
         self.flops_per_image = training_flops(config.model, images) / images
-        self.look_every = config.tracking.picture_every
+        self.probe_every = config.tracking.picture_every
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """AdamW."""
@@ -44,41 +45,42 @@ class PretrainTask(Task):
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images and mask noise."""
-        order, num_patches = self._place.record.order, self._config.model.num_patches
+        order, num_patches = self._context.record.order, self._config.model.num_patches
         noise = mask_noise(order.seed, batch.epochs, batch.samples, num_patches)
-        return self._place.normalizer(batch.images), to_device(noise, self._place.device)
+        return self._context.normalizer(batch.images), to_device(noise, self._context.device)
 
     def blank(self, count: int) -> tuple[Tensor, Tensor]:
         """Black images, and noise that hides the last patches."""
-        model, device = self._config.model, self._place.device
+        model, device = self._config.model, self._context.device
         images = torch.zeros(count, model.channels, *model.image_hw, device=device)
         return images, torch.zeros(count, model.num_patches, device=device)
 
     def validate(self, bad: dict[str, str] | None = None) -> dict[str, float]:
         """The masked loss."""
-        place = self._place
-        assert place.validation is not None
+        context = self._context
+        assert context.validation is not None
         loss = validation_loss(
             self.model,
-            place.validation,
+            context.validation,
             self._config,
-            place.normalizer,
-            place.autocast,
-            place.rank,
-            place.world_size,
+            context.normalizer,
+            context.autocast,
+            context.rank,
+            context.world_size,
             bad,
         )
-        return {"validation_loss": loss}
+        return {VALIDATION_LOSS: loss}
 
-    def look(self, step: int) -> Look:
+    def probe(self, step: int) -> ProbeResult:
         """Measures by layer and pictures."""
-        return self._probe.look(self.model, step)
+        return self._probe_batch.run(self.model, step)
 
     @cached_property
-    def _probe(self) -> ProbeBatch:
-        place = self._place
-        shards = place.validation or place.mixture.datasets[0]
-        return ProbeBatch(shards, self._config.model, self._config.data, place.normalizer)
+    def _probe_batch(self) -> ProbeBatch:
+        context = self._context
+        shards = context.validation or context.mixture.datasets[0]
+        run = context.run if context.rank == 0 else None
+        return ProbeBatch(shards, self._config.model, self._config.data, context.normalizer, run)
 
 
 @torch.no_grad()
@@ -94,7 +96,7 @@ def validation_loss(
 ) -> float:
     """Mean masked loss over every usable held-out sample exactly once, each with one fixed mask. A collective call.
 
-    `bad` takes up the samples that cannot be used: cause by key.
+    Adds unusable samples to `bad`: cause by key.
     """
     device = normalizer.mean.device
     batch_size = min(config.training.micro_batch_size or config.training.batch_size, 256) * world_size

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: first a wish to stop in good order, then an end."""
+"""SIGTERM and Ctrl-C: the first one asks the run to save a checkpoint and stop, a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -19,31 +19,37 @@ class StopRequest:
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop has saved a checkpoint and stopped."""
+    """A run was stopped by a signal, after it has saved a checkpoint.
 
-    def __init__(self, number: int) -> None:
+    Args:
+        number: of the signal.
+        step: of the newest checkpoint; 0 if there is none.
+    """
+
+    def __init__(self, number: int, step: int = 0) -> None:
         super().__init__(signal.Signals(number).name)
+        self.signal, self.step = number, step
         self.exit_code = 128 + number
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Inside, SIGTERM and the first SIGINT are noted instead of ending the process; a second one is KeyboardInterrupt.
+    """Inside, the first SIGTERM or SIGINT is recorded instead of ending the process; a second one is KeyboardInterrupt.
 
-    Enter it after ray.init, which has handlers of its own. Does nothing outside of the main thread, where Python hears
-    no signals.
+    Enter it after ray.init, which sets handlers of its own. It does nothing outside the main thread, where Python
+    receives no signals.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         if request.signal:
             raise KeyboardInterrupt
         request.signal = number
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:

@@ -1,4 +1,4 @@
-"""What training tells of itself: losses and norms of its steps, rates between log steps, which samples a batch had."""
+"""Measurements of training: losses and norms of the steps, rates between log steps, digests of batches, memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import xxhash
 from torch import Tensor
 
 from crate_ray.memory import peak_memory
+from crate_ray.runs import metrics
 
-KEYS_DIGEST_RANGE = 2**48  # a float, as which metrics travel, holds these exactly
+KEYS_DIGEST_RANGE = 2**48  # metrics are floats, which hold these integers exactly
 
 
 def keys_digest(keys: Sequence[str], first_slot: int) -> int:
@@ -29,16 +30,20 @@ def keys_digest(keys: Sequence[str], first_slot: int) -> int:
 
 
 class Stopwatch:
-    """Time since the last lap, and the parts of it that were spent waiting for data and on logging.
+    """Time since the last lap, and the parts of it that were spent waiting for data and logging.
 
     Args:
-        device: that trains; its work is waited for before a log step is timed.
+        device: the device that trains; a log step waits for its work.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._lap, self._waited, self._logged = time.perf_counter(), 0.0, 0.0
         self._logging_since: float | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start the first lap now."""
+        self._lap, self._waited, self._logged = time.perf_counter(), 0.0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -58,27 +63,30 @@ class Stopwatch:
         self._logging_since = None
 
     def lap(self, steps: int, batch_size: int) -> dict[str, float]:
-        """Rates since the last lap, and a new lap: images/s of all workers, seconds per step, shares of the time."""
+        """Rates of the current lap as metrics: images/s of all workers, seconds per step, shares of the time.
+
+        Starts a new lap.
+        """
         now = time.perf_counter()
         seconds = max(now - self._lap, 1e-9)
         if self._logging_since is not None:
             self._logged, self._logging_since = self._logged + now - self._logging_since, now
         rates = {
-            "images_per_second": steps * batch_size / seconds,
-            "step_seconds": seconds / steps,
-            "data_wait_share": self._waited / seconds,
-            "logging_share": self._logged / seconds,
+            metrics.IMAGES_PER_SECOND: steps * batch_size / seconds,
+            metrics.STEP_SECONDS: seconds / steps,
+            metrics.DATA_WAIT_SHARE: self._waited / seconds,
+            metrics.LOGGING_SHARE: self._logged / seconds,
         }
         self._lap, self._waited, self._logged = now, 0.0, 0.0
         return rates
 
 
 class StepLog:
-    """Loss and gradient norm of every step since the last look, kept on the device so that no step waits for it.
+    """Loss and gradient norm of every step since the last log step, kept on the device so that no step waits for it.
 
     Args:
-        capacity: most steps between two looks.
-        device: that trains.
+        capacity: largest number of steps between two log steps.
+        device: the device that trains.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -86,13 +94,13 @@ class StepLog:
         self._count = 0
 
     def add(self, loss_sum: Tensor, norm: Tensor) -> None:
-        """Note a step: this worker's sum of sample losses, and the norm of the global gradient."""
+        """Add a step: this worker's sum of sample losses, and the norm of the global gradient."""
         self._losses_S[self._count] = loss_sum
         self._norms_S[self._count] = norm
         self._count += 1
 
     def take(self, batch_size: int, world_size: int) -> tuple[list[float], list[float]]:
-        """Mean losses over the global batches and gradient norms, step by step, and start anew. A collective call."""
+        """Mean losses over the global batches and gradient norms by step; empties the log. A collective call."""
         losses_S, count = self._losses_S[: self._count].clone(), self._count
         self._count = 0
         if world_size > 1:
@@ -101,8 +109,8 @@ class StepLog:
 
 
 def used_memory(device: torch.device) -> dict[str, float]:
-    """Most memory that this process has had so far, in bytes: of the GPU that it trains on, else of the host."""
+    """Peak memory of this process so far, in bytes, as a metric: of the GPU that it trains on, else of the host."""
     if device.type == "cuda":
-        return {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(device))}
+        return {metrics.GPU_MEMORY_BYTES: float(torch.cuda.max_memory_allocated(device))}
     peak = peak_memory()
-    return {} if peak is None else {"memory_bytes": float(peak)}
+    return {} if peak is None else {metrics.MEMORY_BYTES: float(peak)}

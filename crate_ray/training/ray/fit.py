@@ -1,149 +1,132 @@
-"""Ray Train, started and followed by the driver itself.
-
-Ray Train (2.60) runs a controller, an actor that starts workers anew where they fail. It lives as long as the driver
-does. What is changed here needs classes of Ray Train that are not for users.
-"""
+"""Runs Ray Train in a thread, so that the driver can follow the run meanwhile, and end it."""
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.train
-from ray import PlacementGroupID
-from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from crate_ray.config import ScalingConfig
 from crate_ray.storage.node_folders import process_folder
+from crate_ray.training.ray.internals import (
+    SendController,
+    install_release_failed_start,
+    remove_placement_groups,
+)
 
-_KILLED_SECONDS = 5.0  # for the controller to be gone, at the most
+_ABORT_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+
+
+def ray_scaling(scaling: ScalingConfig, resources: dict[str, float], *, use_gpu: bool) -> ray.train.ScalingConfig:
+    """Ray Train's settings of a worker group, from ours and the resources of each worker."""
+    return ray.train.ScalingConfig(
+        num_workers=scaling.workers,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=scaling.resize_seconds,
+        accelerator_type=scaling.accelerator_type,
+        label_selector=dict(scaling.label_selector) or None,
+    )
+
+
+def ray_failures(scaling: ScalingConfig) -> ray.train.FailureConfig:
+    """Ray Train's settings of how often workers are restarted, from ours."""
+    return ray.train.FailureConfig(
+        max_failures=scaling.max_failures, max_preemption_failures=scaling.max_preemption_failures
+    )
 
 
 def fit(
     loop: Callable[[dict[str, Any]], None],
     payload: dict[str, Any],
     scaling: ray.train.ScalingConfig,
-    max_failures: int,
-    follow: Callable[[ray.ObjectRef], None],
+    failures: ray.train.FailureConfig,
+    follow: Callable[[threading.Event], None],
 ) -> None:
-    """Train until the workers are done. Raises what Ray Train gives up with, once they fail too often.
+    """Train until the workers are done. Raises ray.train.TrainingFailedError when they fail too often.
 
     Args:
         loop: what every worker runs.
-        payload: what it is called with.
+        payload: what `loop` is called with; `attempt` names this start, `mailbox` is the driver's.
         scaling: workers and their resources.
-        max_failures: how often they are started again.
-        follow: called with what will be ready when the workers are done. What it raises ends them.
+        failures: how often the workers are restarted.
+        follow: called in this thread, with an event that is set when the workers are done. An exception that it raises
+            ends them.
     """
-    # Ray Train's own record of checkpoints, which nobody reads, stays on this node: where it lies in the run's storage,
-    # a connection that breaks while the controller writes it ends the run.
+    install_release_failed_start()
+    # Ray Train's own record of the run, which nobody reads, stays on this node: in the run's storage, a connection that
+    # breaks while the controller writes the record would end the run.
     with process_folder(f"driver-{uuid.uuid4().hex[:12]}") as folder:
-        _Trainer(
-            follow,
-            _work,
-            # By reference: workers fetch what is large to import after they have been started.
+        trainer = TorchTrainer(
+            _run_loop,
+            # By reference: workers fetch what is large to import after they have started.
             train_loop_config={"loop": [ray.put(loop)], "payload": payload},
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name=payload["attempt"],
                 storage_path=folder.as_posix(),
-                failure_config=ray.train.FailureConfig(max_failures=max_failures),
-                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+                failure_config=failures,
+                callbacks=[SendController(payload["mailbox"])],
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
-        ).fit()
+        )
+        held_before = set(ray.util.placement_group_table())
+        training = _Fitting(trainer)
+        training.start()
+        try:
+            follow(training.done)
+        except BaseException:
+            _end(training, payload["mailbox"])
+            if _in_driver():
+                remove_placement_groups(set(ray.util.placement_group_table()) - held_before)
+            raise
+        training.join()
+    if training.error is not None:
+        raise training.error
 
 
-def _work(given: dict[str, Any]) -> None:
+class _Fitting(threading.Thread):
+    """TorchTrainer.fit in a thread. Off the main thread Ray Train installs no handler for SIGINT."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(name="ray train", daemon=True)
+        self._trainer = trainer
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Train; sets `error` if that fails, and `done`."""
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # the driver's main thread raises it
+            self.error = error
+        finally:
+            self.done.set()
+
+
+def _run_loop(given: dict[str, Any]) -> None:
     ray.get(given["loop"][0])(given["payload"])
 
 
-class _Trainer(TorchTrainer):
-    """Ray Train, whose controller the driver follows while it works, and can end.
-
-    It gives back what workers held that died while they were started, and starts no process for Ray Data's datasets,
-    which there are none of, nor, for a driver, one that asks the dashboard every second whether the controller lives:
-    Ray gives back what was held when the driver's job ends, and until then the driver does so itself.
-    """
-
-    def __init__(self, follow: Callable[[ray.ObjectRef], None], *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._follow = follow
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        needless: list[type[RayTrainCallback]] = [DatasetsCallback]
-        if _in_driver():
-            needless.append(PlacementGroupCleanerCallback)
-        callbacks = [one for one in super()._create_default_callbacks() if not isinstance(one, tuple(needless))]
-        return [_GiveBack(), *callbacks]  # the first to hear of workers, before any can fail
-
-    def _initialize_and_run_controller(self, **settings: Any) -> ray.train.Result:
-        context = ray.get_runtime_context()
-        # The address lets Ray Train clean up after a trial that was killed even where several Rays run on one machine.
-        environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0", **get_env_vars_to_propagate()}
-        environment["RAY_ADDRESS"] = context.gcs_address
-        here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
-        actor = ray.remote(TrainController).options(
-            num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment}
-        )
-        held_before = set(ray.util.placement_group_table())
-        controller = actor.remote(**settings)
-        done = controller.run.remote()
-        try:
-            self._follow(done)
-            ray.get(done)
-            return ray.get(controller.get_result.remote())
-        except BaseException:
-            ray.kill(controller)
-            ray.wait([done], timeout=_KILLED_SECONDS)  # what it still writes would hinder the removal of its folder
-            if _in_driver():
-                _remove_groups(set(ray.util.placement_group_table()) - held_before)
-            raise
+def _end(training: _Fitting, mailbox: Any) -> None:
+    """End Ray Train's controller, and with it the workers: in good order, or by force when that takes too long."""
+    deadline = time.monotonic() + _ABORT_SECONDS
+    while not (controller := ray.get(mailbox.controller.remote())):
+        if training.done.wait(_POLL_SECONDS) or time.monotonic() > deadline:
+            return
+    controller[0].abort.remote()
+    if not training.done.wait(deadline - time.monotonic()):
+        ray.kill(controller[0])
+        training.done.wait(_ABORT_SECONDS)  # what it still writes would be in the way of removing its folder
 
 
 def _in_driver() -> bool:
-    """Whether this is a job's own process, with which all ends that it started, and not, say, a trial's."""
+    """Whether this is the driver of a Ray job, which outlives all that it has started, and not a trial of a sweep."""
     return ray.get_runtime_context().get_actor_id() is None
-
-
-def _remove_groups(groups: set[str]) -> None:
-    """Remove placement groups, given by their ids in hex, that are of this job, with whose id theirs end."""
-    job = ray.get_runtime_context().get_job_id()
-    for group in groups:
-        if group.endswith(job):
-            ray.util.remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
-
-
-class _GiveBack(WorkerGroupCallback):
-    """Where a worker dies while the process group is set up, Ray Train (2.60) forgets the group, but not what it holds:
-    its placement group moves to the next node that comes, and where there is no other room, no later group ever starts.
-    """
-
-    def __init__(self) -> None:
-        self._group: Any = None
-
-    @contextmanager
-    def on_worker_group_start(self) -> Iterator[None]:
-        self._give_back()
-        try:
-            yield
-        except Exception:
-            self._give_back()
-            raise
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        self._group = worker_group
-
-    def _give_back(self) -> None:
-        group, self._group = self._group, None
-        if group is not None and group.has_started():  # false once Ray Train itself has shut it down
-            group.get_worker_group_state().shutdown()

@@ -1,41 +1,37 @@
-"""Where workers leave what they tell, and find what they are asked: an actor on the driver's node.
+"""An actor on the driver's node: workers put their events into it, the driver takes them out and leaves its requests.
 
-Imports nothing that training needs, so that its process starts at once.
+It imports nothing that training needs, so that its process starts at once.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-
-class Sign(NamedTuple):
-    """What a worker shows of itself."""
-
-    group: str
-    """Workers that were started together."""
-    rank: int
-    step: int
-    phase: str
-    """What it is doing: 'data', 'step', 'checkpoint', …"""
-    place: str
-    """Line of our code that its main thread is in."""
+from typing import Any
 
 
 class Mailbox:
-    """Events of the workers until the driver asks for them, and the driver's wish to stop."""
+    """Events of the workers until the driver takes them, the driver's request to stop, and Ray Train's controller."""
 
     def __init__(self) -> None:
         self._events: list[tuple[Any, ...]] = []
         self._put = self._handled = 0
-        self._stopping = False
+        self._stop = False
+        self._controller: list[Any] = []
 
-    def stop(self) -> None:
+    def request_stop(self) -> None:
         """Ask the workers to save a checkpoint and return."""
-        self._stopping = True
+        self._stop = True
 
-    def is_stopping(self) -> bool:
-        """Whether they were asked to."""
-        return self._stopping
+    def stop_requested(self) -> bool:
+        """Whether the driver has asked the workers to stop."""
+        return self._stop
+
+    def set_controller(self, controller: list[Any]) -> None:
+        """Keep the handle of Ray Train's controller, in a list."""
+        self._controller = controller
+
+    def controller(self) -> list[Any]:
+        """The handle of Ray Train's controller, in a list; an empty list before it has started."""
+        return self._controller
 
     def put(self, event: tuple[Any, ...]) -> None:
         """Add an event."""
@@ -43,15 +39,15 @@ class Mailbox:
         self._put += 1
 
     def drain(self) -> list[tuple[Any, ...]]:
-        """All events since the last call, which the driver has handled before it calls again."""
+        """All events since the last call. The driver has handled those of the last call before it calls again."""
         self._handled = self._put - len(self._events)
         events, self._events = self._events, []
         return events
 
-    def arrived(self) -> int:
-        """Number of the last event that was put."""
+    def num_put(self) -> int:
+        """Number of events put so far."""
         return self._put
 
-    def handled(self) -> int:
-        """Number of the last event that the driver has handled."""
+    def num_handled(self) -> int:
+        """Number of events that the driver has handled."""
         return self._handled

@@ -1,113 +1,83 @@
-"""What every Ray Train worker does around its training loop: local folders, signs of life, telling errors and
-measurements."""
+"""A Ray Train worker: it gives the training loop what that needs of the process, and reports errors to the driver."""
 
 from __future__ import annotations
 
-import time
+import logging
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import warnings
 from typing import Any
 
 import ray
 import ray.train
-from ray.train.collective import broadcast_from_rank_zero
+import ray.train.torch
+from ray.train.collective import barrier, broadcast_from_rank_zero
 
-from crate_ray.config import ScalingConfig
 from crate_ray.errors import UserError
+from crate_ray.runs.record import RunRecord
+from crate_ray.storage.interface import open_storage
 from crate_ray.storage.node_folders import process_folder
-from crate_ray.training.control import WorkerControl, beat_seconds
-from crate_ray.training.guard import Judgement
+from crate_ray.training.checkpoints import Peers, WorkerCheckpoints
+from crate_ray.training.control import WorkerControl, heartbeat_seconds
+from crate_ray.training.loop import train
+from crate_ray.training.ray.reporter import RayReporter
+from crate_ray.training.task import Task
+from crate_ray.training.worker import Worker
 
-_RECORDED_SECONDS = 10.0  # a driver that is held up longer holds up no checkpoint
-_LOOK_SECONDS = 0.1
 
+def run_worker(payload: dict[str, Any], task_class: type[Task]) -> None:
+    """Train this worker's share of a run. Errors that the user can fix go to the driver at once.
 
-def run_worker(payload: dict[str, Any], train: Callable[[dict[str, Any], WorkerControl, Path, Path], None]) -> None:
-    """Run a training loop, seen by the driver, with temporary folders on the node's disk: this worker's, and that of
-    the first one on its node. Errors that the user can mend are told to the driver at once."""
-    mailbox, scaling = payload["mailbox"], ScalingConfig.model_validate(payload["config"]["scaling"])
+    The payload is the driver's: `config` and `record` as plain data, `total_steps`, the folder `attempt` of this
+    start's checkpoints, and its `mailbox`.
+    """
     try:
-        context = ray.train.get_context()
-        start = broadcast_from_rank_zero(uuid.uuid4().hex[:12])
-        names = [f"{start}-{context.get_node_rank()}-{local_rank}" for local_rank in (context.get_local_rank(), 0)]
-        control = WorkerControl(
-            start,
-            context.get_world_rank(),
-            context.get_world_size(),
-            show=lambda sign: mailbox.put.remote(("alive", sign.step, sign)),
-            asked_to_stop=lambda: ray.get(mailbox.is_stopping.remote()),
-            beat_seconds=beat_seconds(scaling.hang_seconds),
-            look_seconds=scaling.preemption_seconds,
-        )
-        with process_folder(names[0]) as own, control:
-            train(payload, control, own, own.with_name(names[1]))
+        _run_worker(payload, task_class)
     except UserError as error:
-        ray.get(mailbox.put.remote(("error", 0, str(error))))
+        ray.get(payload["mailbox"].put.remote(("error", 0, str(error))))
         raise
 
 
-class Reporter:
-    """Sends what a rank has to tell to the driver, without waiting for it: unusable samples any rank, all else rank 0.
+def _run_worker(payload: dict[str, Any], task_class: type[Task]) -> None:
+    config = task_class.config_class.model_validate(payload["config"])
+    record = RunRecord.model_validate(payload["record"])
+    logging.getLogger().setLevel(logging.WARNING)
+    # A token parameter has dimensions of size 1, whose strides mean nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
-    Args:
-        mailbox: the driver's.
-        rank: of this worker.
-    """
-
-    def __init__(self, mailbox: Any, rank: int) -> None:
-        self._mailbox, self._rank, self._last = mailbox, rank, None
-
-    def flush(self) -> None:
-        """Wait until the driver's mailbox has everything that this rank sent."""
-        if self._last is not None:
-            ray.get(self._last)
-
-    def wait_until_recorded(self) -> None:
-        """Wait until the driver has handled what its mailbox has of all ranks, so that it outlives the driver; some
-        seconds at the most."""
-        number, deadline = ray.get(self._mailbox.arrived.remote()), time.monotonic() + _RECORDED_SECONDS
-        while ray.get(self._mailbox.handled.remote()) < number and time.monotonic() < deadline:
-            time.sleep(_LOOK_SECONDS)
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Send measured values."""
-        self._send("metrics", step, values, int(time.time() * 1000))
-
-    def checkpoint(self, step: int, seconds: float) -> None:
-        """Send, from rank 0's thread that uploads, how long that took, and wait until it has arrived."""
-        values = {"checkpoint_background_seconds": seconds}
-        ray.get(self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000))))
-
-    def picture(self, step: int, name: str, png: bytes) -> None:
-        """Send a picture."""
-        self._send("picture", step, name, png)
-
-    def note(self, step: int, text: str) -> None:
-        """Send a sentence for people."""
-        self._send("note", step, text)
-
-    def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
-        """Send keys of samples that this rank cannot use, and why."""
-        self._last = self._mailbox.put.remote(("bad_samples", step, causes, split))
-
-    def _send(self, *event: Any) -> None:
-        if self._rank == 0:
-            self._last = self._mailbox.put.remote(event)
-
-
-def judged(judgement: Judgement) -> dict[str, float]:
-    """Metrics of the steps since the last log step; loss and norm are left out where no step was finite."""
-    values = {"skipped_steps": float(len(judgement.skipped)), "loss_spikes": float(len(judgement.spikes))}
-    if judgement.loss is not None and judgement.gradient_norm is not None:
-        values |= {"loss": judgement.loss, "gradient_norm": judgement.gradient_norm}
-    return values
-
-
-def notes(judgement: Judgement) -> Iterator[str]:
-    """Sentences on steps that were skipped and on losses that jumped."""
-    if judgement.skipped:
-        steps = ", ".join(map(str, judgement.skipped))
-        yield f"skipped for a loss or gradient that is not finite: step {steps}"
-    for step, usual in judgement.spikes.items():
-        yield f"the loss jumped at step {step}, from about {usual:.4g}"
+    context = ray.train.get_context()
+    rank, world_size, local_rank = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
+    group = broadcast_from_rank_zero(uuid.uuid4().hex[:12])
+    reporter = RayReporter(payload["mailbox"], rank)
+    control = WorkerControl(
+        group,
+        rank,
+        world_size,
+        send=reporter.heartbeat,
+        stop_requested=reporter.stop_requested,
+        heartbeat_seconds=heartbeat_seconds(config.scaling.hang_seconds),
+        preemption_seconds=config.scaling.preemption_seconds,
+    )
+    run = open_storage(config.storage, config.s3).under(config.name)
+    with process_folder(f"{group}-{context.get_node_rank()}-{local_rank}") as scratch, control:
+        peers = Peers(
+            group=group,
+            rank=rank,
+            world_size=world_size,
+            is_first_of_node=local_rank == 0,
+            scratch=scratch,
+            node_scratch=scratch.with_name(f"{group}-{context.get_node_rank()}-0"),
+            barrier=barrier,
+            broadcast=broadcast_from_rank_zero,
+        )
+        worker = Worker(
+            rank=rank,
+            world_size=world_size,
+            device=ray.train.torch.get_device(),
+            scratch=scratch,
+            reporter=reporter,
+            control=control,
+            checkpoints=WorkerCheckpoints(run, payload["attempt"], record, config.checkpoint, peers, reporter),
+            preemption_notice=lambda: ray.train.get_preemption_info() is not None,
+            run=run,
+        )
+        train(task_class, config, record, payload["total_steps"], worker)

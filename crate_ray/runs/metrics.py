@@ -1,0 +1,60 @@
+"""Names of the metrics of a run.
+
+MLflow shows one group of charts for each part before the slash, in alphabetical order. The groups are named so that the
+training loss comes first and the measures by layer come last.
+"""
+
+from __future__ import annotations
+
+LOSS = "train/loss"
+"""Mean over the finite steps since the last log step."""
+LR = "train/lr"
+GRADIENT_NORM = "train/gradient_norm"
+"""Norm of the global gradient before clipping, at the last finite step."""
+LOSS_SPIKES = "train/loss_spikes"
+"""Steps whose loss jumped, since the last log step."""
+SKIPPED_STEPS = "train/skipped_steps"
+"""Steps whose loss or gradient was not finite, since the last log step."""
+
+EPOCH = "train_data/epoch"
+BATCH_DIGEST = "train_data/batch_digest"
+"""Digest of the keys of the global batch, slot by slot; the same for every number of workers."""
+
+IMAGES_PER_SECOND = "train_performance/images_per_second"
+"""Of all workers together."""
+STEP_SECONDS = "train_performance/step_seconds"
+DATA_WAIT_SHARE = "train_performance/data_wait_share"
+"""Share of the time that rank 0 waited for data."""
+LOGGING_SHARE = "train_performance/logging_share"
+MFU = "train_performance/mfu"
+"""Model FLOPs utilization: share of the peak FLOP/s of the GPUs."""
+MEMORY_BYTES = "train_performance/memory_bytes"
+"""Peak memory of rank 0's process on the host."""
+GPU_MEMORY_BYTES = "train_performance/gpu_memory_bytes"
+"""Peak memory that rank 0 allocated on its GPU."""
+CHECKPOINT_BLOCKING_SECONDS = "train_performance/checkpoint_blocking_seconds"
+"""How long a save kept rank 0 from training."""
+CHECKPOINT_BACKGROUND_SECONDS = "train_performance/checkpoint_background_seconds"
+
+VALIDATION_LOSS = "validation/loss"
+TOP1 = "validation/top1"
+"""Accuracy: share of held-out samples."""
+TOP5 = "validation/top5"
+
+_BAD_SAMPLES = "train_data/bad_samples_"
+_LAYERS = "validation_layers/"
+
+
+def bad_samples(cause: str) -> str:
+    """Samples of all workers that could not be used for a cause, since the last log step."""
+    return f"{_BAD_SAMPLES}{cause}"
+
+
+def bad_samples_cause(metric: str) -> str | None:
+    """The cause of a metric that `bad_samples` names; None for other metrics."""
+    return metric.removeprefix(_BAD_SAMPLES) if metric.startswith(_BAD_SAMPLES) else None
+
+
+def layer_measure(measure: str, layer: int) -> str:
+    """A measure of an encoder layer, counted from 1, on the run's probe batch (held-out samples, if there are any)."""
+    return f"{_LAYERS}{measure}_layer_{layer:02d}"
