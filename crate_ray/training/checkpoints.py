@@ -110,7 +110,7 @@ class WorkerCheckpoints:
     def restore(self, assembled: Assembled) -> int:
         """Load the newest valid checkpoint, else the weights that the run starts from, if any; returns its step.
 
-        Raises UserError when the checkpoint was computed in another way than now (see checkpoint_files.check_arithmetic).
+        Raises UserError when the checkpoint was computed in another way (see checkpoint_files.check_arithmetic).
         """
         model = assembled.task.model
         commit = self._newest_commit()

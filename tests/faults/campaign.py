@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from crate_ray.config import S3Config
+from crate_ray.runs.metrics import LOSS
 from crate_ray.storage.interface import Storage, open_storage
 from tests.faults.phases import PHASES, SET_UP, kill_in
 from tests.faults.proxy import ErrorAnswer, FaultProxy, Reset
@@ -455,7 +456,7 @@ class Campaign:
         found = client.get_experiment_by_name(experiment)
         assert found is not None, "MLflow was told nothing"
         (run,) = client.search_runs([found.experiment_id])
-        steps = {metric.step for metric in client.get_metric_history(run.info.run_id, "loss")}
+        steps = {point.step for point in client.get_metric_history(run.info.run_id, LOSS)}
         assert steps == set(range(10, STEPS + 1, 10)), f"MLflow has the steps {steps}"
         assert run.info.status == "FINISHED"
 

@@ -13,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from crate_ray.runs import metrics
 from tests.faults.phases import PHASES, kill_in
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.jobs import RayCluster, end, final_weights, finish, newest_commit, start, wait_for_commit
@@ -43,7 +44,7 @@ def test_workers_killed_in_every_phase(
     assert final_weights(run) == undisturbed.weights(2)
     assert newest_commit(run) == STEPS
     client, record = mlflow_run(digits, json.loads(run.read("run.json"))["run_key"])
-    points = client.get_metric_history(record.info.run_id, "loss")
+    points = client.get_metric_history(record.info.run_id, metrics.LOSS)
     assert {point.step for point in points} == set(range(1, STEPS + 1))
     for (killed, committed), (later, _) in zip(kills, [*kills[1:], (float("inf"), 0)], strict=True):
         assert min((point.step for point in points if killed < point.timestamp < later), default=STEPS) > committed
@@ -69,5 +70,5 @@ def test_driver_killed(digits: str, cluster: RayCluster, undisturbed: Undisturbe
     # And in MLflow it is one run, which lacks nothing.
     client, record = mlflow_run(digits, json.loads(run.read("run.json"))["run_key"])
     assert record.info.status == "FINISHED"
-    points = client.get_metric_history(record.info.run_id, "loss")
+    points = client.get_metric_history(record.info.run_id, metrics.LOSS)
     assert {point.step for point in points} == set(range(1, STEPS + 1))

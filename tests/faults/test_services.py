@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from crate_ray.config import S3Config
+from crate_ray.runs.metrics import LOSS
 from crate_ray.storage.interface import open_storage
 from tests.faults.proxy import ErrorAnswer, FaultProxy, Reset, Rule
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
@@ -87,7 +88,7 @@ def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
         assert final_weights(run) == undisturbed.weights(2)
         client = MlflowClient(uri)
         (record,) = client.search_runs(["1"])
-        losses = client.get_metric_history(record.info.run_id, "loss")
+        losses = client.get_metric_history(record.info.run_id, LOSS)
         assert {point.step for point in losses} == set(range(10, STEPS + 1, 10))
         assert record.info.status == "FINISHED"
         assert not spool.exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from crate_ray.runs.metrics import SKIPPED_STEPS
 from crate_ray.runs.mlflow_lookup import find_run
 from crate_ray.storage.interface import Storage
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
@@ -68,7 +69,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
     assert last.log.count(f"the rest waits in {spool}") == 4
     events = [json.loads(line) for line in (spool / "events.jsonl").read_text().splitlines()]
     measured = [(event["step"], event["values"]) for event in events if event["kind"] == "metrics"]
-    skipped = {step: values["skipped_steps"] for step, values in measured if values.get("skipped_steps")}
+    skipped = {step: values[SKIPPED_STEPS] for step, values in measured if values.get(SKIPPED_STEPS)}
     assert skipped == {good + 2: 1, good + 3: 1}
     assert measured[-1][0] == STEPS
 
@@ -119,5 +120,5 @@ def test_a_second_driver_is_refused_and_a_rank_that_hangs_is_named(
         for job in (first, second):
             if job:
                 end(job)
-    assert "error: no step was made for 10 s: rank" in first.log and "gives no sign of life" in first.log
+    assert "error: no step was made for 10 s: rank" in first.log and "has sent no heartbeat" in first.log
     assert client.get_run(run_id).info.status == "FAILED"

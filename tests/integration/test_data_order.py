@@ -17,6 +17,7 @@ from crate_ray.data.loader import training_loader
 from crate_ray.data.prepare.builtin import digits_source, shapes_source
 from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
+from crate_ray.runs import metrics
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.planning import driver_lease
 from crate_ray.runs.pretraining import open_run
@@ -40,9 +41,9 @@ class Told(Listener):
         self.bad: dict[str, dict[str, str]] = {"training": {}, "validation": {}}
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
-        if "batch_digest" in values:
-            self.digests[step] = values["batch_digest"]
-        self.times += Counter({k.split("/")[1]: int(v) for k, v in values.items() if k.startswith("bad_samples/")})
+        if metrics.BATCH_DIGEST in values:
+            self.digests[step] = values[metrics.BATCH_DIGEST]
+        self.times += Counter({cause: int(v) for k, v in values.items() if (cause := metrics.bad_samples_cause(k))})
 
     def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
         self.bad[split] |= causes

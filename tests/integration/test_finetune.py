@@ -26,6 +26,7 @@ from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
+from crate_ray.runs import metrics
 from crate_ray.runs.checkpoint_files import checkpoint_tensors
 from crate_ray.runs.commits import committed
 from crate_ray.runs.listener import Listener
@@ -133,10 +134,10 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
         publish(run, tracker)
     assert follower.killed and committed(run.storage)[0].step == STEPS
     assert len({path.parent.name for path in (tmp_path / "runs/tuned").glob("attempt-001/step-*/state.json")}) == 2
-    assert follower.values["loss"].keys() == set(range(5, STEPS + 1, 5))
-    losses = follower.values["loss"]
+    assert follower.values[metrics.LOSS].keys() == set(range(5, STEPS + 1, 5))
+    losses = follower.values[metrics.LOSS]
     assert losses[STEPS] < 0.95 * losses[5]
-    top1, top5 = follower.values["top1"], follower.values["top5"]
+    top1, top5 = follower.values[metrics.TOP1], follower.values[metrics.TOP5]
     assert top1.keys() == top5.keys() == {30, STEPS}
     assert 0.3 < top1[STEPS] <= top5[STEPS] <= 1  # chance is 0.1
     finished = open_it()
@@ -147,8 +148,9 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
     run_id = find_run(client, run.record.run_key)
     assert run_id is not None
     logged = client.get_run(run_id)
-    assert logged.data.metrics["top1"] == pytest.approx(top1[STEPS]) and "images_per_second" in logged.data.metrics
-    assert {point.step for point in client.get_metric_history(run_id, "validation_loss")} == {30, STEPS}
+    assert logged.data.metrics[metrics.TOP1] == pytest.approx(top1[STEPS])
+    assert metrics.IMAGES_PER_SECOND in logged.data.metrics
+    assert {point.step for point in client.get_metric_history(run_id, metrics.VALIDATION_LOSS)} == {30, STEPS}
     assert (logged.data.params["layer_decay"], logged.data.params["encoder.dim"]) == ("0.8", "64")
     assert logged.data.tags["mlflow.parentRunId"] == find_run(client, source.record.run_key)
     assert (logged.data.tags["crate_ray.job"], logged.data.tags["crate_ray.parent_step"]) == ("finetune", "40")

@@ -26,6 +26,7 @@ from crate_ray import load_model
 from crate_ray.config import PretrainConfig, S3Config, TrackingConfig
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.evaluation.features import iterate_dataset
+from crate_ray.runs import metrics
 from crate_ray.runs.references import load_encoder
 from crate_ray.serving import FeatureExtractor
 from crate_ray.storage.arrow import arrow_filesystem
@@ -106,9 +107,9 @@ def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster
     assert run.data.params["model.num_subspaces"] == "4"
     assert run.data.params["data.train"] == "s3://data/digits-train"
     assert run.data.tags["mlflow.source.git.commit"] == COMMIT
-    losses = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
+    losses = {m.step: m.value for m in client.get_metric_history(run.info.run_id, metrics.LOSS)}
     assert losses[STEPS] < 0.8 * losses[10]
-    assert run.data.metrics["validation_loss"] < losses[10]
+    assert run.data.metrics[metrics.VALIDATION_LOSS] < losses[10]
     told_of_steps(client, run.info.run_id)
     (dataset,) = run.inputs.dataset_inputs
     assert (
@@ -128,20 +129,27 @@ def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster
 
 def told_of_steps(client: mlflow.MlflowClient, run_id: str) -> None:
     """Require what training tells of itself at every log step, with values that can be."""
-    names = ("images_per_second", "step_seconds", "data_wait_share", "logging_share", "gradient_norm", "memory_bytes")
-    names += ("lr", "skipped_steps", "loss_spikes", "batch_digest")
+    names = (metrics.IMAGES_PER_SECOND, metrics.STEP_SECONDS, metrics.DATA_WAIT_SHARE, metrics.LOGGING_SHARE)
+    names += (metrics.GRADIENT_NORM, metrics.MEMORY_BYTES, metrics.LR, metrics.SKIPPED_STEPS, metrics.LOSS_SPIKES)
+    names += (metrics.BATCH_DIGEST,)
     found = {name: {m.step: m.value for m in client.get_metric_history(run_id, name)} for name in names}
     assert all(values.keys() == set(range(10, STEPS + 1, 10)) for values in found.values())
     for step in range(10, STEPS + 1, 10):
         of = {name: values[step] for name, values in found.items()}
-        assert 0 < of["gradient_norm"] < 100 and 0 <= of["lr"] <= 0.003 and of["skipped_steps"] == 0
-        assert of["images_per_second"] * of["step_seconds"] == pytest.approx(64) and 1e-4 < of["step_seconds"] < 60
-        assert 0 <= of["data_wait_share"] < 1 and 0 < of["logging_share"] < 1
-        assert of["data_wait_share"] + of["logging_share"] < 1
-        assert 2**26 < of["memory_bytes"] < psutil.virtual_memory().total
-        assert of["batch_digest"] == int(of["batch_digest"]) and len(set(found["batch_digest"].values())) == 6
-    assert "mfu" not in client.get_run(run_id).data.metrics  # of a CPU the peak is not known
-    for name in ("checkpoint_blocking_seconds", "checkpoint_background_seconds"):
+        assert 0 < of[metrics.GRADIENT_NORM] < 100 and 0 <= of[metrics.LR] <= 0.003 and of[metrics.SKIPPED_STEPS] == 0
+        assert (
+            of[metrics.IMAGES_PER_SECOND] * of[metrics.STEP_SECONDS] == pytest.approx(64)
+            and 1e-4 < of[metrics.STEP_SECONDS] < 60
+        )
+        assert 0 <= of[metrics.DATA_WAIT_SHARE] < 1 and 0 < of[metrics.LOGGING_SHARE] < 1
+        assert of[metrics.DATA_WAIT_SHARE] + of[metrics.LOGGING_SHARE] < 1
+        assert 2**26 < of[metrics.MEMORY_BYTES] < psutil.virtual_memory().total
+        assert (
+            of[metrics.BATCH_DIGEST] == int(of[metrics.BATCH_DIGEST])
+            and len(set(found[metrics.BATCH_DIGEST].values())) == 6
+        )
+    assert metrics.MFU not in client.get_run(run_id).data.metrics  # of a CPU the peak is not known
+    for name in (metrics.CHECKPOINT_BLOCKING_SECONDS, metrics.CHECKPOINT_BACKGROUND_SECONDS):
         seconds = {m.step: m.value for m in client.get_metric_history(run_id, name)}
         assert STEPS in seconds and seconds.keys() <= set(range(EVERY, STEPS + 1))
         assert all(0 < value < 60 for value in seconds.values())

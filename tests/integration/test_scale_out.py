@@ -20,6 +20,7 @@ from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
+from crate_ray.runs import metrics
 from crate_ray.runs.checkpoint_files import STATE_FILE, CheckpointState
 from crate_ray.runs.commits import committed, load_weights
 from crate_ray.runs.listener import Listener
@@ -29,7 +30,7 @@ from crate_ray.storage.interface import open_storage
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.ray.driver import train_on_ray
 from crate_ray.training.ray.mailbox import Mailbox
-from crate_ray.training.ray.worker import Reporter
+from crate_ray.training.ray.reporter import RayReporter
 from crate_ray.training.telemetry import keys_digest
 from tests.jobs import RayCluster, kill_node
 
@@ -91,27 +92,29 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(
         tmp_path / "fsdp", digits, scaling={"strategy": "fsdp"}, checkpoint={"keep_best": 2, "keep_last": 1}
     )
     run, fsdp = follow(sharded)
-    for name in ("loss", "gradient_norm", "batch_digest"):
+    for name in (metrics.LOSS, metrics.GRADIENT_NORM, metrics.BATCH_DIGEST):
         assert fsdp.values[name] == pytest.approx(ddp.values[name], rel=1e-3), name
-    assert fsdp.values["validation_loss"].keys() == {3, 6, 8, 9, 12} and ddp.values["validation_loss"].keys() == {8, 12}
-    assert fsdp.values["validation_loss"][12] == pytest.approx(ddp.values["validation_loss"][12], rel=1e-3)
+    assert fsdp.values[metrics.VALIDATION_LOSS].keys() == {3, 6, 8, 9, 12} and ddp.values[
+        metrics.VALIDATION_LOSS
+    ].keys() == {8, 12}
+    assert fsdp.values[metrics.VALIDATION_LOSS][12] == pytest.approx(ddp.values[metrics.VALIDATION_LOSS][12], rel=1e-3)
     names = ("reconstruction", "attention", "layers")
     assert fsdp.pictures == ddp.pictures == [(step, name) for step in (0, 6, 12) for name in names]
-    for name in ("coding_rate/layer_01", "gini/layer_01"):
+    for name in (metrics.layer_measure("coding_rate", 1), metrics.layer_measure("gini", 1)):
         assert fsdp.values[name].keys() == {0, 6, 12}
         assert fsdp.values[name] == pytest.approx(ddp.values[name], rel=1e-3), name
-    assert fsdp.values["checkpoint_background_seconds"].keys() == {3, 6, 9, 12}
+    assert fsdp.values[metrics.CHECKPOINT_BACKGROUND_SECONDS].keys() == {3, 6, 9, 12}
     # Both parts of the sharded model together are the model.
     _, weights = load_weights(run.storage)
     build_model(sharded.model).load_state_dict(weights)
-    best = sorted((3, 6, 9, 12), key=fsdp.values["validation_loss"].__getitem__)[:2]
+    best = sorted((3, 6, 9, 12), key=fsdp.values[metrics.VALIDATION_LOSS].__getitem__)[:2]
     assert [commit.step for commit in committed(run.storage)] == sorted({12, *best}, reverse=True)
     folders = {path.parent.name for path in (tmp_path / "fsdp" / "run").glob("attempt-001/*/state.json")}
     assert folders == {commit.directory.split("/")[1] for commit in committed(run.storage)}
     # Another run starts where it ended, which its first loss shows, with a schedule of its own.
     start = {"init_from": run.storage.uri, "scaling": {"strategy": "fsdp", "workers": 1}, "training": {"steps": 1}}
     _, another = follow(settings(tmp_path / "another", digits, **start))
-    assert another.values["loss"][1] < 0.95 * ddp.values["loss"][1]
+    assert another.values[metrics.LOSS][1] < 0.95 * ddp.values[metrics.LOSS][1]
 
 
 @pytest.mark.timeout(900)
@@ -174,7 +177,7 @@ def test_a_node_joins_and_a_node_leaves_while_a_run_trains(
             training.result()
     assert not list(temporary.glob("*/driver-*"))
     assert sizes == [2, 3, 2]
-    digests, losses = elastic.values["batch_digest"], elastic.values["loss"]
+    digests, losses = elastic.values[metrics.BATCH_DIGEST], elastic.values[metrics.LOSS]
     assert digests == batch_digests(run, max(digests))
     assert losses[max(losses)] < 0.9 * losses[1]
 
@@ -238,8 +241,8 @@ def test_bad_samples_are_told_before_each_checkpoint(driver_here: RayCluster, da
 
 def test_a_checkpoint_waits_until_the_driver_has_handled_what_any_rank_told(driver_here: RayCluster) -> None:
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
-    first, second = Reporter(mailbox, 0), Reporter(mailbox, 1)
-    second.metrics(1, {"loss": 1.0})  # rank 0 tells that
+    first, second = RayReporter(mailbox, 0), RayReporter(mailbox, 1)
+    second.metrics(1, {metrics.LOSS: 1.0})  # rank 0 tells that
     second.bad_samples(1, {"a": "not_an_image"}, "training")
     second.flush()
     with ThreadPoolExecutor(1) as thread:

@@ -50,7 +50,7 @@ from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished, 
 from crate_ray.storage.local import LocalStorage
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.step import build_optimizer, learning_rate, train_step
-from crate_ray.training.task import Place, assemble
+from crate_ray.training.task import WorkerContext, assemble
 from tests.checkpoints import save, upload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,8 +161,8 @@ def test_arithmetic_is_what_it_turned_out_to_be(tmp_path: Path, monkeypatch: pyt
         (torch.bfloat16, False, "eager layers in bfloat16"),
     ):
         monkeypatch.setattr("crate_ray.training.task.compile_layers", lambda *given, works=works: works)
-        place = Place(RECORD, mixture, None, 0, 1, cpu, autocast, Normalizer.of((0.0,), (1.0,), cpu))
-        assert assemble(PretrainTask, config, place).arithmetic == (expected,)
+        context = WorkerContext(RECORD, mixture, None, 0, 1, cpu, autocast, Normalizer.of((0.0,), (1.0,), cpu))
+        assert assemble(PretrainTask, config, context).arithmetic == (expected,)
 
 
 def test_a_restored_run_goes_on_bitwise_the_same(run: LocalStorage, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from crate_ray.config import CrateMAEConfig, OptimConfig
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
+from crate_ray.runs import metrics
 from crate_ray.training.guard import Guard
 from crate_ray.training.step import build_optimizer, mask_noise, train_step
 from crate_ray.training.telemetry import StepLog, Stopwatch
@@ -76,7 +77,7 @@ class InfiniteLoss(torch.nn.Module):
 def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run(
     finite: list[bool], most: int, cuts: list[int]
 ) -> None:
-    """However the steps are cut into looks."""
+    """However the steps are cut into log intervals."""
     bad_runs = "".join(" " if f else "x" for f in finite).split()
     longest = max(map(len, bad_runs), default=0)
     guard, skipped, done = Guard(most), [], 0
@@ -88,9 +89,9 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run(
             part = finite[done : done + cut]
             losses = [1.0 if good else math.nan for good in part]
             norms = [1.0 if good or i % 2 else math.inf for i, good in enumerate(part)]
-            judgement = guard.judge(done + 1, losses, norms)
-            assert judgement.loss == (1.0 if any(part) else None)
-            skipped += judgement.skipped
+            report = guard.check(done + 1, losses, norms)
+            assert report.loss == (1.0 if any(part) else None)
+            skipped += report.skipped
             done += len(part)
         assert skipped == [step for step, good in enumerate(finite, 1) if not good]
 
@@ -99,15 +100,15 @@ def test_a_jump_of_the_loss_is_a_spike_and_its_usual_course_is_none() -> None:
     random = np.random.default_rng(0)
     falling = 0.5 + np.exp(-np.arange(400) / 50) + 0.02 * random.standard_normal(400)
     norms = [1.0] * 400
-    assert Guard(0).judge(1, falling.tolist(), norms).spikes == {}
+    assert Guard(0).check(1, falling.tolist(), norms).spikes == {}
     hit = falling.copy()
     hit[[150, 300]] += 0.5
-    spikes = Guard(0).judge(1, hit.tolist(), norms).spikes
+    spikes = Guard(0).check(1, hit.tolist(), norms).spikes
     assert spikes.keys() == {151, 301}
     assert spikes[301] == pytest.approx(float(np.median(hit[250:300])))
     # A new level is not reported for ever.
     hit[200:] += 0.5
-    reported = Guard(0).judge(1, hit.tolist(), norms).spikes
+    reported = Guard(0).check(1, hit.tolist(), norms).spikes
     assert 201 in reported and max(reported) < 302 and len(reported) < 40
 
 
@@ -118,6 +119,15 @@ def test_the_step_log_gives_back_what_each_step_had() -> None:
         for loss_sum, norm in zip(sums, norms, strict=True):
             log.add(torch.tensor(loss_sum), torch.tensor(norm))
         assert log.take(batch_size=8, world_size=1) == ([s / 8 for s in sums], norms)
+
+
+def rates(images_per_second: float, step_seconds: float, data_wait: float, logging: float) -> dict[str, float]:
+    return {
+        metrics.IMAGES_PER_SECOND: images_per_second,
+        metrics.STEP_SECONDS: step_seconds,
+        metrics.DATA_WAIT_SHARE: data_wait,
+        metrics.LOGGING_SHARE: logging,
+    }
 
 
 def test_shares_of_a_lap_are_of_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +144,6 @@ def test_shares_of_a_lap_are_of_its_own_time(monkeypatch: pytest.MonkeyPatch) ->
             laps.append(watch.lap(steps=5, batch_size=8))
             clock.now += after
     assert laps == [
-        {"images_per_second": 4.0, "step_seconds": 2.0, "data_wait_share": 0.3, "logging_share": 0.3},
-        {"images_per_second": 1.0, "step_seconds": 8.0, "data_wait_share": 0.025, "logging_share": 0.95},
+        rates(4.0, 2.0, 0.3, 0.3),
+        rates(1.0, 8.0, 0.025, 0.95),
     ]

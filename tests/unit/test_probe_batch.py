@@ -15,6 +15,7 @@ from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.models import build_model
 from crate_ray.models.exported import Normalizer
+from crate_ray.runs.metrics import layer_measure
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.local import LocalStorage
 from crate_ray.structure.layerwise import measure_layers
@@ -39,12 +40,12 @@ def test_a_look_measures_each_layer_and_leaves_the_model_as_it_was(config: Model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     normalizer = Normalizer.of((0.5,) * 3, (0.2,) * 3)
     probe = ProbeBatch(shards, config, DataConfig(train="unused"), normalizer)
-    first, second = probe.look(model, 0), probe.look(model, 10)
+    first, second = probe.run(model, 0), probe.run(model, 10)
     assert first.metrics == second.metrics and model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     means = measure_layers(model, normalizer(probe.images)).means()
-    assert [first.metrics[f"coding_rate/layer_{i:02d}"] for i in (1, 2, 3)] == pytest.approx(means["rate_after"])
-    assert [first.metrics[f"zero_share/layer_{i:02d}"] for i in (1, 2, 3)] == pytest.approx(means["zero_share"])
+    assert [first.metrics[layer_measure("coding_rate", i)] for i in (1, 2, 3)] == pytest.approx(means["rate_after"])
+    assert [first.metrics[layer_measure("zero_share", i)] for i in (1, 2, 3)] == pytest.approx(means["zero_share"])
     assert len(first.metrics) == 4 * 3
     # Eight columns of 96 pixels and the gaps; three rows, and the image, the mean and two heads.
     sizes = {name: Image.open(io.BytesIO(png)).size for name, png in second.pictures.items()}
@@ -57,13 +58,13 @@ def test_a_look_measures_each_layer_and_leaves_the_model_as_it_was(config: Model
 def test_steps_are_profiled_once(tmp_path: Path) -> None:
     run = LocalStorage(tmp_path / "run")
     (tmp_path / "space").mkdir()
-    told = []
-    with StepProfile((2, 3), 0, run, tmp_path / "space") as profile:
+    written = []
+    with StepProfile((2, 3), run, tmp_path / "space") as profile:
         for step in range(1, 6):
             profile.before(step)
             torch.ones(4, 4).logdet()
-            told.append(profile.after(step))
-    assert [place is not None for place in told] == [False, False, True, False, False]
+            written.append(profile.after(step))
+    assert [place is not None for place in written] == [False, False, True, False, False]
     table = run.read("profile/steps-2-3-rank-0.txt").decode()
     (row,) = (line for line in table.splitlines() if line.split()[:1] == ["aten::logdet"])
     assert row.split()[-1] == "2"  # calls

@@ -56,7 +56,7 @@ from crate_ray.training.step import (
     should_compile,
     train_step,
 )
-from crate_ray.training.task import Place
+from crate_ray.training.task import WorkerContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -399,11 +399,13 @@ class Copies(TorchDispatchMode):
 def test_a_step_never_waits_for_what_it_is_given() -> None:
     device, order = torch.device("meta"), SimpleNamespace(seed=0)
     normalizer = Normalizer.of((0.0,) * 3, (1.0,) * 3, device)
-    place = Place(cast(Any, SimpleNamespace(order=order)), cast(Any, None), None, 0, 1, device, None, normalizer)
+    context = WorkerContext(
+        cast(Any, SimpleNamespace(order=order)), cast(Any, None), None, 0, 1, device, None, normalizer
+    )
     numbers, images = np.arange(4), torch.empty(4, 3, 8, 8, device=device)
     batch = Batch(0, numbers, images, numbers, ["a", "b", "c", "d"], numbers)
     training = TrainingConfig(batch_size=4, steps=1)
-    task = PretrainTask(PretrainConfig(data=DataConfig(train="x"), model=CONFIG, training=training), place)
+    task = PretrainTask(PretrainConfig(data=DataConfig(train="x"), model=CONFIG, training=training), context)
     tuning = FinetuneConfig.model_validate(
         {"model": "x", "data": {"train": "x"}, "drop_path": 0.1, "augment": {"randaugment": 0, "mixup": 0.8}}
     )
