@@ -1,4 +1,4 @@
-"""What a model shows while it trains: measures by layer, pictures of the right size, and it stays as it is."""
+"""The probe of a model while it trains: measures by layer, pictures of the right size, and an unchanged model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from crate_ray.runs.metrics import layer_measure
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.local import LocalStorage
 from crate_ray.structure.layerwise import measure_layers
-from crate_ray.training.probe_batch import ProbeBatch
+from crate_ray.training.probe_batch import MEASURES_FILE, ProbeBatch
 from crate_ray.training.profiling import StepProfile
 
 
@@ -31,7 +31,7 @@ from crate_ray.training.profiling import StepProfile
                      decoder_num_heads=2),
     ],
 )  # fmt: skip
-def test_a_look_measures_each_layer_and_leaves_the_model_as_it_was(config: ModelConfig, tmp_path: Path) -> None:
+def test_a_probe_measures_each_layer_and_leaves_the_model_as_it_was(config: ModelConfig, tmp_path: Path) -> None:
     settings = PrepareConfig(source="shapes", output=str(tmp_path / "data"))
     pack(shapes_source("all", 20, 24, 0), open_storage(settings.output, settings.s3), settings)
     shards = load_dataset(open_storage(settings.output, settings.s3))
@@ -39,7 +39,12 @@ def test_a_look_measures_each_layer_and_leaves_the_model_as_it_was(config: Model
     model = build_model(config).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     normalizer = Normalizer.of((0.5,) * 3, (0.2,) * 3)
-    probe = ProbeBatch(shards, config, DataConfig(train="unused"), normalizer)
+    run = LocalStorage(tmp_path / "run")
+
+    def open_probe() -> ProbeBatch:
+        return ProbeBatch(shards, config, DataConfig(train="unused"), normalizer, run)
+
+    probe = open_probe()
     first, second = probe.run(model, 0), probe.run(model, 10)
     assert first.metrics == second.metrics and model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -53,6 +58,10 @@ def test_a_look_measures_each_layer_and_leaves_the_model_as_it_was(config: Model
     assert set(sizes) == {"reconstruction", "attention", "layers"}
     assert second.pictures["reconstruction"] == first.pictures["reconstruction"]
     assert second.pictures["layers"] != first.pictures["layers"]  # one more line
+    # A resumed run draws the steps before it, but not those that it makes again.
+    assert open_probe().run(model, 10).pictures["layers"] == second.pictures["layers"]
+    run.write(MEASURES_FILE, b"{")
+    assert open_probe().run(model, 10).pictures["layers"] != second.pictures["layers"]
 
 
 def test_steps_are_profiled_once(tmp_path: Path) -> None:

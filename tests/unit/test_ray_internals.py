@@ -45,10 +45,8 @@ def test_private_names_of_ray_are_in_one_file() -> None:
 
 def test_the_controller_sends_its_handle_and_can_be_aborted() -> None:
     """Else the driver could not end a run: neither on Ctrl-C nor when its lease is lost or a rank hangs."""
-    assert list(inspect.signature(ControllerCallback.after_controller_start).parameters) == [
-        "self",
-        "train_run_context",
-    ]
+    hook = inspect.signature(ControllerCallback.after_controller_start)
+    assert list(hook.parameters) == ["self", "train_run_context"]
     assert inspect.iscoroutinefunction(TrainController.abort)
     assert list(inspect.signature(TrainController.abort).parameters) == ["self"]
 
@@ -63,9 +61,14 @@ def test_a_worker_group_whose_start_failed_can_be_released() -> None:
     state = SimpleNamespace(shutdown=lambda: released.append(True))
     group = SimpleNamespace(has_started=lambda: True, get_worker_group_state=lambda: state)
     callback = internals.ReleaseFailedStart()
-    with pytest.raises(RuntimeError), callback.on_worker_group_start():
-        callback.after_worker_group_start(group)
-        raise RuntimeError
+
+    def fail() -> None:
+        with callback.on_worker_group_start():
+            callback.after_worker_group_start(group)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert released == [True]
     with callback.on_worker_group_start():
         callback.after_worker_group_start(group)
