@@ -1,5 +1,5 @@
-"""What a person sees of a run: its start, its first steps at once, a resumption or a stop, and its end; and no line of a
-library that nobody can act on."""
+"""What a person sees of a run: its start, its first steps, a resumption, a stop, its end; and no line of a library
+that nobody can act on."""
 
 from __future__ import annotations
 
