@@ -28,6 +28,7 @@ from crate_ray.config.values import (
     validate,
 )
 from crate_ray.errors import UserError
+from crate_ray.quiet import quiet_driver
 
 Complete = Callable[[dict[str, Any], str], dict[str, Any]]
 """Turns a short form into settings: takes the settings that were given, and the short form's value."""
@@ -47,6 +48,7 @@ def run_job(
     The exit code is 0 for success, 2 for a UserError (printed as one sentence on stderr), 130 for Ctrl-C and 143 for
     SIGTERM. Other exceptions keep their traceback.
     """
+    quiet_driver()
     try:
         main(parse_config(config_class, sys.argv[1:] if argv is None else argv, complete, prog))
     except UserError as error:
