@@ -1,4 +1,4 @@
-"""Pictures of a model at work on a few images: its reconstructions, where it looks, and what each layer does."""
+"""Pictures of a model on a few images: reconstructions, attention maps, and measures by layer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MOST_HEADS = 6
 
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model sees and what it makes of it: images with the masked patches grey (0), and with them predicted.
+    """Masked and reconstructed images: the masked patches are grey (0) in the first, and predicted in the second.
 
-    Both (B, channels, H, W) on the scale of the normalised input; visible patches are the original's.
+    Both are (B, channels, H, W) on the scale of the normalised input; visible patches are the original's.
     """
     output = model(images_BCHW, noise_BN)
     removed = model.unpatchify(output.mask[:, :, None].expand_as(output.prediction).to(images_BCHW.dtype))
@@ -42,7 +42,7 @@ def reconstruction_picture(
 ) -> bytes:
     """PNG with a column per sample: original, masked, reconstructed. Takes loaded (not normalised) images.
 
-    value_range is what black and white stand for. Grids that are neither 1 nor 3 channels show their first channel.
+    value_range holds the values of black and white. Grids with neither 1 nor 3 channels show their first channel.
     """
     normalised = normalizer(images_BCHW)
     rows = [normalised, *reconstruct(model, normalised, noise_BN)]
@@ -52,10 +52,10 @@ def reconstruction_picture(
 def attention_picture(
     model: MaskedAutoencoder, normalizer: Normalizer, images_BCHW: Tensor, value_range: tuple[float, float]
 ) -> bytes:
-    """PNG with a column per sample: the whole image, then the last layer's CLS attention, the mean over the heads and
-    up to six heads; bright is more, each map on its own scale. Takes loaded (not normalised) images.
+    """PNG with a column per sample: the image, then the attention of the last layer's CLS token: the mean over the
+    heads, then up to six heads. Brighter is more, each map on its own scale. Takes loaded (not normalised) images.
     """
-    from matplotlib import colormaps  # a third of a second that not every worker has to spend
+    from matplotlib import colormaps  # takes a third of a second, which not every worker needs
 
     maps_BKhw = patch_maps(model, normalizer(images_BCHW)).attention[:, -1]
     shown = [maps_BKhw.mean(1), *maps_BKhw[:, :_MOST_HEADS].unbind(1)]
@@ -71,11 +71,11 @@ def attention_picture(
 
 
 def layers_picture(measures_by_step: Mapping[int, Mapping[str, Sequence[float]]], titles: Mapping[str, str]) -> bytes:
-    """PNG with a chart per measure: its value by layer, a line for each step at which it was taken, later ones darker.
+    """PNG with a chart per measure: its value by layer, one line for each step; later steps are darker.
 
     Args:
         measures_by_step: values by layer, by measure, by step.
-        titles: of the measures to show.
+        titles: titles by measure, of the measures to show.
     """
     from matplotlib import colormaps, rc_context  # as above
     from matplotlib.figure import Figure
@@ -112,7 +112,7 @@ def _colours(images_BCHW: Tensor, value_range: tuple[float, float]) -> NDArray[n
 
 
 def _tiled(rows_RBHWC: Sequence[NDArray[np.float32]]) -> bytes:
-    """PNG of rows of pictures of one size, small ones enlarged."""
+    """PNG of rows of pictures of equal size; small ones are enlarged."""
     count, height, width, _ = rows_RBHWC[0].shape
     zoom = max(1, round(_LEAST_TILE / height))
     size = len(rows_RBHWC) * (height * zoom + _GAP) + _GAP, count * (width * zoom + _GAP) + _GAP

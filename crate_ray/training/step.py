@@ -1,4 +1,4 @@
-"""One optimiser step on one worker's part of a global batch, and what belongs to it. Plain torch: no Ray, no MLflow."""
+"""One optimizer step on one worker's part of a global batch, and what it needs. Plain torch: no Ray, no MLflow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def autocast_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype | None:
-    """Dtype of autocast: bf16 where asked for, or where the device computes in it natively; None for plain fp32."""
+    """Dtype of autocast: bf16 for 'bf16', and for 'auto' if the device supports it natively; None for plain fp32."""
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -37,11 +37,11 @@ def autocast_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.dev
 
 
 def prepare_cpu() -> None:
-    """Settings of this process that make steps on the CPU faster. Call it first: threads inherit them as they start.
+    """Change settings of this process that make steps on the CPU faster. Call it first: new threads inherit them.
 
-    Denormal numbers count as zero: softmax makes many where tokens are far apart, and takes several times as long for
-    them. And with glibc, freed memory is kept for the next step, as to hand back and take again what a step needs, a
-    page at a time, is a tenth of its work.
+    Denormal numbers are flushed to zero: softmax produces many of them when tokens are far apart, and is several times
+    slower with them. With glibc, freed memory is kept for the next step: returning it to the system and requesting it
+    again, page by page, takes a tenth of a step.
     """
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -51,32 +51,33 @@ def prepare_cpu() -> None:
 
 
 def should_compile(choice: Literal["auto", "layers", "off"], device: torch.device) -> bool:
-    """Whether training.compile asks for compiled layers on a device."""
+    """Whether to compile layers on a device, for a value of training.compile."""
     return choice == "layers" or (choice == "auto" and device.type == "cuda")
 
 
 def compile_layers(
     model: nn.Module, layers: Sequence[nn.Module], inputs: tuple[Tensor, Any], autocast: torch.dtype | None = None
 ) -> bool:
-    """Compile layers of a model in place, and whether that worked; if not, the model is as before and the log says so.
+    """Compile layers of a model in place; returns whether that worked. If not, a warning is logged and the model is as
+    before.
 
-    Layers of one kind share one program. They are compiled here, by one step on the inputs (as many samples as the
-    largest micro-batch has) whose gradients are thrown away; another number is compiled when it comes, and a layer for
-    which that fails goes on uncompiled. Passes without gradients, as for validation, stay uncompiled. Call it before
-    the model is wrapped or sharded. Names of parameters do not change.
+    Layers of one kind share one program. It is compiled here, by a discarded step on the inputs, which have as many
+    samples as the largest micro-batch. Another number of samples is compiled when it first occurs; a layer for which
+    that fails continues uncompiled. Passes without gradients, as in validation, stay uncompiled. Call this before the
+    model is wrapped or sharded. The names of parameters do not change.
     """
-    # Else a program's backward half is compiled in the first backward pass, where nothing can replace it.
+    # Otherwise the backward half is compiled in the first backward pass, when a failure can no longer be replaced.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     compilation = _Compilation()
     for layer in layers:
         _compile_in_training(layer, compilation)
     try:
         discard_step(model, *inputs, autocast)
-    except Exception as error:  # whatever compilers do: none at hand, out of memory, an error of their own
+    except Exception as error:  # of any kind: no compiler, out of memory, an error in the compiler
         for layer in layers:
             del layer.forward
         model.zero_grad(set_to_none=True)
-        logger.warning("layers cannot be compiled, training goes on without (%s)", _described(error))
+        logger.warning("layers cannot be compiled, training continues without it (%s)", _described(error))
         return False
     compilation.has_worked = True
     return True
@@ -84,12 +85,12 @@ def compile_layers(
 
 @dataclass
 class _Compilation:
-    """What the compiled layers of a model have in common."""
+    """State that the compiled layers of a model share."""
 
     has_worked: bool = False
-    """For the first number of samples."""
+    """Compiling has worked for the first number of samples."""
     has_failed: bool = False
-    """For another one, which has been told."""
+    """Compiling has failed for another number, and a warning was logged."""
 
 
 def _compile_in_training(layer: nn.Module, compilation: _Compilation) -> None:
@@ -107,12 +108,12 @@ def _compile_in_training(layer: nn.Module, compilation: _Compilation) -> None:
             if not compilation.has_failed:
                 shape, compilation.has_failed = list(inputs[0].shape), True
                 logger.warning(
-                    "layers cannot be compiled for tokens of shape %s, training goes on with them uncompiled (%s)",
+                    "layers cannot be compiled for tokens of shape %s, training continues with them uncompiled (%s)",
                     shape,
                     _described(error),
                 )
-        # This layer alone: where layers are computed twice (activation checkpointing), those before it in this pass
-        # have to be computed the same way again.
+        # This layer only: with activation checkpointing, the layers before it are computed again in this pass, and have
+        # to be computed in the same way.
         del layer.forward
         return eager(*inputs)
 
@@ -121,7 +122,7 @@ def _compile_in_training(layer: nn.Module, compilation: _Compilation) -> None:
 
 
 def _described(error: Exception) -> str:
-    cause = getattr(error, "inner_exception", error)  # what a compiler raised, in Dynamo's exception
+    cause = getattr(error, "inner_exception", error)  # the compiler's exception inside Dynamo's
     reason = str(cause).strip().partition("\n")[0]
     return f"{type(cause).__name__}: {reason}"
 
@@ -132,12 +133,13 @@ def peak_learning_rate(optim: OptimConfig, batch_size: int) -> float:
 
 
 def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
-    """Length of the warm-up in steps: optim.warmup itself from 1 on, else that share of the run."""
+    """Length of the warm-up in steps: optim.warmup if it is at least 1, else that share of the run."""
     return int(optim.warmup) if optim.warmup >= 1 else round(optim.warmup * total_steps)
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: int) -> float:
-    """Rate of step 0, 1, …: linear warm-up to the peak, then half a cosine down to min_lr at the last step (MAE)."""
+    """Learning rate of step 0, 1, …: linear warm-up to the peak, then a half cosine to min_lr at the last step
+    (MAE)."""
     peak, warmup = peak_learning_rate(optim, batch_size), warmup_steps(optim, total_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -161,21 +163,24 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 
 
 def mask_noise(seed: int, epochs: Int64, samples: Int64, num_patches: int) -> Tensor:
-    """Noise that decides the masks, (n, num_patches) float32 in [0, 1): a function of (seed, epoch, sample) only.
+    """Noise that determines the masks, (n, num_patches) float32 in [0, 1). It depends on seed, epoch and sample only.
 
-    Epochs and samples: (n,) each.
+    Args:
+        seed: of the run.
+        epochs, samples: (n,) each.
+        num_patches: of an image.
     """
     noise = uniform(seed, STREAM_MASK, epochs[:, None], samples[:, None], np.arange(num_patches))
     return torch.from_numpy(noise.astype(np.float32))
 
 
 def probe_noise(samples: Int64, num_patches: int) -> Tensor:
-    """The same for evaluation: one fixed mask per sample, equal in all runs, so that their losses compare."""
+    """Noise of one fixed mask per sample, the same in all runs, so that their losses can be compared."""
     return torch.from_numpy(uniform(STREAM_PROBE, samples[:, None], np.arange(num_patches)).astype(np.float32))
 
 
 def num_micro_steps(training: TrainingConfig, world_size: int) -> int:
-    """Forward passes per optimiser step, the same on every worker: what the largest local batch needs."""
+    """Forward passes per optimizer step, the same on every worker: as many as the largest local batch needs."""
     largest = -(-training.batch_size // world_size)
     return -(-largest // (training.micro_batch_size or largest))
 
@@ -187,7 +192,7 @@ def largest_micro_batch(training: TrainingConfig, world_size: int) -> int:
 
 
 def micro_batches(count: int, parts: int) -> Iterator[slice]:
-    """Slices that cut a local batch into parts of nearly equal size; only the first may be empty, never the last."""
+    """Slices that cut a local batch into parts of nearly equal size. Only the first may be empty."""
     for i in range(parts):
         yield slice(i * count // parts, (i + 1) * count // parts)
 
@@ -205,14 +210,26 @@ def train_step(
     clip_norm: float | None = None,
     autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the mean loss over the global batch, and one optimiser step with it.
+    """Compute the gradient of the mean loss over the global batch, and make one optimizer step with it.
 
-    Parameters: a model that returns `sample_loss` (in DistributedDataParallel when world_size > 1), a fused optimiser,
-    this worker's normalised images and what the model is given beside them, such as mask noise (cut into micro-batches
-    by slices), the global batch size. Each sample weighs 1 / batch_size, however many samples a worker has. Where the
-    loss or the gradient of any worker is not finite, the optimiser leaves everything as it is (its own step counts
-    included; one that is not fused cannot). Returns two scalars on the device, without waiting for it: this worker's
-    sum of sample losses, and the norm of the global gradient before clipping, which then is not finite on any worker.
+    Each sample weighs 1 / batch_size, however many samples a worker has. If the loss or the gradient of any worker is
+    not finite, the optimizer changes nothing, its step counts included (an optimizer that is not fused cannot do that).
+
+    Args:
+        model: returns `sample_loss`; wrapped in DistributedDataParallel, or sharded, if world_size > 1.
+        optimizer: a fused one.
+        images_BCHW: this worker's normalised images.
+        given: the model's second argument, such as mask noise; sliced into micro-batches.
+        batch_size: size of the global batch.
+        world_size: number of workers.
+        micro_steps: forward passes.
+        lr: learning rate of this step.
+        clip_norm: largest norm of the global gradient; None for no clipping.
+        autocast: dtype of autocast; None for no autocast.
+
+    Returns:
+        Two scalars on the device, without waiting for it: this worker's sum of sample losses, and the norm of the
+        global gradient before clipping, which is not finite on any worker if it is not finite on one.
     """
     device_type = images_BCHW.device.type
     loss_sum = torch.zeros((), device=images_BCHW.device)
@@ -229,7 +246,7 @@ def train_step(
                 sample_loss = model(images, given[part]).sample_loss
             part_sum = sample_loss.float().sum()
             # DistributedDataParallel averages over the workers; times world_size makes that the global sum. A loss
-            # that is not finite may have a gradient that is: this makes it known to all workers.
+            # that is not finite may have a finite gradient: the weight NaN passes it on to all workers.
             weight = torch.where(part_sum.detach().isfinite(), world_size / batch_size, math.nan)
             (part_sum * weight).backward()
         loss_sum += part_sum.detach()
@@ -239,7 +256,7 @@ def train_step(
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    fused: Any = optimizer  # is told in the way of torch.amp.GradScaler
+    fused: Any = optimizer  # skips a step in the way that torch.amp.GradScaler uses
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         fused.found_inf = (~norm.isfinite()).float()
     for group in optimizer.param_groups:
@@ -249,11 +266,11 @@ def train_step(
 
 
 def discard_step(model: nn.Module, images_BCHW: Tensor, given: Any, autocast: torch.dtype | None = None) -> None:
-    """One forward and backward whose gradients are thrown away.
+    """One forward and one backward pass whose gradients are discarded.
 
     DistributedDataParallel rebuilds its buckets after the first backward pass, and with three or more workers the order
-    of summation changes with them. Doing this before the first real step, fresh and resumed alike, keeps a resumed run
-    bitwise equal.
+    of summation changes with them. Doing this before the first real step of a new run and of a resumed one keeps the
+    two bitwise equal.
     """
     with torch.autocast(images_BCHW.device.type, dtype=autocast, enabled=autocast is not None):
         sample_loss = model(images_BCHW, given).sample_loss
