@@ -496,9 +496,11 @@ def test_a_layer_that_cannot_be_compiled_for_another_number_of_samples_goes_on_w
             model(*batch64(number)).loss.backward()
         assert close(gradients(ours), gradients(eager), 1e-9)
     assert ["forward" in vars(layer) for layer in layers] == [working == 1] * 2 + [False] * 2
-    assert tried[half] == (3 if working else 4)  # once for each layer that goes on without, never again
+    assert tried[half] == (3 if working else 4)  # once for each layer that continues uncompiled, never again
     (record,) = [record for record in caplog.records if record.name == "crate_ray.training.step"]
-    assert record.getMessage().startswith("layers cannot be compiled for tokens of shape [5, 17, 16], training goes on")
+    assert record.getMessage().startswith(
+        "layers cannot be compiled for tokens of shape [5, 17, 16], training continues"
+    )
     assert record.getMessage().endswith("(RuntimeError: out of registers)")
 
 
