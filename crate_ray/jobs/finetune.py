@@ -15,6 +15,7 @@ def main(config: FinetuneConfig) -> None:
     """Start or resume the run, and publish its classifier in the run's folder and in MLflow."""
     from crate_ray.finetuning.run import open_finetuning
     from crate_ray.finetuning.task import FinetuneTask
+    from crate_ray.jobs.next_commands import next_commands
     from crate_ray.tracking.pretraining import publish
     from crate_ray.training.lifecycle import run_training
 
@@ -25,6 +26,8 @@ def main(config: FinetuneConfig) -> None:
         return
     print(f"classifier {finished.result}")
     print(f"MLflow run {finished.mlflow_run}")
+    for command in next_commands(config):
+        print(f"next       {command}")
 
 
 def run() -> NoReturn:

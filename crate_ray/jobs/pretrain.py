@@ -13,6 +13,7 @@ from crate_ray.config import PretrainConfig
 
 def main(config: PretrainConfig) -> None:
     """Start or resume the run, and publish its model in the run's folder and in MLflow."""
+    from crate_ray.jobs.next_commands import next_commands
     from crate_ray.runs.pretraining import open_pretraining
     from crate_ray.tracking.pretraining import publish
     from crate_ray.training.lifecycle import run_training
@@ -25,6 +26,8 @@ def main(config: PretrainConfig) -> None:
         return
     print(f"model      {finished.result}")
     print(f"MLflow run {finished.mlflow_run}")
+    for command in next_commands(config):
+        print(f"next       {command}")
 
 
 def choose_settings(values: dict[str, Any], path: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from crate_ray.config import PretrainConfig, TrackingConfig
+from crate_ray.jobs.next_commands import next_commands
 from crate_ray.quiet import quiet_driver
 from crate_ray.runs import metrics
 from crate_ray.training.display import ProgressDisplay, duration, loss_curve
@@ -65,6 +67,24 @@ def test_a_run_that_is_stopped_says_where_it_continues(capsys: pytest.CaptureFix
     assert "resuming at step 40\n" in err and "trained" not in err
     assert err.endswith("stopped at step 60 of 100; the same command continues from there\n")
     assert stop(0, 0).endswith("stopped before its first checkpoint; the same command starts again\n")
+
+
+def test_the_commands_that_follow_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = PretrainConfig.model_validate(
+        {
+            "name": "x",
+            "data": {"train": "a", "validation": "held out"},
+            "training": {"steps": 1},
+            "tracking": {"uri": "http://me:secret@host:5000"},
+        }
+    )
+    assert next_commands(config) == [
+        "crate-ray evaluate --model runs/x --data 'held out' --tracking.uri 'http://***@host:5000'",
+        "crate-ray register --run runs/x --tracking.uri 'http://***@host:5000'",
+    ]
+    local = config.model_copy(update={"tracking": TrackingConfig()})
+    assert next_commands(local)[-1].startswith("mlflow ui --backend-store-uri sqlite:///")
 
 
 def test_curves_and_durations() -> None:
