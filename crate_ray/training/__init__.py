@@ -1,1 +1,1 @@
-"""Training: a step, the optimiser, compilation, parallelism, guard, telemetry, the loop. Ray is in training/ray."""
+"""Training: a step, the optimizer, compilation, parallelism, guard, telemetry, the loop. Ray is in training/ray."""

@@ -1,4 +1,4 @@
-"""What the tests of faults in training share: a Ray cluster, data, and the weights of runs that nothing hits."""
+"""Fixtures of the fault tests: a Ray cluster, data, and the weights of undisturbed runs."""
 
 from __future__ import annotations
 

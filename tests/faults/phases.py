@@ -1,5 +1,5 @@
-"""What a worker is doing, seen from outside: it is stopped, its stacks are read, and it is killed in the phase that is
-wanted or goes on."""
+"""Kill a worker in a chosen phase: it is suspended, its stacks are read, and it is killed if it is in the phase, else
+resumed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import psutil
 from tests.jobs import Job
 
 PHASES = ("forward", "all-reduce", "checkpoint write", "upload")
-"""While it trains."""
+"""Phases of training."""
 SET_UP = "set-up"
-"""Before: it joins a process group."""
+"""Phase before training: the worker joins a process group."""
 _SPY = Path(sys.executable).with_name("py-spy")
 
 
@@ -31,7 +31,7 @@ class Frame(NamedTuple):
 
 
 def stacks(worker: psutil.Process) -> list[list[Frame]]:
-    """Python stacks of all threads of a stopped process."""
+    """Python stacks of all threads of a suspended process."""
     dump = subprocess.run(
         [_SPY, "dump", "--nonblocking", "--json", "--pid", str(worker.pid)], capture_output=True, check=True, timeout=30
     )
@@ -41,7 +41,7 @@ def stacks(worker: psutil.Process) -> list[list[Frame]]:
 
 
 def phase_of(threads: list[list[Frame]]) -> set[str]:
-    """Those of PHASES that a worker that trains is in: one of its training thread, one of the thread that saves."""
+    """Phases of PHASES that a worker is in: one of its training thread, one of its checkpoint thread."""
     found = set()
     for frames in threads:
         functions = {frame.function for frame in frames}
@@ -59,9 +59,9 @@ def phase_of(threads: list[list[Frame]]) -> set[str]:
 
 
 def kill_in(phase: str, job: Job, chance: random.Random, timeout: float = 60) -> bool:
-    """SIGKILL a worker while it is in a phase; False where the job ended before, or the time was up.
+    """SIGKILL a worker while it is in a phase. Returns False if the job ended before, or after the timeout (seconds).
 
-    An all-reduce waits for another worker, which is stopped for that: the one that is killed does nothing but wait.
+    For an all-reduce another worker is suspended, so that the one that is killed only waits.
     """
     deadline = time.monotonic() + timeout
     while job.returncode is None and time.monotonic() < deadline:
@@ -109,7 +109,7 @@ def _try(phase: str, workers: list[psutil.Process], chance: random.Random) -> bo
 
 
 def _kill_where_set_up(workers: list[psutil.Process]) -> bool:
-    """Kill the first of those that Ray Train has run something: it does so to join them to a process group."""
+    """Kill the first worker in which Ray Train runs a function, as it does to set up the process group."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         for worker in workers:
@@ -121,7 +121,7 @@ def _kill_where_set_up(workers: list[psutil.Process]) -> bool:
 
 
 def _kill_if(worker: psutil.Process, condition: Callable[[], bool]) -> bool:
-    """Stop a process to see whether a condition holds: kill it then, else let it go on."""
+    """Suspend a process; kill it if a condition holds, else resume it. Returns whether it was killed."""
     worker.suspend()
     if condition():
         worker.kill()
@@ -131,7 +131,7 @@ def _kill_if(worker: psutil.Process, condition: Callable[[], bool]) -> bool:
 
 
 def _process_folder(worker: psutil.Process) -> Path | None:
-    """The worker's folder on the local disk, where it holds a lock; None before it has one."""
+    """The worker's folder on the local disk, in which it holds a lock; None before it has one."""
     for link in Path(f"/proc/{worker.pid}/fd").iterdir():
         try:
             target = link.readlink()

@@ -1,4 +1,4 @@
-"""The run that faults hit: small, with all that could break equality."""
+"""The run of the fault tests: small, with everything that could break bitwise equality."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ STEPS, EVERY = 60, 12
 
 
 def pack_digits(folder: Path) -> str:
-    """Address of a packed dataset in a folder, beside which is a database for MLflow's records."""
-    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()  # once, not by jobs that start together
+    """Pack a dataset into a folder, with an MLflow database beside it; returns the dataset's address."""
+    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()  # create it here, once
     config = PrepareConfig(source="digits", split="test", output=str(folder / "digits"))
     pack(digits_source("test"), open_storage(config.output, config.s3), config)
     return config.output
 
 
 def pretrain(digits: str, workers: int = 2, **settings: object) -> list[str]:
-    """Command line: augmentation, accumulation, uneven batches, several epochs; MLflow's records beside the data.
+    """Command line of a run with augmentation, accumulation, uneven batches and several epochs.
 
-    More settings by their names, with __ for the dot.
+    Other settings are given by their names, with __ for the dot.
     """
     values = {
         "name": "run",
@@ -64,12 +64,12 @@ def pretrain(digits: str, workers: int = 2, **settings: object) -> list[str]:
 
 
 def run_in(folder: Path) -> Storage:
-    """Where a job that was started in a folder keeps its run."""
+    """The run's folder of a job that was started in a folder."""
     return LocalStorage(folder / "runs" / "run")
 
 
 class Undisturbed:
-    """Final weights of runs that nothing hits: of the loop alone, without Ray. Each is trained when it is asked for."""
+    """Final weights of undisturbed runs, trained by the loop without Ray when they are first needed."""
 
     def __init__(self, digits: str, folder: Path) -> None:
         self._digits, self._folder = digits, folder
@@ -77,7 +77,7 @@ class Undisturbed:
         self._lock = threading.Lock()
 
     def weights(self, workers: int) -> str:
-        """Digest of the final weights for a number of workers."""
+        """Digest of the final weights of a run with a number of workers."""
         with self._lock:
             if workers not in self._weights:
                 self._weights[workers] = self._train(workers)
@@ -103,7 +103,7 @@ class Undisturbed:
 
 
 def _alone(rank: int, workers: int, given: str, folder: Path) -> None:
-    """A process of the loop alone."""
+    """One process of the loop without Ray."""
     config, record = json.loads(given)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
     done = train(PretrainTask, PretrainConfig.model_validate(config), RunRecord.model_validate(record), STEPS)

@@ -1,5 +1,5 @@
-"""A run that is killed, a worker in the midst of what it does or the whole driver, ends with bitwise the weights of one
-that is not, and repeats no step that was behind a committed checkpoint."""
+"""A run whose worker or driver is killed ends with bitwise the weights of an undisturbed run, and repeats no step
+before a committed checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.jobs import RayCluster, end, final_weights, finish, newest_commit, st
 
 
 def mlflow_run(digits: str, run_key: str) -> tuple[MlflowClient, Run]:
-    """The one run of a key in the records beside the data."""
+    """The only MLflow run of a key, in the database beside the data."""
     client = MlflowClient(f"sqlite:///{Path(digits).parent}/mlflow.db")
     (run,) = client.search_runs(["1"], f"tags.`crate_ray.run_key` = '{run_key}'")
     return client, run
@@ -36,7 +36,7 @@ def test_workers_killed_in_every_phase(
     try:
         wait_for_commit(run, EVERY, job)
         for phase in PHASES:
-            assert kill_in(phase, job, chance, timeout=90), f"{phase} was not met:\n{job.log[-3000:]}"
+            assert kill_in(phase, job, chance, timeout=90), f"{phase} was not reached:\n{job.log[-3000:]}"
             kills.append((1000 * time.time(), newest_commit(run)))
         finish(job)
     finally:
@@ -56,18 +56,18 @@ def test_driver_killed(digits: str, cluster: RayCluster, undisturbed: Undisturbe
     job = start(command, tmp_path, cluster)
     wait_for_commit(run, 2 * EVERY, job)
     time.sleep(random.Random(2).uniform(0, 0.3))
-    job.send_signal(signal.SIGSTOP)  # it hears nothing more of what its worker measures
+    job.send_signal(signal.SIGSTOP)  # it receives nothing more from its worker
     time.sleep(3)
     job.send_signal(signal.SIGKILL)
     assert job.wait(30) == -signal.SIGKILL
     assert not run.exists("model/model.safetensors")
-    assert not cluster.held(), "what its worker held is free again"
+    assert not cluster.held(), "the resources of its worker are free again"
     finish(start(command, tmp_path, cluster))
     assert final_weights(run) == undisturbed.weights(1)
-    # It went on from a checkpoint: the second attempt has none of the first steps.
+    # It resumed from a checkpoint: the second attempt has none of the first steps.
     second = sorted(info.key for info in run.list("attempt-002/step-"))
     assert int(second[0].split("-")[2]) > EVERY
-    # And in MLflow it is one run, which lacks nothing.
+    # In MLflow it is one run, and no step is missing.
     client, record = mlflow_run(digits, json.loads(run.read("run.json"))["run_key"])
     assert record.info.status == "FINISHED"
     points = client.get_metric_history(record.info.run_id, metrics.LOSS)

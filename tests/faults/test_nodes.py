@@ -1,5 +1,5 @@
-"""A run whose node is going to be taken away saves what it has in time, and goes on elsewhere; likewise one whose node
-dies without notice, and one whose workers die before they train."""
+"""A run whose node is about to be taken away saves a checkpoint in time and continues on another node. A run also
+recovers when a node dies without notice, and when workers die before they train."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from tests.jobs import (
 
 
 def node_of(workers: list[psutil.Process]) -> psutil.Process:
-    """Raylet of the node that all workers are on."""
+    """Raylet of the node on which all workers are."""
     (raylet,) = {worker.parent() for worker in workers}
     assert raylet
     return raylet
 
 
 @pytest.mark.timeout(900)
-def test_a_node_that_is_announced_to_go_a_start_that_fails_and_a_node_that_dies(
+def test_an_announced_preemption_a_failed_start_and_a_dead_node(
     digits: str, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     run = run_in(tmp_path)
     with running_ray(0) as cluster:  # the head has room for the driver only
         for _ in range(2):
             cluster.add_node(2)
-        # A preemption is none of the failures.
+        # A preemption does not count as a failure.
         job = start(pretrain(digits, scaling__preemption_seconds=0.1, scaling__max_failures=1), tmp_path, cluster)
         try:
             workers = wait_for_workers(job, 2)
             first = node_of(workers)
             wait_for_commit(run, EVERY, job)
-            # While a step takes long, the notice comes: the next one is preceded by a checkpoint.
+            # The notice comes during a long step: a checkpoint is saved before the next step.
             for worker in workers:
                 worker.suspend()
             cluster.announce_loss(first, seconds=60)
@@ -58,7 +58,7 @@ def test_a_node_that_is_announced_to_go_a_start_that_fails_and_a_node_that_dies(
                 worker.resume()
             rescued = wait_for_rescue(run, before, job)
             kill_node(first)
-            # There is no room now for what a start that fails would leave behind.
+            # A failed start must not leave anything behind: there is no room for it now.
             assert kill_in(SET_UP, job, random.Random(4))
             second = node_of(wait_for_workers(job, 2))
             assert second != first
@@ -74,7 +74,7 @@ def test_a_node_that_is_announced_to_go_a_start_that_fails_and_a_node_that_dies(
 
 
 def wait_for_rescue(run: Storage, after: int, job: Job) -> int:
-    """Step of the first checkpoint between the regular ones that is later than a step."""
+    """Step of the first checkpoint outside the regular ones from a step on."""
     deadline = time.monotonic() + 30
     while True:
         steps = [int(info.key.split("-")[1]) for info in run.list("commits/step-")]

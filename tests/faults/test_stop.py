@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, started twice, or hang."""
+"""Runs that are stopped, started twice, or hang."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.jobs import RayCluster, end, final_weights, finish, free_port, newest_commit, start, wait_for_commit
 
 
-def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
+def test_a_stopped_run_saves_a_checkpoint_and_resumes(
     digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """With layers that are computed twice, and an MLflow server that is away for ever, which neither stops it nor is
-    told to be the cause. It stops before a checkpoint holds what a learning rate has ruined."""
+    """With activation checkpointing, and with an MLflow server that never answers, which neither stops the run nor is
+    blamed for the stop. A learning rate that ruins the weights stops the run before a checkpoint holds them."""
     run = run_in(tmp_path)
     command = pretrain(
         digits,
@@ -32,7 +32,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
     )
 
     def stop(number: signal.Signals, code: int, reached: int) -> int:
-        """Start it, stop it after its next checkpoint; the step that it has saved."""
+        """Start the job, stop it after its next checkpoint; returns the step that it saved."""
         job = start(command, tmp_path, cluster)
         try:
             wait_for_commit(run, reached + 1, job)
@@ -42,12 +42,12 @@ def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
         finally:
             end(job)
         assert reached < began <= newest_commit(run) < STEPS
-        assert not run.exists("driver.lease")  # nobody has to wait for it
+        assert not run.exists("driver.lease")  # the next start does not have to wait for it
         return newest_commit(run)
 
     good = stop(signal.SIGTERM, 143, 0)
     assert operators(run, "profile/steps-4-6-rank-0") == {
-        # Two of each layer and two outside, and in the backward pass those of layers again; in 3 steps of 3 parts.
+        # Two per layer and two outside; the backward pass computes the layers' again. 3 steps of 3 micro-batches.
         "aten::native_layer_norm": 9 * (2 * 8 + 2),
         "aten::native_layer_norm_backward": 9 * (8 + 2),
         "aten::_fused_adamw_": 3 * 2,  # with weight decay and without
@@ -75,14 +75,14 @@ def test_a_stopped_run_saves_a_checkpoint_and_goes_on(
 
 
 def operators(run: Storage, profile: str) -> dict[str, int]:
-    """How often the operators that tell most were called, by a profile's trace."""
+    """Number of calls of some operators, from the trace of a profile."""
     assert b"Self CPU" in (table := run.read(f"{profile}.txt")) and b"aten::" in table
     trace = json.loads(gzip.decompress(run.read(f"{profile}.json.gz")))
     names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "cpu_op"]
     return {name: names.count(name) for name in names if "native_layer_norm" in name or "fused_adamw" in name}
 
 
-def test_a_run_whose_workers_cannot_start_stops_when_asked(digits: str, cluster: RayCluster, tmp_path: Path) -> None:
+def test_a_run_whose_workers_cannot_start_stops_on_request(digits: str, cluster: RayCluster, tmp_path: Path) -> None:
     job = start(pretrain(digits, scaling__cpus_per_worker=1000), tmp_path, cluster)
     try:
         deadline = time.monotonic() + 60
@@ -99,7 +99,7 @@ def test_a_run_whose_workers_cannot_start_stops_when_asked(digits: str, cluster:
 def test_a_second_driver_is_refused_and_a_rank_that_hangs_is_named(
     digits: str, cluster: RayCluster, tmp_path: Path
 ) -> None:
-    """Both share the user's cache, and in it the spool of what MLflow is still to be told."""
+    """Both share the user's cache, and in it the spool of records for MLflow."""
     command = pretrain(digits, training__steps=100_000, tracking__log_every=1, scaling__hang_seconds=10)
     first, second = start(command, tmp_path, cluster), None
     try:
@@ -108,7 +108,7 @@ def test_a_second_driver_is_refused_and_a_rank_that_hangs_is_named(
         second = start(command, tmp_path, cluster)
         assert second.wait(120) == 2
         assert f"run 'run' is in use by process {first.pid} on" in second.log
-        wait_for_commit(run, newest_commit(run) + 2 * EVERY, first)  # it goes on, whatever it writes into the spool
+        wait_for_commit(run, newest_commit(run) + 2 * EVERY, first)  # the second driver has not disturbed its spool
         client = MlflowClient(f"sqlite:///{Path(digits).parent}/mlflow.db")
         run_id = find_run(client, json.loads(run.read("run.json"))["run_key"])
         assert run_id is not None and client.get_run(run_id).info.status == "RUNNING"

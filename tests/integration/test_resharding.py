@@ -1,4 +1,4 @@
-"""Real processes over gloo: a run goes on with another number of workers, and from DDP to FSDP2 and back."""
+"""Real processes over gloo: a run resumes with another number of workers, and from DDP to FSDP2 and back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIM = OptimConfig(lr=1e-2, warmup=2, weight_decay=0.1)
 
 
 class Phase(NamedTuple):
-    """So many workers that train up to a step."""
+    """A number of workers that train up to a step."""
 
     workers: int
     strategy: Literal["ddp", "fsdp"]
@@ -45,7 +45,7 @@ class Phase(NamedTuple):
 
 
 def work(rank: int, phase: Phase, folder: Path, rendezvous: str, config: CrateMAEConfig, dtype: torch.dtype) -> None:
-    """One worker: go on from the newest checkpoint and write another at the end."""
+    """One worker: resume from the newest checkpoint, and write another at the end."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=phase.workers)
     torch.manual_seed(0)

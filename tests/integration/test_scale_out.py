@@ -1,4 +1,4 @@
-"""On Ray Train: FSDP2 as DDP, and workers that Ray adds and takes away while a run trains."""
+"""On Ray Train: FSDP2 trains as DDP does, and an elastic run gains and loses workers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.jobs import RayCluster, kill_node
 
 
 class Follower(Listener):
-    """Keeps every metric by step."""
+    """Records every metric by step."""
 
     def __init__(self) -> None:
         self.values: dict[str, dict[int, float]] = {}
@@ -104,14 +104,14 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(
         assert fsdp.values[name].keys() == {0, 6, 12}
         assert fsdp.values[name] == pytest.approx(ddp.values[name], rel=1e-3), name
     assert fsdp.values[metrics.CHECKPOINT_BACKGROUND_SECONDS].keys() == {3, 6, 9, 12}
-    # Both parts of the sharded model together are the model.
+    # The two parts of the sharded model together are the model.
     _, weights = load_weights(run.storage)
     build_model(sharded.model).load_state_dict(weights)
     best = sorted((3, 6, 9, 12), key=fsdp.values[metrics.VALIDATION_LOSS].__getitem__)[:2]
     assert [commit.step for commit in committed(run.storage)] == sorted({12, *best}, reverse=True)
     folders = {path.parent.name for path in (tmp_path / "fsdp" / "run").glob("attempt-001/*/state.json")}
     assert folders == {commit.directory.split("/")[1] for commit in committed(run.storage)}
-    # Another run starts where it ended, which its first loss shows, with a schedule of its own.
+    # Another run starts from its final weights, as its first loss shows.
     start = {"init_from": run.storage.uri, "scaling": {"strategy": "fsdp", "workers": 1}, "training": {"steps": 1}}
     _, another = follow(settings(tmp_path / "another", digits, **start))
     assert another.values[metrics.LOSS][1] < 0.95 * ddp.values[metrics.LOSS][1]
@@ -121,7 +121,7 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(
 def test_a_node_joins_and_a_node_leaves_while_a_run_trains(
     driver_here: RayCluster, digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would train on for hours; it is ended once it has been seen with two workers, three, and two again."""
+    """The run would take hours; it is ended after it has trained with two workers, three, and two again."""
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", temporary.as_posix())
@@ -151,7 +151,7 @@ def test_a_node_joins_and_a_node_leaves_while_a_run_trains(
     sizes: list[int] = []
 
     def wait_for(workers: int, after: int = 0) -> int:
-        """Until so many workers have committed a checkpoint later than a step; its step."""
+        """Wait until a number of workers has committed a checkpoint after a step; returns its step."""
         for _ in range(2000):
             for commit in committed(run.storage):
                 state = CheckpointState.model_validate_json(run.storage.read(f"{commit.directory}/{STATE_FILE}"))
@@ -183,7 +183,7 @@ def test_a_node_joins_and_a_node_leaves_while_a_run_trains(
 
 
 def batch_digests(run: Run, steps: int) -> dict[int, float]:
-    """Digests of the batches of one worker alone, by step."""
+    """Digests of the batches of a single worker, by step."""
     config, order = run.config, run.record.order
     with training_loader(run.mixture, order, config.model, config.data, steps=range(steps)) as loader:
         return {batch.step + 1: float(keys_digest(batch.keys, 0)) for batch in loader}
@@ -191,7 +191,7 @@ def batch_digests(run: Run, steps: int) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def damaged(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same dataset, a seventh of which is unusable."""
+    """The same dataset; a seventh of its samples is unusable."""
     folder = tmp_path_factory.mktemp("damaged")
     (packed,) = Path(digits).glob("*.tar")
     with tarfile.open(packed) as source, tarfile.open(folder / "foreign.tar", "w") as target:
@@ -206,8 +206,8 @@ def damaged(digits: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-class Told(Listener):
-    """Keeps what is told of bad samples: why, and at which step, by key."""
+class BadSamples(Listener):
+    """Records the cause of each bad sample and the step at which it was reported, by key."""
 
     def __init__(self) -> None:
         self.causes: dict[str, str] = {}
@@ -221,28 +221,28 @@ class Told(Listener):
 def test_a_run_stopped_by_bad_samples_says_which_they_are(
     driver_here: RayCluster, damaged: str, tmp_path: Path
 ) -> None:
-    """Also when it is stopped before its metrics are logged for the first time."""
-    config, told = settings(tmp_path, damaged, data={"validation": None}, tracking={"log_every": 1000}), Told()
+    """Even if it is stopped before its first log step."""
+    config, bad = settings(tmp_path, damaged, data={"validation": None}, tracking={"log_every": 1000}), BadSamples()
     with driver_lease(config) as lease, pytest.raises(UserError, match="are unusable, more than data.max_bad_fraction"):
-        train_on_ray(open_run(config), lease, PretrainTask, [told])
-    assert len(told.causes) > 10 and set(told.causes.values()) == {"not_an_image"}
-    assert not driver_here.held(), "what its workers held is free again"
+        train_on_ray(open_run(config), lease, PretrainTask, [bad])
+    assert len(bad.causes) > 10 and set(bad.causes.values()) == {"not_an_image"}
+    assert not driver_here.held(), "the resources of its workers are free again"
 
 
-def test_bad_samples_are_told_before_each_checkpoint(driver_here: RayCluster, damaged: str, tmp_path: Path) -> None:
-    """Who goes on from it does not meet them again."""
+def test_bad_samples_are_reported_before_each_checkpoint(driver_here: RayCluster, damaged: str, tmp_path: Path) -> None:
+    """A run that resumes from it does not meet them again."""
     few = {"training": {"steps": 4, "validate_every": None}, "checkpoint": {"every_steps": 2}}
     data = {"validation": None, "max_bad_fraction": 0.5}
-    config, told = settings(tmp_path, damaged, data=data, tracking={"log_every": 1000}, **few), Told()
+    config, bad = settings(tmp_path, damaged, data=data, tracking={"log_every": 1000}, **few), BadSamples()
     with driver_lease(config) as lease:
-        train_on_ray(open_run(config), lease, PretrainTask, [told])
-    assert min(told.steps.values()) == 2
+        train_on_ray(open_run(config), lease, PretrainTask, [bad])
+    assert min(bad.steps.values()) == 2
 
 
-def test_a_checkpoint_waits_until_the_driver_has_handled_what_any_rank_told(driver_here: RayCluster) -> None:
+def test_a_checkpoint_waits_until_the_driver_has_handled_the_reports_of_all_ranks(driver_here: RayCluster) -> None:
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     first, second = RayReporter(mailbox, 0), RayReporter(mailbox, 1)
-    second.metrics(1, {metrics.LOSS: 1.0})  # rank 0 tells that
+    second.metrics(1, {metrics.LOSS: 1.0})  # rank 0 reports that
     second.bad_samples(1, {"a": "not_an_image"}, "training")
     second.flush()
     with ThreadPoolExecutor(1) as thread:

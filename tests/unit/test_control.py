@@ -1,4 +1,4 @@
-"""Workers agree on what to do next, and a run that hangs ends with the name of the rank that is to blame."""
+"""Workers agree on what to do next, and the error of a run that hangs names the rank that hangs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def heartbeat(rank: int, step: int, phase: str = "step", group: str = "a") -> He
 
 def test_the_silent_rank_is_named() -> None:
     dog = Watchdog(60)
-    dog.check(1000)  # nothing has begun
+    dog.check(1000)  # nothing has started
     for now in range(0, 200, 10):
         for rank in range(3):
             if rank != 1 or now < 50:
@@ -79,7 +79,7 @@ def test_the_silent_rank_is_named() -> None:
         dog.check(200)
 
 
-def test_the_rank_that_is_elsewhere_is_named() -> None:
+def test_the_rank_at_another_line_is_named() -> None:
     dog = Watchdog(60)
     for now in range(0, 100, 10):
         dog.seen(heartbeat(0, 7), now)
@@ -87,19 +87,19 @@ def test_the_rank_that_is_elsewhere_is_named() -> None:
         dog.seen(heartbeat(2, 7), now)
     with pytest.raises(UserError, match=r"rank 1 \(step 7, data, data/loader.py:1 in __iter__\) makes no progress"):
         dog.check(95)
-    # A group that begins anew at an earlier step is not behind.
+    # A group that restarts at an earlier step is not behind.
     dog.seen(heartbeat(0, 2, group="b"), 100)
     dog.check(150)
 
 
 def test_workers_that_wait_for_a_node_do_not_hang() -> None:
     dog = Watchdog(60)
-    for now in range(0, 100, 10):  # then one is lost, and Ray Train ends the others
+    for now in range(0, 100, 10):  # then one rank is lost, and Ray Train ends the others
         for rank in range(3):
             dog.seen(heartbeat(rank, now), now)
     for now in range(100, 1000):
         dog.check(now)
-    # They begin anew, as two, at the step of their newest checkpoint; the one that was lost is not blamed afterwards.
+    # Two workers restart at the step of the newest checkpoint; the lost rank is not blamed afterwards.
     for now in range(1000, 1200, 10):
         for rank in range(2):
             dog.seen(heartbeat(rank, min(90 + now - 1000, 150), group="b"), now)
@@ -109,7 +109,7 @@ def test_workers_that_wait_for_a_node_do_not_hang() -> None:
         dog.check(1200)
 
 
-def test_a_slow_start_and_a_slow_end_are_no_hang_but_silence_in_a_start_is() -> None:
+def test_a_slow_start_and_a_slow_end_are_not_a_hang_but_a_silent_start_is() -> None:
     dog = Watchdog(60)
     for now in range(0, 500, 10):
         for rank in range(2):

@@ -1,4 +1,4 @@
-"""Steps that are not finite change nothing and are counted; jumps of the loss are found; shares of the time add up."""
+"""Steps that are not finite change nothing and are counted; jumps of the loss are found; time shares are right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, dep
 
 @pytest.mark.parametrize("poison", ["nan image", "infinite image", "loss alone"])
 @pytest.mark.parametrize("micro_steps", [1, 2])
-def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(poison: str, micro_steps: int) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(poison: str, micro_steps: int) -> None:
     def train(poisoned: bool) -> tuple[dict[str, torch.Tensor], list[float]]:
         torch.manual_seed(0)
         model = build_model(CONFIG)
@@ -96,7 +96,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop_the_run(
         assert skipped == [step for step, good in enumerate(finite, 1) if not good]
 
 
-def test_a_jump_of_the_loss_is_a_spike_and_its_usual_course_is_none() -> None:
+def test_a_jump_of_the_loss_is_a_spike_and_noise_is_not() -> None:
     random = np.random.default_rng(0)
     falling = 0.5 + np.exp(-np.arange(400) / 50) + 0.02 * random.standard_normal(400)
     norms = [1.0] * 400
@@ -112,7 +112,7 @@ def test_a_jump_of_the_loss_is_a_spike_and_its_usual_course_is_none() -> None:
     assert 201 in reported and max(reported) < 302 and len(reported) < 40
 
 
-def test_the_step_log_gives_back_what_each_step_had() -> None:
+def test_the_step_log_returns_the_values_of_each_step() -> None:
     log = StepLog(3, torch.device("cpu"))
     for count in (3, 1, 2):
         sums, norms = [8.0 * i for i in range(count)], [float(i) for i in range(count)]
@@ -131,7 +131,7 @@ def rates(images_per_second: float, step_seconds: float, data_wait: float, loggi
 
 
 def test_shares_of_a_lap_are_of_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it is taken while the worker logs, as training does."""
+    """Also for a lap taken while the worker logs, as in training."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("crate_ray.training.telemetry.time.perf_counter", lambda: clock.now)
     watch, laps = Stopwatch(torch.device("cpu")), []

@@ -1,1 +1,1 @@
-"""All that knows Ray Train: the driver, its workers, and what they tell each other."""
+"""Training on Ray Train: the driver, its workers, and their messages. Nothing else in training/ imports Ray."""
