@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from crate_ray.config import FinetuneConfig, PretrainConfig
-from crate_ray.tracking.runs import redact, tracking_uri
+from crate_ray.runs.mlflow_lookup import redact, tracking_uri
 
 
 def next_commands(config: PretrainConfig | FinetuneConfig) -> list[str]:
