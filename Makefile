@@ -1,11 +1,15 @@
-# make demo   train on an embedded dataset, end to end          make test   unit, integration and fault tests
-# make lint   ruff and mypy                                     make clean  remove the environment and the demo's results
+# make demo    pretrain on built-in pictures, from packing to the report
+# make test    what CI runs: unit, integration and fault tests
+# make quick   lint and the fast tests, about three minutes
+# make daily   all tests, also those that take minutes and seldom fail
+# make lint    ruff and mypy
+# make clean   remove the environment and the demo's results
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test unit lint format clean
+.PHONY: demo test quick daily lint format clean
 .DELETE_ON_ERROR:
 
 # Pinned versions; a torch build that is already in $(VENV) is kept when it is of the pinned version. All is compiled, by all
@@ -34,11 +38,16 @@ demo: $(READY)
 	@echo "  $(PY) jobs/prepare.py --source /path/to/images --output data/mine"
 	@echo "  $(PY) jobs/pretrain.py --name mine --data.train data/mine --model.preset tiny --training.epochs 1"
 
-test: $(READY)
-	$(PY) -m pytest -n 2 --no-loadscope-reorder --durations=25 tests/integration tests/faults tests/unit
+PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-unit: $(READY)
-	$(PY) -m pytest tests/unit
+test: $(READY)
+	$(PYTEST) --durations=25 -m "not daily" tests/integration tests/faults tests/unit
+
+quick: lint
+	$(PYTEST) -m "not (ray or s3 or slow or daily)" tests/unit
+
+daily: $(READY)
+	HYPOTHESIS_PROFILE=daily $(PYTEST) --durations=50 tests/integration tests/faults tests/unit
 
 lint: $(READY)
 	$(PY) -m ruff check .

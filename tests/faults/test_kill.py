@@ -18,6 +18,8 @@ from tests.faults.phases import PHASES, kill_in
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.jobs import RayCluster, end, final_weights, finish, newest_commit, start, wait_for_commit
 
+pytestmark = pytest.mark.ray
+
 
 def mlflow_run(digits: str, run_key: str) -> tuple[MlflowClient, Run]:
     """The only MLflow run of a key, in the database beside the data."""

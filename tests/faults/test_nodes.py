@@ -26,6 +26,8 @@ from tests.jobs import (
     wait_for_workers,
 )
 
+pytestmark = pytest.mark.ray
+
 
 def node_of(workers: list[psutil.Process]) -> psutil.Process:
     """Raylet of the node on which all workers are."""

@@ -35,6 +35,8 @@ from tests.jobs import (
 )
 from tests.s3_gateway import S3Gateway
 
+pytestmark = pytest.mark.ray
+
 
 def wait_for_log(job: Job, text: str, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from crate_ray.runs.metrics import SKIPPED_STEPS
@@ -15,6 +16,8 @@ from crate_ray.runs.mlflow_lookup import find_run
 from crate_ray.storage.interface import Storage
 from tests.faults.runs import EVERY, STEPS, Undisturbed, pretrain, run_in
 from tests.jobs import RayCluster, end, final_weights, finish, free_port, newest_commit, start, wait_for_commit
+
+pytestmark = pytest.mark.ray
 
 
 def test_a_stopped_run_saves_a_checkpoint_and_resumes(

@@ -46,6 +46,8 @@ from crate_ray.training.step import build_optimizer
 from tests.checkpoints import save
 from tests.jobs import RayCluster
 
+pytestmark = pytest.mark.ray
+
 STEPS, EVERY = 60, 15
 
 

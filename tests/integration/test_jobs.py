@@ -34,6 +34,8 @@ from crate_ray.storage.interface import Storage, open_storage
 from tests.integration.conftest import LocalCluster
 from tests.jobs import RAY, ROOT, call, job, newest_commit
 
+pytestmark = pytest.mark.ray
+
 STEPS, EVERY = 60, 15
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = {"image_size": 8, "patch_size": 2, "channels": 1, "dim": 64, "depth": 2, "num_subspaces": 4, "mask_ratio": 0.5}

@@ -16,6 +16,8 @@ from mlflow.tracking import MlflowClient
 
 from tests.jobs import RAY
 
+pytestmark = pytest.mark.ray
+
 if TYPE_CHECKING:
     from conftest import LocalCluster
 

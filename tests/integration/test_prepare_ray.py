@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from crate_ray.config import PrepareConfig, S3Config
 from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
 from crate_ray.storage.interface import open_storage
 from tests.jobs import ROOT, environment
+
+pytestmark = pytest.mark.ray
 
 SAMPLES = 400
 LIMITS = {"shard_samples": 40, "max_side": 100}

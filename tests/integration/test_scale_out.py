@@ -34,6 +34,8 @@ from crate_ray.training.ray.reporter import RayReporter
 from crate_ray.training.telemetry import keys_digest
 from tests.jobs import RayCluster, kill_node
 
+pytestmark = pytest.mark.ray
+
 
 class Follower(Listener):
     """Records every metric by step."""

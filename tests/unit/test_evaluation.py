@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import spearmanr
@@ -85,7 +85,6 @@ def subject(shards: ShardSet, model: CrateMAEConfig | ViTMAEConfig = SMALL, name
 
 
 @given(st.integers(1, 5000), st.data())
-@settings(max_examples=60, deadline=None)
 def test_wilson_interval_solves_its_equation(trials: int, data: st.DataObject) -> None:
     successes = data.draw(st.integers(0, trials))
     found = share(successes, trials)
@@ -353,7 +352,6 @@ def test_masks_get_the_crop_of_their_images(shapes: ShardSet) -> None:
 
 
 @given(st.integers(2, 40), st.floats(0.05, 0.95), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
 def test_kept_patches_hold_the_mass_and_no_smaller_set_would(patches: int, mass: float, seed: int) -> None:
     values = np.random.default_rng(seed).random((3, patches), np.float32)
     kept = masks.keep_mass(values, mass)
@@ -375,7 +373,6 @@ def test_jaccard_thresholds_and_signs_of_known_maps() -> None:
 
 
 @given(st.integers(4, 60), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
 def test_otsu_is_the_best_split_and_nearly_that_of_a_histogram(patches: int, seed: int) -> None:
     values = np.random.default_rng(seed).normal(0, 1, patches).astype(np.float32)
     found = masks.above_otsu(values[None])[0]
@@ -521,7 +518,6 @@ def differs(one: Estimate, other: Estimate) -> bool:
 
 
 @given(counts, counts, counts, counts)
-@settings(max_examples=60, deadline=None)
 def test_sentences_on_accuracies_say_which_is_better_and_whether_it_is_sure(a: int, b: int, c: int, d: int) -> None:
     def scores(title: str, linear: int, knn: int) -> EncoderScores:
         interval = share(linear, 400)
@@ -547,7 +543,6 @@ def test_sentences_on_accuracies_say_which_is_better_and_whether_it_is_sure(a: i
 
 
 @given(counts, counts, counts)
-@settings(max_examples=60, deadline=None)
 def test_sentences_on_maps_compare_the_one_that_validation_chose(head: int, component: int, control: int) -> None:
     def score(title: str, count: int, chosen_on: float | None = None) -> MapScore:
         return MapScore(title=title, jaccard=share(count, 400), chosen_on=chosen_on)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import load_file
@@ -147,7 +147,6 @@ def test_drop_path_has_expectation_one_and_rates_that_rise_with_depth() -> None:
 # --- Mixing ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     step=st.integers(0, 10**6),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crate_ray.config import DataConfig
@@ -47,7 +47,6 @@ def one_dataset(batch_size: int, **values: Any) -> SampleOrder:
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
-@settings(max_examples=60, deadline=None)
 def test_permute_is_a_bijection_and_inverse_undoes_it(size: int, key: int) -> None:
     positions = np.arange(size)
     image = permute(positions, size, key)
@@ -77,7 +76,6 @@ def test_hash_is_fixed_for_ever() -> None:
 
 
 @given(orders(most_datasets=1), st.integers(0, 3))
-@settings(max_examples=150, deadline=None)
 def test_every_sample_at_most_once_per_epoch(order: SampleOrder, epoch: int) -> None:
     steps = range(epoch * order.batches_per_epoch, (epoch + 1) * order.batches_per_epoch)
     batches = [order.draw(t) for t in steps]
@@ -91,7 +89,6 @@ def test_every_sample_at_most_once_per_epoch(order: SampleOrder, epoch: int) -> 
 
 
 @given(orders(), st.integers(0, 100))
-@settings(max_examples=150, deadline=None)
 def test_datasets_are_drawn_by_weight_and_each_epoch_of_one_has_its_samples_once(
     order: SampleOrder, start: int
 ) -> None:
@@ -115,7 +112,6 @@ def test_datasets_are_drawn_by_weight_and_each_epoch_of_one_has_its_samples_once
 
 
 @given(orders(), st.integers(0, 100), st.integers(1, 40), st.integers(1, 9))
-@settings(max_examples=200, deadline=None)
 def test_global_batch_is_the_same_for_every_number_of_workers(
     order: SampleOrder, step: int, workers: int, micro_batch: int
 ) -> None:
@@ -132,7 +128,6 @@ def test_global_batch_is_the_same_for_every_number_of_workers(
 
 
 @given(orders(), st.integers(0, 60), st.integers(1, 5))
-@settings(max_examples=100, deadline=None)
 def test_windows_name_where_a_workers_samples_come_from(order: SampleOrder, step: int, workers: int) -> None:
     workers = min(workers, order.batch_size)
     for worker in range(workers):

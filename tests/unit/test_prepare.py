@@ -66,7 +66,6 @@ def stored(folder: Path) -> dict[str, dict[str, bytes]]:
 # --- Plan and resume ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=100), st.integers(1, 50), st.integers(512, 80_000))
 @example([100] * 100, 50, 2048 * 21)
 @example([100] * 100, 19, 2048 * 19)
@@ -253,7 +252,6 @@ def numbered(count: int, first: int = 0) -> Source:
     return Source(items, ("a", "b", "c"), ["x.tar: ../y.png"])
 
 
-@settings(deadline=None)
 @given(st.integers(2, 300), st.floats(0.001, 0.999), st.integers(-5, 2**70))
 def test_split_is_whole_and_stays_when_samples_are_added(count: int, share: float, seed: int) -> None:
     train, validation = split_source(numbered(count), share, seed)
@@ -392,7 +390,6 @@ def psnr(first: NDArray[Any], second: NDArray[Any]) -> float:
     return float(10 * np.log10(255**2 / max(np.mean((first.astype(float) - second.astype(float)) ** 2), 1e-9)))
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.integers(20, 200), st.integers(20, 200), st.integers(8, 120), st.integers(1, 8),
     st.sampled_from(["JPEG", "PNG", "WEBP"]), st.sampled_from(["RGB", "L"]),

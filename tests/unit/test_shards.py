@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from webdataset.tariterators import base_plus_ext, group_by_keys
@@ -136,7 +136,6 @@ suffix_sets = st.sets(st.sampled_from(["jpg", "cls", "mask.png", "JSON", "npy"])
 datasets = st.lists(st.tuples(keys, suffix_sets), min_size=1, max_size=70, unique_by=lambda sample: sample[0])
 
 
-@settings(max_examples=60, deadline=None)
 @given(datasets, st.sampled_from(["ustar", "gnu", "pax", "webdataset"]), st.integers(0, 2**32), st.booleans())
 def test_ranges_hold_what_stock_readers_read(
     tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, list[str]]], writer: str, seed: int, dots: bool
@@ -191,7 +190,6 @@ def _indexed(folder: Path, shard: bytes) -> ShardSet:
     return load_dataset(storage)
 
 
-@settings(max_examples=60, deadline=None)
 @given(datasets, st.sampled_from(["ustar", "gnu", "pax"]), st.randoms(use_true_random=False), st.booleans())
 def test_members_anywhere_in_a_shard_and_hard_links_are_gathered(
     tmp_path_factory: pytest.TempPathFactory, names: list[tuple[str, list[str]]], writer: str, rng: Any, links: bool
@@ -216,7 +214,6 @@ def test_members_anywhere_in_a_shard_and_hard_links_are_gathered(
     assert read_shard(_indexed(folder, shard), 0) == gathered(shard)
 
 
-@settings(max_examples=100, deadline=None)
 @given(datasets, st.sampled_from(["ustar", "gnu", "pax", "webdataset"]), st.randoms(use_true_random=False))
 def test_the_fast_parser_and_tarfile_find_the_same_members(
     names: list[tuple[str, list[str]]], writer: str, rng: Any
@@ -307,7 +304,6 @@ def test_malformed_sizes_in_headers() -> None:
             read_table(bytes(header) + bytes(1024), "x.tar")
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
 def test_damage_is_an_error_of_ours_and_never_another_sample(seed: int, tar_format: int) -> None:
     rng = random.Random(seed)
@@ -886,7 +882,6 @@ def test_split_name(name: str, parts: tuple[str, str] | None) -> None:
     assert split_name(name) == parts
 
 
-@settings(deadline=None)
 @given(st.text("aB1._/é", min_size=1, max_size=20))
 def test_split_name_is_webdatasets_rule(name: str) -> None:
     key, suffix = base_plus_ext(name)

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -268,7 +268,6 @@ def test_two_processes_with_uneven_batches_take_the_steps_of_one(tmp_path: Path)
     st.floats(1e-6, 1),
     st.floats(0, 1),
 )
-@settings(max_examples=100, deadline=None)
 def test_learning_rate_warms_up_and_falls_to_its_minimum(steps: int, warmup: float, peak: float, low: float) -> None:
     optim = OptimConfig(lr=peak, warmup=warmup, min_lr=low * peak)
     rates = [learning_rate(step, steps, optim, 256) for step in range(steps)]
@@ -317,7 +316,6 @@ def test_biases_norms_and_tokens_do_not_decay(config: CrateMAEConfig | ViTMAECon
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=9), st.integers(0, 2**63), st.integers(0, 10**4))
-@settings(max_examples=50, deadline=None)
 def test_mask_noise_is_the_samples_own(samples: list[int], seed: int, epoch: int) -> None:
     epochs = np.full(len(samples), epoch)
     together = mask_noise(seed, epochs, np.array(samples), 12)

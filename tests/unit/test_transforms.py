@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -88,7 +88,6 @@ def crop_of_one(
     st.tuples(st.floats(0.3, 3), st.floats(0.3, 3)).map(sorted),
     st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
 def test_random_crops_are_those_of_one_image_at_a_time(
     sizes: list[tuple[int, int]], seed: int, scale: tuple[float, float], ratio: tuple[float, float], flip: bool
 ) -> None:
@@ -130,7 +129,6 @@ def test_random_crops_have_torchvisions_distribution(height: int, width: int) ->
     st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(sorted),
     st.tuples(st.floats(0.3, 3), st.floats(0.3, 3)).map(sorted),
 )
-@settings(max_examples=60, deadline=None)
 def test_random_crops_keep_their_bounds(
     height: int, width: int, seed: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
@@ -155,7 +153,6 @@ def test_extreme_uniform_numbers_stay_inside() -> None:
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 256), st.integers(1, 256))
-@settings(max_examples=150, deadline=None)
 def test_centre_crops_are_the_largest_central_ones(height: int, width: int, out_h: int, out_w: int) -> None:
     crops = centre_crops(np.array([height]), np.array([width]), (out_h, out_w))
     top, left, h, w, flip = (column.item() for column in crops)
@@ -189,7 +186,6 @@ sizes = st.integers(1, 90)
 
 
 @given(st.integers(0, 2**32), sizes, sizes, sizes, sizes, st.sampled_from([1, 3]))
-@settings(max_examples=60, deadline=None)
 def test_resize_image_is_pillows(seed: int, height: int, width: int, out_h: int, out_w: int, channels: int) -> None:
     # Away from 0 and 255: between the two passes torch clips overshoots, Pillow does not.
     pixels = np.random.default_rng(seed).integers(64, 192, (height, width, channels), np.uint8)
@@ -241,7 +237,6 @@ def resized_small(images_NCHW: NDArray[Any], crops: Crops, out_hw: tuple[int, in
 
 
 @given(st.integers(0, 2**32), st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.integers(1, 64))
-@settings(max_examples=80, deadline=None)
 def test_small_images_are_resized_as_by_pillow(seed: int, height: int, width: int, out_h: int, out_w: int) -> None:
     random, n = np.random.default_rng(seed), 5
     pixels = random.integers(0, 256, (n, 2, height, width))
