@@ -170,7 +170,7 @@ class BadSamples:
                 raise UserError(
                     f"{self._bad} of {self._drawn} samples of {self._uri} are unusable, more than "
                     f"data.max_bad_fraction {self._max_fraction:g} allows ({kinds}; the last is {key!r}: {error}); "
-                    "pack the good ones again with jobs/prepare.py --source, or raise data.max_bad_fraction"
+                    "pack the good ones again with crate-ray prepare --source, or raise data.max_bad_fraction"
                 )
 
 
@@ -441,7 +441,7 @@ class Loader:
                 return True
         raise UserError(
             f"sample {bad_key!r} of {self._mixture.uri} is unusable, and so are all that were tried in its "
-            "place; pack the good ones again with jobs/prepare.py --source"
+            "place; pack the good ones again with crate-ray prepare --source"
         )
 
 

@@ -38,7 +38,7 @@ def stream(
     """Augmented training batches of one worker; together the workers see the same batches whatever their number.
 
     Args:
-        train: local folder or s3://bucket/prefix, prepared by jobs/prepare.py; or several with their shares of every
+        train: local folder or s3://bucket/prefix, prepared by crate-ray prepare; or several with their shares of every
             batch, {"s3://data/photos": 3, "s3://data/drawings": 1}.
         batch_size: samples per step over all workers; worker w gets slots [w·B/W, (w+1)·B/W).
         image_size: pixels of the side, or (height, width).

@@ -113,7 +113,7 @@ class Extraction:
             if bad > _MAX_BAD_FRACTION * rows:
                 raise UserError(
                     f"{bad} of {rows} samples of {shards.storage.uri} are unusable ({example}); "
-                    "pack the good ones again with jobs/prepare.py --source"
+                    "pack the good ones again with crate-ray prepare --source"
                 )
 
 

@@ -107,7 +107,7 @@ def _report(
 
 
 def best_yaml(sweep: SweepConfig, shared: dict[str, Any], best: TrialRecord) -> str:
-    """The best trial's complete pretraining settings, as a file for jobs/pretrain.py --config."""
+    """The best trial's complete pretraining settings, as a file for crate-ray pretrain --config."""
     config = trial_config(sweep, shared, best.values, f"{sweep.name}-best")
     settings = config.model_dump(mode="json") | {"storage": sweep.storage}
     head = f"# Best of sweep {sweep.name}: {sweep.objective} {best.objective:.6g} (trial {best.trial})\n"

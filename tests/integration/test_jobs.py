@@ -283,7 +283,7 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
         changed = good | {name.replace("__", "."): value for name, value in changes.items()}
         return fail_here("pretrain", *[f"--{name}={value}" for name, value in changed.items()])
 
-    assert "there is no setting 'training.stps', did you mean 'training.steps'?" in error(training__stps=3)
+    assert "there is no setting --training.stps, did you mean --training.steps?" in error(training__stps=3)
     assert "bucket 'nowhere' does not exist" in error(data__train="s3://nowhere/digits")
     assert "no manifest at s3://data/nothing: it is empty or does not exist" in error(data__train="s3://data/nothing")
     assert "image height 8 is not divisible by patch height 3" in error(model__patch_size=3)
