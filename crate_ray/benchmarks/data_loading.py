@@ -30,14 +30,15 @@ from crate_ray.benchmarks.other_loaders import (
     spdl_batches,
 )
 from crate_ray.config import BenchmarkDataConfig, DataConfig, ImageModelConfig, S3Config
-from crate_ray.data.decode.samples import DecodeError, read_image_header, skim_jpeg
+from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.samples import read_image_header, skim_jpeg
 from crate_ray.data.decode.transforms import small_side
 from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.data.format.samples import Sample
 from crate_ray.data.loader import training_loader
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.plan import plan_order
-from crate_ray.data.read.reader import MixtureReader
+from crate_ray.data.read.mixture import MixtureReader
 from crate_ray.errors import UserError
 from crate_ray.memory import peak_memory
 from crate_ray.storage.interface import open_storage

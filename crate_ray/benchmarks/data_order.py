@@ -28,7 +28,7 @@ from crate_ray.data.format.tar import BLOCK
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.plan import plan_order
 from crate_ray.data.order.sequence import worker_slots
-from crate_ray.data.read.reader import MixtureReader
+from crate_ray.data.read.mixture import MixtureReader
 from crate_ray.storage.local import LocalStorage
 
 _MEASURED_BATCHES = 12

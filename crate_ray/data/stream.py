@@ -14,8 +14,8 @@ import torch
 
 from crate_ray.config import DataConfig, ImageModelConfig, S3Config
 from crate_ray.data.loader import Loader, training_loader
-from crate_ray.data.order.mixture import open_mixture
 from crate_ray.data.order.plan import plan_order
+from crate_ray.data.read.mixture import open_mixture
 
 _FOREVER = 2**62
 

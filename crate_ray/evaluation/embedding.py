@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from crate_ray.config import EmbedConfig, Feature, S3Config, Settings
-from crate_ray.data.format.dataset import load_dataset
-from crate_ray.data.read.reader import ShardReader, Unreadable
+from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.read.shard_reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
 from crate_ray.evaluation.features import compute_device
 from crate_ray.models import build_model

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.config import Settings
-from crate_ray.data.loader import Batch
+from crate_ray.data.batch import Batch
 from crate_ray.evaluation.intervals import Estimate, mean
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import MaskedAutoencoder, build_model

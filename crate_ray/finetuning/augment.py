@@ -18,7 +18,7 @@ from kornia.enhance import (
 from torch import Tensor
 
 from crate_ray.data.device import to_device
-from crate_ray.data.order.sequence import Int64, uniform
+from crate_ray.data.order.hashing import Int64, uniform
 from crate_ray.finetuning.streams import STREAM_RANDAUGMENT
 
 _LARGEST = 30.0  # of kornia's magnitudes and torchvision's

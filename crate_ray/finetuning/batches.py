@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from crate_ray.config import FinetuneConfig
+from crate_ray.data.batch import Batch
 from crate_ray.data.device import to_device
-from crate_ray.data.loader import Batch
 from crate_ray.finetuning.augment import RandAugmentation
 from crate_ray.finetuning.mixing import branch_scales, class_targets, draw_mix, mix_pairs
 from crate_ray.models.classifier import Targets

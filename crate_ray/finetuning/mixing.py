@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_ray.config import AugmentConfig
-from crate_ray.data.order.sequence import Int64, hash64, uniform
+from crate_ray.data.order.hashing import Int64, hash64, uniform
 from crate_ray.finetuning.streams import STREAM_DROP_PATH, STREAM_MIX
 
 

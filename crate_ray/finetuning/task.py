@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crate_ray.config import FinetuneConfig
-from crate_ray.data.loader import Batch
+from crate_ray.data.batch import Batch
 from crate_ray.data.order.sequence import worker_slots
 from crate_ray.finetuning.batches import PAIR, TrainingBatches
 from crate_ray.finetuning.measure import measure_accuracy

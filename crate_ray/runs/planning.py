@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from crate_ray.config import CrateMAEConfig, FinetuneConfig, PretrainConfig, ViTMAEConfig
 from crate_ray.config.automatic import default_batch_size
-from crate_ray.data.format.dataset import load_dataset
-from crate_ray.data.order.mixture import Mixture, open_mixture
+from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.plan import plan_order
+from crate_ray.data.read.mixture import open_mixture
 from crate_ray.errors import UserError
 from crate_ray.runs.commits import fetch_newest, newest_complete
 from crate_ray.runs.record import FinetuneStart, RunRecord, read_record

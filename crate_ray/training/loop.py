@@ -11,11 +11,11 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from crate_ray.config import FinetuneConfig, PretrainConfig
-from crate_ray.data.format.dataset import load_dataset
-from crate_ray.data.loader import BAD_CAUSES, Batch, Loader, training_loader
-from crate_ray.data.order.mixture import open_mixture
+from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.loader import training_loader
 from crate_ray.data.order.sequence import worker_slots
+from crate_ray.data.read.bad_samples import BAD_CAUSES
+from crate_ray.data.read.mixture import open_mixture
 from crate_ray.errors import UserError
 from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import gpu_peak_flops

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from crate_ray.config import OptimConfig, TrainingConfig
-from crate_ray.data.order.sequence import STREAM_MASK, STREAM_PROBE, Int64, uniform
+from crate_ray.data.order.hashing import STREAM_MASK, STREAM_PROBE, Int64, uniform
 
 logger = logging.getLogger(__name__)
 

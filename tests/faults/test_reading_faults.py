@@ -16,7 +16,7 @@ from botocore.config import Config
 from PIL import Image
 
 from crate_ray.config import PrepareConfig, S3Config
-from crate_ray.data.loader import Batch
+from crate_ray.data.batch import Batch
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.sources import Item, Source
 from crate_ray.data.stream import stream

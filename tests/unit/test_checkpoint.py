@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crate_ray.config import CheckpointConfig, CrateMAEConfig, OptimConfig, PrepareConfig, PretrainConfig, ViTMAEConfig
-from crate_ray.data.order.mixture import open_mixture
-from crate_ray.data.order.sequence import DatasetOrder, SampleOrder
+from crate_ray.data.order.dataset_order import DatasetOrder
+from crate_ray.data.order.sequence import SampleOrder
 from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack
+from crate_ray.data.read.mixture import open_mixture
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import ModelDescription, Normalizer, export_model, load_exported

@@ -35,7 +35,7 @@ from crate_ray.data.decode.transforms import centre_crops
 from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.packing import pack
-from crate_ray.data.read.reader import ShardReader
+from crate_ray.data.read.shard_reader import ShardReader
 from crate_ray.errors import UserError
 from crate_ray.evaluation import masks, segmentation
 from crate_ray.evaluation.classification import Classification, EncoderScores, FeatureScores, classify, classify_by

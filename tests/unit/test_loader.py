@@ -29,19 +29,24 @@ from PIL import Image
 from torch import Tensor
 
 from crate_ray.config import CrateMAEConfig, DataConfig, PrepareConfig, S3Config
+from crate_ray.data import batch as batch_module
 from crate_ray.data import loader as loader_module
+from crate_ray.data.batch import Batch
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import CROP_UNIFORMS, random_crops
 from crate_ray.data.device import DeviceFeed
-from crate_ray.data.format.dataset import ShardSet, load_dataset
-from crate_ray.data.format.index import INDEX_STRIDE
-from crate_ray.data.loader import Batch, Loader, evaluation_loader, training_loader
-from crate_ray.data.order.mixture import Mixture, open_mixture
-from crate_ray.data.order.sequence import STREAM_CROP, DatasetOrder, SampleOrder, Window, uniform, worker_slots
+from crate_ray.data.format.shards import INDEX_STRIDE, ShardSet, load_dataset
+from crate_ray.data.loader import Loader, evaluation_loader, training_loader
+from crate_ray.data.order.dataset_order import DatasetOrder, Window
+from crate_ray.data.order.hashing import STREAM_CROP, uniform
+from crate_ray.data.order.mixture import Mixture
+from crate_ray.data.order.sequence import SampleOrder, worker_slots
 from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.sources import Item, Source
-from crate_ray.data.read.reader import ShardReader, StreamedSource, Unreadable
+from crate_ray.data.read.mixture import open_mixture
+from crate_ray.data.read.shard_reader import ShardReader, Unreadable
+from crate_ray.data.read.streamed import StreamedSource
 from crate_ray.errors import UserError
 from crate_ray.storage.cache import PartCache
 from crate_ray.storage.interface import Replaced
@@ -498,7 +503,7 @@ def test_encoded_bytes_in_memory_never_exceed_the_buffer(
         return decode_batch(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader_module, "decode_batch", decode)
+        patch.setattr(batch_module, "decode_batch", decode)
         place = {"steps": steps, "rank": world - 1, "world_size": world}
         with train_on(dataset, order, MODEL, data, **place) as loader:
             found = list(loader)
@@ -537,7 +542,7 @@ def test_closing_early_or_late_leaves_no_threads(shards: ShardSet, streamed: boo
 def test_a_slow_consumer_bounds_what_is_prepared(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
     monkeypatch.setattr(
-        loader_module,
+        batch_module,
         "decode_batch",
         lambda contents, *args, **options: (
             decoded.extend([1] * len(contents)),
@@ -586,7 +591,7 @@ def test_the_next_batch_is_sent_before_this_one_is_used_if_it_is_ready(
         return decode_batch(*args, **options)
 
     monkeypatch.setattr(loader_module, "DeviceFeed", RecordingFeed)
-    monkeypatch.setattr(loader_module, "decode_batch", decode)
+    monkeypatch.setattr(batch_module, "decode_batch", decode)
     with train_on(shards, sample_order(), MODEL, config(True, decode_threads=1), steps=range(6)) as loader:
         feed, steps = loader._feed, iter(loader)
         assert isinstance(feed, RecordingFeed)

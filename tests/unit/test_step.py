@@ -34,7 +34,7 @@ from crate_ray.config import (
     TrainingConfig,
     ViTMAEConfig,
 )
-from crate_ray.data.loader import Batch
+from crate_ray.data.batch import Batch
 from crate_ray.data.order.sequence import worker_slots
 from crate_ray.finetuning.batches import TrainingBatches
 from crate_ray.models import MaskedAutoencoder, build_model

@@ -26,7 +26,7 @@ from crate_ray.data.decode.transforms import (
     resize_image,
     small_side,
 )
-from crate_ray.data.order.sequence import uniform
+from crate_ray.data.order.hashing import uniform
 from tests.uniforms import from_table
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from crate_ray.config import Kind
-from crate_ray.data.decode.samples import MAX_PIXELS, DecodeError, decode_batch, read_image_header
+from crate_ray.data.decode.errors import MAX_PIXELS, DecodeError
+from crate_ray.data.decode.samples import decode_batch, read_image_header
 from crate_ray.data.decode.transforms import CropRule, Int64
 from crate_ray.errors import UserError
 

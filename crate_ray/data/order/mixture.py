@@ -6,16 +6,13 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 
-from crate_ray.config import Kind, S3Config
-from crate_ray.data.format.dataset import ShardSet, load_dataset
-from crate_ray.errors import UserError
-from crate_ray.storage.interface import open_storage
+from crate_ray.config import Kind
+from crate_ray.data.format.shards import ShardSet
 
 
 @dataclass(frozen=True)
@@ -100,24 +97,6 @@ class Mixture:
         if len(digests) == 1:
             return digests[0]
         return hashlib.sha256(json.dumps([digests, self.weights]).encode()).hexdigest()
-
-
-def open_mixture(train: str | Mapping[str, float], s3: S3Config) -> Mixture:
-    """Open the dataset, or the datasets by weight, of a setting such as `data.train`.
-
-    Raises UserError when a dataset is missing, or when images are to be mixed with grids.
-    """
-    addresses = {train: 1.0} if isinstance(train, str) else train
-    datasets = tuple(load_dataset(open_storage(uri, s3)) for uri in addresses)
-    first = datasets[0].manifest
-    for dataset in datasets[1:]:
-        other = dataset.manifest
-        if other.kind != first.kind or (other.kind == "grid" and other.channels != first.channels):
-            raise UserError(
-                f"{datasets[0].storage.uri} holds {first.kind}s of {first.channels} channels and {dataset.storage.uri} "
-                f"{other.kind}s of {other.channels}; only alike ones can be mixed"
-            )
-    return Mixture(datasets, whole_weights(tuple(addresses.values())))
 
 
 def whole_weights(weights: tuple[float, ...]) -> tuple[int, ...]:

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from crate_ray.data.decode.samples import DecodeError, read_image_header, to_eight_bits
+from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.pillow import to_eight_bits
+from crate_ray.data.decode.samples import read_image_header
 from crate_ray.data.prepare.statistics import IMAGE_FORMATS, BadSample, channels_of
 
 _REDUCING_GAP = 3.0  # Pillow first averages whole pixels down to 3 times the size; no visible difference to one pass

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict
 
-from crate_ray.data.decode.samples import DecodeError, read_image_header, to_eight_bits
+from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.pillow import to_eight_bits
+from crate_ray.data.decode.samples import read_image_header
 from crate_ray.data.format import npy
 from crate_ray.data.format.names import IMAGE_SUFFIXES
 from crate_ray.errors import UserError, first_few

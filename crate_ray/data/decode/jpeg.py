@@ -1,0 +1,212 @@
+"""JPEGs of 8 bits by libjpeg-turbo: of a large one, only what the crop needs is decoded."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from torch import Tensor
+
+from crate_ray.data.decode.errors import DecodeError, check_pixels
+from crate_ray.data.decode.jpeg_stack import Layout, layout_of
+from crate_ray.data.decode.member import UPRIGHT, Crop, exif_orientation, upright
+from crate_ray.data.decode.pillow import PillowImage, open_with_pillow
+from crate_ray.data.decode.transforms import LARGEST_SMALL_SIDE, Box, Orientation, resize_image
+from crate_ray.data.decode.turbojpeg import Region, RegionError, find_turbojpeg
+
+_REDUCED_CROP = 1.5
+"""A crop decoded at a reduced scale is at least so many times as large as the output."""
+_REDUCED_PIXELS = 2**18
+"""Smaller crops are not reduced: the resize that takes fractions of pixels costs more than is won."""
+_COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBX"}
+"""simplejpeg's names by channels."""
+_DECODED = {1: 1, 3: 4}
+"""Channels that large JPEGs are decoded to: resize_image is faster with a fourth one."""
+
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+"""Tables, comments and data of applications: what has a length and may come before a frame. Nothing else may: where
+decoders disagree whether a marker has a length, they see different frames behind it."""
+_SEQUENTIAL = frozenset({0xC0, 0xC1})
+_APP1, _START_OF_SCAN, _RESTART_INTERVAL = 0xE1, 0xDA, 0xDD
+
+
+class Jpeg(NamedTuple):
+    """A JPEG of 8 bits: grayscale, YCbCr, RGB, CMYK or YCCK."""
+
+    content: bytes | memoryview
+    frame: int
+    """Where the frame's header begins."""
+    height: int
+    width: int
+    """Both as stored."""
+    components: int
+    orientation: Orientation
+    layout: Layout | None
+    """Of a small one that can be decoded together with others."""
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        return (self.width, self.height) if self.orientation.transposed else (self.height, self.width)
+
+    def whole(self, channels: int) -> NDArray[np.uint8]:
+        return upright(self._all(1, channels), self.orientation).transpose(2, 0, 1)
+
+    def crop_into(self, crop: Crop, out_CHW: Tensor) -> None:
+        orientation = self.orientation
+        top, left, height, width, flip = crop.stored(orientation, self.hw)
+        factor = _reduction(crop, out_CHW.shape[1], out_CHW.shape[2])
+        region = Region(
+            top // factor,
+            left // factor,
+            -(-(top + height) // factor) - top // factor,
+            -(-(left + width) // factor) - left // factor,
+        )
+        box = None
+        if factor > 1:
+            box = Box(top / factor - region.top, left / factor - region.left, height / factor, width / factor)
+        pixels = self._region(region, factor, _DECODED[out_CHW.shape[0]])
+        resize_image(pixels, out_CHW, orientation.mirrored() if flip else orientation, box)
+
+    def _region(self, region: Region, factor: int, channels: int) -> NDArray[np.uint8]:
+        """A region of the image at 1/factor of its scale, (height, width, channels)."""
+        # A file that does not end as it should is decoded as a whole, to see whether anything is missing.
+        # CMYK is decoded as a whole too: it is converted to RGB afterwards.
+        if self.content[-2:] == b"\xff\xd9" and self.components < 4:
+            pixels = self._region_alone(region, factor, channels)
+            if pixels is not None:
+                return pixels
+        pixels = self._all(factor, channels)
+        return pixels[region.top : region.top + region.height, region.left : region.left + region.width]
+
+    def _region_alone(self, region: Region, factor: int, channels: int) -> NDArray[np.uint8] | None:
+        """The same without decoding all of it; None where that does not work, for whatever reason."""
+        mcu_height, mcu_width = self._mcu()
+        library = find_turbojpeg()
+        if library is not None:
+            margin = region.left % (mcu_width // factor)
+            wider = region._replace(left=region.left - margin, width=region.width + margin)
+            pixels = np.empty((wider.height, wider.width, channels), np.uint8)
+            try:
+                library.decode(self.content, (self.height, self.width), wider, pixels, channels, factor)
+            except RegionError:
+                return None
+            return pixels[:, margin:]
+        # Two rows more: interpolated chroma looks at its neighbours.
+        rows = -(-((region.top + region.height) * factor + 2) // mcu_height) * mcu_height
+        if rows >= self.height or not self._can_be_cut():
+            return None
+        first = self._first_rows(rows, factor, channels)
+        if first is None:
+            return None
+        return first[region.top : region.top + region.height, region.left : region.left + region.width]
+
+    def skim(self, rows: int) -> None:
+        """Decode what codes the first rows, and as little else as possible: no colours, of 8×8 pixels one."""
+        height = self._mcu()[0]
+        rows = -(-rows // height) * height
+        if rows >= self.height or not self._can_be_cut() or self._first_rows(rows, 8, 1) is None:
+            self._all(8, 1)
+
+    def _first_rows(self, rows: int, factor: int, channels: int) -> NDArray[np.uint8] | None:
+        """A multiple of the MCU's rows, fewer than all, of a JPEG that can be cut; None where something is wrong."""
+        cut = bytearray(self.content)
+        cut[self.frame + 5 : self.frame + 7] = rows.to_bytes(2, "big")
+        pixels = np.empty((-(-rows // factor), -(-self.width // factor), channels), np.uint8)
+        try:
+            _decode_jpeg(cut, factor, pixels)
+        except ValueError as error:
+            # Its last row is decoded when the decoder finds that the file goes on. It reports the first oddity only.
+            if not str(error).endswith("extraneous bytes before marker 0xd9"):
+                return None
+        return pixels
+
+    def _all(self, factor: int, channels: int) -> NDArray[np.uint8]:
+        """All of the image, strictly."""
+        pixels = np.empty((-(-self.height // factor), -(-self.width // factor), channels), np.uint8)
+        try:
+            _decode_jpeg(self.content, factor, pixels)
+        except ValueError as error:
+            raise jpeg_error(str(error)) from None
+        return pixels
+
+    def _mcu(self) -> tuple[int, int]:
+        """Height and width of the blocks of pixels that are coded together."""
+        first = self.frame + 11
+        sampling = [self.content[first + 3 * i] for i in range(self.components)]
+        return 8 * max(s & 15 for s in sampling), 8 * max(s >> 4 for s in sampling)
+
+    def _can_be_cut(self) -> bool:
+        """Whether rows follow each other in the file, one scan of them and without restarts."""
+        content, position = self.content, self.frame
+        if content[position + 1] not in _SEQUENTIAL:
+            return False
+        while True:
+            position += 2 + (content[position + 2] << 8 | content[position + 3])
+            if position + 5 > len(content) or content[position] != 0xFF:
+                return False
+            if content[position + 1] == _START_OF_SCAN:
+                return content[position + 4] == self.components
+            if content[position + 1] == _RESTART_INTERVAL or content[position + 1] not in _SEGMENTS:
+                return False
+
+
+def jpeg_error(cause: str) -> DecodeError:
+    return DecodeError(f"the JPEG is damaged: {cause}", "damaged")
+
+
+def _decode_jpeg(content: bytes | bytearray | memoryview, factor: int, out: NDArray[np.uint8]) -> None:
+    """Decode a JPEG at 1/factor of its scale. Raises ValueError, for warnings and other sizes than out's too."""
+    colours = _COLOURS[out.shape[2]]
+    if factor == 1:
+        decoded = simplejpeg.decode_jpeg(content, colours, buffer=out)
+    else:
+        size = {"min_height": out.shape[0], "min_width": out.shape[1], "min_factor": factor}
+        decoded = simplejpeg.decode_jpeg(content, colours, buffer=out, **size)
+    if decoded.shape != out.shape:
+        raise ValueError(f"it has {decoded.shape[1]}×{decoded.shape[0]} pixels, not {out.shape[1]}×{out.shape[0]}")
+
+
+def open_jpeg(content: bytes | memoryview, max_pixels: int) -> Jpeg | PillowImage:
+    """Read a JPEG's header up to its frame, ITU T.81 annex B."""
+    orientation, position = UPRIGHT, 2
+    try:
+        while content[position] != 0xFF or (marker := content[position + 1]) not in _START_OF_FRAME:
+            if content[position : position + 2] == b"\xff\xff":  # fill byte
+                position += 1
+                continue
+            if content[position] != 0xFF or marker not in _SEGMENTS:
+                raise DecodeError("the JPEG is damaged: there is no frame where its header ends", "damaged")
+            if marker == _APP1 and content[position + 4 : position + 10] == b"Exif\0\0":
+                size = content[position + 2] << 8 | content[position + 3]
+                orientation = exif_orientation(bytes(content[position + 4 : position + 2 + size]))
+            position += 2 + (content[position + 2] << 8 | content[position + 3])
+        precision, height, width, components = struct.unpack_from(">BHHB", content, position + 4)
+        sampling = [content[position + 11 + 3 * i] for i in range(components)]
+    except (IndexError, struct.error):
+        raise DecodeError("the JPEG is damaged: it ends in its header", "damaged") from None
+    if not height or not width or not components:
+        raise DecodeError("the JPEG is damaged: it has no pixels", "damaged")
+    if not all(s >> 4 and s & 15 for s in sampling):
+        raise DecodeError("the JPEG is damaged: a component has no samples", "damaged")
+    check_pixels(height, width, max_pixels)
+    if precision != 8 or components not in (1, 3, 4):
+        return open_with_pillow(content, ("JPEG",), max_pixels)
+    layout = None
+    if max(height, width) <= LARGEST_SMALL_SIDE and orientation == UPRIGHT:
+        content = bytes(content)
+        layout = layout_of(content)
+        if layout is not None and layout[1:4] != (height, width, components):  # of a second frame
+            layout = None
+    return Jpeg(content, position, height, width, components, orientation, layout)
+
+
+def _reduction(crop: Crop, out_height: int, out_width: int) -> int:
+    """By how much a JPEG is reduced while it is decoded, such that the crop is still 1.5 times the output."""
+    if crop.height * crop.width < _REDUCED_PIXELS:
+        return 1
+    room = min(crop.height / out_height, crop.width / out_width) / _REDUCED_CROP
+    return 8 if room >= 8 else 4 if room >= 4 else 2 if room >= 2 else 1

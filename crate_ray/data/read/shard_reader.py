@@ -1,0 +1,196 @@
+"""Samples of one dataset by number: ranged reads whose every byte is checked against the index."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+
+from crate_ray.data.format.shards import INDEX_STRIDE, DamagedShard, Sample, ShardSet, parse_samples
+from crate_ray.storage.cache import PartCache
+from crate_ray.storage.interface import Replaced
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_READS = 3  # of bytes whose digest is wrong: they may have changed on the way
+_JOIN_GAP = 64 * 2**10  # members closer together than this are read in one request
+
+Keep = Callable[[bytes], memoryview]
+"""Where bytes that were read are kept: gives the view that samples' members become parts of."""
+
+
+class Unreadable(NamedTuple):
+    """Stands for a sample whose bytes are damaged."""
+
+    key: str
+    """Where it lies: the key itself cannot be read."""
+    error: str
+
+    @property
+    def members(self) -> dict[str, memoryview]:
+        """None of them."""
+        return {}
+
+
+class ShardReader:
+    """Reads samples of a dataset by number; every byte is checked against the index, every shard stays one version."""
+
+    def __init__(self, shards: ShardSet, cache: PartCache | None = None) -> None:
+        self.shards = shards
+        self._cache = cache
+        self._versions = np.zeros(shards.manifest.num_shards, np.uint64)  # hashes of ETags; 0: not read yet
+        self._table = lru_cache(maxsize=64)(shards.table)
+        self._dataset = shards.manifest.digest()
+
+    def read(self, first: int, count: int, keep: Keep = memoryview) -> list[Sample | Unreadable]:
+        """Samples first .. first + count of the dataset, as far as it goes, their bytes as `keep` keeps them.
+
+        Raises:
+            Replaced: a shard was overwritten since it was first read, or is not as large as the one that was indexed.
+            NotFound: a shard was deleted.
+        """
+        out: list[Sample | Unreadable] = []
+        stop = min(first + count, self.shards.manifest.num_samples)
+        while first < stop:
+            shard, local = self.shards.locate(first)
+            take = min(stop - first, int(self.shards.samples[shard]) - local)
+            try:
+                out += self._read(shard, local, take, keep)
+            except DamagedShard:  # only the 16 samples around the damage are lost
+                for low in range(local - local % INDEX_STRIDE, local + take, INDEX_STRIDE):
+                    begin, end = max(low, local), min(low + INDEX_STRIDE, local + take)
+                    try:
+                        out += self._read(shard, begin, end - begin, keep)
+                    except DamagedShard as error:
+                        name = self.shards.shard_name(shard)
+                        out += [Unreadable(f"{name}#{number}", str(error)) for number in range(begin, end)]
+            first += take
+        return out
+
+    def num_bytes(self, first: int, count: int) -> int:
+        """Bytes that `read` of these samples fetches, nearly."""
+        total, stop = 0, min(first + count, self.shards.manifest.num_samples)
+        while first < stop:
+            shard, local = self.shards.locate(first)
+            take = min(stop - first, int(self.shards.samples[shard]) - local)
+            if self.shards.has_table(shard):
+                total += int(self.shards.bytes[shard]) * take // int(self.shards.samples[shard])
+            else:
+                start, end, _ = self.shards.byte_range(shard, local, take)
+                total += end - start
+            first += take
+        return total
+
+    def _read(self, shard: int, first: int, count: int, keep: Keep) -> Sequence[Sample]:
+        return (self._listed if self.shards.has_table(shard) else self._contiguous)(shard, first, count, keep)
+
+    def _contiguous(self, shard: int, first: int, count: int, keep: Keep) -> list[Sample]:
+        start, end, covered = self.shards.byte_range(shard, first, count)
+
+        def check(data: bytes) -> None:
+            self.shards.check(shard, start, data)
+
+        name = self.shards.shard_name(shard)
+        parsed = parse_samples(keep(self._checked(shard, start, end, check)), name)
+        found = parsed[first - covered : first - covered + count]
+        if len(found) != count:
+            raise DamagedShard(f"{name} holds other samples than its index says; index it again")
+        return found
+
+    def _listed(self, shard: int, first: int, count: int, keep: Keep) -> list[Sample]:
+        """Samples of a shard with a table: their members, read in as few requests as they lie in."""
+        table = self._table(shard)
+        low, high = np.searchsorted(table["sample"], [first, first + count])
+        rows = table[low:high]
+        contents: dict[int, memoryview] = {}
+        by_offset = np.argsort(rows["offset"], kind="stable")
+        ends = np.maximum.accumulate(rows["offset"][by_offset] + rows["size"][by_offset])
+        gaps = rows["offset"][by_offset][1:].astype(np.int64) - ends[:-1].astype(np.int64)
+        for group in np.split(by_offset, np.flatnonzero(gaps > _JOIN_GAP) + 1):
+            start = int(rows["offset"][group[0]])
+            end = int((rows["offset"][group] + rows["size"][group]).max())
+            offsets = rows["offset"][group].astype(np.int64) - start
+            spans = {
+                i: slice(offset, offset + size)
+                for i, offset, size in zip(group.tolist(), offsets.tolist(), rows["size"][group].tolist(), strict=True)
+            }
+
+            def check(data: bytes, spans: dict[int, slice] = spans) -> None:
+                view = memoryview(data)
+                for i, span in spans.items():
+                    if xxhash.xxh3_64_intdigest(view[span]) & 0xFFFFFFFF != int(rows["digest"][i]):
+                        raise DamagedShard(
+                            f"member {rows['key'][i]!r} of {self.shards.shard_name(shard)} is not what was indexed; "
+                            "index or pack it again"
+                        )
+
+            view = keep(self._checked(shard, start, end, check))
+            contents.update((i, view[span]) for i, span in spans.items())
+        samples: list[Sample] = []
+        for number, members in groupby(range(len(rows)), key=lambda i: int(rows["sample"][i])):
+            listed = list(members)
+            key = bytes(rows["key"][listed[0]]).decode("utf-8", "surrogateescape")
+            suffixes = (bytes(rows["suffix"][i]).decode("utf-8", "surrogateescape") for i in listed)
+            assert number == first + len(samples)
+            samples.append(Sample(key, {s: contents[i] for s, i in zip(suffixes, listed, strict=True)}))
+        return samples
+
+    def _checked(self, shard: int, start: int, end: int, check: _Check) -> bytes:
+        """Bytes of a shard that pass the check, from the cache or from the storage."""
+
+        def check_all(data: bytes) -> None:
+            if len(data) != end - start:
+                raise DamagedShard(f"{self._uri(shard)} is truncated: it ends before byte {end}; pack it again")
+            check(data)
+
+        if self._cache is None:
+            return self._fetch(shard, start, end, check_all)
+        name = hashlib.sha256(f"{self._dataset}:{shard}:{start}:{end}".encode()).hexdigest()
+        return self._cache.get(name, lambda: self._fetch(shard, start, end, check_all), check_all)
+
+    def _fetch(self, shard: int, start: int, end: int, check: _Check) -> bytes:
+        for attempt in range(1, _CHECKED_READS + 1):
+            name = self.shards.shard_name(shard)
+            data, etag = self.shards.shard_storage.read_version(name, start, end - start)
+            version = xxhash.xxh3_64_intdigest(etag.encode()) or 1
+            known = int(self._versions[shard])
+            if known not in (0, version):
+                raise Replaced(
+                    f"{self._uri(shard)} was replaced while it is being read; "
+                    "index or pack the dataset again and start a new run"
+                )
+            try:
+                check(data)
+            except DamagedShard as error:
+                if attempt == _CHECKED_READS:
+                    self._check_size(shard)
+                    raise
+                logger.warning("%s; reading again", error)
+                continue
+            self._versions[shard] = version
+            return data
+        raise AssertionError("unreachable")
+
+    def _check_size(self, shard: int) -> None:
+        """Raise Replaced where a shard has not the size that was indexed: then it is not damaged, but another one."""
+        name, size = self.shards.shard_name(shard), int(self.shards.bytes[shard])
+        last, _ = self.shards.shard_storage.read_version(name, size - 1, 2)
+        if len(last) != 1:
+            raise Replaced(
+                f"{self._uri(shard)} was replaced after it was indexed, when it had {size} bytes; "
+                "index or pack the dataset again and start a new run"
+            )
+
+    def _uri(self, shard: int) -> str:
+        return f"{self.shards.shard_storage.uri}/{self.shards.shard_name(shard)}"
+
+
+class _Check(Protocol):
+    def __call__(self, data: bytes) -> None:
+        """Raise DamagedShard for wrong bytes."""
