@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from crate_ray.config.base import PositiveInt, Settings
+from crate_ray.config.base import Fraction, PositiveInt, Settings
 from crate_ray.config.evaluate import Feature
 from crate_ray.config.storage import S3Config
 from crate_ray.config.training import TrackingConfig
 
 
 class EmbedConfig(Settings):
-    """Embed every sample of a dataset with a trained encoder; Parquet files with sample keys come out."""
+    """Embed every sample of a dataset with a trained encoder, into Parquet files with the samples' keys."""
 
     model: str = "models:/crate-mae@champion"
-    """Model that embeds: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a
-    checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
-    runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors)."""
+    """Model to embed with: a run's folder (its newest checkpoint; <run>@<step> for another), a checkpoint or exported
+    model (folder or s3://), models:/<name>@<alias>, runs:/<MLflow run>, or a published .pth or .safetensors file."""
     data: str
-    """Local folder or s3://bucket/prefix of the shards, with manifest."""
+    """Dataset: local folder or s3://bucket/prefix of prepared shards."""
     output: str
     """Local folder or s3://bucket/prefix for the Parquet files."""
     feature: Feature = "mean"
-    """'mean' of the encoder's patch tokens, or its CLS token 'cls'."""
+    """mean: average of the encoder's patch tokens. cls: its CLS token."""
     workers: PositiveInt = 1
-    """Encoders that work at the same time, each on one CPU (or one GPU)."""
+    """Number of encoders that run in parallel, each on one CPU or one GPU."""
     gpu: bool = False
-    """Put each encoder on a GPU."""
+    """Run each encoder on a GPU."""
     batch_size: PositiveInt = 256
-    """Samples per task; one Parquet file holds at least as many."""
+    """Samples per forward pass. Each Parquet file holds at least this many."""
+    max_bad_fraction: Fraction = 0.01
+    """Largest share of bad samples. They are skipped and reported; above this share the job stops."""
     tracking: TrackingConfig = TrackingConfig()
-    """MLflow."""
+    """MLflow, for models:/ and runs:/."""
     s3: S3Config = S3Config()
     """Object storage."""

@@ -1,160 +1,243 @@
-"""Embeddings of a whole dataset: Ray Data over the shards, encoders as actors, Parquet out."""
+"""Embeddings of a whole dataset: Ray Data over ranges of samples, encoders as actors, Parquet out."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import Any
+import io
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import ray.data
+import ray.exceptions
 import safetensors.torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from crate_ray.config import EmbedConfig, Feature, S3Config, Settings
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.config import EmbedConfig, Feature, S3Config
+from crate_ray.data.format.shards import Sample, ShardSet, load_dataset
+from crate_ray.data.read.bad_samples import BadSampleCounter, SampleError
+from crate_ray.data.read.content import sample_contents
 from crate_ray.data.read.shard_reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
+from crate_ray.evaluation.embedding_output import (
+    LEASE_FILE,
+    EmbeddingRecord,
+    Part,
+    claim,
+    find_complete,
+    part_name,
+    publish,
+)
 from crate_ray.evaluation.features import compute_device
-from crate_ray.models import build_model
-from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
-from crate_ray.serving import FeatureExtractor
-from crate_ray.storage.arrow import arrow_filesystem
-from crate_ray.storage.interface import AlreadyExists, NotFound, Storage, open_storage
+from crate_ray.evaluation.subject import check_input
+from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.models.exported import ModelDescription
+from crate_ray.progress import CountDisplay
+from crate_ray.ray_cluster import start_ray
+from crate_ray.serving import FeatureExtractor, load_images
+from crate_ray.storage.interface import Storage, open_storage
+from crate_ray.storage.lease import Lease
 
-RECORD_FILE = "_embeddings.json"  # readers of Parquet folders pass over names with an underscore
-
-
-class EmbeddingRecord(Settings):
-    """What the Parquet files of a prefix hold; written before the first of them, complete once all are there."""
-
-    model: str
-    """SHA-256 of the weights."""
-    dataset: str
-    """Digest of the data's manifest."""
-    feature: Feature
-    """Which feature."""
-    num_samples: int
-    """Rows."""
-    dim: int
-    """Numbers per embedding."""
-    complete: bool = False
-    """Whether all rows are there."""
+_MAX_PARTS = 10_000
 
 
-def claim_output(config: EmbedConfig, model: Path) -> EmbeddingRecord:
-    """Make the output ours for the embeddings of an exported model; the record says whether they are there already.
+def embed_dataset(config: EmbedConfig, model: MaskedAutoencoder, description: ModelDescription) -> EmbeddingRecord:
+    """Embed every sample of a dataset once and write Parquet files; if they are complete already, do nothing.
 
-    Raises UserError when the output holds embeddings of another model, dataset or feature, or files that are not ours.
+    Rows: `key` of the sample, `sample` (its number in the dataset), `label` (if every sample has a class), `embedding`
+    (dim × float32). Bad samples are skipped and listed in the record. Starts Ray, or uses the one that is running.
+
+    Raises UserError if the data does not fit the model, the output holds anything else or is in use, or too many
+    samples are bad.
     """
-    shards = load_dataset(open_storage(config.data, config.s3))
-    description = ModelDescription.model_validate_json((model / DESCRIPTION_FILE).read_text())
+    shards, output = load_dataset(open_storage(config.data, config.s3)), open_storage(config.output, config.s3)
+    if output.uri == shards.storage.uri:
+        raise UserError(f"--output is {output.uri}, the folder of the dataset itself; choose another folder")
+    check_input(description, shards.manifest, shards.storage.uri)
+    weights = safetensors.torch.save({name: value.contiguous() for name, value in model.state_dict().items()})
     record = EmbeddingRecord(
-        model=hashlib.sha256((model / WEIGHTS_FILE).read_bytes()).hexdigest(),
+        model=hashlib.sha256(weights).hexdigest(),
         dataset=shards.manifest.digest(),
         feature=config.feature,
         num_samples=shards.manifest.num_samples,
         dim=description.model.dim,
     )
-    return record.model_copy(update={"complete": _claim(open_storage(config.output, config.s3), record)})
+    if done := find_complete(output, record):
+        return done
+    with Lease(output, LEASE_FILE, f"the output {output.uri}") as lease:
+        if done := find_complete(output, record):
+            return done
+        claim(output, record)
+        start_ray()
+        parts, bad = _compute(config, shards, output, description, weights)
+        record = record.model_copy(update={"skipped": dict(bad.counts), "skipped_keys": bad.causes})
+        lease.check()
+        return publish(output, record, parts)
 
 
-def embed(config: EmbedConfig, model: Path, record: EmbeddingRecord) -> None:
-    """Embed every sample once, into an output that `claim_output` gave the record of; needs Ray.
-
-    Rows: `key` (of the sample), `sample` (its number in the dataset), `label` (where there are classes), `embedding`
-    (dim × float32). Files of an earlier run of the same kind that was cut off have been removed.
-    """
-    data_uri, output = open_storage(config.data, config.s3).uri, open_storage(config.output, config.s3)
-    starts = range(0, record.num_samples, config.batch_size)
-    filesystem, path = arrow_filesystem(output.uri, config.s3)
-    weights = ray.put((model / WEIGHTS_FILE).read_bytes())
-    description_json = (model / DESCRIPTION_FILE).read_text()
-    tasks = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
-    embedded = tasks.map_batches(
+def _compute(
+    config: EmbedConfig, shards: ShardSet, output: Storage, description: ModelDescription, weights: bytes
+) -> tuple[list[Part], BadSampleCounter]:
+    """Write all parts. Raises UserError as soon as too many samples are bad."""
+    total = shards.manifest.num_samples
+    size = config.batch_size * max(1, -(-total // (config.batch_size * _MAX_PARTS)))
+    ranges = [{"start": start, "stop": min(start + size, total)} for start in range(0, total, size)]
+    job = _Job(
+        data=shards.storage.uri,
+        output=output.uri,
+        s3=config.s3,
+        description_json=description.model_dump_json(),
+        weights=ray.put(weights),
+        feature=config.feature,
+        batch_size=config.batch_size,
+        gpu=config.gpu,
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False  # CountDisplay shows samples instead of blocks
+    written = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map_batches(
         _Encoder,
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=config.workers),
         num_cpus=1,
         num_gpus=1 if config.gpu else 0,
-        fn_constructor_args=(
-            data_uri,
-            config.s3,
-            description_json,
-            weights,
-            config.feature,
-            config.batch_size,
-            config.gpu,
-        ),
+        fn_constructor_args=(job,),
     )
-    embedded.write_parquet(path, filesystem=filesystem, min_rows_per_file=config.batch_size)
-    done = record.model_copy(update={"complete": True})
-    output.write(RECORD_FILE, done.model_dump_json(indent=2).encode())
+    bad = BadSampleCounter(config.max_bad_fraction, shards.storage.uri, setting="max_bad_fraction")
+    bad.count_drawn(total)
+    parts: list[Part] = []
+    done = 0
+    with CountDisplay("embedding", total) as display:
+        for result in _results(written):
+            for error in result.errors:
+                bad.add(error)
+            parts.append(result.part)
+            done += result.part.rows + len(result.errors)
+            display.update(done, done, bad.counts.total())
+    return parts, bad
+
+
+class _Job(NamedTuple):
+    """What all encoders share."""
+
+    data: str
+    output: str
+    s3: S3Config
+    description_json: str
+    weights: Any
+    """Ray's reference to the weights in safetensors."""
+    feature: Feature
+    batch_size: int
+    gpu: bool
+    """Whether encoders have a GPU. Ray does not hide the node's GPUs from actors that asked for none."""
+
+
+class _Result(NamedTuple):
+    """A part that was written, and the samples that are not in it."""
+
+    part: Part
+    errors: list[SampleError]
+
+
+def _results(written: ray.data.Dataset) -> Iterator[_Result]:
+    """Results of the encoders as they come. Raises UserError if an encoder did, or if Ray lost it."""
+    try:
+        for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in table.to_pylist():
+                if row["failure"]:
+                    raise UserError(row["failure"])
+                errors = [SampleError(*e) for e in zip(row["keys"], row["causes"], row["messages"], strict=True)]
+                yield _Result(Part(row["name"], row["rows"], row["size"]), errors)
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"Ray lost an encoder ({type(error).__name__}: {str(error).strip().splitlines()[0]}); start the job again"
+        ) from error
 
 
 class _Encoder:
-    """Actor that reads ranges of a dataset and embeds them."""
+    """Actor that embeds ranges of samples and writes each as one part."""
 
-    def __init__(
-        self, uri: str, s3: S3Config, description_json: str, weights: Any, feature: Feature, batch_size: int, gpu: bool
-    ) -> None:
-        self._shards, self._batch_size = load_dataset(open_storage(uri, s3)), batch_size
-        self._reader = ShardReader(self._shards)
-        description = ModelDescription.model_validate_json(description_json)
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+
+    @cached_property
+    def _reader(self) -> ShardReader:
+        return ShardReader(load_dataset(open_storage(self._job.data, self._job.s3)))
+
+    @cached_property
+    def _extractor(self) -> FeatureExtractor:
+        description = ModelDescription.model_validate_json(self._job.description_json)
         model = build_model(description.model)
-        model.load_state_dict(safetensors.torch.load(ray.get(weights)))
-        # Ray does not hide the node's GPUs from an actor that asked for none.
-        self._extractor = FeatureExtractor(model, description, feature, compute_device(gpu))
+        model.load_state_dict(safetensors.torch.load(ray.get(self._job.weights)))
+        return FeatureExtractor(model, description, self._job.feature, compute_device(self._job.gpu))
 
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> pa.Table:
-        start = int(batch["start"][0])
-        samples = []
-        for sample in self._reader.read(start, self._batch_size):
-            if isinstance(sample, Unreadable):
-                raise UserError(f"cannot embed sample {sample.key}: {sample.error}")
-            samples.append(sample)
-        suffixes = self._shards.manifest.image_suffixes
-        encoded = [bytes(next(s.members[x] for x in suffixes if x in s.members)) for s in samples]
-        vectors = self._extractor(self._extractor.load(encoded)).numpy()
-        columns: dict[str, Any] = {
-            "key": pa.array([s.key for s in samples]),
-            "sample": pa.array(range(start, start + len(samples)), pa.int64()),
-        }
-        if self._shards.manifest.num_classes:
-            columns["label"] = pa.array([int(bytes(s.members["cls"])) for s in samples], pa.int64())
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-        return pa.table(columns)
-
-
-def _claim(output: Storage, record: EmbeddingRecord) -> bool:
-    """Make the output ours; True when exactly these embeddings are already complete there."""
-    try:
-        there = EmbeddingRecord.model_validate_json(output.read(RECORD_FILE))
-    except NotFound:
-        if any(info.key.endswith(".parquet") for info in output.list()):
-            raise UserError(
-                f"{output.uri} holds Parquet files that are not ours; choose an empty prefix for --output"
-            ) from None
+        name, rows, size, failure = "", 0, 0, ""
+        errors: list[SampleError] = []
         try:
-            output.write(RECORD_FILE, record.model_dump_json(indent=2).encode(), if_absent=True)
-        except AlreadyExists:
-            raise UserError(f"another job has just begun to write embeddings to {output.uri}; wait for it") from None
-        return False
-    except ValidationError:
-        raise UserError(f"{output.uri}/{RECORD_FILE} is not readable; choose an empty prefix for --output") from None
-    names = {"model": "another model", "dataset": "another dataset", "feature": "another feature"}
-    for name, words in names.items():
-        if (was := getattr(there, name)) != (now := getattr(record, name)):
-            raise UserError(
-                f"{output.uri} already holds embeddings of {words} ({was[:12]}, not {now[:12]}); "
-                "choose another --output, or delete them first"
-            )
-    if not there.complete:
-        for info in list(output.list()):
-            if info.key.endswith(".parquet"):
-                output.delete(info.key)
-    return there.complete
+            (name, rows, size), errors = self._write_part(int(batch["start"][0]), int(batch["stop"][0]))
+        except UserError as error:  # raised again by the driver; Ray would wrap it in a page of text
+            failure = str(error)
+        columns = {"name": [name], "rows": [rows], "size": [size], "failure": [failure]}
+        for column, values in zip(("keys", "causes", "messages"), zip(*errors, strict=True), strict=False):
+            columns[column] = [list(values)]
+        return pa.table({column: columns.get(column, [[]]) for column in _RESULT.names}, schema=_RESULT)
+
+    def _write_part(self, start: int, stop: int) -> _Result:
+        tables, errors = [], []
+        for first in range(start, stop, self._job.batch_size):
+            samples = self._reader.read(first, min(self._job.batch_size, stop - first))
+            table, bad = self._embed(first, samples)
+            tables.append(table)
+            errors += bad
+        file = io.BytesIO()
+        pq.write_table(pa.concat_tables(tables), file)
+        part = Part(part_name(start, stop), sum(map(len, tables)), file.tell())
+        open_storage(self._job.output, self._job.s3).write(part.name, file.getvalue())
+        return _Result(part, errors)
+
+    def _embed(self, first: int, samples: list[Sample | Unreadable]) -> tuple[pa.Table, list[SampleError]]:
+        """Embeddings of the good ones among samples first, first + 1, …; and the errors of the others."""
+        manifest = self._reader.shards.manifest
+        labelled = manifest.num_classes is not None
+        contents = sample_contents(samples, manifest.image_suffixes, "required" if labelled else "ignored")
+        images, decode_errors = load_images(contents.encoded, self._extractor.description)
+        keys = [sample.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for sample in samples]
+        good, errors = [], []
+        for i, (error, decode_error) in enumerate(zip(contents.errors, decode_errors, strict=True)):
+            if error is None and decode_error is None:
+                good.append(i)
+            elif error is not None:
+                errors.append(error._replace(key=keys[i]))
+            else:
+                assert decode_error is not None
+                errors.append(SampleError.of_decode_error(keys[i], decode_error))
+        dim = self._extractor.description.model.dim
+        vectors = self._extractor(images[good]).numpy() if good else np.empty((0, dim), np.float32)
+        columns: dict[str, Any] = {
+            "key": pa.array([keys[i] for i in good], pa.string()),
+            "sample": pa.array([first + i for i in good], pa.int64()),
+        }
+        if labelled:
+            columns["label"] = pa.array([contents.labels[i] for i in good], pa.int64())
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
+        return pa.table(columns), errors
+
+
+_RESULT = pa.schema(
+    {
+        "name": pa.string(),
+        "rows": pa.int64(),
+        "size": pa.int64(),
+        "failure": pa.string(),
+        "keys": pa.list_(pa.string()),
+        "causes": pa.list_(pa.string()),
+        "messages": pa.list_(pa.string()),
+    }
+)
+"""What an encoder returns for each part."""

@@ -1,12 +1,10 @@
-"""Embed a dataset: crate-ray embed --model models:/crate-mae@champion --data s3://data/mine --output s3://out
+"""`crate-ray embed`: embeddings of a dataset as Parquet files.
 
-Modules that take seconds to import are imported after the settings are read.
+Modules that take seconds to import are imported after the settings have been checked.
 """
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import NoReturn
 
 from crate_ray.cli import run_job
@@ -14,21 +12,17 @@ from crate_ray.config import EmbedConfig
 
 
 def main(config: EmbedConfig) -> None:
-    """Fetch the model, embed, and say where the files are."""
-    from crate_ray.evaluation.embedding import claim_output, embed
-    from crate_ray.ray_cluster import start_ray
-    from crate_ray.runs.references import fetch
+    """Load the model, embed the dataset, and print what was written."""
+    from crate_ray.evaluation.embedding import embed_dataset
+    from crate_ray.runs.references import load_encoder
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        fetch(config.model, folder, config.tracking, config.s3)
-        record = claim_output(config, folder)
-        if not record.complete:
-            start_ray()
-            embed(config, folder, record)
-    print(f"{config.output}: {record.num_samples:,} embeddings of {record.dim} numbers, Parquet")
+    record = embed_dataset(config, *load_encoder(config.model, config.tracking, config.s3))
+    print(f"{config.output}: {record.num_rows:,} embeddings of {record.dim} numbers, Parquet")
+    if record.skipped:
+        causes = ", ".join(f"{count:,} {cause}" for cause, count in record.skipped.items())
+        print(f"skipped    {sum(record.skipped.values()):,} bad samples ({causes}); listed in _embeddings.json")
 
 
 def run() -> NoReturn:
-    """Parse the command line and run the job."""
+    """Entry point."""
     run_job(EmbedConfig, main)

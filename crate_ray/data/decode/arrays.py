@@ -1,4 +1,4 @@
-"""Arrays: `.npy` grids of numbers, read without pickle, and images that have been decoded already."""
+"""`.npy` grids, read without pickle, and images that are already decoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crate_ray.data.format import npy
 
 
 class DecodedImage(NamedTuple):
-    """An image (height, width, C), uint8."""
+    """A decoded image: (height, width, C), uint8."""
 
     array: NDArray[np.uint8]
 
@@ -34,6 +34,7 @@ class DecodedImage(NamedTuple):
 
 
 def open_array(array: NDArray[Any], kind: Kind, channels: int) -> DecodedImage | Grid:
+    """Check the type and shape of an array. Raises DecodeError if they do not match."""
     if kind == "grid":
         _check_grid(array.shape, array.dtype, channels)
         return Grid(array.tobytes(), 0, array.dtype, array.shape, False)
@@ -60,7 +61,7 @@ class Grid(NamedTuple):
 
     def whole(self, channels: int) -> NDArray[np.float32]:
         stored = np.frombuffer(self.content, self.dtype, math.prod(self.shape), self.offset)
-        with np.errstate(over="ignore"):  # too large for float32: found below
+        with np.errstate(over="ignore"):  # overflow gives infinity, which is checked below
             grid = stored.reshape(self.shape, order="F" if self.fortran else "C").astype(np.float32)
         if not np.isfinite(grid).all():
             raise DecodeError("holds numbers that are not finite", "not_finite")
@@ -73,6 +74,7 @@ class Grid(NamedTuple):
 
 
 def open_grid(content: bytes | memoryview, channels: int, max_pixels: int) -> Grid:
+    """Read and check the header of a `.npy` array. Raises DecodeError."""
     start = bytes(content[:6])
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         raise DecodeError("a pickle, not a plain .npy array", "pickled")

@@ -1,4 +1,4 @@
-"""JPEGs of 8 bits by libjpeg-turbo: of a large one, only what the crop needs is decoded."""
+"""8-bit JPEGs, decoded by libjpeg-turbo. Only the crop's part of a large JPEG is decoded."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from crate_ray.data.decode.transforms import LARGEST_SMALL_SIDE, Box, Orientatio
 from crate_ray.data.decode.turbojpeg import Region, RegionError, find_turbojpeg
 
 _REDUCED_CROP = 1.5
-"""A crop decoded at a reduced scale is at least so many times as large as the output."""
+"""A crop is decoded at a reduced scale only if it stays this many times as large as the output."""
 _REDUCED_PIXELS = 2**18
-"""Smaller crops are not reduced: the resize that takes fractions of pixels costs more than is won."""
+"""Crops with fewer pixels are decoded at full scale: the sub-pixel resize would cost more than decoding saves."""
 _COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBX"}
-"""simplejpeg's names by channels."""
+"""simplejpeg's color spaces, by number of channels."""
 _DECODED = {1: 1, 3: 4}
-"""Channels that large JPEGs are decoded to: resize_image is faster with a fourth one."""
+"""Channels in the batch -> channels to decode: resize_image is faster with a fourth one."""
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)})
-"""Tables, comments and data of applications: what has a length and may come before a frame. Nothing else may: where
-decoders disagree whether a marker has a length, they see different frames behind it."""
+"""Segments with a length that may come before a frame: tables, comments, application data. Other markers are refused:
+decoders disagree on whether those have a length, so they could find different frames."""
 _SEQUENTIAL = frozenset({0xC0, 0xC1})
 _APP1, _START_OF_SCAN, _RESTART_INTERVAL = 0xE1, 0xDA, 0xDD
 
 
 class Jpeg(NamedTuple):
-    """A JPEG of 8 bits: grayscale, YCbCr, RGB, CMYK or YCCK."""
+    """An 8-bit JPEG: grayscale, YCbCr, RGB, CMYK or YCCK."""
 
     content: bytes | memoryview
     frame: int
-    """Where the frame's header begins."""
+    """Offset of the frame header."""
     height: int
+    """As stored, before orientation."""
     width: int
-    """Both as stored."""
+    """As stored, before orientation."""
     components: int
     orientation: Orientation
     layout: Layout | None
-    """Of a small one that can be decoded together with others."""
+    """Set for a small JPEG that can be decoded together with others."""
 
     @property
     def hw(self) -> tuple[int, int]:
@@ -72,9 +73,9 @@ class Jpeg(NamedTuple):
         resize_image(pixels, out_CHW, orientation.mirrored() if flip else orientation, box)
 
     def _region(self, region: Region, factor: int, channels: int) -> NDArray[np.uint8]:
-        """A region of the image at 1/factor of its scale, (height, width, channels)."""
-        # A file that does not end as it should is decoded as a whole, to see whether anything is missing.
-        # CMYK is decoded as a whole too: it is converted to RGB afterwards.
+        """Decode a region at 1/factor scale: (height, width, channels)."""
+        # Decode everything if the end marker is missing, to find out whether pixels are missing too.
+        # Also decode CMYK as a whole: simplejpeg converts it to RGB afterwards.
         if self.content[-2:] == b"\xff\xd9" and self.components < 4:
             pixels = self._region_alone(region, factor, channels)
             if pixels is not None:
@@ -83,7 +84,7 @@ class Jpeg(NamedTuple):
         return pixels[region.top : region.top + region.height, region.left : region.left + region.width]
 
     def _region_alone(self, region: Region, factor: int, channels: int) -> NDArray[np.uint8] | None:
-        """The same without decoding all of it; None where that does not work, for whatever reason."""
+        """Like _region, but decode no more than needed. None if that is not possible."""
         mcu_height, mcu_width = self._mcu()
         library = find_turbojpeg()
         if library is not None:
@@ -95,7 +96,7 @@ class Jpeg(NamedTuple):
             except RegionError:
                 return None
             return pixels[:, margin:]
-        # Two rows more: interpolated chroma looks at its neighbours.
+        # Two rows more, because chroma is interpolated between neighbours.
         rows = -(-((region.top + region.height) * factor + 2) // mcu_height) * mcu_height
         if rows >= self.height or not self._can_be_cut():
             return None
@@ -105,27 +106,28 @@ class Jpeg(NamedTuple):
         return first[region.top : region.top + region.height, region.left : region.left + region.width]
 
     def skim(self, rows: int) -> None:
-        """Decode what codes the first rows, and as little else as possible: no colours, of 8×8 pixels one."""
+        """Entropy-decode the first rows and do as little else as possible: luma only, at 1/8 scale."""
         height = self._mcu()[0]
         rows = -(-rows // height) * height
         if rows >= self.height or not self._can_be_cut() or self._first_rows(rows, 8, 1) is None:
             self._all(8, 1)
 
     def _first_rows(self, rows: int, factor: int, channels: int) -> NDArray[np.uint8] | None:
-        """A multiple of the MCU's rows, fewer than all, of a JPEG that can be cut; None where something is wrong."""
-        cut = bytearray(self.content)
+        """Decode only the first rows, a multiple of the MCU height. None if the JPEG is damaged."""
+        cut = bytearray(self.content)  # the frame header gets a smaller height
         cut[self.frame + 5 : self.frame + 7] = rows.to_bytes(2, "big")
         pixels = np.empty((-(-rows // factor), -(-self.width // factor), channels), np.uint8)
         try:
             _decode_jpeg(cut, factor, pixels)
         except ValueError as error:
-            # Its last row is decoded when the decoder finds that the file goes on. It reports the first oddity only.
+            # This warning is expected: all rows are decoded, and data follows. The decoder reports the first warning
+            # only, so any other one came before it.
             if not str(error).endswith("extraneous bytes before marker 0xd9"):
                 return None
         return pixels
 
     def _all(self, factor: int, channels: int) -> NDArray[np.uint8]:
-        """All of the image, strictly."""
+        """Decode the whole image; any warning is an error."""
         pixels = np.empty((-(-self.height // factor), -(-self.width // factor), channels), np.uint8)
         try:
             _decode_jpeg(self.content, factor, pixels)
@@ -134,13 +136,13 @@ class Jpeg(NamedTuple):
         return pixels
 
     def _mcu(self) -> tuple[int, int]:
-        """Height and width of the blocks of pixels that are coded together."""
+        """Height and width of a minimum coded unit in pixels."""
         first = self.frame + 11
         sampling = [self.content[first + 3 * i] for i in range(self.components)]
         return 8 * max(s & 15 for s in sampling), 8 * max(s >> 4 for s in sampling)
 
     def _can_be_cut(self) -> bool:
-        """Whether rows follow each other in the file, one scan of them and without restarts."""
+        """Whether the rows are stored in order: a sequential JPEG with a single scan and no restart markers."""
         content, position = self.content, self.frame
         if content[position + 1] not in _SEQUENTIAL:
             return False
@@ -154,12 +156,13 @@ class Jpeg(NamedTuple):
                 return False
 
 
-def jpeg_error(cause: str) -> DecodeError:
-    return DecodeError(f"the JPEG is damaged: {cause}", "damaged")
+def jpeg_error(message: str) -> DecodeError:
+    """The error of a damaged JPEG."""
+    return DecodeError(f"the JPEG is damaged: {message}", "damaged")
 
 
 def _decode_jpeg(content: bytes | bytearray | memoryview, factor: int, out: NDArray[np.uint8]) -> None:
-    """Decode a JPEG at 1/factor of its scale. Raises ValueError, for warnings and other sizes than out's too."""
+    """Decode a JPEG at 1/factor scale into out. Raises ValueError for errors, warnings, and a size other than out's."""
     colours = _COLOURS[out.shape[2]]
     if factor == 1:
         decoded = simplejpeg.decode_jpeg(content, colours, buffer=out)
@@ -171,7 +174,7 @@ def _decode_jpeg(content: bytes | bytearray | memoryview, factor: int, out: NDAr
 
 
 def open_jpeg(content: bytes | memoryview, max_pixels: int) -> Jpeg | PillowImage:
-    """Read a JPEG's header up to its frame, ITU T.81 annex B."""
+    """Read a JPEG's header up to its frame (ITU T.81 annex B). Raises DecodeError if it is damaged or too large."""
     orientation, position = UPRIGHT, 2
     try:
         while content[position] != 0xFF or (marker := content[position + 1]) not in _START_OF_FRAME:
@@ -179,7 +182,7 @@ def open_jpeg(content: bytes | memoryview, max_pixels: int) -> Jpeg | PillowImag
                 position += 1
                 continue
             if content[position] != 0xFF or marker not in _SEGMENTS:
-                raise DecodeError("the JPEG is damaged: there is no frame where its header ends", "damaged")
+                raise jpeg_error("its header has no frame")
             if marker == _APP1 and content[position + 4 : position + 10] == b"Exif\0\0":
                 size = content[position + 2] << 8 | content[position + 3]
                 orientation = exif_orientation(bytes(content[position + 4 : position + 2 + size]))
@@ -187,11 +190,11 @@ def open_jpeg(content: bytes | memoryview, max_pixels: int) -> Jpeg | PillowImag
         precision, height, width, components = struct.unpack_from(">BHHB", content, position + 4)
         sampling = [content[position + 11 + 3 * i] for i in range(components)]
     except (IndexError, struct.error):
-        raise DecodeError("the JPEG is damaged: it ends in its header", "damaged") from None
+        raise jpeg_error("it ends within its header") from None
     if not height or not width or not components:
-        raise DecodeError("the JPEG is damaged: it has no pixels", "damaged")
+        raise jpeg_error("it has no pixels")
     if not all(s >> 4 and s & 15 for s in sampling):
-        raise DecodeError("the JPEG is damaged: a component has no samples", "damaged")
+        raise jpeg_error("a component has no samples")
     check_pixels(height, width, max_pixels)
     if precision != 8 or components not in (1, 3, 4):
         return open_with_pillow(content, ("JPEG",), max_pixels)
@@ -199,13 +202,13 @@ def open_jpeg(content: bytes | memoryview, max_pixels: int) -> Jpeg | PillowImag
     if max(height, width) <= LARGEST_SMALL_SIDE and orientation == UPRIGHT:
         content = bytes(content)
         layout = layout_of(content)
-        if layout is not None and layout[1:4] != (height, width, components):  # of a second frame
+        if layout is not None and layout[1:4] != (height, width, components):  # it belongs to a second frame
             layout = None
     return Jpeg(content, position, height, width, components, orientation, layout)
 
 
 def _reduction(crop: Crop, out_height: int, out_width: int) -> int:
-    """By how much a JPEG is reduced while it is decoded, such that the crop is still 1.5 times the output."""
+    """Largest reduction while decoding (1, 2, 4 or 8) that keeps the crop at least 1.5 times as large as the output."""
     if crop.height * crop.width < _REDUCED_PIXELS:
         return 1
     room = min(crop.height / out_height, crop.width / out_width) / _REDUCED_CROP

@@ -1,4 +1,4 @@
-"""Images that Pillow reads: PNG, WebP, and JPEGs of other depths than 8 bits."""
+"""Images that Pillow decodes: PNG, WebP, and JPEGs that are not 8-bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crate_ray.data.decode.transforms import Orientation, resize_image
 
 
 class PillowImage(NamedTuple):
-    """An image that Pillow has opened, not loaded."""
+    """An image that Pillow has opened but not decoded."""
 
     image: Image.Image
     orientation: Orientation
@@ -39,20 +39,21 @@ class PillowImage(NamedTuple):
         try:
             part = self.image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
             pixels = np.array(to_eight_bits(part).convert("L" if channels == 1 else "RGB"))
-        except Exception as error:  # Pillow lets through whatever a damaged file does to its parsers
+        except Exception as error:  # damaged files can raise anything in Pillow's parsers
             raise DecodeError(f"the {self.image.format} is damaged: {error}", "damaged") from None
         return pixels[:, :, None] if channels == 1 else pixels
 
 
 def open_with_pillow(content: bytes | memoryview, formats: tuple[str, ...], max_pixels: int) -> PillowImage:
+    """Open an image of one of these formats. Raises DecodeError if it is of none of them, damaged or too large."""
     stored = bytes(content)
     check_pixels(*_webp_hw(stored), max_pixels)
     try:
         image = Image.open(io.BytesIO(stored), formats=formats)
         check_pixels(image.height, image.width, max_pixels)
         if image.format == "PNG" and "exif" not in image.info and b"eXIf" in stored:
-            image.load()  # it may come after the pixels
-        # The PNG reader's own method loads the pixels whenever there is no such chunk.
+            image.load()  # the chunk may come after the pixels
+        # Call the base class: the PNG plugin's getexif() decodes the pixels if there is no eXIf chunk.
         value = Image.Image.getexif(image).get(EXIF_ORIENTATION)
     except DecodeError:
         raise
@@ -66,7 +67,7 @@ def open_with_pillow(content: bytes | memoryview, formats: tuple[str, ...], max_
 
 
 def _webp_hw(content: bytes) -> tuple[int, int]:
-    """Height and width of a WebP image, RFC 9649; zeros where it is none. Pillow allocates before it tells."""
+    """Height and width of a WebP image (RFC 9649), zeros for other formats. Pillow allocates before it reports them."""
     if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or len(content) < 30:
         return 0, 0
     if content[12:16] == b"VP8X":
@@ -79,7 +80,7 @@ def _webp_hw(content: bytes) -> tuple[int, int]:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grayscale, which Pillow's convert would clip at 255, on the scale 0 to 255; other images as they are."""
+    """Scale 16-bit grayscale to 0 … 255 (Pillow's convert would clip it at 255). Other images are returned as is."""
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -1,6 +1,7 @@
-"""Encoded members to model input: JPEG by libjpeg-turbo, PNG and WebP by Pillow, `.npy` grids by NumPy without pickle.
+"""Decode batches of images and grids, crop and resize them.
 
-Of a JPEG only what the crop needs is decoded. Nothing is allocated before the header was judged.
+JPEGs are decoded by libjpeg-turbo, PNG and WebP by Pillow, `.npy` grids by NumPy without pickle. Headers are checked
+before memory is allocated for pixels.
 """
 
 from __future__ import annotations
@@ -23,11 +24,8 @@ from crate_ray.data.decode.pillow import open_with_pillow
 from crate_ray.data.decode.scratch import scratch
 from crate_ray.data.decode.transforms import CropRule, Crops, Int64, SmallResize, small_side
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-GRID_SUFFIX = "npy"
-
 _SMALL_BYTES = 2**16
-"""JPEGs of so many bytes are worth a look whether they are like the one before."""
+"""JPEGs below this size are compared with the one before: if the headers are equal, the header is not parsed again."""
 
 
 def decode_batch(
@@ -38,37 +36,27 @@ def decode_batch(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> list[DecodeError | None]:
-    """Decode n members, cut each where `crop` says, and resize (antialiased bicubic) into out, (n, C, height, width).
+    """Decode n images or grids, crop them, and resize them (antialiased bicubic) into out, (n, C, height, width).
 
-    Safe to call in several threads at once; most of the work is done without the interpreter lock.
+    Thread-safe. Most of the work is done without the GIL.
 
     Args:
-        encoded: the members' contents: JPEG, PNG or WebP for images, `.npy` for grids; or what has been decoded
-            already: (height, width, C) uint8 for images, (C, height, width) numbers for grids.
-        kind: what they are.
-        crop: called once, with the heights and widths of all n upright images (1 for what has none).
-        out: uint8 for images, with 1 (luma) or 3 (RGB) channels; float32 for grids.
-        max_pixels: larger members are refused by their headers.
+        encoded: JPEG, PNG or WebP files for images, `.npy` files for grids; or decoded arrays: (height, width, C)
+            uint8 for images, (C, height, width) numbers for grids.
+        kind: whether they are images or grids.
+        crop: called once with the heights and widths of all n upright images (1 × 1 for those that cannot be opened).
+        out: uint8 with 1 (luma) or 3 (RGB) channels for images, float32 for grids.
+        max_pixels: larger images and grids are refused by their headers.
 
     Returns:
-        The error of each member that cannot be used, whose slot stays undefined; None for the others.
+        n entries: None, or the error of an image or grid that cannot be decoded, whose slot in out is undefined.
     """
     channels, out_hw = int(out.shape[1]), (int(out.shape[2]), int(out.shape[3]))
     if kind == "image" and (alike := _open_alike(encoded, channels, max_pixels)) is not None:
         side = small_side(alike[1].height, alike[1].width, out_hw)
         if side is not None:
             return _decode_alike(*alike, crop, side, out)
-    members: list[Member | None] = []
-    errors: list[DecodeError | None] = []
-    member: Member | None = None
-    for content in encoded:
-        try:
-            member = _open(content, kind, channels, max_pixels, member)
-            members.append(member)
-            errors.append(None)
-        except DecodeError as error:
-            members.append(None)
-            errors.append(error)
+    members, errors = _open_all(encoded, kind, channels, max_pixels)
     sizes = np.array([(1, 1) if member is None else member.hw for member in members], np.int64).reshape(-1, 2)
     crops = crop(sizes[:, 0], sizes[:, 1])
     small: dict[tuple[int, object], list[int]] = {}
@@ -84,31 +72,32 @@ def decode_batch(
             member.crop_into(Crop.of(crops, i), out[i])
         except DecodeError as error:
             errors[i] = error
-        members[i] = None  # Pillow keeps a whole picture in it
+        members[i] = None  # a PillowImage holds all of its pixels
     for (side, _), rows in small.items():
         _decode_small(members, np.array(rows), crops, side, out, errors)
     return errors
 
 
 class ImageHeader(NamedTuple):
-    """What the beginning of an encoded image tells."""
+    """What the header of an encoded image says."""
 
     height: int
+    """Of the upright image."""
     width: int
-    """Both upright."""
+    """Of the upright image."""
     is_plain_jpeg: bool
-    """A JPEG that is complete, upright, and grayscale or YCbCr of 8 bits: what any decoder can be given."""
+    """Whether any JPEG decoder gives the same pixels: a complete, upright, 8-bit JPEG in grayscale or YCbCr."""
 
 
 def read_image_header(content: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Read an image's header. Raises DecodeError for what decode_batch refuses by it."""
+    """Read an image's header. Raises DecodeError if decode_batch would refuse the image by its header."""
     member = _open(content, "image", 3, max_pixels)
     is_plain = (
         isinstance(member, Jpeg)
         and member.components < 4
         and member.orientation == UPRIGHT
         and content[-2:] == b"\xff\xd9"
-        # Otherwise it may be RGB.
+        # An Adobe segment or a component named R can mean RGB.
         and b"Adobe" not in bytes(content[: member.frame])
         and content[member.frame + 10] != ord("R")
     )
@@ -116,14 +105,32 @@ def read_image_header(content: bytes | memoryview, *, max_pixels: int = MAX_PIXE
 
 
 def skim_jpeg(content: bytes | memoryview, rows: int) -> None:
-    """Decode what codes the first rows of a JPEG and throw it away: what a crop that ends there takes at the least.
+    """Entropy-decode the first rows of a JPEG and drop the result: the least that a crop ending there must cost.
 
-    Huffman codes can only be read from the beginning. Raises DecodeError for what is not a JPEG of 8 bits.
+    Huffman codes can only be read from the beginning. Raises DecodeError if it is not an 8-bit JPEG.
     """
     member = _open(content, "image", 3, MAX_PIXELS)
     if not isinstance(member, Jpeg):
-        raise DecodeError("not a JPEG of 8 bits", "not_an_image")
+        raise DecodeError("not an 8-bit JPEG", "not_an_image")
     member.skim(rows)
+
+
+def _open_all(
+    encoded: Sequence[bytes | memoryview | NDArray[Any]], kind: Kind, channels: int, max_pixels: int
+) -> tuple[list[Member | None], list[DecodeError | None]]:
+    """Open all members; None and an error for those that cannot be opened."""
+    members: list[Member | None] = []
+    errors: list[DecodeError | None] = []
+    member: Member | None = None
+    for content in encoded:
+        try:
+            member = _open(content, kind, channels, max_pixels, member)
+            members.append(member)
+            errors.append(None)
+        except DecodeError as error:
+            members.append(None)
+            errors.append(error)
+    return members, errors
 
 
 def _open(
@@ -133,6 +140,7 @@ def _open(
     max_pixels: int,
     previous: Member | None = None,
 ) -> Member:
+    """Read and check the header; it is not parsed if the previous JPEG had the same. Raises DecodeError."""
     if isinstance(content, np.ndarray):
         return open_array(content, kind, channels)
     if not len(content):
@@ -155,7 +163,7 @@ def _open(
 def _open_alike(
     encoded: Sequence[bytes | memoryview | NDArray[Any]], channels: int, max_pixels: int
 ) -> tuple[list[bytes], Layout] | None:
-    """Small JPEGs that all have the header of the first, as those of a dataset often do; None for others."""
+    """The contents and their layout if all are small JPEGs with the same header (common in datasets), else None."""
     if not len(encoded) or any(isinstance(content, np.ndarray) or len(content) >= _SMALL_BYTES for content in encoded):
         return None
     try:
@@ -172,7 +180,7 @@ def _open_alike(
 def _decode_alike(
     contents: Sequence[bytes], layout: Layout, crop: CropRule, side: int, out: Tensor
 ) -> list[DecodeError | None]:
-    """decode_batch of small JPEGs of one layout."""
+    """decode_batch for small JPEGs with the same layout."""
     n = len(contents)
     crops = crop(np.full(n, layout.height), np.full(n, layout.width))
     resized = scratch("resized", tuple(out.shape), np.float32)
@@ -189,7 +197,7 @@ def _decode_small(
     out: Tensor,
     errors: list[DecodeError | None],
 ) -> None:
-    """Decode small members as a whole, and resize them together."""
+    """Decode small members as a whole and resize them together."""
     numbers, channels = rows.tolist(), out.shape[1]
     crops = crops.take(rows)
     resized = scratch("resized", (len(numbers), *out.shape[1:]), np.float32)
@@ -201,7 +209,7 @@ def _decode_small(
             errors[numbers[i]] = jpeg_error(cause)
     else:
         squares = scratch("squares", (len(numbers), channels, side, side), np.float32)
-        squares[...] = 0  # what lies outside of an image has no weight, but must be finite
+        squares[...] = 0  # pixels outside of an image have weight 0, but must be finite
         for square, i in zip(squares, numbers, strict=True):
             member = members[i]
             assert member is not None
@@ -214,7 +222,7 @@ def _decode_small(
 
 
 def _round_into(out: Tensor, rows: slice | Int64, resized: NDArray[np.float32]) -> None:
-    """Store resized images or grids in rows of a batch; what was resized is overwritten."""
+    """Store resized images or grids in rows of a batch. Overwrites `resized`."""
     if out.dtype == torch.uint8:
         resized += 0.5
         np.clip(resized, 0, 255, out=resized)

@@ -1,0 +1,130 @@
+"""The output of an embedding job: Parquet parts, and a record that says what they hold and whether they are complete.
+
+<output>/_embeddings.json    the record; Parquet readers skip names that begin with an underscore
+<output>/part-<first sample>-<end>.parquet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pydantic import Field, ValidationError
+
+from crate_ray.config import Feature, Settings
+from crate_ray.errors import UserError
+from crate_ray.storage.interface import NotFound, Storage
+
+RECORD_FILE = "_embeddings.json"
+LEASE_FILE = "_embeddings.lease"
+
+
+class EmbeddingRecord(Settings):
+    """What an output holds. Written before the first part, and again once all parts are there."""
+
+    model: str
+    """SHA-256 of the weights."""
+    dataset: str
+    """Digest of the dataset's manifest."""
+    feature: Feature
+    """Which feature."""
+    num_samples: int
+    """Samples in the dataset."""
+    dim: int
+    """Numbers per embedding."""
+    complete: bool = False
+    """Whether all parts are there."""
+    skipped: dict[str, int] = Field(default_factory=dict)
+    """Number of bad samples, which have no row, by cause."""
+    skipped_keys: dict[str, str] = Field(default_factory=dict)
+    """Cause of each bad sample by its key, for the first 10,000 of them."""
+
+    @property
+    def num_rows(self) -> int:
+        """Embeddings in all parts."""
+        return self.num_samples - sum(self.skipped.values())
+
+
+class Part(NamedTuple):
+    """A Parquet file that was written."""
+
+    name: str
+    rows: int
+    size: int
+    """Bytes."""
+
+
+def part_name(start: int, stop: int) -> str:
+    """File name of the part with samples start … stop − 1: the same in every attempt."""
+    return f"part-{start:012d}-{stop:012d}.parquet"
+
+
+def find_complete(output: Storage, wanted: EmbeddingRecord) -> EmbeddingRecord | None:
+    """The record of an output that holds the wanted embeddings already, or None.
+
+    Raises UserError if the output holds embeddings of another model, dataset or feature, or Parquet files that no
+    embedding job wrote.
+    """
+    record = _read_record(output)
+    if record is None:
+        if any(_is_part(info.key) for info in output.list()):
+            raise UserError(
+                f"{output.uri} holds Parquet files that are not from an embedding job; choose an empty folder for "
+                "--output"
+            )
+        return None
+    for name in ("model", "dataset", "feature"):
+        if (was := getattr(record, name)) != (now := getattr(wanted, name)):
+            raise UserError(
+                f"{output.uri} already holds embeddings of another {name} ({was[:12]}, not {now[:12]}); choose another "
+                "--output, or delete them first"
+            )
+    return record if record.complete else None
+
+
+def claim(output: Storage, record: EmbeddingRecord) -> None:
+    """Start an attempt: write the record and delete the parts that a stopped attempt left behind."""
+    _write_record(output, record)
+    for info in list(output.list()):
+        if _is_part(info.key):
+            output.delete(info.key)
+
+
+def publish(output: Storage, record: EmbeddingRecord, parts: Iterable[Part]) -> EmbeddingRecord:
+    """Mark the output complete, after a check that it holds exactly these parts. Returns the new record.
+
+    Raises UserError if a part is missing or has another size, or if rows are missing.
+    """
+    expected = {part.name: part for part in parts}
+    found = {info.key: info.size for info in output.list() if _is_part(info.key)}
+    for name in found.keys() - expected.keys():
+        output.delete(name)  # a worker of a stopped attempt wrote it late
+    for name, part in expected.items():
+        if found.get(name) != part.size:
+            raise UserError(f"{output.uri}/{name} was deleted or changed while the job was running; start it again")
+    rows = sum(part.rows for part in expected.values())
+    if rows != record.num_rows:
+        raise UserError(f"{output.uri} has {rows} rows instead of {record.num_rows}; start the job again")
+    complete = record.model_copy(update={"complete": True})
+    _write_record(output, complete)
+    return complete
+
+
+def _is_part(key: str) -> bool:
+    """Whether a file at the top of the output is Parquet; sub-folders are not ours."""
+    return "/" not in key and key.endswith(".parquet")
+
+
+def _read_record(output: Storage) -> EmbeddingRecord | None:
+    try:
+        return EmbeddingRecord.model_validate_json(output.read(RECORD_FILE))
+    except NotFound:
+        return None
+    except ValidationError:
+        raise UserError(
+            f"{output.uri}/{RECORD_FILE} is not a record of this version; choose an empty folder for --output"
+        ) from None
+
+
+def _write_record(output: Storage, record: EmbeddingRecord) -> None:
+    output.write(RECORD_FILE, record.model_dump_json(indent=2).encode())
