@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from crate_ray.config import Feature
-from crate_ray.data.decode.samples import DecodeError, decode_batch
+from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import Crops, Int64, centre_crops
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder

@@ -17,7 +17,7 @@ from crate_ray.data.decode.nvjpeg import check_nvjpeg, decode_batch_cuda
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import LARGEST_SMALL_SIDE, CropRule
 from crate_ray.data.device import DeviceFeed
-from crate_ray.data.format.shards import Sample
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.order.dataset_order import Draw
 from crate_ray.data.order.hashing import Int64
 from crate_ray.data.order.mixture import Mixture

@@ -17,7 +17,8 @@ from crate_ray.config import DataConfig, ImageModelConfig
 from crate_ray.data.batch import Batch, BatchDecoder, PendingBatch, Replacements
 from crate_ray.data.decode.transforms import CropRule, Crops, centre_crops, random_crops, random_flips
 from crate_ray.data.device import DeviceFeed
-from crate_ray.data.format.shards import INDEX_STRIDE, ShardSet
+from crate_ray.data.format.dataset import ShardSet
+from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.order.dataset_order import Draw
 from crate_ray.data.order.hashing import STREAM_CROP, STREAM_REPLACEMENT, Int64, hash64, uniform
 from crate_ray.data.order.interface import Order

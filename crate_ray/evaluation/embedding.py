@@ -18,7 +18,8 @@ import safetensors.torch
 from numpy.typing import NDArray
 
 from crate_ray.config import EmbedConfig, Feature, S3Config
-from crate_ray.data.format.shards import Sample, ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.read.bad_samples import BadSampleCounter, SampleError
 from crate_ray.data.read.content import sample_contents
 from crate_ray.data.read.shard_reader import ShardReader, Unreadable

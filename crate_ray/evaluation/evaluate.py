@@ -7,7 +7,7 @@ from pathlib import Path
 
 from crate_ray.config import EvaluateConfig
 from crate_ray.data.batch import Batch
-from crate_ray.data.format.shards import ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.errors import UserError
 from crate_ray.evaluation import conclusions, figures
 from crate_ray.evaluation.classification import classify

@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from crate_ray.config import S3Config
-from crate_ray.data.format.shards import INDEX_STRIDE, Sample, ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.data.format.index import INDEX_STRIDE
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.read.shard_reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_cache import UNLABELLED, UNUSABLE, FeatureCache, FeatureSet

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crate_ray.config import DataConfig, Feature, ModelConfig
 from crate_ray.data.batch import Batch
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import evaluation_loader
 from crate_ray.data.order.sequential import stride_of
 from crate_ray.serving import Tap

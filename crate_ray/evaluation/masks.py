@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crate_ray.data.decode.errors import MAX_PIXELS
 from crate_ray.data.decode.transforms import centre_crops
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.read.shard_reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
 from crate_ray.evaluation.extraction import content_of, read_samples

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from crate_ray.config import CrateMAEConfig, FinetuneConfig, PretrainConfig, ViTMAEConfig
 from crate_ray.config.automatic import default_batch_size
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.plan import plan_order
 from crate_ray.data.read.mixture import open_mixture

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.loader import training_loader
 from crate_ray.data.order.sequence import worker_slots
 from crate_ray.data.read.bad_samples import BAD_CAUSES

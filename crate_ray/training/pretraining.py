@@ -11,7 +11,7 @@ from torch import Tensor
 from crate_ray.config import PretrainConfig
 from crate_ray.data.batch import Batch
 from crate_ray.data.device import to_device
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import evaluation_loader
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import Normalizer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crate_ray.config import FinetuneConfig, ImageModelConfig, PretrainConfig
 from crate_ray.data.batch import Batch
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.order.mixture import Mixture
 from crate_ray.models.exported import Normalizer
 from crate_ray.runs.record import RunRecord

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, S3Config
-from crate_ray.data.format.shards import load_dataset
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.evaluation.embedding_output import LEASE_FILE, RECORD_FILE
 from crate_ray.evaluation.features import iterate_dataset
 from crate_ray.models import build_model

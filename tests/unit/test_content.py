@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from crate_ray.data.format.shards import Sample
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.read.bad_samples import BadSampleCounter, SampleError
 from crate_ray.data.read.content import NO_LABEL, LabelUse, sample_contents
 from crate_ray.data.read.shard_reader import Unreadable

@@ -35,7 +35,8 @@ from crate_ray.data.batch import Batch
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import CROP_UNIFORMS, random_crops
 from crate_ray.data.device import DeviceFeed
-from crate_ray.data.format.shards import INDEX_STRIDE, ShardSet, load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.loader import Loader, evaluation_loader, training_loader
 from crate_ray.data.order.dataset_order import DatasetOrder, Window
 from crate_ray.data.order.hashing import STREAM_CROP, uniform

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crate_ray.config import DataConfig
-from crate_ray.data.format.shards import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE, Manifest, ShardSet
+from crate_ray.data.format.dataset import ShardSet
+from crate_ray.data.format.index import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE
+from crate_ray.data.format.manifest import Manifest
 from crate_ray.data.order.dataset_order import DatasetOrder
 from crate_ray.data.order.hashing import hash64, permute, uniform
 from crate_ray.data.order.mixture import Mixture, whole_weights

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from crate_ray.config import Kind
-from crate_ray.data.format.shards import ShardSet
+from crate_ray.data.format.dataset import ShardSet
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import ceil
 
 from crate_ray.config import DataConfig
-from crate_ray.data.format.shards import INDEX_STRIDE, ShardSet
+from crate_ray.data.format.dataset import ShardSet
+from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.order.dataset_order import DatasetOrder
 from crate_ray.data.order.hashing import hash64
 from crate_ray.data.order.mixture import Mixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from crate_ray.data.format.shards import INDEX_STRIDE
+from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.order.dataset_order import Draw, Window
 
 

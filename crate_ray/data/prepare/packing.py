@@ -17,7 +17,9 @@ import numpy as np
 from crate_ray.config import PrepareConfig
 from crate_ray.data.decode.errors import DecodeError
 from crate_ray.data.decode.samples import read_image_header
-from crate_ray.data.format.shards import INDEX_STRIDE, MANIFEST_NAME, Manifest, index_shard, read_table
+from crate_ray.data.format.index import INDEX_STRIDE, index_shard
+from crate_ray.data.format.manifest import MANIFEST_NAME, Manifest
+from crate_ray.data.format.samples import read_table
 from crate_ray.data.prepare.build import SHARD_PATTERN, Plan, ShardTask, make_dataset
 from crate_ray.data.prepare.records import Finished, check_plan, digest_of, save_record
 from crate_ray.data.prepare.shrink import shrink_image, shrink_mask

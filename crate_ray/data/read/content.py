@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
-from crate_ray.data.format.shards import Sample
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.read.bad_samples import SampleError
 from crate_ray.data.read.shard_reader import Unreadable
 

@@ -7,7 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from crate_ray.config import DataConfig, S3Config
-from crate_ray.data.format.shards import INDEX_STRIDE, Sample, load_dataset
+from crate_ray.data.format.dataset import load_dataset
+from crate_ray.data.format.index import INDEX_STRIDE
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.order.mixture import Mixture, whole_weights
 from crate_ray.data.read.shard_reader import Keep, ShardReader, Unreadable
 from crate_ray.errors import UserError

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from crate_ray.config import DataConfig
-from crate_ray.data.format.shards import Sample
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.order.dataset_order import Draw
 from crate_ray.data.order.hashing import Int64
 from crate_ray.data.order.interface import Order

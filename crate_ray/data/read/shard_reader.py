@@ -12,7 +12,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import xxhash
 
-from crate_ray.data.format.shards import INDEX_STRIDE, DamagedShard, Sample, ShardSet, parse_samples
+from crate_ray.data.format.dataset import ShardSet
+from crate_ray.data.format.index import INDEX_STRIDE
+from crate_ray.data.format.samples import Sample, parse_samples
+from crate_ray.data.format.tar import DamagedShard
 from crate_ray.storage.cache import PartCache
 from crate_ray.storage.interface import Replaced
 

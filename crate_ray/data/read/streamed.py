@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from crate_ray.config import DataConfig
-from crate_ray.data.format.shards import Sample
+from crate_ray.data.format.samples import Sample
 from crate_ray.data.order.dataset_order import Draw, Window
 from crate_ray.data.order.interface import Order
 from crate_ray.data.read.mixture import MixtureReader
