@@ -23,7 +23,7 @@ from crate_ray.models.classifier import Classifier, class_probabilities
 from crate_ray.models.exported import ModelDescription, Normalizer, load_any, load_exported
 
 
-class Tap(NamedTuple):
+class FeaturePoint(NamedTuple):
     """A feature of the encoder: which tokens, of which layer."""
 
     feature: Feature = "mean"
@@ -66,13 +66,13 @@ class FeatureExtractor:
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Embed loaded images (uint8, or float32 grids) of the model's size. Returns (B, dim) float32 on the CPU."""
-        return self.pooled(images_BCHW, [Tap(self.feature)])[0]
+        return self.pooled(images_BCHW, [FeaturePoint(self.feature)])[0]
 
     @torch.no_grad()
-    def pooled(self, images_BCHW: Tensor, taps: Sequence[Tap]) -> list[Tensor]:
+    def pooled(self, images_BCHW: Tensor, points: Sequence[FeaturePoint]) -> list[Tensor]:
         """Several features of the same images, each as __call__ returns it."""
         images = self._normalizer(images_BCHW.to(self._device))
-        return [feature.cpu() for feature in pooled_features(self.model, images, taps)]
+        return [feature.cpu() for feature in pooled_features(self.model, images, points)]
 
     def load(self, items: Sequence[bytes | NDArray[Any]]) -> Tensor:
         """Decode images for the model; see `load_all`."""
@@ -119,28 +119,28 @@ class Predictor:
 
 
 @torch.no_grad()
-def pooled_features(model: MaskedAutoencoder, images_BCHW: Tensor, taps: Sequence[Tap]) -> list[Tensor]:
+def pooled_features(model: MaskedAutoencoder, images_BCHW: Tensor, points: Sequence[FeaturePoint]) -> list[Tensor]:
     """Compute features (B, dim) of normalised images in one pass, holding the tokens of one layer at a time.
 
     Raises:
         UserError: the encoder does not have a layer.
     """
     depth = len(model.encoder)
-    if beyond := [tap.layer for tap in taps if tap.layer is not None and not 1 <= tap.layer <= depth]:
+    if beyond := [point.layer for point in points if point.layer is not None and not 1 <= point.layer <= depth]:
         raise UserError(f"there is no encoder layer {beyond[0]}; the model's layers are 1 to {depth}")
 
     def pool(z_BTD: Tensor, feature: Feature) -> Tensor:
         return z_BTD[:, 1:].mean(1) if feature == "mean" else z_BTD[:, 0]
 
-    found: dict[Tap, Tensor] = {}
+    found: dict[FeaturePoint, Tensor] = {}
     z_BTD, _ = model.embed(images_BCHW)
     for number, layer in enumerate(model.encoder, 1):
         z_BTD = layer(z_BTD)
-        found |= {tap: pool(z_BTD, tap.feature) for tap in taps if tap.layer == number}
-    if any(tap.layer is None for tap in taps):
+        found |= {point: pool(z_BTD, point.feature) for point in points if point.layer == number}
+    if any(point.layer is None for point in points):
         z_BTD = model.encoder_norm(z_BTD)
-        found |= {tap: pool(z_BTD, tap.feature) for tap in taps if tap.layer is None}
-    return [found[tap].float() for tap in taps]
+        found |= {point: pool(z_BTD, point.feature) for point in points if point.layer is None}
+    return [found[point].float() for point in points]
 
 
 def load_all(items: Sequence[bytes | NDArray[Any]], description: ModelDescription) -> Tensor:

@@ -11,7 +11,7 @@ from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.evaluation.feature_cache import FeatureSet
 from crate_ray.evaluation.feature_source import FeatureSource
-from crate_ray.evaluation.features import all_taps, compute_device, pixels_title
+from crate_ray.evaluation.features import all_feature_points, compute_device, pixels_title
 from crate_ray.evaluation.intervals import Estimate, share
 from crate_ray.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_predict
 from crate_ray.evaluation.probe import (
@@ -25,7 +25,7 @@ from crate_ray.evaluation.probe import (
 )
 from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.models.exported import ModelDescription
-from crate_ray.serving import Tap
+from crate_ray.serving import FeaturePoint
 
 
 class LayerScore(Settings):
@@ -145,12 +145,12 @@ def classify_by(
 ) -> EncoderScores:
     """Linear probes and k-NN of one encoder. Raises as `classify` does."""
     _check_input(subject.description, train, test)
-    every = all_taps(len(subject.model.encoder)) if config.all_layers else []
-    taps = list(dict.fromkeys([Tap(probe.feature, probe.layer), *every]))
-    fitted, tested = (source.encoder(subject, shards, taps, probe.max_samples) for shards in (train, test))
+    every = all_feature_points(len(subject.model.encoder)) if config.all_layers else []
+    points = list(dict.fromkeys([FeaturePoint(probe.feature, probe.layer), *every]))
+    fitted, tested = (source.encoder(subject, shards, points, probe.max_samples) for shards in (train, test))
     check_labels(fitted[0].labels, tested[0].labels, train.storage.uri, test.storage.uri)
     rows = split_rows(fitted[0].labels, probe.seed)
-    return _encoder_scores(subject.title, taps, fitted, tested, rows, config, probe)
+    return _encoder_scores(subject.title, points, fitted, tested, rows, config, probe)
 
 
 def classify_by_pixels(
@@ -182,7 +182,7 @@ def _check_input(description: ModelDescription, train: ShardSet, test: ShardSet)
 
 def _encoder_scores(
     title: str,
-    taps: list[Tap],
+    points: list[FeaturePoint],
     train: list[FeatureSet],
     test: list[FeatureSet],
     rows: Split,
@@ -193,25 +193,25 @@ def _encoder_scores(
 
     def scores(i: int) -> FeatureScores:
         if i not in scored:
-            scored[i] = _scores(str(taps[i]), train[i], test[i], config, probe)
+            scored[i] = _scores(str(points[i]), train[i], test[i], config, probe)
         return scored[i]
 
-    if len(taps) == 1:
+    if len(points) == 1:
         return EncoderScores(title=title, standard=scores(0))
     layers = [
         LayerScore(
-            feature=tap.feature,
-            layer=tap.layer,
+            feature=point.feature,
+            layer=point.layer,
             linear=held_out_accuracy(part.features, part.labels, rows, compute_device(config.gpu)),
             knn=_knn_held_out(part, rows, config),
         )
-        for tap, part in zip(taps, train, strict=True)
+        for point, part in zip(points, train, strict=True)
     ]
     return EncoderScores(
         title=title,
         standard=scores(0),
-        chosen_linear=scores(max(range(len(taps)), key=lambda i: layers[i].linear)),
-        chosen_knn=scores(max(range(len(taps)), key=lambda i: layers[i].knn)),
+        chosen_linear=scores(max(range(len(points)), key=lambda i: layers[i].linear)),
+        chosen_knn=scores(max(range(len(points)), key=lambda i: layers[i].knn)),
         layers=tuple(layers),
     )
 

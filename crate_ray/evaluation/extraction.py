@@ -1,4 +1,4 @@
-"""Features of a dataset at many places of an encoder, computed in parallel by Ray, and kept by their content."""
+"""Features of a dataset at several points of an encoder, computed in parallel by Ray tasks and cached by content."""
 
 from __future__ import annotations
 
@@ -20,63 +20,67 @@ from crate_ray.config import S3Config
 from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.format.samples import Sample
+from crate_ray.data.read.bad_samples import BadSampleCounter, SampleError
+from crate_ray.data.read.content import sample_contents
 from crate_ray.data.read.shard_reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
-from crate_ray.evaluation.feature_cache import UNLABELLED, UNUSABLE, FeatureCache, FeatureSet
+from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache, FeatureSet
 from crate_ray.evaluation.features import compute_device, pixel_features, spread
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription
 from crate_ray.ray_cluster import start_ray
-from crate_ray.serving import FeatureExtractor, Tap, load_images
+from crate_ray.serving import FeatureExtractor, FeaturePoint, load_images
 from crate_ray.storage.interface import open_storage
 
 _BATCH = 128
 _MAX_BAD_FRACTION = 0.01
-_VERSION = 1  # of what features are; another one makes older entries of a cache unused
+_VERSION = 1  # of what features are; a new number makes older cache entries unused
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """How features are computed: where they are kept, and on how much hardware."""
+    """How features are computed and cached."""
 
     cache: FeatureCache
-    """Where they are looked for first."""
+    """Features that are in it are not computed."""
     s3: S3Config
     """Object storage."""
     workers: int | None = None
-    """Encoders at the same time; None: one on each CPU or GPU of the cluster."""
+    """Number of parallel tasks; None: one for each CPU or GPU of the cluster."""
     gpu: bool | None = None
-    """Whether each is on a GPU; None: where the cluster has any."""
+    """Whether tasks use a GPU each; None: if the cluster has any."""
 
     def encoder(
-        self, subject: Subject, shards: ShardSet, taps: Sequence[Tap], max_samples: int | None
+        self, subject: Subject, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
     ) -> list[FeatureSet]:
-        """Features of at most max_samples samples, spread evenly, at each of the taps."""
-        keys = [_key(subject.digest, shards, max_samples, tap) for tap in taps]
+        """Features at each of the points, of at most max_samples samples, evenly spread over the dataset."""
+        keys = [_key(subject.digest, shards, max_samples, point) for point in points]
         missing = [i for i, key in enumerate(keys) if self.cache.get(key) is None]
         if missing:
-            wanted = [taps[i] for i in missing]
+            wanted = [points[i] for i in missing]
             dims = [subject.description.model.dim] * len(missing)
             self._compute(
                 shards, max_samples, [keys[i] for i in missing], dims, subject.description, wanted, subject.weights
             )
-        return [self._kept(key) for key in keys]
+        return [self._cached(key) for key in keys]
 
     def pixels(self, description: ModelDescription, shards: ShardSet, max_samples: int | None) -> FeatureSet:
-        """The control: `pixel_features` of what a model would get."""
+        """`pixel_features` of the model's input, as the control."""
         model = description.model
         identity = json.dumps([model.channels, model.image_hw, description.kind])
         key = _key(identity, shards, max_samples, None)
         if self.cache.get(key) is None:
             dim = pixel_features(torch.zeros(1, model.channels, *model.image_hw)).shape[1]
             self._compute(shards, max_samples, [key], [dim], description, None, b"")
-        return self._kept(key)
+        return self._cached(key)
 
-    def _kept(self, key: str) -> FeatureSet:
+    def _cached(self, key: str) -> FeatureSet:
         found = self.cache.get(key)
         if found is None:
-            raise UserError(f"features {key} vanished while they were used; give a --features_dir of your own")
+            raise UserError(
+                f"features {key} were removed from the cache during the evaluation; use a --features-dir of its own"
+            )
         return found
 
     def _compute(
@@ -86,7 +90,7 @@ class Extraction:
         keys: list[str],
         dims: list[int],
         description: ModelDescription,
-        taps: list[Tap] | None,
+        points: list[FeaturePoint] | None,
         weights: bytes,
     ) -> None:
         start_ray()
@@ -96,52 +100,49 @@ class Extraction:
         rows = len(spread(shards.manifest.num_samples, max_samples))
         encode = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(_encode)
         job = ray.put(
-            _Job(shards.storage.uri, self.s3, max_samples, description.model_dump_json(), taps, ray.put(weights), gpu)
+            _Job(shards.storage.uri, self.s3, max_samples, description.model_dump_json(), points, ray.put(weights), gpu)
         )
         starts = list(reversed(range(0, rows, _BATCH)))
+        bad = BadSampleCounter(_MAX_BAD_FRACTION, shards.storage.uri, setting=None)
+        bad.count_drawn(rows)
         with self.cache.write(keys, rows, dims) as writer:
-            bad, example = 0, ""
             running: list[Any] = []
             while starts or running:
-                # Twice as many as work at the same time, so that none waits for the next.
+                # Submit twice as many tasks as run at a time, so that workers never wait for the next one.
                 while starts and len(running) < 2 * workers:
                     running.append(encode.remote(job, starts.pop()))
                 done, running = ray.wait(running)
                 block: _Block = _result(done[0])
                 writer.put(block.rows, np.split(block.features, np.cumsum(dims)[:-1], 1), block.labels, block.samples)
-                bad, example = bad + len(block.errors), next(iter(block.errors), example)
-            if bad > _MAX_BAD_FRACTION * rows:
-                raise UserError(
-                    f"{bad} of {rows} samples of {shards.storage.uri} are unusable ({example}); "
-                    "pack the good ones again with crate-ray prepare --source"
-                )
+                for error in block.errors:
+                    bad.add(error)
 
 
 class _Job(NamedTuple):
-    """What all tasks of an extraction share."""
+    """What all tasks share."""
 
     uri: str
     s3: S3Config
     max_samples: int | None
     description_json: str
-    taps: list[Tap] | None
+    points: list[FeaturePoint] | None
     """None for pixels."""
     weights: Any
     """Ray's reference to the weights in safetensors."""
     gpu: bool
-    """Whether tasks have a GPU: Ray does not hide the node's from those that asked for none."""
+    """Whether tasks have a GPU. Ray does not hide the node's GPUs from tasks that asked for none."""
 
 
 class _Block(NamedTuple):
-    """What a task computes."""
+    """What a task returns."""
 
     rows: NDArray[np.int64]
     samples: NDArray[np.int64]
     features: NDArray[np.float32]
-    """(n, dims of all taps side by side)"""
+    """(n, sum of the points' dims)"""
     labels: NDArray[np.int64]
-    errors: list[str]
-    """Of the samples that cannot be used."""
+    errors: list[SampleError]
+    """Of the bad samples."""
 
 
 def _result(task: Any) -> _Block:
@@ -160,29 +161,31 @@ def _encode(job: _Job, first: int) -> _Block:
     manifest = reader.shards.manifest
     numbers = spread(manifest.num_samples, job.max_samples)[first : first + _BATCH]
     samples = read_samples(reader, numbers)
-    contents = [content_of(sample, manifest.image_suffixes) for sample in samples]
+    contents = sample_contents(samples, manifest.image_suffixes, "optional")
+    labels, errors = np.array(contents.labels, np.int64), []
     description = ModelDescription.model_validate_json(job.description_json)
-    images, errors = load_images(contents, description)
-    for i, error in enumerate(errors):
-        if error is not None:
+    images, decode_errors = load_images(contents.encoded, description)
+    for i, (error, decode_error) in enumerate(zip(contents.errors, decode_errors, strict=True)):
+        if decode_error is not None:
             images[i] = 0  # undefined until now
-    if job.taps is None:
+            labels[i] = UNUSABLE
+            errors.append(error or SampleError.of_decode_error(samples[i].key, decode_error))
+    if job.points is None:
         features = pixel_features(images)
     else:
-        features = torch.cat(_extractor(job.description_json, job.weights, job.gpu).pooled(images, job.taps), 1)
-    found = [_label(sample, error) for sample, error in zip(samples, errors, strict=True)]
+        features = torch.cat(_extractor(job.description_json, job.weights, job.gpu).pooled(images, job.points), 1)
     return _Block(
         rows=np.arange(first, first + len(numbers)),
         samples=numbers,
         features=features.numpy(),
-        labels=np.array([label for label, _ in found], np.int64),
-        errors=[text for _, text in found if text],
+        labels=labels,
+        errors=errors,
     )
 
 
 @lru_cache(maxsize=1)
 def _extractor(description_json: str, weights: Any, gpu: bool) -> FeatureExtractor:
-    """The encoder, kept by the process from task to task; the weights are fetched once."""
+    """The encoder, cached in the worker process from task to task."""
     description = ModelDescription.model_validate_json(description_json)
     model = build_model(description.model)
     model.load_state_dict(safetensors.torch.load(ray.get(weights)))
@@ -190,32 +193,14 @@ def _extractor(description_json: str, weights: Any, gpu: bool) -> FeatureExtract
 
 
 def read_samples(reader: ShardReader, numbers: NDArray[np.int64]) -> list[Sample | Unreadable]:
-    """Samples by rising numbers; together where they share index entries, which are read as a whole."""
+    """Read samples by number, in rising order. Those that share an index entry are read together."""
     if len(numbers) and numbers[-1] - numbers[0] < INDEX_STRIDE * len(numbers):
         every = reader.read(int(numbers[0]), int(numbers[-1] - numbers[0]) + 1)
         return [every[i] for i in (numbers - numbers[0]).tolist()]
     return [reader.read(number, 1)[0] for number in numbers.tolist()]
 
 
-def content_of(sample: Sample | Unreadable, suffixes: Sequence[str]) -> bytes:
-    """A sample's encoded image or grid; empty, which no decoder takes, where it has none."""
-    if isinstance(sample, Unreadable):
-        return b""
-    return next((bytes(sample.members[suffix]) for suffix in suffixes if suffix in sample.members), b"")
-
-
-def _label(sample: Sample | Unreadable, error: Exception | None) -> tuple[int, str]:
-    """The class number of a sample, or why it cannot be used."""
-    if isinstance(sample, Unreadable) or error is not None:
-        return UNUSABLE, f"{sample.key}: {sample.error if isinstance(sample, Unreadable) else error}"
-    try:
-        label = int(bytes(sample.members["cls"]))
-    except (KeyError, ValueError):
-        return UNLABELLED, ""
-    return max(label, UNLABELLED), ""
-
-
-def _key(subject: str, shards: ShardSet, max_samples: int | None, tap: Tap | None) -> str:
+def _key(subject: str, shards: ShardSet, max_samples: int | None, point: FeaturePoint | None) -> str:
     stride = spread(shards.manifest.num_samples, max_samples)[:2].tolist()
-    parts = [_VERSION, subject, shards.manifest.digest(), stride, "pixels" if tap is None else list(tap)]
+    parts = [_VERSION, subject, shards.manifest.digest(), stride, "pixels" if point is None else list(point)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

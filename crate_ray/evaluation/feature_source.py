@@ -13,16 +13,16 @@ from crate_ray.evaluation.feature_cache import UNLABELLED, FeatureSet
 from crate_ray.evaluation.features import compute_device, iterate_dataset, pixel_features
 from crate_ray.evaluation.subject import Subject
 from crate_ray.models.exported import ModelDescription
-from crate_ray.serving import FeatureExtractor, Tap
+from crate_ray.serving import FeatureExtractor, FeaturePoint
 
 
 class FeatureSource(Protocol):
     """Gives features of at most max_samples samples of a dataset, spread evenly over it."""
 
     def encoder(
-        self, subject: Subject, shards: ShardSet, taps: Sequence[Tap], max_samples: int | None
+        self, subject: Subject, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
     ) -> list[FeatureSet]:
-        """Features of an encoder at each of the taps."""
+        """Features of an encoder at each of the points."""
 
     def pixels(self, description: ModelDescription, shards: ShardSet, max_samples: int | None) -> FeatureSet:
         """The control: `pixel_features` of what a model would get."""
@@ -32,11 +32,11 @@ class InProcess:
     """Computes features here and now, on a GPU where there is one; nothing is kept."""
 
     def encoder(
-        self, subject: Subject, shards: ShardSet, taps: Sequence[Tap], max_samples: int | None
+        self, subject: Subject, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
     ) -> list[FeatureSet]:
         """See FeatureSource."""
         extract = FeatureExtractor(subject.model, subject.description, device=compute_device(None))
-        return _collect(subject.description, shards, max_samples, lambda images: extract.pooled(images, taps))
+        return _collect(subject.description, shards, max_samples, lambda images: extract.pooled(images, points))
 
     def pixels(self, description: ModelDescription, shards: ShardSet, max_samples: int | None) -> FeatureSet:
         """See FeatureSource."""

@@ -15,17 +15,17 @@ from crate_ray.data.batch import Batch
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import evaluation_loader
 from crate_ray.data.order.sequential import stride_of
-from crate_ray.serving import Tap
+from crate_ray.serving import FeaturePoint
 
 PIXELS = "raw pixels"
 _BATCH = 256
 _PIXEL_SIDE = 16
 
 
-def all_taps(depth: int) -> list[Tap]:
+def all_feature_points(depth: int) -> list[FeaturePoint]:
     """Both features of every encoder layer and after the last norm."""
     features: tuple[Feature, ...] = ("mean", "cls")
-    return [Tap(feature, layer) for layer in [*range(1, depth + 1), None] for feature in features]
+    return [FeaturePoint(feature, layer) for layer in [*range(1, depth + 1), None] for feature in features]
 
 
 def pixel_features(images_BCHW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Estimates with their 95 % intervals: of shares, of means over images, and of statistics of whole curves."""
+"""Estimates with 95 % confidence intervals: shares, means over images, and statistics of whole curves."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from scipy.stats import binomtest, norm
 
 from crate_ray.config import Settings
 
-_Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+_LEVEL = 0.95
+_Z = float(norm.ppf((1 + _LEVEL) / 2))
 
 
 class Estimate(Settings):
-    """A measured number and the 95 % confidence interval around it."""
+    """A measured value and its 95 % confidence interval."""
 
     value: float
-    """The number."""
+    """The measured value."""
     low: float
     """Lower end of the interval."""
     high: float
     """Upper end of the interval."""
     count: int = Field(gt=0)
-    """Independent samples behind it."""
+    """Number of independent samples."""
 
 
 def share(successes: int, trials: int) -> Estimate:
-    """A share of trials with Wilson's score interval, which stays within 0 … 1 and holds near both ends."""
-    p, z2 = successes / trials, _Z**2
-    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = _Z / (1 + z2 / trials) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2))
-    # At 0 and 1 an end is p itself, up to rounding.
-    return Estimate(value=p, low=min(p, max(0.0, centre - half)), high=max(p, min(1.0, centre + half)), count=trials)
+    """A share of trials with Wilson's score interval, which stays within 0 … 1 and is accurate near both ends."""
+    p = successes / trials
+    interval = binomtest(successes, trials).proportion_ci(_LEVEL, method="wilson")
+    # At 0 and 1, one end equals p up to rounding.
+    return Estimate(value=p, low=min(p, float(interval.low)), high=max(p, float(interval.high)), count=trials)
 
 
 def mean(values_N: NDArray[np.floating]) -> Estimate:
@@ -51,10 +52,9 @@ def bootstrap(
     draws: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A statistic of the mean curve over samples of L values each, (L, N), with its percentile interval.
+    """A statistic of the mean curve of N samples with L values each, (L, N), with its bootstrap percentile interval.
 
-    Samples are drawn again with replacement: the interval says how much the statistic owes to these very samples. The
-    statistic takes R curves at once, (R, L), and gives (R,).
+    Samples are resampled with replacement. The statistic takes R curves at once, (R, L), and returns (R,).
     """
     values = np.asarray(values_LN, np.float64)
     count = values.shape[1]

@@ -25,7 +25,7 @@ from crate_ray.evaluation.subject import Subject
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
-from crate_ray.serving import Tap
+from crate_ray.serving import FeaturePoint
 
 Solver = Literal["sklearn", "torch"]
 
@@ -110,8 +110,8 @@ def probe_encoder(
 
     Raises UserError when a dataset has no labels, or labels that the other has not.
     """
-    subject, taps = Subject("trained", model, description), [Tap(config.feature, config.layer)]
-    (fitted,), (tested,) = (InProcess().encoder(subject, part, taps, config.max_samples) for part in (train, test))
+    subject, points = Subject("trained", model, description), [FeaturePoint(config.feature, config.layer)]
+    (fitted,), (tested,) = (InProcess().encoder(subject, part, points, config.max_samples) for part in (train, test))
     check_labels(fitted.labels, tested.labels, train.storage.uri, test.storage.uri)
     solver = choose_solver(config.solver, fitted.features)
     device = compute_device(None)

@@ -18,10 +18,10 @@ from crate_ray.evaluation.masks import (
     above_otsu,
     coverage,
     jaccard,
-    keep_mass,
     load_masked,
     orient,
     to_float_image,
+    top_mass,
     upsample,
 )
 from crate_ray.evaluation.subject import Subject, check_input
@@ -164,7 +164,7 @@ def _measure(subject: Subject, loaded: MaskedImages, halves: _Halves, mass: floa
     masks = loaded.masks[:, None]
 
     def by_mass(maps: NDArray[np.float32]) -> NDArray[np.bool_]:
-        return _threshold(maps, lambda flat: keep_mass(flat, mass))
+        return _threshold(maps, lambda flat: top_mass(flat, mass))
 
     every = attention.reshape(batch, depth * heads, *attention.shape[3:])
     heads_by_mass, heads_by_otsu = by_mass(every), _threshold(every, above_otsu)  # (B, L·K, h, w)
@@ -240,7 +240,7 @@ def _controls(
         "centre prior", jaccard(discs, masks[:, None]), [f"disc of radius {r} of half the side" for r in _RADII], halves
     )
     noise = np.random.default_rng(seed).random((len(masks), *grid_hw), np.float32)
-    random = upsample(_threshold(noise, lambda flat: keep_mass(flat, mass)), (out_hw[0], out_hw[1]))
+    random = upsample(_threshold(noise, lambda flat: top_mass(flat, mass)), (out_hw[0], out_hw[1]))
     return {
         "everything": score("everything is foreground", np.ones_like(masks)),
         "centre": centre,

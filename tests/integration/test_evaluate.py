@@ -22,7 +22,7 @@ from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription, export_model, load_exported
 from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG
-from crate_ray.serving import FeatureExtractor, Tap
+from crate_ray.serving import FeatureExtractor, FeaturePoint
 from crate_ray.storage.interface import open_storage
 from tests.jobs import RayCluster, call, environment, job
 
@@ -91,12 +91,12 @@ def test_report_features_cache_and_mlflow(folder: Path, ray: dict[str, str]) -> 
     model, description = load_exported(folder / "model")
     shards = load_dataset(open_storage(str(folder / "test"), S3Config()))
     cache = FeatureCache(folder / "cache" / "crate-ray" / "features", 2**30)
-    taps = [Tap("cls", 1), Tap("mean", None)]
-    kept = Extraction(cache, S3Config()).encoder(Subject("trained", model, description), shards, taps, 10_000)
+    points = [FeaturePoint("cls", 1), FeaturePoint("mean", None)]
+    kept = Extraction(cache, S3Config()).encoder(Subject("trained", model, description), shards, points, 10_000)
     extract = FeatureExtractor(model, description)
     batches = list(iterate_dataset(shards, MODEL))
     for i, found in enumerate(kept):
-        own = np.concatenate([extract.pooled(batch.images, taps)[i].numpy() for batch in batches])
+        own = np.concatenate([extract.pooled(batch.images, points)[i].numpy() for batch in batches])
         assert np.abs(found.features - own).max() < 1e-5
         assert np.array_equal(found.labels, np.concatenate([batch.labels for batch in batches]))
 

@@ -44,7 +44,7 @@ from crate_ray.evaluation.evaluate import evaluate
 from crate_ray.evaluation.extraction import read_samples
 from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache, FeatureSet
 from crate_ray.evaluation.feature_source import InProcess
-from crate_ray.evaluation.features import all_taps, compute_device, iterate_dataset
+from crate_ray.evaluation.features import all_feature_points, compute_device, iterate_dataset
 from crate_ray.evaluation.intervals import Estimate, bootstrap, mean, share
 from crate_ray.evaluation.knn import knn_predict
 from crate_ray.evaluation.layers import EncoderStructure, Structure, trend
@@ -57,7 +57,7 @@ from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import CrateMAE, build_model, export_published
 from crate_ray.models.exported import ModelDescription, Normalizer
 from crate_ray.runs.references import load_encoder
-from crate_ray.serving import Tap, pooled_features
+from crate_ray.serving import FeaturePoint, pooled_features
 from crate_ray.storage.interface import open_storage
 from crate_ray.structure.attention import key_components, patch_maps
 from crate_ray.training.step import probe_noise
@@ -169,15 +169,15 @@ class Told:
     def __init__(self, shards: ShardSet, train: list[FeatureSet], test: list[FeatureSet]) -> None:
         self.shards, self.train, self.test = shards, train, test
 
-    def encoder(self, _: Subject, shards: ShardSet, taps: Sequence[Tap], __: int | None) -> list[FeatureSet]:
-        return (self.train if shards is self.shards else self.test)[: len(taps)]
+    def encoder(self, _: Subject, shards: ShardSet, points: Sequence[FeaturePoint], __: int | None) -> list[FeatureSet]:
+        return (self.train if shards is self.shards else self.test)[: len(points)]
 
     def pixels(self, _: ModelDescription, shards: ShardSet, __: int | None) -> FeatureSet:
         return (self.train if shards is self.shards else self.test)[0]
 
 
 def noise(seed: int) -> list[FeatureSet]:
-    """Features of six taps that say nothing of the labels."""
+    """Features of six points that say nothing of the labels."""
     random, labels = np.random.default_rng(seed), np.arange(60) % 3
     return [FeatureSet(random.normal(size=(60, 8)).astype(np.float32), labels, np.arange(60)) for _ in range(6)]
 
@@ -219,13 +219,13 @@ def test_features_are_the_tokens_of_their_layers(model: CrateMAEConfig | ViTMAEC
     with torch.no_grad():
         encoded = encoder.encode(images, return_layers=True)
     assert encoded.layers is not None
-    taps = all_taps(2)
-    assert len(taps) == 6
-    for tap, found in zip(taps, pooled_features(encoder, images, taps), strict=True):
-        tokens = encoded.tokens if tap.layer is None else encoded.layers[tap.layer - 1]
-        assert torch.equal(found, tokens[:, 1:].mean(1) if tap.feature == "mean" else tokens[:, 0])
+    points = all_feature_points(2)
+    assert len(points) == 6
+    for point, found in zip(points, pooled_features(encoder, images, points), strict=True):
+        tokens = encoded.tokens if point.layer is None else encoded.layers[point.layer - 1]
+        assert torch.equal(found, tokens[:, 1:].mean(1) if point.feature == "mean" else tokens[:, 0])
     with pytest.raises(UserError, match="no encoder layer 3; the model's layers are 1 to 2"):
-        pooled_features(encoder, images, [Tap("cls", 3)])
+        pooled_features(encoder, images, [FeaturePoint("cls", 3)])
 
 
 def test_a_subject_is_identified_by_its_content(shapes: ShardSet) -> None:
@@ -354,7 +354,7 @@ def test_masks_get_the_crop_of_their_images(shapes: ShardSet) -> None:
 @given(st.integers(2, 40), st.floats(0.05, 0.95), st.integers(0, 1000))
 def test_kept_patches_hold_the_mass_and_no_smaller_set_would(patches: int, mass: float, seed: int) -> None:
     values = np.random.default_rng(seed).random((3, patches), np.float32)
-    kept = masks.keep_mass(values, mass)
+    kept = masks.top_mass(values, mass)
     share_kept = (values * kept).sum(1) / values.sum(1)
     assert (share_kept >= mass - 1e-5).all()
     smallest = np.where(kept, values, np.inf).min(1)

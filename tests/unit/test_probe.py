@@ -21,7 +21,7 @@ from crate_ray.evaluation.probe import fit_probe, held_out_accuracy, probe_encod
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription
-from crate_ray.serving import FeatureExtractor, Tap
+from crate_ray.serving import FeatureExtractor, FeaturePoint
 from crate_ray.storage.interface import open_storage
 
 MODEL = CrateMAEConfig(image_size=8, patch_size=2, channels=1, dim=16, depth=1, num_subspaces=2)
@@ -102,7 +102,7 @@ def test_score_of_an_encoder_is_that_of_its_feature_and_layer(digits: dict[str, 
     sets = []
     for shards in (train, test):
         batches = list(iterate_dataset(shards, MODEL, 400))
-        features = [extract.pooled(batch.images, [Tap("cls", 1)])[0].numpy() for batch in batches]
+        features = [extract.pooled(batch.images, [FeaturePoint("cls", 1)])[0].numpy() for batch in batches]
         sets += [np.concatenate(features), np.concatenate([batch.labels for batch in batches])]
     assert found == fit_probe(*sets)
     assert found != probe_encoder(model, description(train), train, test, config.model_copy(update={"layer": None}))
