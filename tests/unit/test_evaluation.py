@@ -410,7 +410,7 @@ def test_segmentation_is_bounded_by_its_patches_and_by_chance(shapes: ShardSet) 
     assert all(0 <= score.jaccard.value <= best for score in maps)
     assert result.controls["everything"].jaccard.value == pytest.approx(result.foreground.value, abs=0.05)
     assert result.controls["random"].jaccard.value < result.controls["colours"].jaccard.value
-    with pytest.raises(UserError, match=r"no samples with a member 'mask.png'"):
+    with pytest.raises(UserError, match=r"has no members 'mask.png'"):
         measure_segmentation(subjects, without_masks(shapes), 40, 0.6, 0, CPU)
 
 

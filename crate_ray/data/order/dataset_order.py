@@ -13,10 +13,10 @@ from crate_ray.data.order.hashing import STREAM_BLOCKS, STREAM_WINDOW, Int64, ha
 
 
 class Window(NamedTuple):
-    """A stretch of an epoch whose samples are shuffled together."""
+    """Part of a lane's epoch whose samples are shuffled together."""
 
     lane: int
-    """Lanes of several datasets are numbered through."""
+    """Number of the lane. Lanes of several datasets are numbered one after the other."""
     epoch: int
     """Epoch of its dataset."""
     round: int
@@ -27,13 +27,13 @@ class Draw(NamedTuple):
     """Samples of some slots of a batch."""
 
     samples: Int64
-    """(n,) sample numbers; those of several datasets are numbered through."""
+    """(n,) sample numbers. Several datasets are numbered one after the other."""
     epochs: Int64
     """(n,) epoch, of its dataset, in which each sample is drawn."""
 
 
 class OrderSettings(Settings):
-    """Settings that are keys of caches, looked up for every batch: hashed once."""
+    """Settings with a cached hash: they are cache keys that are looked up for every batch."""
 
     @cached_property
     def _hash(self) -> int:
@@ -44,7 +44,7 @@ class OrderSettings(Settings):
 
 
 class DatasetOrder(OrderSettings):
-    """The order of the samples of one dataset."""
+    """The order of one dataset's samples."""
 
     num_samples: PositiveInt
     """Samples in the dataset."""
@@ -53,20 +53,20 @@ class DatasetOrder(OrderSettings):
     window_blocks: PositiveInt
     """Blocks g per window of a lane."""
     lanes: PositiveInt
-    """Number L of lanes that the stream draws from in turn."""
+    """Number L of lanes that samples are drawn from in turn."""
     seed: int
     """Seed of the permutations."""
     shuffle: bool = True
-    """False: blocks and windows keep their order."""
+    """If false, blocks and the samples in windows keep their order."""
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in the dataset; the last one may be ragged."""
+        """Number of blocks in the dataset. The last one may be ragged (shorter)."""
         return -(-self.num_samples // self.block_samples)
 
     @property
     def _deficit(self) -> int:
-        """Samples that the ragged block lacks."""
+        """Number of samples that the ragged block lacks."""
         return self.num_blocks * self.block_samples - self.num_samples
 
     @property
@@ -75,14 +75,14 @@ class DatasetOrder(OrderSettings):
 
     @property
     def drawn_per_epoch(self) -> int:
-        """Most samples that an epoch of the stream can have: L times what the shortest lane holds wherever the ragged
-        block lies, so that it is a constant."""
+        """Number of samples in an epoch: L times the length of the shortest lane. The ragged block is counted as if it
+        were always in that lane, so that the number is constant."""
         tail_blocks = self.num_blocks - self._full_rounds * self.lanes * self.window_blocks
         shortest = (self._full_rounds * self.window_blocks + tail_blocks // self.lanes) * self.block_samples
         return max(0, shortest - self._deficit) * self.lanes
 
     def block_numbers(self, epoch: int, lane: int, round_: int) -> Int64:
-        """Numbers of the blocks of one window, in the order in which the epoch's sequence holds them."""
+        """Numbers of the blocks of a window, in the order of the epoch's sequence."""
         start, count = self._window_span(lane, round_)
         positions = np.arange(start, start + count, dtype=np.int64)
         if not self.shuffle:
@@ -90,11 +90,11 @@ class DatasetOrder(OrderSettings):
         return permute(positions, self.num_blocks, int_key(self.seed, STREAM_BLOCKS, epoch))
 
     def window_samples(self, epoch: int, lane: int, round_: int) -> Int64:
-        """Sample numbers of one window, in the order in which the lane hands them out."""
+        """Sample numbers of a window, in the order in which the lane yields them."""
         return _window_samples(self, epoch, lane, round_)
 
     def round_of(self, epoch: int, lane: int, offset: int) -> int:
-        """Round of the window that holds an offset of a lane."""
+        """Round of the window at an offset of a lane."""
         size = self.window_blocks * self.block_samples
         ragged_lane, ragged_round = _ragged_window(self, epoch)
         if lane == ragged_lane and offset >= (ragged_round + 1) * size - self._deficit:
@@ -113,7 +113,7 @@ class DatasetOrder(OrderSettings):
         return np.concatenate(parts)
 
     def _window_span(self, lane: int, round_: int) -> tuple[int, int]:
-        """First position in the epoch's block sequence, and number of blocks, of a window."""
+        """Position of a window in the epoch's block sequence, and its number of blocks."""
         lanes, g, rounds = self.lanes, self.window_blocks, self._full_rounds
         if round_ < rounds:
             return (round_ * lanes + lane) * g, g
@@ -122,7 +122,7 @@ class DatasetOrder(OrderSettings):
         return rounds * lanes * g + first, last - first
 
     def _window_start(self, epoch: int, lane: int, round_: int) -> int:
-        """Offset in a lane at which a window begins."""
+        """Offset in a lane at which a window starts."""
         start = round_ * self.window_blocks * self.block_samples
         ragged_lane, ragged_round = _ragged_window(self, epoch)
         return start - self._deficit if lane == ragged_lane and round_ > ragged_round else start
@@ -130,7 +130,7 @@ class DatasetOrder(OrderSettings):
 
 @lru_cache(maxsize=64)
 def _ragged_window(order: DatasetOrder, epoch: int) -> tuple[int, int]:
-    """Lane and round that the last block, the only one that may be short, falls into."""
+    """Lane and round that contain the last block, which may be ragged."""
     last, lanes, g = order.num_blocks - 1, order.lanes, order.window_blocks
     position = last
     if order.shuffle:

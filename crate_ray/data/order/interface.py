@@ -1,4 +1,4 @@
-"""What a source of encoded samples asks of an order of samples."""
+"""The interface of an order of samples, as the loader and the sources use it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from crate_ray.data.order.dataset_order import Draw, Window
 
 
 class Order(Protocol):
-    """What a source asks of an order: SampleOrder for training, SequentialOrder for evaluation."""
+    """SampleOrder for training, SequentialOrder for evaluation."""
 
     @property
     def steps_per_window(self) -> int:
-        """Steps that one window of a lane lasts for."""
+        """Number of steps that a window of a lane lasts."""
 
     def describe(self) -> dict[str, object]:
-        """All that the order depends on, as plain data."""
+        """Everything the order depends on, as plain data."""
 
     def draw(self, step: int, start: int, stop: int) -> Draw:
         """Samples of slots [start, stop) of a step."""

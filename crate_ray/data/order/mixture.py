@@ -1,4 +1,4 @@
-"""One or several datasets to draw from, by weights; their samples are numbered through, dataset after dataset."""
+"""One or several weighted datasets, whose samples are numbered one after the other."""
 
 from __future__ import annotations
 
@@ -17,67 +17,67 @@ from crate_ray.data.format.dataset import ShardSet
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets whose samples can go into one batch, and their shares of it."""
+    """Datasets whose samples are mixed in a batch, and their shares."""
 
     datasets: tuple[ShardSet, ...]
     weights: tuple[int, ...]
-    """Shares, in proportion."""
+    """Relative shares."""
 
     @classmethod
     def of(cls, dataset: ShardSet) -> Mixture:
-        """One dataset alone."""
+        """A single dataset."""
         return cls((dataset,), (1,))
 
     @cached_property
     def first_sample(self) -> tuple[int, ...]:
-        """Number of the first sample of each dataset, and at the end the number of all."""
+        """Number of the first sample of each dataset, followed by the total number of samples."""
         return tuple(accumulate((d.manifest.num_samples for d in self.datasets), initial=0))
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Dataset, and number within the dataset, of a sample."""
+        """Dataset of a sample, and its number within the dataset."""
         dataset = bisect_right(self.first_sample, sample) - 1
         return dataset, sample - self.first_sample[dataset]
 
     @property
     def uri(self) -> str:
-        """Where the datasets are, for messages."""
+        """Addresses of the datasets, for messages."""
         return " and ".join(dataset.storage.uri for dataset in self.datasets)
 
     @property
     def kind(self) -> Kind:
-        """What the samples are."""
+        """Whether the samples are images or grids."""
         return self.datasets[0].manifest.kind
 
     @property
     def channels(self) -> int:
-        """Channels of the samples: 3 where any dataset of images has colour."""
+        """Channels of the samples: 3 if any dataset of images has colour."""
         return max(dataset.manifest.channels for dataset in self.datasets)
 
     @property
     def num_samples(self) -> int:
-        """Samples of all datasets."""
+        """Number of samples in all datasets."""
         return self.first_sample[-1]
 
     @property
     def total_bytes(self) -> int:
-        """Sum of the sizes of all shards."""
+        """Total size of all shards."""
         return sum(dataset.manifest.total_bytes for dataset in self.datasets)
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; None without labels, and for several datasets: each has numbers of its own."""
+        """Number of classes; None without labels, and for several datasets, whose class numbers are unrelated."""
         return self.datasets[0].manifest.num_classes if len(self.datasets) == 1 else None
 
     @property
     def largest_hw(self) -> tuple[int, int] | None:
-        """Height and width that no sample exceeds, where the manifests tell."""
+        """Largest height and width of any sample; None if a manifest does not say."""
         sizes = [(d.manifest.height, d.manifest.width) for d in self.datasets]
         known = [(height, width) for height, width in sizes if height is not None and width is not None]
         return (max(h for h, _ in known), max(w for _, w in known)) if len(known) == len(sizes) else None
 
     @cached_property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel of what is drawn: those of the datasets, mixed by their weights."""
+        """Mean and standard deviation per channel over the datasets, weighted by their shares."""
         if len(self.datasets) == 1:
             return self.datasets[0].manifest.mean, self.datasets[0].manifest.std
         channels, total = self.channels, sum(self.weights)
@@ -92,7 +92,7 @@ class Mixture:
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the data: that of the dataset's manifest, or of all manifests and weights."""
+        """Digest of the dataset's manifest, or of all manifests and weights."""
         digests = [dataset.manifest.digest() for dataset in self.datasets]
         if len(digests) == 1:
             return digests[0]
@@ -100,7 +100,7 @@ class Mixture:
 
 
 def whole_weights(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """The smallest whole numbers in the proportion of some weights, taken as the decimals that they are written as."""
+    """The smallest integers in the same proportion as the weights, whose decimal notation is taken as exact."""
     exact = [Fraction(str(weight)) for weight in weights]
     whole = [int(weight * math.lcm(*(w.denominator for w in exact))) for weight in exact]
     return tuple(weight // math.gcd(*whole) for weight in whole)

@@ -1,4 +1,4 @@
-"""Order settings of a new run: blocks, windows and lanes that fit the config's byte budgets."""
+"""Order of a new run: blocks, windows and lanes that fit the byte budgets in the settings."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.sequence import SampleOrder
 from crate_ray.errors import UserError
 
-_BLOCK_BYTES = 2 * 2**20  # one ranged GET: long against the request's latency, short against the buffer
-_LEAST_WINDOW_BLOCKS = 8  # smaller blocks, rather than fewer to a window: what is close together mixes worst
+_BLOCK_BYTES = 2 * 2**20  # one ranged GET: large compared to the latency, small compared to the buffer
+_MIN_WINDOW_BLOCKS = 8  # prefer smaller blocks to fewer per window: neighbouring samples mix worst
 _MAX_LANES = 32
-_MOST_OVERHEAD = 0.25  # of samples read beside a block's own: rather larger blocks, as far as the buffer has room
-_WINDOWS_HELD = 2.25  # in the buffer, per lane: the current one and the next, whose samples may be larger than most
-_BLOCKS_PER_LANE = 20  # at least: up to one block of each lane is left out of an epoch
+_MAX_OVERHEAD = 0.25  # of samples read beside a block's own; larger blocks have less, if the buffer has room
+_WINDOWS_HELD = 2.25  # in the buffer, per lane: the current and the next one, with a margin for large samples
+_MIN_BLOCKS_PER_LANE = 20  # up to one block of each lane is left out of an epoch
 
 
 def plan_order(mixture: Mixture, data: DataConfig, *, batch_size: int, seed: int, workers: int) -> SampleOrder:
-    """Order settings of a new run: b, g and L from the config, or from its byte budgets where it leaves them open.
+    """Order of a new run: b, g and L from the settings, or from the byte budgets if they are not set.
 
-    Parameters: the datasets; the global batch; the number of workers that start the run,
-    whose buffers hold lanes owned × g × b × sample bytes, twice for the window ahead, and some room. Blocks that begin
-    between two entries of the index count with the samples that are read beside their own.
-    Raises UserError when a batch cannot be drawn: too few samples.
+    A worker's buffer holds (lanes it draws from) × g × b samples, twice because of the windows ahead, with a margin.
+    Blocks that start between two index entries also count the samples that are read beside their own.
+
+    Args:
+        mixture: the datasets.
+        data: settings and byte budgets.
+        batch_size: global batch B.
+        seed: seed of the run.
+        workers: number of workers that start the run.
+
+    Raises:
+        UserError: there are too few samples to fill a batch.
     """
     resident = mixture.total_bytes <= data.memory_bytes
     total = sum(mixture.weights)
@@ -55,21 +63,31 @@ def plan_order(mixture: Mixture, data: DataConfig, *, batch_size: int, seed: int
 def _plan_dataset(
     dataset: ShardSet, data: DataConfig, *, resident: bool, drawn: float, buffer_bytes: float, seed: int, workers: int
 ) -> DatasetOrder:
-    """Order of one dataset, of which each batch draws so many samples, and a worker's buffer holds so many bytes."""
+    """Order of one dataset.
+
+    Args:
+        dataset: the dataset.
+        data: settings.
+        resident: whether all data stays in memory.
+        drawn: samples in each batch.
+        buffer_bytes: share of a worker's buffer.
+        seed: seed of the permutations.
+        workers: number of workers that start the run.
+    """
     manifest = dataset.manifest
     sample_bytes = max(manifest.total_bytes / manifest.num_samples, 1.0)
-    beside = 0.0 if resident else _samples_beside(dataset)  # samples that are read with a block and are not of it
+    beside = 0.0 if resident else _samples_beside(dataset)  # samples that are read with a block but are not in it
     block = data.block_samples
     if block is None:
         room = buffer_bytes / (_WINDOWS_HELD * min(_MAX_LANES, _MAX_LANES // workers + 2)) / sample_bytes
-        strides = int(min(_BLOCK_BYTES / sample_bytes, room / _LEAST_WINDOW_BLOCKS - beside)) // INDEX_STRIDE
-        least = min(ceil(beside / _MOST_OVERHEAD / INDEX_STRIDE), int(room - beside) // INDEX_STRIDE)
+        strides = int(min(_BLOCK_BYTES / sample_bytes, room / _MIN_WINDOW_BLOCKS - beside)) // INDEX_STRIDE
+        least = min(ceil(beside / _MAX_OVERHEAD / INDEX_STRIDE), int(room - beside) // INDEX_STRIDE)
         block = 1 if resident else max(strides, least, 1) * INDEX_STRIDE
     elif block % INDEX_STRIDE and not resident:
         beside = INDEX_STRIDE - 1.0
     num_blocks = -(-manifest.num_samples // block)
-    # What is in memory is shuffled sample by sample: lanes have nothing to add.
-    most_lanes = min(_MAX_LANES, num_blocks // _BLOCKS_PER_LANE, int(drawn)) if data.shuffle and not resident else 1
+    # Data in memory is shuffled sample by sample, so lanes would add nothing.
+    most_lanes = min(_MAX_LANES, num_blocks // _MIN_BLOCKS_PER_LANE, int(drawn)) if data.shuffle and not resident else 1
     lanes = data.lanes or max(1, most_lanes)
     window = data.window_blocks
     if window is None:
@@ -88,10 +106,10 @@ def _plan_dataset(
 
 
 def _samples_beside(dataset: ShardSet) -> float:
-    """Samples read on average with a block, of whole index entries, that are not of it.
+    """Average number of samples that are read with a block but are not in it, because index entries are read whole.
 
-    None where blocks begin at entries of the index: where every shard before holds a multiple of 16 samples. Where
-    samples do not lie together, members are read by themselves.
+    Zero if blocks start at index entries, that is if all shards before hold a multiple of 16 samples, and for shards
+    with a table, whose members are read one by one.
     """
     begin_between = (dataset.first_sample[:-1] % INDEX_STRIDE != 0) & (dataset.shards["table"] == 0)
     return INDEX_STRIDE * int(dataset.samples[begin_between].sum()) / dataset.manifest.num_samples

@@ -23,16 +23,16 @@ from crate_ray.data.order.hashing import Int64
 
 
 def worker_slots(batch_size: int, worker: int, workers: int, together: int = 1) -> tuple[int, int]:
-    """Half-open range of batch slots that a worker computes; sizes differ by at most one.
+    """Half-open range of batch slots that a worker computes. The sizes of workers differ by at most one group.
 
-    With `together`, a divisor of the batch, each so many slots in a row stay on one worker.
+    Groups of `together` adjacent slots stay on one worker; it must divide the batch size.
     """
     groups = batch_size // together
     return worker * groups // workers * together, (worker + 1) * groups // workers * together
 
 
 class _Stretch(NamedTuple):
-    """Slots of a batch that lie one after the other in a lane."""
+    """Slots of a batch that are adjacent in a lane."""
 
     dataset: int
     epoch: int
@@ -42,14 +42,14 @@ class _Stretch(NamedTuple):
 
 
 class SampleOrder(OrderSettings):
-    """The order of one run: fixed when the run starts, stored in its checkpoints."""
+    """The order of one run. It is fixed when the run starts, and stored in its checkpoints."""
 
     batch_size: PositiveInt
     """Global batch B."""
     datasets: tuple[DatasetOrder, ...] = Field(min_length=1)
     """Order of each dataset."""
     weights: tuple[PositiveInt, ...] = (1,)
-    """Shares of the datasets, in proportion."""
+    """Relative shares of the datasets."""
 
     @model_validator(mode="after")
     def _check(self) -> SampleOrder:
@@ -77,14 +77,14 @@ class SampleOrder(OrderSettings):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches T per epoch; of several datasets, batches that draw as many samples as they have together."""
+        """Batches T per epoch. For several datasets: batches with as many samples as all of them have."""
         if len(self.datasets) == 1:
             return self.datasets[0].drawn_per_epoch // self.batch_size
         return max(1, self.num_samples // self.batch_size)
 
     @property
     def steps_per_window(self) -> int:
-        """Steps that one window of a lane lasts for, rounded up; the least of all datasets."""
+        """Number of steps that a window of a lane lasts, rounded up; the minimum over the datasets."""
         drawn = zip(self.datasets, self.weights, strict=True)
         return min(
             -(-d.window_blocks * d.block_samples * d.lanes * sum(self.weights) // (self.batch_size * weight))
@@ -92,12 +92,12 @@ class SampleOrder(OrderSettings):
         )
 
     def describe(self) -> dict[str, object]:
-        """All that the order depends on, as plain data."""
+        """Everything the order depends on, as plain data."""
         return self.model_dump(mode="json")
 
     @cached_property
     def first_sample(self) -> tuple[int, ...]:
-        """Number of the first sample of each dataset, and at the end the number of all."""
+        """Number of the first sample of each dataset, followed by the total number of samples."""
         return tuple(accumulate((dataset.num_samples for dataset in self.datasets), initial=0))
 
     @cached_property
@@ -105,10 +105,10 @@ class SampleOrder(OrderSettings):
         return tuple(accumulate((dataset.lanes for dataset in self.datasets), initial=0))
 
     def drawn_before(self, step: int) -> list[int]:
-        """Samples that each dataset has given before a step.
+        """Number of samples drawn from each dataset before a step.
 
-        Of the tB samples before step t, a dataset takes the share of its weight, rounded down, in what the datasets
-        before it leave. So the numbers add up, none ever falls, and each is within one of its exact share of the rest.
+        Datasets take turns: each takes the share of its weight, rounded down, in what the ones before it leave of the
+        tB samples before step t. So the numbers add up to tB, never decrease, and are within one of the exact share.
         """
         left, weight_left = step * self.batch_size, sum(self.weights)
         counts = []
@@ -118,7 +118,7 @@ class SampleOrder(OrderSettings):
         return counts
 
     def draw(self, step: int, start: int = 0, stop: int | None = None) -> Draw:
-        """Samples in slots [start, stop) of the global batch of a step; the whole batch by default."""
+        """Samples in slots [start, stop) of a step's global batch; by default all of them."""
         stretches = list(self._stretches(step, start, self.batch_size if stop is None else stop))
         samples = [
             self.first_sample[s.dataset] + self.datasets[s.dataset].lane_samples(s.epoch, s.lane, s.start, s.stop)
@@ -128,7 +128,7 @@ class SampleOrder(OrderSettings):
         return Draw(np.concatenate(samples) if samples else np.empty(0, np.int64), epochs.astype(np.int64))
 
     def windows(self, step: int, start: int, stop: int) -> list[Window]:
-        """Every window that slots [start, stop) of a step's batch draw from."""
+        """Windows that slots [start, stop) of a step's batch draw from."""
         found = []
         for dataset, epoch, lane, first, last in self._stretches(step, start, stop):
             order = self.datasets[dataset]
@@ -144,7 +144,7 @@ class SampleOrder(OrderSettings):
         return [range(first + s, first + min(s + order.block_samples, order.num_samples)) for s in starts.tolist()]
 
     def window_samples(self, window: Window) -> Int64:
-        """Sample numbers of a window, in the order in which its lane hands them out."""
+        """Sample numbers of a window, in the order in which its lane yields them."""
         dataset, lane = self._dataset_of(window)
         samples = self.datasets[dataset].window_samples(window.epoch, lane, window.round)
         return self.first_sample[dataset] + samples
@@ -155,8 +155,7 @@ class SampleOrder(OrderSettings):
         return dataset, window.lane - self._first_lane[dataset]
 
     def _stretches(self, step: int, start: int, stop: int) -> Iterator[_Stretch]:
-        """What slots [start, stop) of a step's batch consist of: slots of a batch are in the order of datasets, epochs,
-        lanes and offsets."""
+        """Slots [start, stop) of a step's batch. Slots are in the order of datasets, epochs, lanes and offsets."""
         before, after = self.drawn_before(step), self.drawn_before(step + 1)
         for number, order in enumerate(self.datasets):
             whole_batches = self.batch_size if len(self.datasets) == 1 else 1

@@ -9,19 +9,19 @@ from crate_ray.data.order.dataset_order import Draw, Window
 
 
 def stride_of(num_samples: int, max_samples: int | None) -> int:
-    """The s of every s-th sample of a dataset, such that they are at most max_samples."""
+    """The smallest stride with which at most max_samples samples of a dataset are selected."""
     return 1 if max_samples is None else -(-num_samples // max_samples)
 
 
 class SequentialOrder:
-    """Every stride-th sample exactly once, in the order of the shards: for evaluation. The last batch may be short."""
+    """Every stride-th sample exactly once, in the order of the shards. The last batch may be short."""
 
     def __init__(self, num_samples: int, batch_size: int, block_samples: int, stride: int = 1) -> None:
         self.num_samples, self.batch_size, self.block_samples = -(-num_samples // stride), batch_size, block_samples
         self.stride = stride
 
     def describe(self) -> dict[str, object]:
-        """All that the order depends on, as plain data."""
+        """Everything the order depends on, as plain data."""
         return {"num_samples": self.num_samples, "batch_size": self.batch_size, "stride": self.stride}
 
     @property
@@ -31,24 +31,24 @@ class SequentialOrder:
 
     @property
     def steps_per_window(self) -> int:
-        """Steps that one block lasts for, at least one."""
+        """Number of steps that a block lasts, at least one."""
         return -(-self.block_samples // self.batch_size)
 
     def draw(self, step: int, start: int, stop: int) -> Draw:
-        """Samples of slots [start, stop) of a step, those that exist."""
-        low, high = self._places(step, start, stop)
+        """Samples of slots [start, stop) of a step; fewer at the end of the dataset."""
+        low, high = self._positions(step, start, stop)
         return Draw(np.arange(low, high, dtype=np.int64) * self.stride, np.zeros(high - low, np.int64))
 
     def windows(self, step: int, start: int, stop: int) -> list[Window]:
-        """One window is one block."""
-        low, high = self._places(step, start, stop)
+        """Windows that these slots draw from. A window is one block."""
+        low, high = self._positions(step, start, stop)
         if low == high:
             return [Window(0, 0, step * self.batch_size // self.block_samples)]
         first, last = low // self.block_samples, (high - 1) // self.block_samples
         return [Window(0, 0, block) for block in range(first, last + 1)]
 
     def blocks(self, window: Window) -> list[range]:
-        """What the window's samples are read with: one range, or one for each where they lie far apart."""
+        """Sample numbers to read for a window: one range, or one per sample if they are far apart."""
         first = window.round * self.block_samples
         numbers = range(first, min(first + self.block_samples, self.num_samples))
         if not numbers:
@@ -57,6 +57,6 @@ class SequentialOrder:
             return [range(numbers[0] * self.stride, numbers[-1] * self.stride + 1)]
         return [range(number * self.stride, number * self.stride + 1) for number in numbers]
 
-    def _places(self, step: int, start: int, stop: int) -> tuple[int, int]:
+    def _positions(self, step: int, start: int, stop: int) -> tuple[int, int]:
         first = step * self.batch_size
         return min(first + start, self.num_samples), min(first + stop, self.num_samples)

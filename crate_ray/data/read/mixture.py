@@ -1,4 +1,4 @@
-"""One or several datasets: opened by address, and read by sample number."""
+"""Open one or several datasets, and read their samples by number."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.format.samples import Sample
 from crate_ray.data.order.mixture import Mixture, whole_weights
-from crate_ray.data.read.shard_reader import Keep, ShardReader, Unreadable
+from crate_ray.data.read.shard_reader import ShardReader, Store, Unreadable
 from crate_ray.errors import UserError
 from crate_ray.storage.cache import PartCache
 from crate_ray.storage.interface import open_storage
 
 
 def open_mixture(train: str | Mapping[str, float], s3: S3Config) -> Mixture:
-    """Open the dataset, or the datasets by weight, of a setting such as `data.train`.
+    """Open the dataset or the weighted datasets of `data.train`.
 
-    Raises UserError when a dataset is missing, or when images are to be mixed with grids.
+    Raises UserError if a dataset is missing, or if images are mixed with grids.
     """
     addresses = {train: 1.0} if isinstance(train, str) else train
     datasets = tuple(load_dataset(open_storage(uri, s3)) for uri in addresses)
@@ -30,7 +30,7 @@ def open_mixture(train: str | Mapping[str, float], s3: S3Config) -> Mixture:
         if other.kind != first.kind or (other.kind == "grid" and other.channels != first.channels):
             raise UserError(
                 f"{datasets[0].storage.uri} holds {first.kind}s of {first.channels} channels and {dataset.storage.uri} "
-                f"{other.kind}s of {other.channels}; only alike ones can be mixed"
+                f"{other.kind}s of {other.channels}; mix datasets of the same kind only"
             )
     return Mixture(datasets, whole_weights(tuple(addresses.values())))
 
@@ -38,32 +38,34 @@ def open_mixture(train: str | Mapping[str, float], s3: S3Config) -> Mixture:
 class MixtureReader:
     """Reads samples of a mixture by number."""
 
+    # A part is a range of samples that is read in one request.
+
     def __init__(self, mixture: Mixture, data: DataConfig) -> None:
         cache = PartCache(Path(data.cache_dir), data.cache_bytes) if data.cache_dir else None
         self.mixture = mixture
         self._readers = [ShardReader(dataset, cache) for dataset in mixture.datasets]
         self._part_bytes = data.part_bytes
 
-    def read(self, samples: range, keep: Keep = memoryview) -> list[Sample | Unreadable]:
-        """Consecutive samples of one dataset, their bytes as `keep` keeps them. Raises as `ShardReader.read` does."""
+    def read(self, samples: range, store: Store = memoryview) -> list[Sample | Unreadable]:
+        """Read consecutive samples of one dataset; see `ShardReader.read`."""
         dataset, first = self.mixture.locate(samples.start)
-        return self._readers[dataset].read(first, len(samples), keep)
+        return self._readers[dataset].read(first, len(samples), store)
 
     def num_bytes(self, samples: range) -> int:
-        """Bytes that `read` of these samples fetches, nearly."""
+        """Approximate number of bytes that `read` fetches for these samples."""
         dataset, first = self.mixture.locate(samples.start)
         return self._readers[dataset].num_bytes(first, len(samples))
 
     def parts(self, samples: range) -> list[range]:
-        """What to read in one request each, of consecutive samples of one dataset."""
+        """Split consecutive samples of one dataset into parts of about `part_bytes`."""
         manifest = self.mixture.datasets[self.mixture.locate(samples.start)[0]].manifest
-        # A multiple of what an entry of the index covers.
+        # Parts are multiples of what an index entry covers.
         mean = manifest.total_bytes / manifest.num_samples
         size = max(1, int(self._part_bytes / mean / INDEX_STRIDE)) * INDEX_STRIDE
         return [samples[i : i + size] for i in range(0, len(samples), size)]
 
     def all_parts(self) -> list[range]:
-        """The same of the whole mixture, shard by shard."""
+        """Parts of the whole mixture, shard by shard."""
         return [
             part
             for begin, dataset in zip(self.mixture.first_sample, self.mixture.datasets, strict=False)

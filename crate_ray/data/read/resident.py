@@ -1,4 +1,4 @@
-"""Parts of shards fetched once and kept: for data that fits memory."""
+"""Source of samples for data that fits in memory: every part of the shards is fetched once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ABSENT = Unreadable("", "not read yet")
 
 
 class ResidentSource:
-    """Parts of shards, each fetched once by threads and kept: for data that fits memory."""
+    """Fetches parts of the shards in threads when they are first needed, and keeps them in memory."""
 
     def __init__(self, reader: MixtureReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
         self._reader, self._order, self._slots = reader, order, slots
@@ -26,17 +26,17 @@ class ResidentSource:
         self._parts = reader.all_parts()
         self._starts = np.array([part.start for part in self._parts])
         self._loading: dict[int, Future[list[Sample | Unreadable]]] = {}  # by number of the part
-        self._samples: list[Sample | Unreadable] = [_ABSENT] * self._parts[-1].stop  # by number
-        self._missing = set(range(len(self._parts)))  # not in there yet
+        self._samples: list[Sample | Unreadable] = [_ABSENT] * self._parts[-1].stop  # by number of the sample
+        self._missing = set(range(len(self._parts)))  # parts whose samples are not in the list yet
 
     def request(self, step: int) -> bool:
-        """Start fetching the parts that a step needs; returns at once, always True."""
+        """Start fetching the parts that a step needs. Does not block. Returns True."""
         if self._missing:
             self._begin(self._order.draw(step, *self._slots).samples)
         return True
 
     def take(self, step: int) -> tuple[Draw, list[Sample | Unreadable]]:
-        """Numbers and encoded samples of a step's slots; waits for what has not arrived."""
+        """Numbers and encoded samples of a step's slots. Waits until they have arrived."""
         draw = self._order.draw(step, *self._slots)
         if self._missing:
             for part in self._begin(draw.samples):
@@ -46,7 +46,7 @@ class ResidentSource:
         return draw, [self._samples[number] for number in draw.samples.tolist()]
 
     def _begin(self, numbers: Int64) -> list[int]:
-        """The parts with these samples that are not there yet; they are begun."""
+        """Start fetching the missing parts with these samples. Returns their numbers."""
         parts = np.unique(np.searchsorted(self._starts, numbers, "right") - 1).tolist()
         missing = [part for part in parts if part in self._missing]
         for part in missing:

@@ -21,41 +21,49 @@ from crate_ray.storage.interface import Replaced
 
 logger = logging.getLogger(__name__)
 
-_CHECKED_READS = 3  # of bytes whose digest is wrong: they may have changed on the way
+_CHECKED_READS = 3  # attempts if the digest is wrong: the bytes may have been damaged in transit
 _JOIN_GAP = 64 * 2**10  # members closer together than this are read in one request
 
-Keep = Callable[[bytes], memoryview]
-"""Where bytes that were read are kept: gives the view that samples' members become parts of."""
+Store = Callable[[bytes], memoryview]
+"""Puts bytes where they stay until they are decoded (memory or disk). Samples' members are slices of the result."""
 
 
 class Unreadable(NamedTuple):
-    """Stands for a sample whose bytes are damaged."""
+    """Takes the place of a sample whose bytes are damaged."""
 
     key: str
-    """Where it lies: the key itself cannot be read."""
+    """Shard and number: the key itself cannot be read."""
     error: str
 
     @property
     def members(self) -> dict[str, memoryview]:
-        """None of them."""
+        """Empty."""
         return {}
 
 
 class ShardReader:
-    """Reads samples of a dataset by number; every byte is checked against the index, every shard stays one version."""
+    """Reads samples of a dataset by number.
+
+    All bytes are checked against the index. A shard that is replaced while it is being read is an error.
+    """
 
     def __init__(self, shards: ShardSet, cache: PartCache | None = None) -> None:
         self.shards = shards
         self._cache = cache
-        self._versions = np.zeros(shards.manifest.num_shards, np.uint64)  # hashes of ETags; 0: not read yet
+        self._versions = np.zeros(shards.manifest.num_shards, np.uint64)  # hash of each shard's ETag; 0: not read yet
         self._table = lru_cache(maxsize=64)(shards.table)
         self._dataset = shards.manifest.digest()
 
-    def read(self, first: int, count: int, keep: Keep = memoryview) -> list[Sample | Unreadable]:
-        """Samples first .. first + count of the dataset, as far as it goes, their bytes as `keep` keeps them.
+    def read(self, first: int, count: int, store: Store = memoryview) -> list[Sample | Unreadable]:
+        """Read samples first .. first + count, or up to the end of the dataset.
+
+        Args:
+            first: number of the first sample.
+            count: number of samples.
+            store: where to put the bytes.
 
         Raises:
-            Replaced: a shard was overwritten since it was first read, or is not as large as the one that was indexed.
+            Replaced: a shard was overwritten since it was first read, or its size differs from the indexed one.
             NotFound: a shard was deleted.
         """
         out: list[Sample | Unreadable] = []
@@ -64,12 +72,12 @@ class ShardReader:
             shard, local = self.shards.locate(first)
             take = min(stop - first, int(self.shards.samples[shard]) - local)
             try:
-                out += self._read(shard, local, take, keep)
-            except DamagedShard:  # only the 16 samples around the damage are lost
+                out += self._read(shard, local, take, store)
+            except DamagedShard:  # read each index entry by itself: only the 16 samples around the damage are lost
                 for low in range(local - local % INDEX_STRIDE, local + take, INDEX_STRIDE):
                     begin, end = max(low, local), min(low + INDEX_STRIDE, local + take)
                     try:
-                        out += self._read(shard, begin, end - begin, keep)
+                        out += self._read(shard, begin, end - begin, store)
                     except DamagedShard as error:
                         name = self.shards.shard_name(shard)
                         out += [Unreadable(f"{name}#{number}", str(error)) for number in range(begin, end)]
@@ -77,7 +85,7 @@ class ShardReader:
         return out
 
     def num_bytes(self, first: int, count: int) -> int:
-        """Bytes that `read` of these samples fetches, nearly."""
+        """Approximate number of bytes that `read` fetches for these samples."""
         total, stop = 0, min(first + count, self.shards.manifest.num_samples)
         while first < stop:
             shard, local = self.shards.locate(first)
@@ -90,24 +98,25 @@ class ShardReader:
             first += take
         return total
 
-    def _read(self, shard: int, first: int, count: int, keep: Keep) -> Sequence[Sample]:
-        return (self._listed if self.shards.has_table(shard) else self._contiguous)(shard, first, count, keep)
+    def _read(self, shard: int, first: int, count: int, store: Store) -> Sequence[Sample]:
+        return (self._listed if self.shards.has_table(shard) else self._contiguous)(shard, first, count, store)
 
-    def _contiguous(self, shard: int, first: int, count: int, keep: Keep) -> list[Sample]:
+    def _contiguous(self, shard: int, first: int, count: int, store: Store) -> list[Sample]:
+        """Samples of a shard whose samples' members lie together, as one range."""
         start, end, covered = self.shards.byte_range(shard, first, count)
 
         def check(data: bytes) -> None:
             self.shards.check(shard, start, data)
 
         name = self.shards.shard_name(shard)
-        parsed = parse_samples(keep(self._checked(shard, start, end, check)), name)
+        parsed = parse_samples(store(self._checked(shard, start, end, check)), name)
         found = parsed[first - covered : first - covered + count]
         if len(found) != count:
-            raise DamagedShard(f"{name} holds other samples than its index says; index it again")
+            raise DamagedShard(f"{name} does not hold the samples that its index lists; index it again")
         return found
 
-    def _listed(self, shard: int, first: int, count: int, keep: Keep) -> list[Sample]:
-        """Samples of a shard with a table: their members, read in as few requests as they lie in."""
+    def _listed(self, shard: int, first: int, count: int, store: Store) -> list[Sample]:
+        """Samples of a shard with a table of members. Members that are close together are read in one request."""
         table = self._table(shard)
         low, high = np.searchsorted(table["sample"], [first, first + count])
         rows = table[low:high]
@@ -129,11 +138,11 @@ class ShardReader:
                 for i, span in spans.items():
                     if xxhash.xxh3_64_intdigest(view[span]) & 0xFFFFFFFF != int(rows["digest"][i]):
                         raise DamagedShard(
-                            f"member {rows['key'][i]!r} of {self.shards.shard_name(shard)} is not what was indexed; "
-                            "index or pack it again"
+                            f"member {rows['key'][i]!r} of {self.shards.shard_name(shard)} differs from what was "
+                            "indexed; index or pack it again"
                         )
 
-            view = keep(self._checked(shard, start, end, check))
+            view = store(self._checked(shard, start, end, check))
             contents.update((i, view[span]) for i, span in spans.items())
         samples: list[Sample] = []
         for number, members in groupby(range(len(rows)), key=lambda i: int(rows["sample"][i])):
@@ -145,11 +154,11 @@ class ShardReader:
         return samples
 
     def _checked(self, shard: int, start: int, end: int, check: _Check) -> bytes:
-        """Bytes of a shard that pass the check, from the cache or from the storage."""
+        """Bytes of a shard that pass the check, from the cache or the storage."""
 
         def check_all(data: bytes) -> None:
             if len(data) != end - start:
-                raise DamagedShard(f"{self._uri(shard)} is truncated: it ends before byte {end}; pack it again")
+                raise DamagedShard(f"{self._uri(shard)} is truncated before byte {end}; pack it again")
             check(data)
 
         if self._cache is None:
@@ -165,8 +174,8 @@ class ShardReader:
             known = int(self._versions[shard])
             if known not in (0, version):
                 raise Replaced(
-                    f"{self._uri(shard)} was replaced while it is being read; "
-                    "index or pack the dataset again and start a new run"
+                    f"{self._uri(shard)} was replaced while it was being read; index or pack the dataset again and "
+                    "start a new run"
                 )
             try:
                 check(data)
@@ -181,7 +190,7 @@ class ShardReader:
         raise AssertionError("unreachable")
 
     def _check_size(self, shard: int) -> None:
-        """Raise Replaced where a shard has not the size that was indexed: then it is not damaged, but another one."""
+        """Raise Replaced if a shard's size differs from the indexed one: it is another shard, not a damaged one."""
         name, size = self.shards.shard_name(shard), int(self.shards.bytes[shard])
         last, _ = self.shards.shard_storage.read_version(name, size - 1, 2)
         if len(last) != 1:
@@ -196,4 +205,4 @@ class ShardReader:
 
 class _Check(Protocol):
     def __call__(self, data: bytes) -> None:
-        """Raise DamagedShard for wrong bytes."""
+        """Raise DamagedShard if the bytes are wrong."""

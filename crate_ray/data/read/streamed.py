@@ -1,4 +1,4 @@
-"""Blocks fetched ahead of use within a byte budget: for data that does not fit memory."""
+"""Source of samples for data that does not fit in memory: blocks are fetched ahead of use within a byte budget."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from crate_ray.data.read.shard_reader import Unreadable
 
 logger = logging.getLogger(__name__)
 
-_RELEASE_SECONDS = 10.0  # without a batch that was decoded, its bytes are not waited for any longer
+_RELEASE_SECONDS = 10.0  # if no bytes are freed for this long, stop waiting and use the disk
 
 
 @dataclass(eq=False)
 class _InMemory:
-    """Bytes of a part that are in memory, or will be: the planning thread's count."""
+    """Bytes of a part that are or will be in memory, as counted by the planning thread."""
 
     num_bytes: int
     is_passed: bool = False
-    """No window holds the part any more, only batches that wait for decoding."""
+    """Whether no window contains the part any more; only batches that wait for decoding use it."""
 
 
 @dataclass
@@ -43,34 +43,35 @@ class _Part:
     content: Future[list[Sample | Unreadable]]
     memory: _InMemory
     windows: int = 1
-    """Windows that hold it: the end of one epoch and the begin of the next can share a block."""
+    """Windows that contain it: the end of one epoch and the start of the next can share a block."""
 
 
 class StreamedSource:
-    """Blocks of the worker's lanes, fetched by threads as many windows ahead as the buffer holds, dropped when used.
+    """Fetches the blocks of the worker's lanes in threads, as many windows ahead as the buffer has room for.
 
-    Bytes count until nothing refers to them: batches that wait for decoding hold those of windows that are passed. What
-    the lanes' current windows need beyond the buffer lies on disk, and then what the next ones do, too. One thread
-    calls `request` and `take`.
+    Bytes count until nothing refers to them. That includes bytes of passed windows that batches still wait to decode.
+    If the current windows of the lanes exceed the buffer, the rest is stored on disk; the next windows are then stored
+    there, too. Only one thread may call `request` and `take`.
     """
 
     def __init__(self, reader: MixtureReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
         self._reader, self._order, self._slots = reader, order, slots
         self._buffer_bytes, self._folder = data.buffer_bytes, data.cache_dir or tempfile.gettempdir()
-        self._held = self._passed = 0  # bytes in memory, and those of them that are of passed parts
-        # Filled by whichever thread drops the last reference, which no lock may stop.
+        self._held = self._passed = 0  # bytes in memory; the bytes among them that belong to passed parts
+        # Filled by the thread that drops the last reference. Taking a lock there could deadlock.
         self._freed: SimpleQueue[tuple[_InMemory, int]] = SimpleQueue()
         self._pool = ThreadPoolExecutor(data.fetch_threads, "fetch")
-        self._windows: dict[Window, list[range]] = {}  # their parts
+        self._windows: dict[Window, list[range]] = {}  # parts of each window
         self._parts: dict[int, _Part] = {}  # by first sample
-        self._starts = np.empty(0, np.int64)  # of the parts, in order
-        self._measured = lru_cache(maxsize=64)(self._measure)  # asked again at every step until there is room
+        self._starts = np.empty(0, np.int64)  # first samples of the parts, sorted
+        self._measured = lru_cache(maxsize=64)(self._measure)  # called at every step until there is room
         self._is_closed = self._uses_disk = self._disk_failed = False
 
     def request(self, step: int) -> bool:
-        """Start fetching what a step needs, as far as the buffer has room; returns at once, whether all is on its way.
+        """Start fetching what a step needs, if the buffer has room. Does not block. Returns whether all is requested.
 
-        A lane's current window is fetched in any case, at the latest when it is taken: beyond the buffer to disk.
+        The current window of a lane is fetched in any case, to disk if the buffer is full, when it is taken at the
+        latest.
         """
         self._count_freed()
         for window in self._order.windows(step, *self._slots):
@@ -83,7 +84,8 @@ class StreamedSource:
         return True
 
     def take(self, step: int) -> tuple[Draw, list[Sample | Unreadable]]:
-        """Numbers and encoded samples of a step's slots; waits for what has not arrived. Steps follow each other."""
+        """Numbers and encoded samples of a step's slots. Waits until they have arrived. Call it for every step in
+        order."""
         needed = self._order.windows(step, *self._slots)
         if not self._windows.keys() >= set(needed):
             self._drop_before(needed)
@@ -94,13 +96,13 @@ class StreamedSource:
         draw = self._order.draw(step, *self._slots)
         owners = np.searchsorted(self._starts, draw.samples, "right") - 1
         loaded = {part: self._parts[self._starts[part]].content.result() for part in np.unique(owners).tolist()}
-        places = zip(owners.tolist(), (draw.samples - self._starts[owners]).tolist(), strict=True)
-        samples = [loaded[part][i] for part, i in places]
+        positions = zip(owners.tolist(), (draw.samples - self._starts[owners]).tolist(), strict=True)
+        samples = [loaded[part][i] for part, i in positions]
         self._drop_before(self._order.windows(step + 1, *self._slots))
         return draw, samples
 
     def _measure(self, window: Window) -> tuple[list[tuple[range, int]], int]:
-        """Parts of a window with their bytes, and the bytes of all."""
+        """Parts of a window with their sizes in bytes, and the sum of the sizes."""
         parts = [part for block in self._order.blocks(window) for part in self._reader.parts(block)]
         sizes = [self._reader.num_bytes(part) for part in parts]
         return list(zip(parts, sizes, strict=True)), sum(sizes)
@@ -109,13 +111,13 @@ class StreamedSource:
         return self._held + self._measured(window)[1] <= self._buffer_bytes
 
     def _wait_for_room(self, window: Window) -> None:
-        """Wait until batches that hold bytes of passed windows are decoded, as far as a window needs their room."""
+        """Wait for batches with bytes of passed windows to be decoded, until a window has room."""
         while self._passed and not self._has_room(window) and not self._is_closed:
             if not self._count_freed(_RELEASE_SECONDS):
                 return
 
     def _count_freed(self, seconds: float = 0.0) -> bool:
-        """Count the bytes that nothing refers to any more, if any within so many seconds."""
+        """Subtract bytes that have been freed. Waits up to `seconds` for some. Returns whether there were any."""
         found = False
         with suppress(Empty):
             while True:
@@ -136,40 +138,40 @@ class StreamedSource:
             fits = self._held + num_bytes <= self._buffer_bytes
             if not fits and not self._uses_disk:
                 self._uses_disk = True
-                self._tell_of_disk(step)
+                self._warn_about_disk(step)
             memory = _InMemory(num_bytes if fits else 0)
             self._held += memory.num_bytes
             content = self._pool.submit(self._read, part, memory, memory.num_bytes, on_disk=not fits)
             self._parts[part.start] = _Part(content, memory)
         self._starts = np.sort(np.fromiter(self._parts, np.int64))
 
-    def _tell_of_disk(self, step: int) -> None:
+    def _warn_about_disk(self, step: int) -> None:
         needed = sum(self._measured(window)[1] for window in self._order.windows(step, *self._slots))
         logger.warning(
-            "a worker draws from windows of %.0f MiB at a time, more than data.buffer_bytes (%.0f MiB) has room for; "
-            "the rest waits in unnamed files under %s, which is slower: raise data.buffer_bytes, or use more workers",
+            "a worker draws from %.0f MiB at a time, more than data.buffer_bytes (%.0f MiB); the rest is stored in "
+            "unnamed files under %s, which is slower: raise data.buffer_bytes or use more workers",
             needed / 2**20, self._buffer_bytes / 2**20, self._folder,
         )  # fmt: skip
 
     def _read(self, part: range, memory: _InMemory, reserved: int, on_disk: bool) -> list[Sample | Unreadable]:
-        """Thread: samples of a part, in memory for which so many bytes are counted, or on disk."""
+        """In a thread: read a part into memory, for which `reserved` bytes are counted, or to disk."""
 
-        def keep(data: bytes) -> memoryview:
+        def store(data: bytes) -> memoryview:
             nonlocal reserved
             if on_disk and not self._disk_failed:
                 try:
                     return _on_disk(data, self._folder)
                 except OSError as error:
                     self._disk_failed = True
-                    logger.warning("%s takes no files (%s): what data.buffer_bytes has no room for stays in memory",
+                    logger.warning("cannot write to %s (%s): data beyond data.buffer_bytes stays in memory",
                                    self._folder, error)  # fmt: skip
             array = np.frombuffer(data, np.uint8)
             weakref.finalize(array, self._freed.put, (memory, len(data))).atexit = False
             reserved -= len(data)
             return array.data
 
-        samples = self._reader.read(part, keep)
-        self._freed.put((memory, reserved))  # what was read may have another size than was counted
+        samples = self._reader.read(part, store)
+        self._freed.put((memory, reserved))  # corrects the count if less was read than estimated
         return samples
 
     def _drop_before(self, needed: Iterable[Window]) -> None:
@@ -190,17 +192,14 @@ class StreamedSource:
     def close(self) -> None:
         """Stop fetching."""
         self._is_closed = True
-        self._freed.put((_InMemory(0), 0))  # wakes who waits
+        self._freed.put((_InMemory(0), 0))  # wakes up a waiting thread
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _on_disk(data: bytes, folder: str) -> memoryview:
-    """The same bytes, mapped from a file that nobody else sees: pages that the kernel can take out of memory.
-
-    Raises OSError when they cannot be written.
-    """
+    """Map the bytes from an unnamed file, so that the kernel can evict their pages. Raises OSError if that fails."""
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(data)
         file.flush()
-        # Unlike mmap, torch keeps no file open: there may be more parts than a process may have open.
+        # Unlike mmap, torch does not keep the file open: there can be more parts than the limit of open files.
         return torch.from_file(file.name, size=len(data), dtype=torch.uint8).numpy().data
