@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from crate_ray.config.base import Fraction, PositiveInt, Settings
+from crate_ray.config.base import Advanced, Fraction, PositiveInt, Settings
 from crate_ray.config.evaluate import Feature
 from crate_ray.config.storage import S3Config
 from crate_ray.config.training import TrackingConfig
@@ -26,7 +26,7 @@ class EmbedConfig(Settings):
     """Run each encoder on a GPU."""
     batch_size: PositiveInt = 256
     """Samples per forward pass. Each Parquet file holds at least this many."""
-    max_bad_fraction: Fraction = 0.01
+    max_bad_fraction: Advanced[Fraction] = 0.01
     """Largest share of bad samples. They are skipped and reported; above this share the job stops."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow, for models:/ and runs:/."""

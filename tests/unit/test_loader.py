@@ -345,7 +345,7 @@ def test_a_mixture_is_opened_by_its_weights(mixture: Mixture, tmp_path: Path) ->
     assert std == pytest.approx([(s - m**2) ** 0.5 for s, m in zip(squares, mean, strict=True)])
     assert len({opened.digest, open_mixture({first: 2, second: 1}, S3Config()).digest, parts[0].digest()}) == 3
     grids = pack_items(tmp_path, lambda n: {"npy": npy(np.zeros((3, 8, 8), np.float32))}, 4)
-    with pytest.raises(UserError, match="only alike ones can be mixed"):
+    with pytest.raises(UserError, match="mix datasets of the same kind only"):
         open_mixture({first: 1, grids.storage.uri: 1}, S3Config())
 
 
@@ -434,12 +434,12 @@ def test_streaming_holds_what_is_needed_and_ahead_only_what_the_buffer_has_room_
         batches(train_on(shards, order, MODEL, data, steps=range(2 * order.batches_per_epoch)))
         assert buffer_bytes < 2**30 or not requested_late
         assert max(held) <= most
-        told = [record.getMessage() for record in caplog.records]
+        warnings = [record.getMessage() for record in caplog.records]
         if buffer_bytes == 1:
-            assert len(told) == 1 and "rest waits in unnamed files under /" in told[0]
+            assert len(warnings) == 1 and "rest is stored in unnamed files under /" in warnings[0]
             assert max(held) == 2  # the next one goes to disk as well
         elif window > 1:  # a step needs no more than two windows of a lane
-            assert not told
+            assert not warnings
     assert max(held) >= 3  # with room, several windows ahead
 
 
