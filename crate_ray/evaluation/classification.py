@@ -1,4 +1,4 @@
-"""How well classes can be read from features: linear probe and k-NN, of each encoder, each layer, and of raw pixels."""
+"""Linear probes and k-NN on the features of each encoder and layer, and on raw pixels."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ from crate_ray.serving import FeaturePoint
 
 
 class LayerScore(Settings):
-    """Accuracy of one feature of one layer on held-out training samples; it chooses, and reports nothing."""
+    """Accuracy of one layer's feature on held-out training samples. It is used to choose a layer only."""
 
     feature: Feature
     """Mean of patch tokens, or CLS token."""
     layer: int | None
-    """Layer 1 … L; None after the last norm."""
+    """Layer 1 … L; None: after the last norm."""
     linear: float
-    """Linear probe."""
+    """Accuracy of the linear probe."""
     knn: float
-    """k-NN."""
+    """Accuracy of k-NN."""
 
 
 class FeatureScores(Settings):
     """Test accuracies of one set of features."""
 
     source: str
-    """Which features."""
+    """Name of the features."""
     dim: int
-    """Numbers of each sample."""
+    """Numbers per sample."""
     linear: ProbeScore
     """Linear probe."""
     knn: Estimate
-    """k-NN: share classified correctly."""
+    """Accuracy of k-NN."""
 
 
 class EncoderScores(Settings):
-    """What was measured of one encoder, or of raw pixels."""
+    """Scores of one encoder, or of raw pixels."""
 
     title: str
-    """What it is."""
+    """Name of the encoder."""
     standard: FeatureScores
-    """The feature that was asked for."""
+    """Scores of the requested feature."""
     chosen_linear: FeatureScores | None = None
-    """The feature and layer that are best for the linear probe on held-out training samples."""
+    """Scores of the feature and layer whose linear probe is best on held-out training samples."""
     chosen_knn: FeatureScores | None = None
-    """The same for k-NN."""
+    """Scores of the feature and layer whose k-NN is best on held-out training samples."""
     layers: tuple[LayerScore, ...] = ()
     """Held-out accuracy of every feature and layer."""
 
@@ -73,17 +73,17 @@ class Classification(Settings):
     """Linear probes and k-NN on two labelled datasets."""
 
     train: str
-    """What they were fitted on."""
+    """Address of the training set."""
     test: str
-    """What accuracies were measured on."""
+    """Address of the test set."""
     train_samples: int
-    """Samples of the first."""
+    """Number of training samples."""
     test_samples: int
-    """Samples of the second."""
+    """Number of test samples."""
     num_classes: int
-    """Classes that occur."""
+    """Number of classes in the training set."""
     majority: Estimate
-    """Accuracy of always answering the training set's most frequent class."""
+    """Accuracy of always predicting the training set's most frequent class."""
     neighbours: int
     """k of k-NN."""
     temperature: float
@@ -92,7 +92,7 @@ class Classification(Settings):
     """By name: 'trained', 'untrained', 'baseline', 'pixels'."""
 
     def metrics(self) -> dict[str, float]:
-        """Test accuracies for MLflow: of the feature that was asked for and, with `_best`, of the chosen layer."""
+        """Test accuracies for MLflow: of the requested feature and, with `_best`, of the chosen layer."""
         out = {}
         for name, scores in self.encoders.items():
             name = "encoder" if name == "trained" else name
@@ -114,7 +114,7 @@ def classify(
 ) -> Classification:
     """Linear probes and k-NN of encoders and of raw pixels.
 
-    Raises UserError when a dataset has no labels, or labels that the other has not.
+    Raises UserError if a dataset has no labels, or if the test set has classes that the training set lacks.
     """
     description = subjects[0].description
     pixels, title = _pixels(description, train, test, probe, source), pixels_title(description.model)
@@ -161,7 +161,7 @@ def classify_by_pixels(
     probe: ProbeConfig,
     source: FeatureSource,
 ) -> FeatureScores:
-    """The same of the raw pixels that a model would get. Raises as `classify` does."""
+    """Linear probe and k-NN of the raw pixels of a model's input. Raises as `classify` does."""
     title = pixels_title(description.model)
     return _scores(title, *_pixels(description, train, test, probe, source), config, probe)
 

@@ -1,4 +1,4 @@
-"""What the numbers say, in plain sentences: which differences hold beyond their intervals, and which do not."""
+"""Conclusions from the numbers, in sentences: which differences exceed their intervals, and which do not."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from crate_ray.evaluation.segmentation import Segmentation
 
 
 def on_classification(result: Classification) -> list[str]:
-    """The trained encoder's accuracy against each control, and where in the encoder classes are read best."""
+    """The trained encoder's accuracy compared with each control, and its best layer."""
     scores = result.encoders
     own = scores["trained"].standard
     said = [
-        f"A linear probe on the {own.source} is right on {_percent(own.linear.interval)} of "
-        f"{result.test_samples:,} test samples, k-NN on {_percent(own.knn)}."
+        f"A linear probe on the {own.source} classifies {_percent(own.linear.interval)} of {result.test_samples:,} "
+        f"test samples correctly, k-NN {_percent(own.knn)}."
     ]
     for name, other in scores.items():
         if name != "trained":
@@ -40,7 +40,7 @@ def on_classification(result: Classification) -> list[str]:
 
 
 def on_reconstruction(result: Reconstruction) -> list[str]:
-    """The trained model against the controls at the share that it was trained with, and at the extremes."""
+    """The trained model compared with the controls at its mask ratio in training, and its range of errors."""
     trained = result.predictors["trained"]
     nearest = min(range(len(trained.ratios)), key=lambda i: abs(trained.ratios[i].mask_ratio - result.mask_ratio))
     at = trained.ratios[nearest]
@@ -59,33 +59,33 @@ def on_reconstruction(result: Reconstruction) -> list[str]:
     if len(trained.ratios) > 1:
         first, last = trained.ratios[0], trained.ratios[-1]
         said.append(
-            f"From {first.mask_ratio:.0%} to {last.mask_ratio:.0%} hidden the PSNR goes from {first.psnr.value:.2f} to "
-            f"{last.psnr.value:.2f} dB."
+            f"From {first.mask_ratio:.0%} to {last.mask_ratio:.0%} hidden, the PSNR goes from {first.psnr.value:.2f} "
+            f"to {last.psnr.value:.2f} dB."
         )
     if trained.given_patch_statistics:
         said.append(
-            "The model predicts patches up to their mean and variance, and its pixels are shown with the true ones: "
-            "PSNR and SSIM flatter it against predictors of plain pixels, such as the mean of the visible ones; the "
-            "normalised error does not, for models of the same targets."
+            "The model predicts normalised patches; its pixels are shown with the true mean and variance of each "
+            "patch. So PSNR and SSIM favour it over predictors of plain pixels, such as the mean of the visible "
+            "pixels. The normalised error is fair between models with the same targets."
         )
     if VISIBLE_MEAN in result.predictors and at.normalised_mse is not None:
         said.append(
-            f"Its normalised error is {at.normalised_mse.value:.3f}; 1 is what the mean of each true patch would reach."
+            f"Its normalised error is {at.normalised_mse.value:.3f}; predicting each patch's true mean would give 1."
         )
     return said
 
 
 def on_structure(result: Structure) -> list[str]:
-    """Whether R^c falls and sparsity rises from layer to layer, in the trained model and in the controls."""
+    """Whether R^c falls and sparsity rises with depth, in the trained model and in the controls."""
     own = result.encoders["trained"]
     if next(iter(own.trends.values())).steps < 1:
-        return ["The encoder has one layer: nothing goes from layer to layer.", *_on_undoing(result)]
+        return ["The encoder has only one layer, so there are no trends over layers.", *_on_undoing(result)]
     said = [
-        _trend_sentence("R^c against the layer's codebook, on tokens as attention sees them,", own, "rate_after"),
+        _trend_sentence("R^c against the layer's codebook, on normalised tokens,", own, "rate_after"),
         _trend_sentence(
-            "Against orthonormal bases of the codebook, free of learned scales, R^c", own, "rate_after_span"
+            "R^c against orthonormal bases of the codebook (free of learned scales)", own, "rate_after_span"
         ),
-        _trend_sentence("On tokens without the norm R^c", own, "rate_after_raw"),
+        _trend_sentence("R^c on tokens without the norm", own, "rate_after_raw"),
         _trend_sentence("The share of zeros", own, "zero_share", percent=True),
         _trend_sentence("The Gini index", own, "gini"),
         f"The attention step lowers R^c of its own layer in {own.compressing_layers} of "
@@ -94,14 +94,14 @@ def on_structure(result: Structure) -> list[str]:
     compression = _claim(own, "rate_after", "rate_after_span", "falls")
     sparsity = _claim(own, "zero_share", "gini", "rises")
     said.append(
-        "The paper says that R^c falls and sparsity rises layer by layer. Here R^c "
+        "The paper says that R^c falls and sparsity rises from layer to layer. Here, R^c "
         f"{compression}, and sparsity {sparsity}."
     )
     for name, other in result.encoders.items():
         if name != "trained":
             trends = other.trends
             said.append(
-                f"In the {other.title} (codebook: {other.codebook}) R^c {trends['rate_after'].verdict} "
+                f"In the {other.title} (codebook: {other.codebook}), R^c {trends['rate_after'].verdict} "
                 f"({_spearman(trends['rate_after'])}) and the share of zeros {trends['zero_share'].verdict} "
                 f"({trends['zero_share'].first:.1%} to {trends['zero_share'].last:.1%})."
             )
@@ -113,14 +113,14 @@ def on_structure(result: Structure) -> list[str]:
         ]
         if alike:
             said.append(
-                f"The trend of {' and '.join(alike)} has the same direction without any training: it shows the "
-                "architecture at work, and by itself nothing that was learned."
+                f"The trend of {' and '.join(alike)} has the same direction without training: it is an effect of the "
+                "architecture, and alone no evidence of learning."
             )
     return said + _on_undoing(result)
 
 
 def on_segmentation(result: Segmentation) -> list[str]:
-    """The best maps against the controls and against the untrained encoder."""
+    """The best maps compared with the controls and the untrained encoder."""
     own = result.encoders["trained"].scores
     head, component = own["best_head"], own["best_component"]
     best = max((head, component), key=lambda score: score.chosen_on or 0)
@@ -146,26 +146,26 @@ def on_segmentation(result: Segmentation) -> list[str]:
 
 
 def _on_undoing(result: Structure) -> list[str]:
-    """How nearly the trained model's decoder undoes its encoder, and of which models that has no meaning."""
+    """How closely the trained model's decoder inverts its encoder, and for which models this is undefined."""
     said = []
     if (undoing := result.encoders["trained"].undoing) is not None:
         average, other_image = (
             sum(error.value for error in undoing[name]) / len(undoing[name]) for name in ("scaled", "other_image")
         )
         said.append(
-            f"Decoder layers come within a relative error of {average:.2f} on average (best scale) of the tokens that "
-            f"they are to undo, against {other_image:.2f} for another image's tokens; 0 would be exact."
+            f"Decoder layers reproduce the tokens that they should restore with a relative error of {average:.2f} on "
+            f"average (at the best scale); for another image's tokens it is {other_image:.2f}; 0 would be exact."
         )
     if without := [encoder.title for encoder in result.encoders.values() if encoder.undoing is None]:
         said.append(
-            f"Of the {' and the '.join(without)} it is not measured how nearly decoder layers undo encoder layers: the "
-            "decoder has another depth or width than the encoder, so that its layers have no counterparts."
+            f"For the {' and the '.join(without)}, the inversion of encoder layers is not measured: the decoder "
+            "differs from the encoder in depth or width, so its layers do not correspond to the encoder's."
         )
     return said
 
 
 def _claim(encoder: EncoderStructure, first: str, second: str, direction: Literal["falls", "rises"]) -> str:
-    """Whether two measures of the same thing go in a direction, at every step or on the whole."""
+    """Whether two measures of the same property move in a direction, at every step or overall."""
     trends = encoder.trends[first], encoder.trends[second]
     holds = [trend.verdict == direction for trend in trends]
     if not any(holds):
@@ -173,7 +173,7 @@ def _claim(encoder: EncoderStructure, first: str, second: str, direction: Litera
     if not all(holds):
         return f"{direction} by one of its two measures only"
     every = all((trend.falls if direction == "falls" else trend.rises) == trend.steps for trend in trends)
-    return f"{direction} at every step" if every else f"{direction} on the whole, but not at every step"
+    return f"{direction} at every step" if every else f"{direction} overall, but not at every step"
 
 
 def _trend_sentence(what: str, encoder: EncoderStructure, name: str, percent: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""From models and datasets to a report: which section needs which data, in which order things are measured."""
+"""Evaluate models on datasets and build the report. Each section needs its own data."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ from crate_ray.structure.coding_rate import EPSILON
 
 
 def evaluate(
-    config: EvaluateConfig, trained: Subject, baseline: Subject | None, say: Callable[[str], None]
+    config: EvaluateConfig, trained: Subject, baseline: Subject | None, log: Callable[[str], None]
 ) -> tuple[Report, dict[str, list[Image]]]:
-    """Measure all sections that there is data for; the report, and its figures by section.
+    """Measure all sections that have data. Returns the report and its figures by section.
 
-    Datasets are opened before anything is measured. Features are computed by Ray, which is started where the cache
-    lacks any; the rest runs in this process, on a GPU where it has one.
+    All datasets are opened before anything is measured. Features are computed by Ray tasks; Ray is started only if the
+    cache does not have them. Everything else runs in this process, on its GPU if it has one.
+
+    Args:
+        config: settings.
+        trained: the model to evaluate.
+        baseline: a model to compare it with.
+        log: called with the name of each section before it is measured.
     """
     device = compute_device(config.gpu)
     subjects = _subjects(config, trained, baseline)
@@ -45,24 +51,22 @@ def evaluate(
 
     classification = reconstruction = structure = segmentation = None
     if probe and labelled:
-        say("linear probe and k-NN")
-        cache = FeatureCache(
-            Path(config.features_dir) if config.features_dir else feature_folder(), config.features_bytes
-        )
+        log("linear probe and k-NN")
+        cache = FeatureCache(Path(config.features_dir or default_folder()), config.features_bytes)
         extraction = Extraction(cache, config.s3, config.workers, config.gpu)
         classification = classify(subjects, labelled[0], labelled[1], config, probe, extraction)
         said["classification"] = conclusions.on_classification(classification)
     if held_out:
         uri = held_out.storage.uri
-        say("reconstruction")
+        log("reconstruction")
         reconstruction, pictures = measure_reconstruction(subjects, loaded, config.mask_ratios, uri, device)
         extra["reconstruction"] = [figures.reconstruction_pictures(pictures)]
         said["reconstruction"] = conclusions.on_reconstruction(reconstruction)
-        say("structure of the layers")
+        log("structure of the layers")
         structure = measure_structure(subjects, loaded, uri, EPSILON, device)
         said["structure"] = conclusions.on_structure(structure)
     if masked:
-        say("attention and segmentation")
+        log("attention and segmentation")
         seed = probe.seed if probe else 0
         segmentation, examples = measure_segmentation(subjects, masked, config.max_images, ATTENTION_MASS, seed, device)
         extra["segmentation"] = [figures.foreground_pictures(examples)]

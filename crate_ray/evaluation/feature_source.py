@@ -1,4 +1,4 @@
-"""Where features of a dataset come from: this process, or Ray tasks and a cache (see `extraction`)."""
+"""Sources of features of a dataset: this process, or Ray tasks with a cache (see `extraction`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from crate_ray.serving import FeatureExtractor, FeaturePoint
 
 
 class FeatureSource(Protocol):
-    """Gives features of at most max_samples samples of a dataset, spread evenly over it."""
+    """Computes features of at most max_samples samples, evenly spread over a dataset."""
 
     def encoder(
         self, subject: Subject, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
@@ -25,11 +25,11 @@ class FeatureSource(Protocol):
         """Features of an encoder at each of the points."""
 
     def pixels(self, description: ModelDescription, shards: ShardSet, max_samples: int | None) -> FeatureSet:
-        """The control: `pixel_features` of what a model would get."""
+        """`pixel_features` of the model's input, as the control."""
 
 
 class InProcess:
-    """Computes features here and now, on a GPU where there is one; nothing is kept."""
+    """Computes features in this process, on its GPU if it has one. Nothing is cached."""
 
     def encoder(
         self, subject: Subject, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None

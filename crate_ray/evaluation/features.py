@@ -1,4 +1,4 @@
-"""Features that a probe is fitted on: which ones, raw pixels as the control, and the samples of a dataset."""
+"""Features that a probe is fitted on, raw pixels as the control, and iteration over a dataset's samples."""
 
 from __future__ import annotations
 

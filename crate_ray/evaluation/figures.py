@@ -1,4 +1,4 @@
-"""The report's figures: charts as SVG, pictures as PNG. Colours are Okabe and Ito's; lines also differ by marker."""
+"""The report's figures: charts as SVG, pictures as PNG. Colours are Okabe and Ito's; lines also differ in markers."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Image(NamedTuple):
     mime: str
     """'image/svg+xml' or 'image/png'."""
     data: bytes
-    """Its content."""
+    """Content of the file."""
     alt: str
-    """What it shows, for those who cannot see it."""
+    """Alternative text."""
     caption: str
-    """What it shows, and how to read it."""
+    """What it shows and how to read it."""
 
 
 def accuracies(result: Classification) -> Image:
@@ -79,7 +79,7 @@ def accuracies(result: Classification) -> Image:
 
 
 def accuracy_by_layer(result: Classification) -> Image | None:
-    """Held-out accuracies of every layer; None where layers were not compared."""
+    """Held-out accuracies of every layer; None if layers were not compared."""
     encoders = {name: scores for name, scores in result.encoders.items() if scores.layers}
     if not encoders:
         return None
@@ -90,7 +90,7 @@ def accuracy_by_layer(result: Classification) -> Image | None:
         for axis, kind, title in zip(axes, ("linear", "knn"), ("linear probe", "k-NN"), strict=True):
             for name, scores in encoders.items():
                 for feature, filled in (("mean", True), ("cls", False)):
-                    # The last norm comes last; the feature that was asked for may repeat a layer.
+                    # The output of the last norm comes last. The requested feature may repeat a layer.
                     points = {one.layer: getattr(one, kind) for one in scores.layers if one.feature == feature}
                     last = max((layer for layer in points if layer is not None), default=0) + 1
                     curve = sorted((layer or last, 100 * value) for layer, value in points.items())
@@ -110,12 +110,12 @@ def accuracy_by_layer(result: Classification) -> Image | None:
         return _svg(
             figure,
             "Accuracy of the linear probe and of k-NN by encoder layer",
-            "Accuracy by layer on the held-out fifth of the training samples, by which the best layer is chosen.",
+            "Accuracy by layer on the held-out fifth of the training samples, which is used to choose the best layer.",
         )
 
 
 def reconstruction_errors(result: Reconstruction) -> Image:
-    """Errors by share of hidden patches."""
+    """Reconstruction errors by mask ratio."""
     panels = {
         "normalised_mse": "squared error / patch variance",
         "psnr": "PSNR over hidden patches / dB",
@@ -138,8 +138,8 @@ def reconstruction_errors(result: Reconstruction) -> Image:
         return _svg(
             figure,
             "Reconstruction errors by share of hidden patches",
-            f"Means over {result.images} images with 95 % bands. Dotted: the share hidden in training. Left, lower is "
-            "better; 1 is what a patch's own mean would reach.",
+            f"Means over {result.images} images with 95 % bands. Dotted: the share hidden in training. Left: lower is "
+            "better; predicting each patch's own mean would give 1.",
         )
 
 
@@ -159,12 +159,12 @@ def reconstruction_pictures(pictures: Pictures) -> Image:
         return _png(
             figure,
             "Held-out images, their masked forms and the predictions",
-            "Held-out images; what the model saw of them, hidden patches in grey; its prediction in their place.",
+            "Held-out images; the same with hidden patches in grey; with the model's prediction in their place.",
         )
 
 
 def layer_measures(result: Structure) -> Image:
-    """Rates and sparsity, layer by layer."""
+    """Coding rates and sparsity by layer."""
     panels = {
         "rate_after": "$R^c(\\mathrm{LN}\\,Z^{\\ell+1/2}\\,|\\,U)$ / nats",
         "rate_after_span": "$R^c(\\mathrm{LN}\\,Z^{\\ell+1/2}\\,|$ basis of $U)$ / nats",
@@ -195,14 +195,14 @@ def layer_measures(result: Structure) -> Image:
         return _svg(
             figure,
             "Coding rates, effective rank and sparsity by layer",
-            f"Means over {result.images} held-out images with 95 % bands. Top: compression against the layer's own "
-            "codebook, in three scales; the paper says it falls. Bottom: sparsity after the layer; the paper says it "
-            "rises. Effective rank: mean over the subspaces, and dotted, the lowest and the highest of them.",
+            f"Means over {result.images} held-out images with 95 % bands. Top: coding rate against the layer's own "
+            "codebook on three scales; the paper says it falls. Bottom: sparsity after the layer; the paper says it "
+            "rises. Effective rank: mean over the subspaces; dotted: their minimum and maximum.",
         )
 
 
 def compression_steps(result: Structure) -> Image:
-    """What each attention step does to the rate against its own codebook."""
+    """Change of the coding rate by each attention step, against the layer's own codebook."""
     panels = {
         "": "against $U$, as attention sees tokens",
         "_span": "against orthonormal bases of $U$",
@@ -228,12 +228,12 @@ def compression_steps(result: Structure) -> Image:
         return _svg(
             figure,
             "Relative change of the coding rate by each attention step",
-            "The derivation makes each attention step a step down R^c of its own layer: below zero it compresses.",
+            "By the derivation, each attention step descends R^c of its own layer: below zero, it compresses.",
         )
 
 
 def codebooks_and_undoing(result: Structure) -> Image:
-    """Coherence of the codebooks, and how nearly decoder layers undo encoder layers."""
+    """Coherence of the codebooks, and how closely decoder layers invert encoder layers."""
     undone = {name: e for name, e in result.encoders.items() if e.undoing is not None}
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.6, 3.2), layout="constrained")
@@ -249,10 +249,10 @@ def codebooks_and_undoing(result: Structure) -> Image:
         left.legend(loc="best")
         for name, encoder in undone.items():
             assert encoder.undoing is not None
-            places = list(range(1, len(encoder.undoing["scaled"]) + 1))
-            _curve(right, places, encoder.undoing["scaled"], name, encoder.title)
+            layers = range(1, len(encoder.undoing["scaled"]) + 1)
+            _curve(right, layers, encoder.undoing["scaled"], name, encoder.title)
             other = [e.value for e in encoder.undoing["other_image"]]
-            right.plot(places, other, color=_INK[name], linestyle=":", label=f"{encoder.title}, another image")
+            right.plot(layers, other, color=_INK[name], linestyle=":", label=f"{encoder.title}, another image")
         if undone:
             _layers_axis(right, max(len(e.undoing["scaled"]) for e in undone.values() if e.undoing), "decoder layer")
             right.set_ylim(0, 1.03)
@@ -263,9 +263,9 @@ def codebooks_and_undoing(result: Structure) -> Image:
         return _svg(
             figure,
             "Coherence of codebooks by layer; errors of decoder layers against encoder layers",
-            "Left: largest cosine between directions of two subspaces, 0 where they are orthogonal. Right: distance of "
-            "a decoder layer's output from the input of the encoder layer that it is to undo, 0 where it is undone; "
-            "dotted against another image's.",
+            "Left: largest cosine between directions of two subspaces, 0 if they are orthogonal. Right: distance of a "
+            "decoder layer's output from the input of the encoder layer that it should invert, 0 for an exact inverse; "
+            "dotted: distance from another image's input.",
         )
 
 
@@ -288,8 +288,8 @@ def foregrounds(result: Segmentation) -> Image:
         return _svg(
             figure,
             "Dot plot of the Jaccard index of maps and controls",
-            f"On {result.test_images} images that chose nothing. Controls see no model; the last one sees the masks "
-            "and is the best that whole patches could reach.",
+            f"On the {result.test_images} images of the test half. Controls use no model; the last one uses the masks "
+            "and is the best possible choice of whole patches.",
         )
 
 
@@ -337,13 +337,13 @@ def foreground_pictures(examples: Sequence[Example]) -> Image:
         return _png(
             figure,
             "Images with masks, attention maps and principal components",
-            "The trained model's best head and best component of the last keys on images of the test half; yellow is "
-            "more, or foreground.",
+            "The trained model's best head and best component of the last keys on images of the test half. Yellow: "
+            "high values, or foreground.",
         )
 
 
 def _kinds(scores: EncoderScores) -> list[tuple[str, tuple[Estimate, str]]]:
-    """Each accuracy of an encoder: which features, the estimate, and 'linear' or 'knn'."""
+    """Accuracies of an encoder: name of the features, estimate, and 'linear' or 'knn'."""
     plain = scores.chosen_linear is None
     where = "" if plain and scores.standard.source == scores.title else f" ({scores.standard.source})"
     rows = [
@@ -389,7 +389,7 @@ def _legend(figure: Figure, axis: Any) -> None:
 
 
 def _picture(axis: Any, pixels_HWC: NDArray[np.float32]) -> None:
-    """Colours, or the first channel where there are not three, on the scale 0 to 1."""
+    """Draw an image in 0 … 1: in colour if it has three channels, else its first channel in grey."""
     if pixels_HWC.shape[-1] == 3:
         axis.imshow(pixels_HWC.clip(0, 1), interpolation="nearest")
     else:

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification by cosine: what features are worth without fitting anything."""
+"""Weighted k-nearest-neighbour classification by cosine similarity, which needs no fitting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # those of DINO (arXiv 2104.14294)
-_SIMILARITIES = 2**24  # numbers of one block of the similarity matrix
+_SIMILARITIES = 2**24  # entries of one block of the similarity matrix
 
 
 def knn_predict(
@@ -24,8 +24,15 @@ def knn_predict(
 ) -> NDArray[np.int64]:
     """Class (M,) with the largest sum of exp(cosine / τ) over the k most similar training samples.
 
-    k and τ are those of DINO (arXiv 2104.14294) and of instance discrimination (arXiv 1805.01978). Training features
-    of length one are held in memory, once; test features are read in blocks. Of either, some rows may be used alone.
+    Method and defaults of k and τ: DINO (arXiv 2104.14294), instance discrimination (arXiv 1805.01978).
+
+    Args:
+        train_x_ND, train_y_N: training features, one copy of which is held in memory, and labels.
+        test_x_MD: test features, read in blocks.
+        train_rows, test_rows: numbers of the rows to use; all by default.
+        neighbours: k.
+        temperature: τ.
+        device: where to compute.
     """
     train_rows = np.arange(len(train_x_ND)) if train_rows is None else train_rows
     test_rows = np.arange(len(test_x_MD)) if test_rows is None else test_rows
@@ -38,7 +45,7 @@ def knn_predict(
     for start in range(0, len(test_rows), size):
         test = torch.from_numpy(np.asarray(test_x_MD[test_rows[start : start + size]], np.float32)).to(device)
         cosine, nearest = (F.normalize(test, dim=1) @ train.T).topk(neighbours, dim=1)
-        # Weights relative to the nearest one's: exp(1 / τ) leaves float32's range for a small τ.
+        # Divide by the nearest neighbour's weight: exp(1 / τ) overflows float32 for a small τ.
         weight = ((cosine - cosine[:, :1]) / temperature).exp()
         votes = torch.zeros(len(test), classes, device=device).scatter_add_(1, labels[nearest], weight)
         found.append(votes.argmax(1).cpu())

@@ -1,4 +1,4 @@
-"""Whether layers do what the derivation says, on held-out images: rates, sparsity, codebooks, and their undoing."""
+"""Whether layers do what the derivation says, on held-out images: coding rates, sparsity, codebooks, inversion."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ _TREND_MEASURES = ("rate_after", "rate_after_span", "rate_after_raw", "rate_redu
 
 
 class Trend(Settings):
-    """How a measure goes from the first layer to the last."""
+    """How a measure changes from the first layer to the last."""
 
     first: float
     """Mean over images at the first layer."""
     last: float
     """Mean over images at the last layer."""
     falls: int
-    """Steps from a layer to the next in which the mean falls."""
+    """Number of steps from a layer to the next in which the mean falls."""
     rises: int
-    """Steps in which it rises."""
+    """Number of steps in which the mean rises."""
     steps: int
-    """Steps there are."""
+    """Number of steps."""
     spearman: Estimate | None
-    """Rank correlation of the mean curve with the layer's number; the interval resamples the images. None where the
-    curve is flat or there are fewer than three layers."""
+    """Rank correlation of the mean curve with the layer number; the interval resamples the images. None if the curve is
+    flat or there are fewer than three layers."""
     slope: Estimate
-    """Least-squares change per layer, with the same interval."""
+    """Least-squares change per layer; the interval resamples the images."""
 
     @property
     def verdict(self) -> Literal["falls", "rises", "has no clear trend"]:
-        """A direction where it holds for the slope's whole interval and for most of the steps."""
+        """The direction, if the slope's whole interval and most of the steps agree on it."""
         if self.slope.high < 0 and self.falls > self.steps / 2:
             return "falls"
         if self.slope.low > 0 and self.rises > self.steps / 2:
@@ -60,42 +60,42 @@ class Trend(Settings):
 
 
 class EncoderStructure(Settings):
-    """Measures of the layers of one model; lists go from the first layer to the last."""
+    """Measures of one model's layers, from the first layer to the last."""
 
     title: str
-    """What it is."""
+    """Name of the model."""
     codebook: str
-    """What was taken for the codebook."""
+    """What the codebook is."""
     subspace_dim: int
     """p."""
     num_subspaces: int
     """K."""
     measures: dict[str, tuple[Estimate, ...]]
-    """Means over images by measure; see structure.layerwise.LayerMeasures. Effective ranks: over subspaces too."""
+    """Means over images by measure (see structure.layerwise.LayerMeasures); effective ranks also over subspaces."""
     effective_ranks: tuple[tuple[float, ...], ...]
-    """Effective rank of U_kᵀ LN(Z½) of each layer's K subspaces, (L, K); means over images."""
+    """Effective rank of U_kᵀ LN(Z½) for each layer's K subspaces, (L, K); means over images."""
     trends: dict[str, Trend]
-    """Of some of the measures."""
+    """Trends of some of the measures."""
     compressing_layers: int
-    """Layers whose attention step lowers R^c against their own codebook, on the mean over images."""
+    """Number of layers whose attention step lowers the mean R^c against their own codebook."""
     compressing_layers_span: int
     """The same against orthonormal bases of the codebook."""
     coherence_largest: tuple[float, ...]
-    """Largest |cosine| between directions of two subspaces of a layer: 0 orthogonal, 1 where they meet."""
+    """Largest |cosine| between directions of two subspaces of a layer: 0 if orthogonal, 1 if they intersect."""
     coherence_mean: tuple[float, ...]
-    """Mean over pairs of subspaces of the largest cosine of each."""
+    """Mean over pairs of subspaces of their largest |cosine|."""
     undoing: dict[str, tuple[Estimate, ...]] | None
-    """Errors of decoder layers, see structure.layerwise.InversionErrors, first decoder layer first; None if decoder
-    and encoder layers have no counterparts."""
+    """Inversion errors of decoder layers (see structure.layerwise.InversionErrors), first decoder layer first. None if
+    decoder layers do not correspond to encoder layers."""
 
 
 class Structure(Settings):
-    """What layers do to whole held-out images."""
+    """What layers do to whole (unmasked) held-out images."""
 
     data: str
-    """The dataset."""
+    """Address of the dataset."""
     images: int
-    """Images measured."""
+    """Number of images."""
     epsilon: float
     """Distortion ε of the rates."""
     encoders: dict[str, EncoderStructure]
@@ -112,7 +112,7 @@ class Structure(Settings):
 def measure_structure(
     subjects: Sequence[Subject], loaded: Sequence[Batch], uri: str, epsilon: float, device: torch.device
 ) -> Structure:
-    """Measure every encoder on loaded images, whole ones."""
+    """Measure every encoder on loaded images, unmasked."""
     images = torch.cat([batch.images for batch in loaded])
     return Structure(
         data=uri,
@@ -137,7 +137,7 @@ def trend(values_LB: NDArray[np.float64]) -> Trend:
         ranks_RL -= ranks_RL.mean(1, keepdims=True)
         centred = layers - layers.mean()
         norms = np.sqrt((ranks_RL**2).sum(1) * (centred**2).sum())
-        return ranks_RL @ centred / np.where(norms > 0, norms, 1)  # a flat curve correlates with nothing
+        return ranks_RL @ centred / np.where(norms > 0, norms, 1)  # 0 for a flat curve
 
     return Trend(
         first=float(curve[0]),

@@ -1,4 +1,4 @@
-"""Linear probe: how linearly an encoder's features separate classes."""
+"""Linear probe: logistic regression on an encoder's features."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ Solver = Literal["sklearn", "torch"]
 
 _STRENGTHS = tuple(10.0**k for k in range(-4, 2))  # scikit-learn's C, the inverse of the L2 penalty
 _ITERATIONS = 150
-_COMPARED_STRENGTHS, _COMPARED_ITERATIONS = (1e-3, 1e-2, 1e-1, 1.0), 50  # enough to tell layers apart
+_COMPARED_STRENGTHS, _COMPARED_ITERATIONS = (1e-3, 1e-2, 1e-1, 1.0), 50  # enough to compare layers
 _HELD_OUT = 0.2
 _IN_MEMORY_BYTES = 2**30
-_SMALL_BYTES = 2**25  # of features: their products are so short that threads spend their time waiting for each other
+_SMALL_BYTES = 2**25  # of features; their products are so short that several threads would be slower than one
 
 
 class ProbeScore(Settings):
     """Test accuracy of one set of features."""
 
     accuracy: float
-    """Share of test samples classified correctly."""
+    """Share of test samples that are classified correctly."""
     interval: Estimate
-    """The same with Wilson's 95 % confidence interval."""
+    """The accuracy with Wilson's 95 % confidence interval."""
     strength: float
     """Chosen inverse L2 strength C."""
     solver: Solver
-    """What fitted it."""
+    """Solver that fitted it."""
 
 
 class Split(NamedTuple):
-    """Rows of the training samples: those that candidates are fitted on, and those they are compared on."""
+    """Rows of the training samples to fit candidates on, and to compare them on."""
 
     fit: NDArray[np.int64]
     held_out: NDArray[np.int64]
 
 
 def split_rows(labels: NDArray[np.int64], seed: int) -> Split:
-    """A fifth of the rows held out, each class in proportion where it has two samples or more."""
+    """Hold out a fifth of the rows, stratified by class if every class has at least two samples."""
     counts = np.bincount(labels)
     stratify = labels if counts[counts > 0].min() > 1 and len(labels) * _HELD_OUT >= (counts > 0).sum() else None
     fit, held_out = train_test_split(np.arange(len(labels)), test_size=_HELD_OUT, random_state=seed, stratify=stratify)
@@ -66,7 +66,7 @@ def split_rows(labels: NDArray[np.int64], seed: int) -> Split:
 
 
 def choose_solver(wanted: Literal["auto", "sklearn", "torch"], features: NDArray[np.float32]) -> Solver:
-    """scikit-learn while the features fit memory several times over."""
+    """For 'auto': scikit-learn for features of up to 1 GiB, which it copies several times, else torch."""
     if wanted != "auto":
         return wanted
     return "sklearn" if features.nbytes <= _IN_MEMORY_BYTES else "torch"
@@ -81,10 +81,17 @@ def fit_probe(
     solver: Solver = "sklearn",
     device: torch.device | str = "cpu",
 ) -> ProbeScore:
-    """Logistic regression on standardised features (n, d), labels (n,); the device is for the torch solver.
+    """Fit logistic regression on standardised features and measure its test accuracy.
 
-    The strength is the one with the best accuracy on a fifth of the training samples, over a logarithmic grid; the
-    probe is then fitted on all of them. Test samples choose nothing.
+    The inverse L2 strength is chosen from a logarithmic grid by the accuracy on a fifth of the training samples. The
+    probe is then fitted on all training samples. Test samples are used for the reported accuracy only.
+
+    Args:
+        train_x, train_y: features (n, d) and labels (n,).
+        test_x, test_y: features (m, d) and labels (m,).
+        seed: seed of the split.
+        solver: scikit-learn or torch.
+        device: where the torch solver computes.
     """
     rows = split_rows(train_y, seed)
     best = _STRENGTHS[int(np.argmax(_held_out(train_x, train_y, rows, _STRENGTHS, solver, device)))]
@@ -96,9 +103,9 @@ def fit_probe(
 def held_out_accuracy(
     train_x: NDArray[np.float32], train_y: NDArray[np.int64], rows: Split, device: torch.device | str = "cpu"
 ) -> float:
-    """Best accuracy over the grid of strengths on the held-out training samples: what layers are compared by.
+    """Best accuracy over a grid of strengths on held-out training samples, for comparing layers.
 
-    Always by the torch solver, which goes along the grid of strengths without starting anew.
+    Always uses the torch solver, which warm-starts from one strength to the next.
     """
     return max(_held_out(train_x, train_y, rows, _COMPARED_STRENGTHS, "torch", device, _COMPARED_ITERATIONS))
 
@@ -106,9 +113,9 @@ def held_out_accuracy(
 def probe_encoder(
     model: MaskedAutoencoder, description: ModelDescription, train: ShardSet, test: ShardSet, config: ProbeConfig
 ) -> ProbeScore:
-    """Score of one encoder on labelled datasets, in this process and without the controls.
+    """Probe one encoder on labelled datasets, in this process and without controls.
 
-    Raises UserError when a dataset has no labels, or labels that the other has not.
+    Raises UserError if a dataset has no labels, or if the test set has classes that the training set lacks.
     """
     subject, points = Subject("trained", model, description), [FeaturePoint(config.feature, config.layer)]
     (fitted,), (tested,) = (InProcess().encoder(subject, part, points, config.max_samples) for part in (train, test))
@@ -119,7 +126,7 @@ def probe_encoder(
 
 
 def check_labels(train_y: NDArray[np.int64], test_y: NDArray[np.int64], train_uri: str, test_uri: str) -> None:
-    """Raise UserError unless labels (n,), −1 for none, are such that a classifier can be fitted and tested."""
+    """Raise UserError unless a classifier can be fitted and tested on these labels, (n,); −1 means no label."""
     for labels, uri in ((train_y, train_uri), (test_y, test_uri)):
         if not len(labels):
             raise UserError(f"{uri} has no samples; a probe needs some")
@@ -142,7 +149,7 @@ def _held_out(
     device: torch.device | str,
     iterations: int = _ITERATIONS,
 ) -> list[float]:
-    """Accuracy on the held-out rows for each of the strengths, fitted on the others."""
+    """Accuracy on the held-out rows for each strength, fitted on the other rows."""
     predictions = _predictions(
         train_x, train_y, rows.fit, train_x, rows.held_out, strengths, solver, device, iterations
     )
@@ -160,11 +167,11 @@ def _predictions(
     device: torch.device | str,
     iterations: int = _ITERATIONS,
 ) -> list[NDArray[np.int64]]:
-    """Predicted classes of the test rows for each of the strengths, which rise; None is for all rows."""
+    """Predicted classes of the test rows for each strength, in increasing order. Rows None: all."""
     fitted_y = train_y if train_rows is None else train_y[train_rows]
     small = 4 * len(fitted_y) * train_x.shape[1] <= _SMALL_BYTES
     with threadpool_limits(1 if small else None), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # at weak penalties; the grid has stronger ones
+        warnings.simplefilter("ignore", ConvergenceWarning)  # expected for weak penalties
         if solver == "torch":
             path = fit_path(
                 train_x,

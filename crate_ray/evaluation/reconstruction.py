@@ -1,4 +1,4 @@
-"""How well hidden patches are predicted on held-out images: errors by share of hidden patches, next to controls."""
+"""Reconstruction errors on held-out images by mask ratio, compared with controls."""
 
 from __future__ import annotations
 
@@ -28,46 +28,47 @@ _FLAT = 0.01
 
 
 class RatioErrors(Settings):
-    """Errors at one share of hidden patches; means over images with intervals."""
+    """Errors at one mask ratio: means over images with intervals."""
 
     mask_ratio: float
-    """Share of hidden patches that was asked for."""
+    """Requested mask ratio."""
     hidden_patches: int
-    """Patches that were hidden."""
+    """Number of masked patches."""
     normalised_mse: Estimate | None
-    """Squared error in units of each true patch's own variance (MAE's normalised targets), over the hidden patches that
-    are not flat (standard deviation above 0.01 on the scale 0 to 1); None where all are."""
+    """Squared error relative to each true patch's variance (MAE's normalised targets), over masked patches that are not
+    flat (standard deviation above 0.01 for values in 0 … 1); None if all are flat."""
     pixel_mse: Estimate
-    """Squared error over hidden patches, of pixels on the scale 0 to 1 (of grids: of their range over the images)."""
+    """Squared error over masked patches, for pixels in 0 … 1. Grids are scaled by their range over the images."""
     psnr: Estimate
-    """Peak signal-to-noise ratio over hidden patches in dB."""
+    """Peak signal-to-noise ratio over masked patches in dB."""
     ssim: Estimate | None
-    """Structural similarity of the whole picture, its visible patches as they are, in windows of 7 × 7 pixels or what
-    the picture has; None below 3 × 3."""
+    """Structural similarity of the whole image, with the true visible patches, in windows of 7 × 7 pixels, or smaller
+    if the image is; None below 3 × 3."""
 
 
 class Predictor(Settings):
-    """What was measured of one model or control."""
+    """Errors of one model or control."""
 
     title: str
-    """What it is."""
+    """Name of the model or control."""
     given_patch_statistics: bool
-    """Whether pixels have the true patch's mean and variance, which a model of normalised targets does not predict."""
+    """Whether its pixels are given the true patch's mean and variance, which models with normalised targets do not
+    predict."""
     ratios: tuple[RatioErrors, ...]
-    """By rising share of hidden patches."""
+    """By increasing mask ratio."""
 
 
 class Reconstruction(Settings):
-    """Errors of prediction on one held-out dataset."""
+    """Reconstruction errors on one held-out dataset."""
 
     data: str
-    """The dataset."""
+    """Address of the dataset."""
     images: int
-    """Images measured, the same masks for every model."""
+    """Number of images. All models get the same masks."""
     mask_ratio: float
-    """Share of hidden patches that the model was trained with."""
+    """Mask ratio in training."""
     skipped_ratios: tuple[float, ...]
-    """Shares that would leave no patch visible."""
+    """Mask ratios that would leave no patch visible."""
     predictors: dict[str, Predictor]
     """By name: 'trained', 'untrained', 'baseline', 'visible' (the mean of the visible pixels)."""
 
@@ -82,12 +83,12 @@ class Reconstruction(Settings):
 
 
 class Pictures(NamedTuple):
-    """Images of the trained model for a figure, (B, channels, H, W) on the scale 0 to 1."""
+    """Images for a figure of the trained model: (B, channels, H, W) in 0 … 1."""
 
     original: Tensor
-    """What was held out."""
+    """Held-out images."""
     rows: list[tuple[float, Tensor, Tensor]]
-    """Share of hidden patches; the visible part, hidden patches grey; the prediction in its place."""
+    """Mask ratio, images with masked patches in grey, images with predicted patches."""
 
 
 class _Errors(NamedTuple):
@@ -102,9 +103,9 @@ class _Errors(NamedTuple):
 def measure_reconstruction(
     subjects: Sequence[Subject], batches: Sequence[Batch], ratios: Sequence[float], uri: str, device: torch.device
 ) -> tuple[Reconstruction, Pictures]:
-    """Errors of models on loaded images, and pictures of the first one's predictions.
+    """Errors of models on loaded images, and pictures of the first model's predictions.
 
-    Masks are a function of the sample, nested in each other from ratio to ratio.
+    Masks are a function of the sample. The mask of a smaller ratio is part of the mask of a larger one.
     """
     subject = subjects[0]
     num_patches = subject.description.model.num_patches
@@ -113,12 +114,12 @@ def measure_reconstruction(
     noise = probe_noise(np.concatenate([batch.samples for batch in batches]), num_patches)
     scale = _scale(images)
     predictors = {}
-    for who in subjects:
-        model_of = _with_ratio(who, device)
-        predictors[who.name] = Predictor(
-            title=who.title,
-            given_patch_statistics=who.model.norm_pix_loss,
-            ratios=tuple(_measure(model_of(ratio), who, images, noise, ratio, scale, device) for ratio in possible),
+    for one in subjects:
+        model_of = _with_ratio(one, device)
+        predictors[one.name] = Predictor(
+            title=one.title,
+            given_patch_statistics=one.model.norm_pix_loss,
+            ratios=tuple(_measure(model_of(ratio), one, images, noise, ratio, scale, device) for ratio in possible),
         )
     predictors[VISIBLE_MEAN] = Predictor(
         title="mean of the visible pixels",
@@ -136,7 +137,7 @@ def measure_reconstruction(
 
 
 def _scale(images_BCHW: Tensor) -> tuple[float, float]:
-    """What black and white stand for, in loaded values on the scale of `Normalizer.undo`."""
+    """Values of black and white, on the scale of `Normalizer.undo`."""
     if images_BCHW.dtype == torch.uint8:
         return 0.0, 1.0
     low, high = float(images_BCHW.min()), float(images_BCHW.max())
@@ -189,7 +190,7 @@ def _errors(
     device: torch.device,
 ) -> _Errors:
     original, composed, removed_BN = _complete(model, subject, images, noise_BN, ratio, scale, device)
-    # In pictures, predictions beyond black and white count as such.
+    # For PSNR and SSIM, predictions beyond black and white are clipped.
     shown = composed.clamp(0, 1)
     patchify = subject.model.patchify
     true_BNX = patchify(original)
@@ -199,7 +200,7 @@ def _errors(
     pixel_B = ((patchify(shown) - true_BNX).square().mean(-1) * removed_BN).sum(1).double() / removed_BN.sum(1)
     ssim_B = structural_similarity(original, shown)
     return _Errors(
-        ((error_BN * uneven_BN).sum(1).double() / uneven_BN.sum(1)).numpy(),  # not a number where all are flat
+        ((error_BN * uneven_BN).sum(1).double() / uneven_BN.sum(1)).numpy(),  # NaN if all patches are flat
         pixel_B.numpy(),
         (-10 * pixel_B.clamp_min(1e-10).log10()).numpy(),
         np.full(len(pixel_B), np.nan) if ssim_B is None else ssim_B.numpy(),
@@ -221,7 +222,7 @@ def _complete(
     scale: tuple[float, float],
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Originals and completed images (B, channels, H, W) on the scale 0 to 1, and which patches were hidden, (B, N)."""
+    """Original and completed images, (B, channels, H, W) in 0 … 1, and which patches were masked, (B, N)."""
     normalizer = subject.normalizer(device)
     normalised = normalizer(images.to(device))
 
@@ -243,16 +244,16 @@ def _complete(
 
 
 def _mask_image(model: MaskedAutoencoder, patches_BN: Tensor) -> Tensor:
-    """Chosen patches as chosen pixels, (B, 1, H, W)."""
+    """Repeat a mask of patches to pixels: (B, 1, H, W)."""
     patch_h, patch_w = model.patch_hw
     return patches_BN.unflatten(1, model.grid_hw).repeat_interleave(patch_h, 1).repeat_interleave(patch_w, 2)[:, None]
 
 
 def structural_similarity(a_BCHW: Tensor, b_BCHW: Tensor, window: int = _SSIM_WINDOW) -> Tensor | None:
-    """Structural similarity of images on the scale 0 to 1, (B,) float64 (Wang et al. 2004); None for too small ones.
+    """Structural similarity (Wang et al. 2004) of images in 0 … 1: (B,) float64; None if they are smaller than 3 × 3.
 
-    As scikit-image computes it by default: uniform windows of 7 × 7, or the largest odd side that fits, within the
-    picture, unbiased covariances, mean over places and channels; of all images at once, some 20 times as fast.
+    Computes what scikit-image does by default (uniform 7 × 7 windows or the largest odd side that fits, unbiased
+    covariances, mean over windows and channels), but for all images at once and about 20 times as fast.
     """
     side = min(window, *a_BCHW.shape[2:])
     side -= 1 - side % 2

@@ -1,4 +1,4 @@
-"""The evaluation of a model as one HTML page that needs nothing else, and as JSON with every number."""
+"""The report of an evaluation: one self-contained HTML page, and JSON with every number."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _TEMPLATE = "report.html.j2"
 
 
 class ModelFacts(Settings):
-    """Which model was measured."""
+    """The model that was evaluated."""
 
     reference: str
-    """What was asked for."""
+    """Reference to the model, as in the settings."""
     title: str
-    """What it is."""
+    """Name of the model."""
     parameters: int
-    """Trainable numbers of encoder and decoder."""
+    """Number of parameters of encoder and decoder."""
     weights: str
     """SHA-256 of weights and preprocessing."""
     step: int
-    """Optimiser steps behind the weights; 0 where that is not known."""
+    """Optimiser steps of the training; 0 if unknown."""
     trained_on: str | None
-    """Digest of its training data's manifest, where known."""
+    """Digest of the training data's manifest, if known."""
     settings: dict[str, object]
     """Its architecture."""
 
     @classmethod
     def of(cls, subject: Subject, reference: str) -> ModelFacts:
-        """Facts of a subject that was asked for under a reference."""
+        """Facts of the model behind a reference."""
         description = subject.description
         return cls(
             reference=reference,
@@ -56,26 +56,26 @@ class ModelFacts(Settings):
 
 
 class Report(Settings):
-    """All that was measured; sections without data are None, and said to be in left_out."""
+    """Everything that was measured. Sections without data are None and listed in left_out."""
 
     created: str
-    """When, UTC."""
+    """Date and time, UTC."""
     version: str
     """Version of crate-ray."""
     model: ModelFacts
-    """What was measured."""
+    """The evaluated model."""
     baseline: ModelFacts | None
-    """What was measured beside it."""
+    """The model it is compared with."""
     settings: dict[str, object]
-    """How it was measured."""
+    """Settings of the evaluation."""
     left_out: dict[str, str]
-    """Sections that are missing, and why."""
+    """Missing sections, with the reason."""
     classification: Classification | None = None
     reconstruction: Reconstruction | None = None
     structure: Structure | None = None
     segmentation: Segmentation | None = None
     conclusions: dict[str, list[str]]
-    """Plain sentences, by section."""
+    """Sentences by section."""
 
     def metrics(self) -> dict[str, float]:
         """The main numbers, for MLflow."""
@@ -88,14 +88,14 @@ class Report(Settings):
 
 
 def describe(config: EvaluateConfig) -> tuple[str, str, dict[str, object]]:
-    """Time, version and the settings of an evaluation; where MLflow and object storage are is nobody's business."""
+    """Time, version and settings of an evaluation, without the addresses of MLflow and object storage."""
     hidden = {"tracking", "s3", "features_dir", "features_bytes"}
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
     return now, version("crate-ray"), config.model_dump(mode="json", exclude=hidden)
 
 
 def render(report: Report, images: dict[str, list[Image]]) -> bytes:
-    """The page, with each section's figures inside. Every name and path in it is escaped."""
+    """The HTML page, with each section's figures embedded. Names and paths are escaped."""
     environment = Environment(
         loader=PackageLoader("crate_ray.evaluation", "."),
         autoescape=True,
@@ -108,7 +108,7 @@ def render(report: Report, images: dict[str, list[Image]]) -> bytes:
 
 
 def charts(report: Report) -> dict[str, list[Image]]:
-    """The figures that follow from the numbers alone, by section."""
+    """Figures that need no more than the report's numbers, by section."""
     out: dict[str, list[Image]] = {}
     if report.classification:
         by_layer = figures.accuracy_by_layer(report.classification)
@@ -136,7 +136,7 @@ def _plain(estimate: Estimate | None, digits: int = 3) -> str:
 
 
 def _about(estimate: Estimate | None, digits: int = 3, factor: float = 1) -> str:
-    """A mean and half the width of its interval, which is symmetric."""
+    """A mean and half the width of its symmetric interval."""
     if estimate is None:
         return "–"
     return f"{factor * estimate.value:.{digits}g} ± {factor * (estimate.high - estimate.low) / 2:.2g}"

@@ -1,4 +1,4 @@
-"""Whether attention and keys find the foreground, measured on ground-truth masks next to controls that see no model."""
+"""Foreground segmentation from attention maps and keys, measured on ground-truth masks and compared with controls."""
 
 from __future__ import annotations
 
@@ -39,50 +39,50 @@ Threshold = Callable[[NDArray[np.float32]], NDArray[np.bool_]]
 
 
 class MapScore(Settings):
-    """Jaccard index (IoU) of one way to a foreground."""
+    """Jaccard index (IoU) of one method."""
 
     title: str
-    """Which map, and how it became a foreground."""
+    """The map, and how it is turned into a foreground."""
     jaccard: Estimate
     """Mean over the images of the test half."""
     chosen_on: float | None = None
-    """Mean over the images of the validation half, where that half chose among candidates."""
+    """Mean over the images of the validation half, if that half was used to choose among candidates."""
     candidates: int = 1
-    """Candidates it was chosen from."""
+    """Number of candidates."""
 
 
 class EncoderSegmentation(Settings):
-    """What was measured of one model."""
+    """Scores of one model."""
 
     title: str
-    """What it is."""
+    """Name of the model."""
     scores: dict[str, MapScore]
     """By name: 'best_head', 'best_last_head', 'mean_head', 'average_map', 'best_component'."""
     heads: tuple[tuple[float, ...], ...]
-    """Mean Jaccard on the validation half, layer by layer and head by head, at the mass threshold."""
+    """Mean Jaccard index on the validation half by layer and head, at the mass threshold."""
 
 
 class Segmentation(Settings):
-    """Foregrounds from attention and keys against masks."""
+    """Foregrounds from attention and keys compared with masks."""
 
     data: str
-    """The dataset."""
+    """Address of the dataset."""
     images: int
-    """Images measured, both halves."""
+    """Number of images in both halves."""
     test_images: int
-    """Images of the test half; the others choose heads, components and radii."""
+    """Number of images in the test half. The others are used to choose heads, components and radii."""
     skipped: int
-    """Samples left out."""
+    """Number of samples that were left out."""
     foreground: Estimate
     """Mean share of foreground."""
     mass: float
-    """Share of an attention map's mass that is kept."""
+    """Share of an attention map's mass that counts as foreground."""
     grid: tuple[int, int]
-    """Patches down and across: no map is finer."""
+    """Rows and columns of patches, the resolution of all maps."""
     encoders: dict[str, EncoderSegmentation]
     """By name: 'trained', 'untrained', 'baseline'."""
     controls: dict[str, MapScore]
-    """By name: 'everything', 'centre', 'random', 'colours', and 'grid', the best that whole patches could do."""
+    """By name: 'everything', 'centre', 'random', 'colours', and 'grid', the best possible choice of whole patches."""
 
     def metrics(self) -> dict[str, float]:
         """Jaccard of the trained model and of the controls for MLflow."""
@@ -91,10 +91,10 @@ class Segmentation(Settings):
 
 
 class Example(NamedTuple):
-    """Pictures of one image for a figure."""
+    """One image with its maps, for a figure."""
 
     image: NDArray[np.float32]
-    """(H, W, channels) on the scale 0 to 1."""
+    """(H, W, channels) in 0 … 1."""
     mask: NDArray[np.bool_]
     """(H, W)"""
     attention: NDArray[np.float32]
@@ -102,13 +102,13 @@ class Example(NamedTuple):
     attention_found: NDArray[np.bool_]
     """(h, w)"""
     component: NDArray[np.float32]
-    """Its best component, turned, (h, w)."""
+    """Its best component, with its sign chosen by `orient`: (h, w)."""
     component_found: NDArray[np.bool_]
     """(h, w)"""
 
 
 class _Halves(NamedTuple):
-    """Rows of the images that choose, and of those that are reported."""
+    """Rows of the images for choosing among candidates, and of those for the reported scores."""
 
     validation: NDArray[np.int64]
     test: NDArray[np.int64]
@@ -117,11 +117,11 @@ class _Halves(NamedTuple):
 class _Found(NamedTuple):
     scores: EncoderSegmentation
     attention: NDArray[np.float32]
-    """Of the best head, (B, h, w)."""
+    """Of the best head: (B, h, w)."""
     attention_found: NDArray[np.bool_]
     """(B, h, w)"""
     component: NDArray[np.float32]
-    """The best one, turned, (B, h, w)."""
+    """The best one, with its sign chosen by `orient`: (B, h, w)."""
     component_found: NDArray[np.bool_]
     """(B, h, w)"""
 
@@ -129,9 +129,9 @@ class _Found(NamedTuple):
 def measure_segmentation(
     subjects: Sequence[Subject], shards: ShardSet, max_images: int, mass: float, seed: int, device: torch.device
 ) -> tuple[Segmentation, list[Example]]:
-    """Jaccard of maps of encoders and of controls, and pictures of the first encoder's maps.
+    """Jaccard index of the encoders' maps and of controls, and pictures of the first encoder's maps.
 
-    Raises UserError when the dataset has no masks.
+    Raises UserError if the dataset has no masks.
     """
     first = subjects[0]
     check_input(first.description, shards.manifest, shards.storage.uri)
@@ -176,10 +176,10 @@ def _measure(subject: Subject, loaded: MaskedImages, halves: _Halves, mass: floa
     iou_average = jaccard(upsample(by_mass(average), masks.shape[2:]), masks)[:, 0]
 
     per_head = [f"layer {i // heads + 1}, head {i % heads + 1}" for i in range(depth * heads)]
-    kept, otsu = f"{mass:.0%} of the mass", "Otsu threshold"
+    by_share, otsu = f"{mass:.0%} of the mass", "Otsu threshold"
     last = slice((depth - 1) * heads, depth * heads)
     candidates = np.concatenate([iou_mass, iou_otsu], 1)
-    titles = [f"{name}, {kept}" for name in per_head] + [f"{name}, {otsu}" for name in per_head]
+    titles = [f"{name}, {by_share}" for name in per_head] + [f"{name}, {otsu}" for name in per_head]
     best_head, winner = _choose("best head of all layers", candidates, titles, halves)
     best_last, _ = _choose("best head of the last layer", iou_mass[:, last], titles[last], halves)
     names = [f"component {i + 1}, {otsu}" for i in range(iou_component.shape[1])]
@@ -188,11 +188,11 @@ def _measure(subject: Subject, loaded: MaskedImages, halves: _Halves, mass: floa
         "best_head": best_head,
         "best_last_head": best_last,
         "mean_head": MapScore(
-            title=f"a head of the last layer on average, {kept}",
+            title=f"a head of the last layer on average, {by_share}",
             jaccard=mean(iou_mass[halves.test, last].mean(1)),
         ),
         "average_map": MapScore(
-            title=f"average attention of the last layer's heads, {kept}", jaccard=mean(iou_average[halves.test])
+            title=f"average attention of the last layer's heads, {by_share}", jaccard=mean(iou_average[halves.test])
         ),
         "best_component": best_component,
     }
@@ -208,7 +208,7 @@ def _measure(subject: Subject, loaded: MaskedImages, halves: _Halves, mass: floa
 
 
 def _choose(what: str, iou_BM: NDArray[np.float64], titles: list[str], halves: _Halves) -> tuple[MapScore, int]:
-    """The candidate with the best mean on the validation half, measured on the other."""
+    """Choose the candidate with the best mean on the validation half, and score it on the test half."""
     on_validation = iou_BM[halves.validation].mean(0)
     best = int(on_validation.argmax())
     score = MapScore(
@@ -251,19 +251,19 @@ def _controls(
 
 
 def _best_patches(masks_BHW: NDArray[np.bool_], grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """The patches with the largest Jaccard index: the k with most foreground, for the k that is best."""
+    """The patches with the largest Jaccard index: the k patches with most foreground, for the best k."""
     share_BN = coverage(masks_BHW, grid_hw).reshape(len(masks_BHW), -1)
     order_BN = np.argsort(-share_BN, 1, kind="stable")
     both_BN = np.take_along_axis(share_BN, order_BN, 1).cumsum(1)
     size_N = np.arange(1, share_BN.shape[1] + 1)
     best_B = (both_BN / (size_N + both_BN[:, -1:] - both_BN)).argmax(1)
-    kept = np.zeros(share_BN.shape, bool)
-    np.put_along_axis(kept, order_BN, size_N <= best_B[:, None] + 1, 1)
-    return upsample(kept.reshape(-1, *grid_hw), (masks_BHW.shape[1], masks_BHW.shape[2]))
+    chosen = np.zeros(share_BN.shape, bool)
+    np.put_along_axis(chosen, order_BN, size_N <= best_B[:, None] + 1, 1)
+    return upsample(chosen.reshape(-1, *grid_hw), (masks_BHW.shape[1], masks_BHW.shape[2]))
 
 
 def _colour_clusters(loaded: MaskedImages, seed: int) -> NDArray[np.bool_]:
-    """Of two clusters of colours in each image, the one that the border has less of."""
+    """Cluster the colours of each image in two; the cluster that is rarer on the border is the foreground."""
     out = np.zeros_like(loaded.masks)
     pixels = to_float_image(loaded.images)
     step = max(1, -(-max(pixels.shape[1:3]) // _COLOUR_SIDE))  # fitted on every step-th pixel

@@ -1,7 +1,7 @@
-"""Logistic regression on torch: the objective of scikit-learn's, for features that need not fit memory.
+"""Logistic regression in torch with scikit-learn's objective, for features that do not fit in memory.
 
-Each evaluation of the objective is one pass over batches of the (memory-mapped) features, on any device. Only a batch
-is in memory, also where some of the rows are used: give their numbers, not features[rows], which copies them all.
+Each evaluation of the objective is one pass over batches of the (memory-mapped) features, on any device. Only one batch
+is in memory. To use some of the rows, pass their numbers: features[rows] would copy them all.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _BATCH_BYTES = 2**26
 
 
 class LinearProbe(NamedTuple):
-    """A fitted classifier of standardised features; D features, C classes."""
+    """A fitted linear classifier of standardised features, with D features and C classes."""
 
     weight: Tensor
-    """Directions of the classes, (C, D)."""
+    """(C, D)"""
     bias: Tensor
-    """Their offsets, (C,)."""
+    """(C,)"""
     mean: Tensor
-    """Mean of the features it was fitted on, (D,)."""
+    """(D,) mean of the training features."""
     std: Tensor
-    """Their standard deviation, (D,); 1 where it is 0."""
+    """(D,) standard deviation of the training features; 1 instead of 0."""
 
     def predict(self, x_ND: NDArray[np.float32], rows_M: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-        """Class of each of the rows, (M,); of all without rows."""
+        """Predicted classes of some rows, (M,), by default of all."""
         device = self.weight.device
         parts = [
             F.linear((part.to(device) - self.mean) / self.std, self.weight, self.bias).argmax(1).cpu()
@@ -50,11 +50,18 @@ def fit_path(
     max_iterations: int = 150,
     device: torch.device | str = "cpu",
 ) -> Iterator[LinearProbe]:
-    """A probe for each inverse L2 strength C, each begun where the one before ended: give them in rising order.
+    """Fit one probe for each inverse L2 strength C, in increasing order; each starts from the one before.
 
-    Fitted on the M rows of the features and labels, on all N without rows. Minimises C Σ_n cross-entropy + ½ ‖W‖²
-    (scikit-learn's objective, the bias is not penalised), divided by C M, with L-BFGS over all of the rows, not over
-    random batches: the result depends on no learning rate and no seed.
+    Minimises C Σ_n cross-entropy + ½ ‖W‖² (scikit-learn's objective; the bias is not penalised), divided by C M, with
+    full-batch L-BFGS: the result depends on no learning rate and no seed.
+
+    Args:
+        x_ND, y_N: features and labels.
+        strengths: values of C, increasing.
+        num_classes: number of classes.
+        rows_M: numbers of the rows to fit on; all by default.
+        max_iterations: limit of L-BFGS iterations per strength.
+        device: where to compute.
     """
     rows_M = _numbers(x_ND, rows_M)
     mean_D, std_D = (value.to(device) for value in _statistics(x_ND, rows_M))
@@ -91,11 +98,11 @@ def _numbers(x_ND: NDArray[np.float32], rows_M: NDArray[np.int64] | None) -> NDA
 
 
 def _batches(x_ND: NDArray[np.float32], rows_M: NDArray[np.int64]) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-    """Features of some of the rows at a time, and which."""
+    """Batches of features, and the numbers of their rows."""
     size = max(1, _BATCH_BYTES // (4 * max(1, x_ND.shape[1])))
     for start in range(0, len(rows_M), size):
         rows = rows_M[start : start + size]
-        # Rows by number are a copy: torch does not take read-only memory maps.
+        # Indexing copies, which is needed: torch does not accept read-only memory maps.
         yield torch.from_numpy(np.asarray(x_ND[rows], np.float32)), rows
 
 

@@ -507,7 +507,7 @@ def test_a_baseline_is_measured_beside_the_model(
     # The baseline's decoder is shallower than its encoder.
     assert structure.encoders["baseline"].undoing is None
     sentences = [line for line in report.conclusions["structure"] if "has another depth or width" in line]
-    assert len(sentences) == 1 and sentences[0].startswith("Of the baseline ViT-MAE it is not measured")
+    assert len(sentences) == 1 and sentences[0].startswith("For the baseline ViT-MAE, the inversion")
 
 
 counts = st.integers(0, 400)
@@ -575,7 +575,7 @@ EVEN, MOSTLY, FLAT = (5.0, 4.0, 3.0, 2.0, 1.0), (5.0, 3.0, 3.5, 2.0, 1.0), (3.0,
     ("first", "second", "verdict"),
     [
         (EVEN, EVEN, "falls at every step"),
-        (EVEN, MOSTLY, "falls on the whole, but not at every step"),
+        (EVEN, MOSTLY, "falls overall, but not at every step"),
         (EVEN, FLAT, "falls by one of its two measures only"),
         (EVEN[::-1], EVEN, "falls by one of its two measures only"),
         (EVEN[::-1], EVEN[::-1], "does not fall"),
@@ -597,7 +597,7 @@ def test_the_claim_on_compression_and_sparsity_follows_the_curves(
     )  # fmt: skip
     said = on_structure(Structure(data="a", images=40, epsilon=0.5, encoders={"trained": one}))
     (claim,) = (line for line in said if line.startswith("The paper says"))
-    assert claim.endswith(f"Here R^c {verdict}, and sparsity {verdict.replace('fall', 'rise')}.")
+    assert claim.endswith(f"Here, R^c {verdict}, and sparsity {verdict.replace('fall', 'rise')}.")
 
 
 def test_what_a_user_can_mend_is_one_sentence(shapes: ShardSet) -> None:
