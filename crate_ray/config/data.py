@@ -39,8 +39,8 @@ class DataConfig(Settings):
     buffer_bytes: Advanced[PositiveInt] = 2**30
     """Limit on the encoded bytes that a worker keeps in memory while streaming: the windows its lanes draw from,
     windows read ahead, and batches that wait for decoding. A larger buffer shuffles better. What the lanes'
-    windows need beyond the limit, for example after a resume on fewer workers, goes to unnamed files in cache_dir or the
-    temporary folder, with a warning."""
+    windows need beyond the limit, for example after a resume on fewer workers, goes to unnamed files in cache_dir or
+    the temporary folder, with a warning."""
     block_samples: Advanced[PositiveInt | None] = None
     """Samples b per block; a block is read with one ranged GET. Default: 1 if the data fits in memory_bytes, else about
     2 MiB of samples."""

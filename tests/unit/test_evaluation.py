@@ -489,7 +489,7 @@ def test_a_baseline_is_measured_beside_the_model(
     # Images are larger than what pixels are probed at.
     pixels = classification.encoders["pixels"]
     assert (pixels.title, pixels.standard.dim) == ("raw pixels averaged to 16 × 16", 3 * 16 * 16)
-    assert "raw pixels averaged to 16 × 16, 768 numbers an image" in page
+    assert "raw pixels averaged to 16 × 16, 768 values per image" in page
     assert any("Against raw pixels averaged to 16 × 16 (" in line for line in report.conclusions["classification"])
     # Every subspace has an effective rank, and the page says how far they are apart.
     trained = structure.encoders["trained"]
