@@ -14,12 +14,12 @@ import pytest
 
 from tests.s3_gateway import S3Gateway, running_gateway
 
-_RAY = {
-    "test_kill", "test_nodes", "test_services", "test_stop", "test_jobs", "test_local_cluster", "test_scale_out",
-    "test_embed", "test_evaluate", "test_finetune", "test_prepare_ray",
-}  # fmt: skip
-"""Files whose tests start Ray: those of one folder run one at a time, and share what they start. Not test_data_order,
-which has a Ray of its own."""
+# The same examples at each run of CI; `make daily` looks for new ones.
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("daily", max_examples=200, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+_S3_FIXTURES = {"s3_gateway", "local_cluster"}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -12,8 +12,9 @@ class EmbedConfig(Settings):
     """Embed every sample of a dataset with a trained encoder, into Parquet files with the samples' keys."""
 
     model: str = "models:/crate-mae@champion"
-    """Model to embed with: a run's folder (its newest checkpoint; <run>@<step> for another), a checkpoint or exported
-    model (folder or s3://), models:/<name>@<alias>, runs:/<MLflow run>, or a published .pth or .safetensors file."""
+    """Model to embed with: a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a
+    checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
+    runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors)."""
     data: str
     """Dataset: local folder or s3://bucket/prefix of prepared shards."""
     output: str

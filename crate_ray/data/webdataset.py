@@ -44,10 +44,14 @@ import webdataset
 from crate_ray.config import DataConfig, S3Config
 from crate_ray.data.format.samples import Sample
 from crate_ray.data.format.tar import DamagedShard
-from crate_ray.data.order.mixture import Mixture, open_mixture
+from crate_ray.data.order.dataset_order import Draw
+from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.plan import plan_order
-from crate_ray.data.order.sequence import Draw, SampleOrder, worker_slots
-from crate_ray.data.read.reader import MixtureReader, ResidentSource, StreamedSource, Unreadable
+from crate_ray.data.order.sequence import SampleOrder, worker_slots
+from crate_ray.data.read.mixture import MixtureReader, open_mixture
+from crate_ray.data.read.resident import ResidentSource
+from crate_ray.data.read.shard_reader import Unreadable
+from crate_ray.data.read.streamed import StreamedSource
 
 _FOREVER = 2**62
 _WINDOWS_AHEAD = 8

@@ -52,7 +52,8 @@ def evaluate(
     classification = reconstruction = structure = segmentation = None
     if probe and labelled:
         log("linear probe and k-NN")
-        cache = FeatureCache(Path(config.features_dir or default_folder()), config.features_bytes)
+        folder = Path(config.features_dir) if config.features_dir else feature_folder()
+        cache = FeatureCache(folder, config.features_bytes)
         extraction = Extraction(cache, config.s3, config.workers, config.gpu)
         classification = classify(subjects, labelled[0], labelled[1], config, probe, extraction)
         said["classification"] = conclusions.on_classification(classification)

@@ -221,7 +221,7 @@ def gather_data_facts(prepared: PreparedData, s3: S3Config) -> DataFacts:
 def _median_size(shards: Any) -> tuple[int, int]:
     from crate_ray.data.decode.errors import DecodeError
     from crate_ray.data.decode.samples import read_image_header
-    from crate_ray.data.prepare.statistics import BadSample, measure_grid
+    from crate_ray.data.prepare.statistics import BadSample, grid_statistics
     from crate_ray.data.read.shard_reader import ShardReader
 
     manifest, reader = shards.manifest, ShardReader(shards)

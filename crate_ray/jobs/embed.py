@@ -24,5 +24,5 @@ def main(config: EmbedConfig) -> None:
 
 
 def run() -> NoReturn:
-    """Entry point."""
+    """Parse the command line and run the job."""
     run_job(EmbedConfig, main)

@@ -27,10 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crate_ray.config import FinetuneConfig, PretrainConfig
-from crate_ray.data.format.dataset import ShardSet
-from crate_ray.data.loader import training_loader
-from crate_ray.data.read.mixture import open_mixture
-from crate_ray.models.exported import Normalizer
+from crate_ray.runs.listener import Listener
+from crate_ray.runs.metrics import STEP_SECONDS, VALIDATION_LOSS
 from crate_ray.runs.record import RunRecord
 from crate_ray.training.loop import TrainingLoop
 from crate_ray.training.pretraining import PretrainTask

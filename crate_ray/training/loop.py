@@ -11,8 +11,10 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
+from crate_ray.config import FinetuneConfig, PretrainConfig
+from crate_ray.data.batch import Batch
 from crate_ray.data.format.dataset import load_dataset
-from crate_ray.data.loader import training_loader
+from crate_ray.data.loader import Loader, training_loader
 from crate_ray.data.order.sequence import worker_slots
 from crate_ray.data.read.bad_samples import BAD_CAUSES
 from crate_ray.data.read.mixture import open_mixture

@@ -27,6 +27,8 @@ from crate_ray.storage.interface import open_storage
 from crate_ray.storage.lease import Lease
 from tests.jobs import RayCluster, call, environment, job
 
+pytestmark = pytest.mark.ray
+
 MODEL = CrateMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_subspaces=2)
 NO_CLUSTER = {"RAY_ADDRESS": "http://127.0.0.1:1"}  # refused at once by a job that needs Ray
 PHOTOS, DAMAGED = 60, (7, 8, 41)

@@ -33,7 +33,7 @@ from crate_ray.data.decode.samples import decode_batch, read_image_header
 from crate_ray.data.decode.transforms import CROP_UNIFORMS, Crops, Int64, centre_crops, random_crops
 from crate_ray.data.decode.turbojpeg import LIBRARY_VARIABLE, Region, RegionError, find_turbojpeg
 from crate_ray.data.order.hashing import uniform
-from crate_ray.data.prepare.statistics import BadSample, measure_image
+from crate_ray.data.prepare.statistics import BadSample, image_statistics
 from crate_ray.errors import UserError
 from tests.uniforms import from_table
 

@@ -20,7 +20,7 @@ from crate_ray.data.decode.samples import read_image_header
 from crate_ray.data.format.index import INDEX_STRIDE, index_shard
 from crate_ray.data.format.manifest import MANIFEST_NAME, Manifest
 from crate_ray.data.format.samples import read_table
-from crate_ray.data.prepare.build import SHARD_PATTERN, Plan, ShardTask, make_dataset
+from crate_ray.data.prepare.build import SHARD_PATTERN, Plan, ShardTask, build_dataset
 from crate_ray.data.prepare.records import Finished, check_plan, digest_of, save_record
 from crate_ray.data.prepare.shrink import shrink_image, shrink_mask
 from crate_ray.data.prepare.sources import Item, Source, in_order, map_file, size_in_tar
