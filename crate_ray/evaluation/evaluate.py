@@ -28,7 +28,7 @@ from crate_ray.structure.coding_rate import EPSILON
 def evaluate(
     config: EvaluateConfig, trained: Subject, baseline: Subject | None, say: Callable[[str], None]
 ) -> tuple[Report, dict[str, list[Image]]]:
-    """Measure all sections that there is data for; the report, and its figures by section.
+    """Measure every section that has data. Returns the report and its figures by section; 'pictures' lead the page.
 
     Datasets are opened before anything is measured. Features are computed by Ray, which is started where the cache
     lacks any; the rest runs in this process, on a GPU where it has one.
@@ -40,7 +40,7 @@ def evaluate(
     held_out = _open(config.data, config) if config.data else None
     masked = _open(config.masks, config) if config.masks else None
     loaded = _load(held_out, trained, config) if held_out else []
-    extra: dict[str, list[Image]] = {}
+    pictures: list[Image] = []
     said: dict[str, list[str]] = {}
 
     classification = reconstruction = structure = segmentation = None
@@ -55,8 +55,8 @@ def evaluate(
     if held_out:
         uri = held_out.storage.uri
         say("reconstruction")
-        reconstruction, pictures = measure_reconstruction(subjects, loaded, config.mask_ratios, uri, device)
-        extra["reconstruction"] = [figures.reconstruction_pictures(pictures)]
+        reconstruction, reconstructed = measure_reconstruction(subjects, loaded, config.mask_ratios, uri, device)
+        pictures.append(figures.reconstruction_pictures(reconstructed))
         said["reconstruction"] = conclusions.on_reconstruction(reconstruction)
         say("structure of the layers")
         structure = measure_structure(subjects, loaded, uri, EPSILON, device)
@@ -65,7 +65,7 @@ def evaluate(
         say("attention and segmentation")
         seed = probe.seed if probe else 0
         segmentation, examples = measure_segmentation(subjects, masked, config.max_images, ATTENTION_MASS, seed, device)
-        extra["segmentation"] = [figures.foreground_pictures(examples)]
+        pictures.append(figures.foreground_pictures(examples))
         said["segmentation"] = conclusions.on_segmentation(segmentation)
 
     created, version, settings = describe(config)
@@ -82,8 +82,7 @@ def evaluate(
         segmentation=segmentation,
         conclusions=said,
     )
-    drawn = charts(report)
-    return report, {section: drawn[section] + extra.get(section, []) for section in drawn}
+    return report, {"pictures": pictures, **charts(report)}
 
 
 def _subjects(config: EvaluateConfig, trained: Subject, baseline: Subject | None) -> list[Subject]:

@@ -1,8 +1,8 @@
 """The demo: pretrain on the built-in shapes and show what the encoder learned.
 
-    python jobs/demo.py --config jobs/configs/demo.yaml
+    crate-ray demo
 
-What takes seconds to import is imported once the settings are read.
+Modules that take seconds to import are imported after the settings are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crate_ray.errors import UserError
 from crate_ray.progress import console
 
 if TYPE_CHECKING:
-    from crate_ray.data.format.shards import ShardSet
+    from crate_ray.data.format.dataset import ShardSet
     from crate_ray.evaluation.classification import Classification
 
 _NUM_SAMPLES = 12_000  # 9,600 for training, 2,400 held out
@@ -30,15 +30,16 @@ _DATA_SEED = 1  # the settings in demo.yaml were chosen on the samples of seed 0
 _QUESTION = "Which shape is the largest?"
 _BAR = 40  # characters for 100 %
 _PICTURES = 3
-_PICTURE_SIDE = 24  # characters
+_TITLES = ("held-out image", "what it saw", "prediction", "attention")
+_PICTURE_SIDES = (32, 24, 16)  # characters; the first that the terminal has room for
 
 
-def main(config: PretrainConfig) -> None:
-    """Pack, pretrain, evaluate, and print the result.
+def main(config: PretrainConfig, num_samples: int = _NUM_SAMPLES) -> None:
+    """Pack so many samples, pretrain, evaluate, and print the result.
 
     Raises UserError if the settings are not those of a demo: one training set, a held-out set, square colour images.
     """
-    from crate_ray.data.format.shards import load_dataset
+    from crate_ray.data.format.dataset import load_dataset
     from crate_ray.evaluation.job import run_evaluation
     from crate_ray.jobs.pretrain import main as pretrain
     from crate_ray.storage.interface import open_storage
@@ -47,8 +48,8 @@ def main(config: PretrainConfig) -> None:
     if not isinstance(train, str) or held_out is None:
         raise UserError("the demo needs one folder in data.train and one in data.validation; it packs shapes into both")
     out = console()
-    _pack(config, train, "train")
-    _pack(config, held_out, "test")
+    _pack(config, train, "train", num_samples)
+    _pack(config, held_out, "test", num_samples)
     pretrain(config)
     folder = f"{config.storage}/{config.name}"
     evaluation = EvaluateConfig(
@@ -63,10 +64,11 @@ def main(config: PretrainConfig) -> None:
     )
     done = run_evaluation(evaluation, lambda what: out.print(f"measuring {what}", highlight=False))
     assert done.report.classification is not None
-    if out.is_terminal and out.width >= 4 * (_PICTURE_SIDE + 1):
+    side = next((side for side in _PICTURE_SIDES if len(_TITLES) * (side + 1) <= out.width), None)
+    if out.is_terminal and side:
         out.print()
         shards = load_dataset(open_storage(held_out, config.s3))
-        out.print(terminal_pictures(Path(folder) / "model", shards), soft_wrap=True, end="")
+        out.print(terminal_pictures(Path(folder) / "model", shards, side), soft_wrap=True, end="")
     out.print()
     for line in summary(done.report.classification):
         out.print(line, highlight=False, soft_wrap=True)
@@ -78,8 +80,8 @@ def main(config: PretrainConfig) -> None:
     print(f"next    {programs}/crate-ray pretrain --data /path/to/images")
 
 
-def _pack(config: PretrainConfig, uri: str, split: Literal["train", "test"]) -> None:
-    from crate_ray.data.format.shards import MANIFEST_NAME
+def _pack(config: PretrainConfig, uri: str, split: Literal["train", "test"], num_samples: int) -> None:
+    from crate_ray.data.format.manifest import MANIFEST_NAME
     from crate_ray.data.prepare.builtin import shapes_source
     from crate_ray.data.prepare.packing import pack
     from crate_ray.storage.interface import open_storage
@@ -92,7 +94,7 @@ def _pack(config: PretrainConfig, uri: str, split: Literal["train", "test"]) -> 
         raise UserError(
             f"shapes are square colour images, but the model takes {config.model.channels} × {height} × {width}"
         )
-    source = shapes_source(split, _NUM_SAMPLES, height, _DATA_SEED)
+    source = shapes_source(split, num_samples, height, _DATA_SEED)
     manifest = pack(source, storage, PrepareConfig(output=uri, seed=_DATA_SEED))
     print(f"{storage.uri}: {manifest.num_samples:,} images, {height}×{width}, {manifest.num_classes} classes")
 
@@ -112,8 +114,11 @@ def summary(result: Classification) -> list[Text]:
     return lines
 
 
-def terminal_pictures(model_folder: Path, held_out: ShardSet) -> Text:
-    """Held-out images as coloured characters: original, visible patches, prediction, attention."""
+def terminal_pictures(model_folder: Path, held_out: ShardSet, side: int) -> Text:
+    """Held-out images as coloured characters: original, visible patches, prediction, attention.
+
+    Each picture is `side` characters wide and half as many lines high.
+    """
     import torch
     from matplotlib import colormaps
 
@@ -132,16 +137,12 @@ def terminal_pictures(model_folder: Path, held_out: ShardSet) -> Text:
     attention_Bhw = patch_maps(model, images).attention[:, -1].mean(1)
     scaled_Bhw = attention_Bhw / attention_Bhw.amax((1, 2), keepdim=True).clamp_min(1e-12)
     columns.append(torch.from_numpy(colormaps["cividis"](scaled_Bhw.numpy())[..., :3]).permute(0, 3, 1, 2).float())
-    size = (_PICTURE_SIDE, _PICTURE_SIDE)
-    shown = [torch.nn.functional.interpolate(part, size, mode="area").clamp(0, 1) for part in columns]
-    gap = torch.zeros(_PICTURES, 3, _PICTURE_SIDE, 1)
+    shown = [torch.nn.functional.interpolate(part, (side, side), mode="area").clamp(0, 1) for part in columns]
+    gap = torch.zeros(_PICTURES, 3, side, 1)
     rows_BCHW = torch.cat([part for one in shown for part in (one, gap)], 3)
-    titles = "".join(
-        title.ljust(_PICTURE_SIDE + 1) for title in ("held-out image", "what it saw", "prediction", "attention")
-    )
-    return Text(titles + "\n").append_text(
-        _half_blocks((255 * rows_BCHW).byte().permute(0, 2, 3, 1).flatten(0, 1).tolist())
-    )
+    pixels_RW3 = (255 * rows_BCHW).byte().permute(0, 2, 3, 1).flatten(0, 1)
+    titles = "".join(title.ljust(side + 1) for title in _TITLES)
+    return Text(titles + "\n").append_text(_half_blocks(pixels_RW3.tolist()))
 
 
 def _half_blocks(pixels: Sequence[Sequence[Sequence[int]]]) -> Text:
@@ -155,5 +156,7 @@ def _half_blocks(pixels: Sequence[Sequence[Sequence[int]]]) -> Text:
 
 
 def run() -> NoReturn:
-    """The command."""
-    run_job(PretrainConfig, main)
+    """Parse the command line and run the demo, by default with the settings of demo.yaml."""
+    given = sys.argv[1:]
+    chosen = any(argument.split("=")[0] == "--config" for argument in given)
+    run_job(PretrainConfig, main, given if chosen else ["--config", "demo.yaml", *given])
