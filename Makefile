@@ -25,18 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@test -f demo/digits-train/manifest.json || $(PY) jobs/prepare.py --source digits --split train --output demo/digits-train
-	@test -f demo/digits-test/manifest.json || $(PY) jobs/prepare.py --source digits --split test --output demo/digits-test
-	$(PY) jobs/pretrain.py --config jobs/configs/demo.yaml
-	@$(PY) jobs/evaluate.py --model demo/runs/digits --probe.train demo/digits-train --probe.test demo/digits-test \
-	  --data demo/digits-test --max_images 128 --features_dir demo/features --tracking.uri sqlite:///demo/mlflow.db
-	@echo
-	@echo "the report of what it learned is demo/runs/digits/evaluation/report.html: open it in a browser."
-	@echo "Shards, checkpoints, model and MLflow's records are under demo/ too; look at the run and its pictures with"
-	@echo "  $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///demo/mlflow.db"
-	@echo "and try next, on images of your own:"
-	@echo "  $(PY) jobs/prepare.py --source /path/to/images --output data/mine"
-	@echo "  $(PY) jobs/pretrain.py --name mine --data.train data/mine --model.preset tiny --training.epochs 1"
+	@$(PY) jobs/demo.py
 
 PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 

@@ -353,7 +353,7 @@ how_to() {
 
   source $STATE/env.sh
   python jobs/prepare.py --source digits --output s3://data/digits
-  ray job submit --working-dir . -- python jobs/pretrain.py --config jobs/configs/demo.yaml \\
+  ray job submit --working-dir . -- python jobs/pretrain.py --config jobs/configs/digits.yaml \\
     --data.train s3://data/digits --data.validation null --storage s3://runs \\
     --tracking.uri "\$MLFLOW_TRACKING_URI" --scaling.workers 2
 

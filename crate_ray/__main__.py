@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import NoReturn
 
 COMMANDS = {
+    "demo": "pretrain on built-in pictures for a few minutes and show the result",
     "prepare": "pack images or .npy grids into shards, or index shards that exist",
     "pretrain": "pretrain CRATE-MAE or ViT-MAE; `--data FOLDER` is enough",
     "finetune": "train a pretrained encoder to classify labelled images",

@@ -28,7 +28,7 @@ from crate_ray.structure.coding_rate import EPSILON
 def evaluate(
     config: EvaluateConfig, trained: Subject, baseline: Subject | None, log: Callable[[str], None]
 ) -> tuple[Report, dict[str, list[Image]]]:
-    """Measure all sections that have data. Returns the report and its figures by section.
+    """Measure every section that has data. Returns the report and its figures by section; 'pictures' lead the page.
 
     All datasets are opened before anything is measured. Features are computed by Ray tasks; Ray is started only if the
     cache does not have them. Everything else runs in this process, on its GPU if it has one.
@@ -46,7 +46,7 @@ def evaluate(
     held_out = _open(config.data, config) if config.data else None
     masked = _open(config.masks, config) if config.masks else None
     loaded = _load(held_out, trained, config) if held_out else []
-    extra: dict[str, list[Image]] = {}
+    pictures: list[Image] = []
     said: dict[str, list[str]] = {}
 
     classification = reconstruction = structure = segmentation = None
@@ -60,8 +60,8 @@ def evaluate(
     if held_out:
         uri = held_out.storage.uri
         log("reconstruction")
-        reconstruction, pictures = measure_reconstruction(subjects, loaded, config.mask_ratios, uri, device)
-        extra["reconstruction"] = [figures.reconstruction_pictures(pictures)]
+        reconstruction, reconstructed = measure_reconstruction(subjects, loaded, config.mask_ratios, uri, device)
+        pictures.append(figures.reconstruction_pictures(reconstructed))
         said["reconstruction"] = conclusions.on_reconstruction(reconstruction)
         log("structure of the layers")
         structure = measure_structure(subjects, loaded, uri, EPSILON, device)
@@ -70,7 +70,7 @@ def evaluate(
         log("attention and segmentation")
         seed = probe.seed if probe else 0
         segmentation, examples = measure_segmentation(subjects, masked, config.max_images, ATTENTION_MASS, seed, device)
-        extra["segmentation"] = [figures.foreground_pictures(examples)]
+        pictures.append(figures.foreground_pictures(examples))
         said["segmentation"] = conclusions.on_segmentation(segmentation)
 
     created, version, settings = describe(config)
@@ -87,8 +87,7 @@ def evaluate(
         segmentation=segmentation,
         conclusions=said,
     )
-    drawn = charts(report)
-    return report, {section: drawn[section] + extra.get(section, []) for section in drawn}
+    return report, {"pictures": pictures, **charts(report)}
 
 
 def _subjects(config: EvaluateConfig, trained: Subject, baseline: Subject | None) -> list[Subject]:

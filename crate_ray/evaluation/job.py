@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from crate_ray.config import EvaluateConfig
 from crate_ray.errors import UserError
@@ -20,29 +22,45 @@ from crate_ray.storage.interface import Storage, open_storage
 _FOLDER = "evaluation"
 
 
+class Evaluation(NamedTuple):
+    """A finished evaluation."""
+
+    report: Report
+    """All numbers."""
+    page: str
+    """Address of the HTML page."""
+    run_id: str | None
+    """MLflow run that the report was logged to, if any."""
+
+
 def evaluate_model(config: EvaluateConfig) -> None:
     """Evaluate a model, write and log the report, and print its conclusions and where it is."""
     out = console()
-    trained = _load("trained", config.model, config)
-    baseline = _load("baseline", config.baseline, config) if config.baseline else None
-    output = _report_storage(config, trained.description.step)
-    report, images = evaluate(config, trained, baseline, lambda what: out.print(f"measuring {what}", highlight=False))
-    for section, sentences in report.conclusions.items():
+    done = run_evaluation(config, lambda line: out.print(line, highlight=False, markup=False, soft_wrap=True))
+    for section, sentences in done.report.conclusions.items():
         out.print(f"\n{section}", style="bold")
         for sentence in sentences:
             out.print(f"  {sentence}", highlight=False, markup=False)
+    print(f"\nreport     {done.page}")
+    print(f"MLflow run {done.run_id or 'none: MLflow does not know the run that trained this model'}")
+
+
+def run_evaluation(config: EvaluateConfig, say: Callable[[str], None]) -> Evaluation:
+    """Evaluate a model, write the report as HTML and JSON, and log it; `say` prints a line of progress."""
+    trained = _load("trained", config.model, config, say)
+    baseline = _load("baseline", config.baseline, config, say) if config.baseline else None
+    output = _report_storage(config, trained.description.step)
+    report, images = evaluate(config, trained, baseline, lambda what: say(f"measuring {what}"))
     files = {JSON_FILE: report.to_json(), HTML_FILE: render(report, images)}
     for name, content in files.items():
         output.write(name, content)
-    run_id = _log(report, files, trained, config)
-    print(f"\nreport     {output.uri}/{HTML_FILE}")
-    print(f"MLflow run {run_id or 'none: MLflow does not know the run that trained this model'}")
+    return Evaluation(report, f"{output.uri}/{HTML_FILE}", _log(report, files, trained, config))
 
 
-def _load(name: str, reference: str, config: EvaluateConfig) -> Subject:
+def _load(name: str, reference: str, config: EvaluateConfig, say: Callable[[str], None]) -> Subject:
     model, description = load_encoder(reference, config.tracking, config.s3)
     step = f", step {description.step}" if description.step else ""
-    console().print(f"{name} model: {reference}{step}", highlight=False, markup=False, soft_wrap=True)
+    say(f"{name} model: {reference}{step}")
     return Subject(name, model, description)
 
 

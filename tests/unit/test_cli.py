@@ -351,7 +351,7 @@ def test_an_example_is_found_by_its_name(
     monkeypatch.chdir(tmp_path)
     assert parse_config(PretrainConfig, ["--config", "cifar10.yaml"]).name == "cifar10"
     assert "config: cifar10.yaml is the example that comes with crate-ray" in capsys.readouterr().err
-    assert Path(parse_config(SweepConfig, ["--config=sweep-codebook.yaml"]).base).samefile(CONFIGS / "demo.yaml")
+    assert Path(parse_config(SweepConfig, ["--config=sweep-codebook.yaml"]).base).samefile(CONFIGS / "digits.yaml")
     Path("cifar10.yaml").write_text("name: mine\ndata: {train: x}\ntraining: {steps: 1}\n")
     capsys.readouterr()
     assert parse_config(PretrainConfig, ["--config", "cifar10.yaml"]).name == "mine"
@@ -454,6 +454,7 @@ SHIPPED: dict[str, type[Settings]] = {
     "compare": CompareConfig,
     "compare-sound": CompareConfig,
     "demo": PretrainConfig,
+    "digits": PretrainConfig,
     "evaluate": EvaluateConfig,
     "finetune": FinetuneConfig,
     "imagenet-base": PretrainConfig,

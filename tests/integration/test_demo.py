@@ -1,0 +1,40 @@
+"""The demo from packing to the printed result, with few samples and steps."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.jobs import RayCluster, call, environment
+
+DEMO = """
+import sys
+from crate_ray.cli import parse_config
+from crate_ray.config import PretrainConfig
+from crate_ray.jobs.demo import main
+main(parse_config(PretrainConfig, ["--config", "demo.yaml", *sys.argv[1:]]), num_samples=200)
+"""
+SETTINGS = ["--training.steps", "4", "--scaling.workers", "1", "--model.dim", "32", "--training.batch_size", "16"]
+
+
+def test_demo_packs_trains_and_ends_with_the_result(tmp_path: Path, small_ray: RayCluster) -> None:
+    script = tmp_path / "small_demo.py"
+    script.write_text(DEMO)
+
+    def demo(address: str) -> str:
+        env = environment(tmp_path) | {"RAY_ADDRESS": address}
+        done = call([sys.executable, str(script), *SETTINGS], tmp_path, env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = demo(small_ray.address)
+    assert "shapes-train: 160 images, 32×32, 6 classes" in said
+    result = said[said.index("Which shape") :].splitlines()
+    assert "40 held-out images" in result[1]
+    assert [line.split("  ")[0] for line in result[3:6]] == ["trained CRATE-MAE", "untrained CRATE-MAE", "raw pixels"]
+    report = tmp_path / "demo" / "runs" / "shapes" / "evaluation" / "report.html"
+    assert any(line.split() == ["report", str(report)] for line in result) and report.stat().st_size > 100_000
+
+    # Everything is there by now: a second start needs no Ray and ends with the same result.
+    again = demo("http://127.0.0.1:1")
+    assert again[again.index("Which shape") :].splitlines() == result
