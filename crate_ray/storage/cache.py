@@ -154,7 +154,7 @@ class PartCache:
     def _write(self, path: Path, data: bytes) -> None:
         temporary = self.folder / ".new"  # one name for all: the next writer overwrites what a killed one left
         # If the disk is full, the part is used without being stored.
-        # Locked until the part is written: whoever makes room must see all that takes room.
+        # Locked until the part is written: eviction must see every part that takes room.
         with suppress(OSError), self._usage() as usage:
             if usage[0] + len(data) > self.max_bytes:
                 usage[0] = evict(self._entries(), max(0, int(self.max_bytes * _KEEP) - len(data)))

@@ -1,8 +1,8 @@
-"""All that crate-ray keeps on a node's own disk: which folders, who may remove what, and locks, digests and eviction.
+"""Everything crate-ray keeps on a node's own disk: which folders, who removes what, and locks, digests and eviction.
 
     <TMPDIR>/crate-ray-node-<uid>/  processes/<name>/  temporary files of one driver or worker. Each process holds a
-                                                       lock in its folder; the next that starts removes those of the
-                                                       dead, here and nowhere else
+                                                       lock in its folder; the next one that starts removes folders
+                                                       of dead processes, here and nowhere else
                                     index/<sha256>     indexes of datasets in object storage (cache.fetch_once), shared
                                                        by all processes; removed a week after their last use
     <XDG_CACHE_HOME>/crate-ray/     features/<key>/    features of evaluated models (evaluation.feature_cache); least
@@ -13,8 +13,8 @@
 
 TMPDIR (/tmp by default) holds what may be gigabytes, must be on the node's own disk (checkpoints on their way to
 storage, memory-mapped indexes) and is worthless after a reboot. XDG_CACHE_HOME (~/.cache by default) holds what should
-survive one. The folders below both belong to one user: a folder that somebody else made is refused, since whoever owns
-a folder can replace the files in it.
+survive one. Both folders are private to one user: one that another user could have planted is refused, because the
+owner of a folder can replace the files in it.
 """
 
 from __future__ import annotations

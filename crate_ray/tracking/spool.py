@@ -118,7 +118,7 @@ class Spool:
                 shutil.rmtree(self.path_of(event).parent, ignore_errors=True)
 
     def remove(self) -> None:
-        """Delete everything, at once for whoever looks for the folder."""
+        """Delete everything. The folder's name is gone at once, even if this process is killed while it deletes."""
         with suppress(FileNotFoundError):
             self.folder.rename(_removed(self.folder))
         shutil.rmtree(_removed(self.folder), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""One writer at a time, on a folder and on a real S3 gateway: real processes, killed and stopped."""
+"""Leases on a folder and on a real S3 gateway: one holder at a time; real processes are killed and stopped."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def holder(storage: Storage) -> subprocess.Popen[str]:
-    """A process that has taken the lease."""
+    """Start a process that holds the lease."""
     endpoint = getattr(getattr(storage, "config", None), "endpoint_url", "") or ""
     command = [sys.executable, "-c", HOLDER, storage.uri, endpoint, KEY, str(SECONDS)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -79,7 +79,7 @@ def lease(storage: Storage, seconds: float = SECONDS) -> Lease:
     return Lease(storage, KEY, "run 'x'", lease_seconds=seconds)
 
 
-def test_store_honours_conditions(storage: Storage) -> None:
+def test_conditional_writes(storage: Storage) -> None:
     with pytest.raises(Replaced):
         storage.write("a", b"0", if_match="0" * 32)
     storage.write("a", b"1", if_absent=True)
@@ -107,10 +107,10 @@ def test_store_honours_conditions(storage: Storage) -> None:
     assert storage.read("a") == b"by %d" % won.index(True)
 
 
-def test_second_is_refused_and_a_killed_one_followed(storage: Storage) -> None:
+def test_a_second_process_is_refused_and_takes_over_after_a_kill(storage: Storage) -> None:
     process = holder(storage)
     try:
-        for seconds in (SECONDS, SECONDS / 10):  # whatever the second one would wait for its own
+        for seconds in (SECONDS, SECONDS / 10):  # however long the lease of the second one
             begun = time.monotonic()
             with (
                 pytest.raises(UserError, match=rf"run 'x' is in use by process {process.pid} on .*since 20.* UTC"),
@@ -127,13 +127,13 @@ def test_second_is_refused_and_a_killed_one_followed(storage: Storage) -> None:
         with pytest.raises(NotFound):
             storage.read(KEY)
         begun = time.monotonic()
-        with lease(storage):  # it was given back, so nobody waits
+        with lease(storage):  # it was released, so nobody waits
             assert time.monotonic() - begun < SECONDS / 2
     finally:
         process.kill()
 
 
-def test_one_that_was_stopped_for_too_long_learns_that_it_lost(storage: Storage) -> None:
+def test_a_process_that_was_stopped_for_too_long_loses_its_lease(storage: Storage) -> None:
     process = holder(storage)
     try:
         process.send_signal(signal.SIGSTOP)
@@ -144,7 +144,7 @@ def test_one_that_was_stopped_for_too_long_learns_that_it_lost(storage: Storage)
             assert f"run 'x' has been taken over by process {os.getpid()} on " in message
             assert process.wait(10) == 0
             time.sleep(SECONDS / 2)
-            ours.check()  # the loser did not remove what is ours
+            ours.check()  # the loser did not delete our lease
             assert b"run 'x'" in storage.read(KEY)
     finally:
         process.kill()
@@ -154,8 +154,8 @@ def test_one_that_was_stopped_for_too_long_learns_that_it_lost(storage: Storage)
 def test_a_refused_driver_leaves_the_run_and_its_spool_alone(
     job: str, digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one with other settings, for which the run would begin anew, under another key and with weights of its own,
-    as long as there is no checkpoint. Both share the user's cache."""
+    """So does a driver with other settings. Without a checkpoint, these would start the run anew, with another key and
+    other weights. Both drivers share the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("RAY_ADDRESS", "local")
     encoder = CrateMAEConfig(image_size=8, patch_size=2, channels=1, dim=16, depth=1, num_subspaces=2)
@@ -189,17 +189,17 @@ def test_a_refused_driver_leaves_the_run_and_its_spool_alone(
                     main(second)
             assert contents(tmp_path / "runs") == before and len(before) == 2
             tracker.metrics(1, {"loss": 0.5}, 1_700_000_000_000)
-    told = MlflowClient(config.tracking.uri).get_run(tracker.run_id)
-    assert (told.info.status, told.data.metrics) == ("FINISHED", {"loss": 0.5})
+    recorded = MlflowClient(config.tracking.uri).get_run(tracker.run_id)
+    assert (recorded.info.status, recorded.data.metrics) == ("FINISHED", {"loss": 0.5})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Files of a folder, but for leases, also those that are just being written."""
+    """Files of a folder without leases and temporary files."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lease" and not p.name.startswith(".tmp-")]
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
-def test_one_of_many_follows_a_dead_one(storage: Storage) -> None:
+def test_one_of_many_takes_over_from_a_dead_process(storage: Storage) -> None:
     process = holder(storage)
     process.send_signal(signal.SIGKILL)
     process.wait(10)

@@ -1,4 +1,5 @@
-"""Storage on a real S3 server behind a proxy that injects faults: what passes is survived, what lasts is told."""
+"""Storage on a real S3 server behind a proxy that injects faults: temporary faults are survived, lasting ones are
+reported."""
 
 from __future__ import annotations
 
@@ -20,8 +21,7 @@ from hypothesis import strategies as st
 
 from crate_ray.config import S3Config
 from crate_ray.errors import UserError
-from crate_ray.storage import interface as storage
-from crate_ray.storage import s3_client
+from crate_ray.storage import s3, s3_client
 from crate_ray.storage.interface import AlreadyExists, NotFound, Replaced, Storage, open_storage
 from tests.faults.proxy import ErrorAnswer, Exchange, Fault, FaultProxy, Flip, Pass, Reset, Stall, Trickle, Truncate
 from tests.s3_gateway import S3Gateway
@@ -35,7 +35,7 @@ QUICK = {"connect_timeout": 1.0, "read_timeout": 0.4, "retry_seconds": 20.0}
 
 @pytest.fixture(scope="module")
 def client(s3_gateway: S3Gateway) -> Any:
-    """What other programs do, past the proxy."""
+    """A client past the proxy: what other programs do."""
     client = boto3.session.Session().client(
         "s3",
         endpoint_url=s3_gateway.endpoint,
@@ -124,7 +124,7 @@ def test_body_that_stops_is_continued_from_its_last_byte(proxy: FaultProxy, faul
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificate for loopback, and its key, in one file."""
+    """A certificate for the loopback address and its key, in one file."""
     path = tmp_path_factory.mktemp("tls") / "server.pem"
     subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-noenc", "-keyout", str(path), "-out", "-", *subject]
@@ -166,7 +166,7 @@ def test_connection_is_used_again(proxy: FaultProxy) -> None:
 
 
 def test_bytes_changed_in_flight_arrive_so(proxy: FaultProxy) -> None:
-    """No storage notices that: what reads it compares digests, and this proxy is how that is tested."""
+    """No storage notices this. Readers compare digests, which tests with this proxy rely on."""
     proxy.plan(Flip(-1), times=1)
     store = reach(proxy)
     data, etag = store.read_version(KEY, 0, 1000)
@@ -270,7 +270,7 @@ def test_empty_object(proxy: FaultProxy, client: Any, tmp_path: Path) -> None:
 def test_download_in_parts_under_faults(
     proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_delay: None
 ) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 64 * 1024)
+    monkeypatch.setattr(s3, "_PART_BYTES", 64 * 1024)
     target = tmp_path / "copy"
     faults: list[Fault] = [ErrorAnswer(), Reset(30_000), Truncate(100, "short"), Stall(1, 50_000)]
     for seed, fault in enumerate(faults):
@@ -360,7 +360,7 @@ def test_large_files_are_written_in_parts(
 ) -> None:
     part = 5 * 2**20  # S3's least
     for name in ("_PART_BYTES", "_MULTIPART_BYTES", "_SINGLE_PUT_BYTES"):
-        monkeypatch.setattr(storage, name, part)
+        monkeypatch.setattr(s3, name, part)
     store = reach(proxy, read_timeout=2)
     file = tmp_path / "file"
     content = np.random.default_rng(1).bytes(2 * part + 12_345)
@@ -406,7 +406,7 @@ def test_large_files_are_written_in_parts(
 # --- Outages and budgets --------------------------------------------------------------------------------------------
 
 
-def test_budget_is_kept_and_told(
+def test_retry_budget(
     proxy: FaultProxy, s3_gateway: S3Gateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_client, "_WARN_AFTER", 0.5)
@@ -418,8 +418,10 @@ def test_budget_is_kept_and_told(
     assert 1.5 <= time.monotonic() - begun < 2.5
     count = proxy.requests[PATH]
     assert count >= 3
-    told = f"cannot read s3://{BUCKET}/{KEY} at {proxy.url}: SlowDown (HTTP 503), {count} attempts in 2 s; the store is"
-    assert str(error.value).startswith(told)
+    message = (
+        f"cannot read s3://{BUCKET}/{KEY} at {proxy.url}: SlowDown (HTTP 503), {count} attempts in 2 s; the store is"
+    )
+    assert str(error.value).startswith(message)
     assert [record.message.split(",")[0] for record in caplog.records] == [
         f"cannot read s3://{BUCKET}/{KEY} yet: SlowDown (HTTP 503)"
     ]
@@ -472,7 +474,7 @@ def other_keys(s3_gateway: S3Gateway) -> tuple[str, str]:
 
 @pytest.fixture
 def key_file(tmp_path: Path, s3_gateway: S3Gateway, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Writes access key and secret key, or only the first, to the credentials file, the only place with keys."""
+    """Function that writes access key and secret key, or only the first, to the only credentials file."""
     path = tmp_path / "credentials"
 
     def write(*keys: str) -> None:
@@ -518,8 +520,10 @@ def test_expired_credentials_that_come_back(
 
 def test_expired_credentials_that_stay_so(proxy: FaultProxy, key_file: Callable[..., None]) -> None:
     proxy.plan(ErrorAnswer("ExpiredToken", 400), method=None)
-    told = r"cannot write s3://faults/x: the AWS credentials have expired \(ExpiredToken, \d+ attempts in \d s\); renew"
-    with pytest.raises(UserError, match=told):
+    message = (
+        r"cannot write s3://faults/x: the AWS credentials have expired \(ExpiredToken, \d+ attempts in \d s\); renew"
+    )
+    with pytest.raises(UserError, match=message):
         reach(proxy, retry_seconds=2).write("x", b"")
     assert len(proxy.exchanges) >= 2
 

@@ -1,4 +1,4 @@
-"""Caches on a node: limits hold whoever is killed, and what several processes want at once is fetched once."""
+"""Caches on a node keep their limits when processes are killed, and fetch an entry once for many processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != ".usage")
 
 
-def test_processes_that_want_the_same_part_fetch_it_once(tmp_path: Path) -> None:
+def test_a_part_is_fetched_once_for_many_processes(tmp_path: Path) -> None:
     script = """
 folder, name, number = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -68,8 +68,8 @@ def test_parts_are_fetched_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_what_a_killed_writer_leaves_takes_no_room(tmp_path: Path, moment: str) -> None:
-    """It dies just before or after its part gets its name."""
+def test_the_limit_holds_after_a_writer_was_killed(tmp_path: Path, moment: str) -> None:
+    """It is killed just before or after its part gets its name."""
     script = """
 import signal
 replace = Path.replace
@@ -110,7 +110,7 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def test_an_index_is_downloaded_once_and_left_overs_go_soon(tmp_path: Path, temporary: Path) -> None:
+def test_an_index_is_downloaded_once_and_leftovers_are_removed(tmp_path: Path, temporary: Path) -> None:
     storage = LocalStorage(tmp_path / "data")
     storage.write("a", b"first")
     storage.write("b", b"second")
@@ -187,7 +187,7 @@ def test_a_folder_that_is_always_cleaned_and_a_wrong_object_have_a_sentence_each
     assert all(name.startswith(".lock") for name in names)
 
 
-def test_parts_survive_that_their_folder_is_removed(tmp_path: Path) -> None:
+def test_a_removed_cache_folder_is_created_again(tmp_path: Path) -> None:
     cache = PartCache(tmp_path / "cache", 1000)
     for _ in range(2):
         assert cache.get(NAMES[0], lambda: b"content", lambda data: None) == b"content"

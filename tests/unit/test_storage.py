@@ -1,4 +1,4 @@
-"""Local folders and S3 keep the same contract; every failure that a user can mend is one clear sentence."""
+"""Local folders and S3 behave alike; every failure that a user can fix gives one clear sentence."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_if_absent_lets_one_writer_win(storage: Storage, tmp_path: Path) -> None
         storage.write("once", file, if_absent=True)
 
 
-def test_what_is_deleted_meanwhile_is_not_listed(storage: Storage) -> None:
+def test_listing_while_objects_are_deleted(storage: Storage) -> None:
     """A run's checkpoints are listed by one process while another deletes the old ones."""
     for number in range(40):
         storage.write(f"commits/{number:03d}", b"old")
@@ -267,7 +267,7 @@ def test_object_replaced_on_a_store_that_ignores_conditions(answering: tuple[str
         open_storage("s3://bucket", S3Config(endpoint_url=endpoint)).read("key")
 
 
-def test_server_that_is_no_store_is_given_up_soon(
+def test_a_server_that_is_no_store_fails_soon(
     answering: tuple[str, list[tuple[int, str, int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_client, "_FIRST_CONTACT", 0.3)
@@ -313,7 +313,7 @@ def test_attempts_keep_their_budget(most: int, seconds: float, durations: list[f
     assert limits == [min(20, 0.1 * 2**i) for i in range(len(begins) - 1)]
     assert attempts.count == len(begins) <= most
     assert all(begin <= seconds * 1.000001 for begin in begins[2:])
-    # Not given up while there was a reason to go on.
+    # It did not stop before its budget was used up.
     assert len(begins) == most or now >= seconds * 0.999999
     if most > 1 and seconds > 0:
         assert len(begins) > 1

@@ -1,5 +1,5 @@
-"""Runs in MLflow, against its own SQLite store: all that is recorded arrives, once, in one run for ever, whenever the
-server comes back; the model loads and embeds; no secret of the environment is among it."""
+"""Runs in MLflow, on its SQLite store: every record arrives once, in the same run, even if the server was away or the
+process was killed; the model loads and embeds; no secret of the environment is recorded."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LINEAGE = Dataset(name="shapes", digest="abc", source_type="local", source='{"ur
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An MLflow store; making one takes seconds, so all tests share it."""
+    """An MLflow store. Creating one takes seconds, so all tests share it."""
     folder = tmp_path_factory.mktemp("mlflow")
     before = mlflow.get_tracking_uri()
     yield f"sqlite:///{folder / 'mlflow.db'}"
@@ -144,15 +144,15 @@ def test_nothing_is_lost_or_doubled_when_the_server_was_away(uri: str, tmp_path:
     assert away.finish("FAILED", timeout=3) is False
     assert time.monotonic() - began < 5
     assert away.run_id == "" and away.where == f"not created yet at {AWAY}"
-    kept = spool(tmp_path, "away")
+    folder = spool(tmp_path, "away")
     explanation = away.undelivered
-    assert explanation.startswith(f"MLflow at {AWAY} does not have everything (") and str(kept) in explanation
+    assert explanation.startswith(f"MLflow at {AWAY} does not have everything (") and str(folder) in explanation
     assert "127.0.0.1" in explanation.partition("(")[2] and "\n" not in explanation
 
     back = tracker(uri, "away")
     back.metrics(1201, {"loss": 1 / 1201}, NOW + 1201)
     assert back.finish("FINISHED") is True
-    assert not kept.exists()
+    assert not folder.exists()
     run = find(uri, "away")
     assert history(uri, run, "loss") == [(step, 1 / step, NOW + step) for step in range(1, 1202)]
     assert artifact(uri, run, "reconstruction/step-00000007.png", tmp_path) == png()
@@ -167,7 +167,7 @@ def test_a_delivery_that_fails_midway_is_repeated_without_doubles(
     def flaky(self: MlflowClient, run_id: str, *args: Any, **values: Any) -> Any:
         result = log_batch(self, run_id, *args, **values)
         calls.append(values)
-        if len(calls) in (1, 3):  # the server did its part, but the answer is lost: after 100 parameters, after metrics
+        if len(calls) in (1, 3):  # the server did its part, but its answer is lost: after 100 parameters, after metrics
             raise ConnectionError("the connection was cut")
         return result
 
@@ -176,7 +176,7 @@ def test_a_delivery_that_fails_midway_is_repeated_without_doubles(
     cut = tracker(uri, "cut")
     for step in range(1, 601):
         cut.metrics(step, {"loss": 1 / step}, NOW + step)
-    assert cut.finish("FINISHED", timeout=20) is True  # which goes on trying
+    assert cut.finish("FINISHED", timeout=20) is True  # it retries
     assert len(calls) >= 4
     run = find(uri, "cut")
     assert run.data.params == PARAMS and len(run.inputs.dataset_inputs) == 1
@@ -213,9 +213,10 @@ def test_a_full_disk_costs_what_it_does_not_take_and_no_more(
         full.metrics(102, {"loss": 1 / 102}, NOW + 102)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    (told,) = [record.message for record in caplog.records if "cannot write to" in record.message]
+    (warning,) = [record.message for record in caplog.records if "cannot write to" in record.message]
     assert (
-        str(spool(tmp_path, "full")) in told and "metrics and pictures for MLflow are lost until it works again" in told
+        str(spool(tmp_path, "full")) in warning
+        and "metrics and pictures for MLflow are lost until it works again" in warning
     )
     full.metrics(103, {"loss": 1 / 103}, NOW + 103)
     assert full.finish("FAILED", timeout=0.5) is False
@@ -227,7 +228,7 @@ def test_a_full_disk_costs_what_it_does_not_take_and_no_more(
     assert "cut off" not in caplog.text
     assert not MlflowClient(uri).list_artifacts(run.info.run_id)
 
-    # A run whose end cannot be told is not taken for one that MLflow has all of.
+    # If the end of a run cannot be recorded, the run does not count as delivered.
     ended = tracker(uri, "ended")
     ended.wait_for_run()
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
@@ -357,7 +358,7 @@ def test_a_pretraining_run_records_settings_and_lineage_but_no_secret(
         assert not [name for name, secret in secrets.items() if secret.encode() in content], path
 
 
-def test_an_address_is_told_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_have_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match=r"MLflow at http://\*\*\*@127\.0\.0\.1:1 has no registered model") as raised:
         list_versions("any", TrackingConfig(uri="http://user:secret@127.0.0.1:1"))
