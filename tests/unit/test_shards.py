@@ -542,7 +542,7 @@ def test_manifest_and_files_must_agree(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{name} does not agree with manifest.json"):
             load_dataset(storage)
         storage.delete(name)
-        with pytest.raises(UserError, match=f"{name} does not exist, although manifest.json beside it refers to it"):
+        with pytest.raises(UserError, match=f"{name} does not exist, although manifest.json refers to it"):
             load_dataset(storage)
         storage.write(name, content)
     assert load_dataset(storage).locate(39) == (4, 3)
