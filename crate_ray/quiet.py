@@ -1,6 +1,6 @@
 """Keeps lines of Ray and MLflow off the screen that a user cannot act on. Errors stay.
 
-Nothing heavy is imported here: every Ray worker process runs `quiet_worker` when it starts.
+It imports nothing heavy, because every process that Ray starts runs `set_up_ray_process` first.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 import sys
 from typing import Any, TextIO
 
-# Ray's native code prints this line for each run; it is about an actor of Ray's own, which nobody restarts.
+# Ray's native code prints this line in each run, about the restart of an actor of Ray Train.
 _DROPPED = re.compile(r"Actor with class name: 'PreemptionWatcher' and ID: .* constructor arguments")
 
 
 def quiet_driver() -> None:
-    """Quiet the libraries of this process, and the lines that Ray forwards to it. Call it before they are imported."""
+    """Quiet the libraries in this process, and the lines that Ray forwards to it. Call it before they are imported."""
     # "Token authentication is enabled for this Ray cluster."
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # "Creating initial MLflow database tables", and the like.
@@ -25,11 +25,12 @@ def quiet_driver() -> None:
         sys.stderr = _WithoutDropped(sys.stderr)
 
 
-def quiet_worker() -> None:
-    """Quiet Ray Train's actors: its warnings are about its own actors. What fails for good is an error.
+def set_up_ray_process() -> None:
+    """Set up a process that Ray has started for a job (runtime_env's worker_process_setup_hook).
 
-    A process of Ray also learns which Ray it belongs to: of several on one machine, Ray Train's actors would ask the
-    newest about their controller.
+    It logs only errors of Ray Train, whose warnings are about its own actors. And it knows the address of its Ray: if
+    several run on one machine, the actor of Ray Train that watches a controller would ask the newest one about it, and
+    take the controller for dead.
     """
     import ray
 
@@ -38,7 +39,7 @@ def quiet_worker() -> None:
 
 
 class _WithoutDropped:
-    """A text stream that drops the lines that no one can act on. Ray writes a line, then its end."""
+    """A text stream without the dropped lines. A line and its end are written one after the other, as print does."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

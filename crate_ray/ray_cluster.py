@@ -11,6 +11,9 @@ from crate_ray.errors import UserError
 from crate_ray.quiet import quiet_driver
 from crate_ray.storage.arrow import ARROW_ENV
 
+SETUP_HOOK = "crate_ray.quiet.set_up_ray_process"
+"""What every process runs that Ray starts for a job."""
+
 
 def start_ray(*, dashboard: bool = False) -> None:
     """Connect to the cluster of RAY_ADDRESS, or to one that runs on this machine, else start Ray on this machine alone.
@@ -29,7 +32,7 @@ def start_ray(*, dashboard: bool = False) -> None:
             f"RAY_ADDRESS is {address}, which is for submitting: ray job submit --working-dir . -- python jobs/…; "
             "to run the job here on a Ray of its own, set RAY_ADDRESS=local"
         )
-    runtime_env = {"env_vars": ARROW_ENV, "worker_process_setup_hook": "crate_ray.quiet.quiet_worker"}
+    runtime_env = {"env_vars": ARROW_ENV, "worker_process_setup_hook": SETUP_HOOK}
     try:
         ray.init(include_dashboard=dashboard, runtime_env=runtime_env, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:

@@ -3,7 +3,6 @@ plain Ray of one small node."""
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from crate_ray.ray_cluster import start_ray
 from tests.jobs import RAY, ROOT, RayCluster, running_ray
 
 SCRIPT = ROOT / "cluster/local.sh"
@@ -123,7 +123,7 @@ def driver_here(small_ray: RayCluster) -> Iterator[RayCluster]:
     """The same, and this process is a driver of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(small_ray.address, logging_level=logging.WARNING)
+        patch.setenv("RAY_ADDRESS", small_ray.address)
+        start_ray()
         yield small_ray
         ray.shutdown()

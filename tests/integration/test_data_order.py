@@ -17,6 +17,7 @@ from crate_ray.data.loader import training_loader
 from crate_ray.data.prepare.builtin import digits_source, shapes_source
 from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
+from crate_ray.ray_cluster import SETUP_HOOK
 from crate_ray.runs import metrics
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.planning import driver_lease
@@ -55,7 +56,8 @@ def four_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init("local", num_cpus=4, include_dashboard=False, dashboard_port=free_port())
+        hook = {"worker_process_setup_hook": SETUP_HOOK}
+        ray.init("local", num_cpus=4, include_dashboard=False, dashboard_port=free_port(), runtime_env=hook)
         yield
         ray.shutdown()
 

@@ -40,9 +40,9 @@ def train_on_ray(run: Run, lease: Lease, task_class: type[Task], listeners: Sequ
     Recovers from up to `scaling.max_failures` failures. An elastic run resumes from its newest checkpoint when it gets
     another number of workers. Returns at once when the run is already finished.
 
-    Needs Ray (see ray_cluster.start_ray), and the run's lease, entered (see planning.driver_lease). Listeners are
-    called in this thread. Raises UserError for mistakes that a worker found in the user's input, Stopped when SIGTERM
-    or Ctrl-C has stopped the run, and LeaseLost when another driver has taken it over.
+    Needs Ray as ray_cluster.start_ray sets it up, and the run's lease, entered (see planning.driver_lease). Listeners
+    are called in this thread. Raises UserError for mistakes that a worker found in the user's input, Stopped when
+    SIGTERM or Ctrl-C has stopped the run, and LeaseLost when another driver has taken it over.
     """
     if run.is_finished:
         return
