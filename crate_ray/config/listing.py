@@ -240,7 +240,8 @@ def _type_text(annotation: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, args))
     if origin in (Union, types.UnionType):
-        return "|".join(dict.fromkeys(_type_text(part) for part in args if part is not type(None)))
+        parts = dict.fromkeys(_type_text(part) for part in args if part is not type(None))
+        return "|".join(sorted(parts, key=lambda part: part == "JSON"))
     if origin is tuple:
         return f"{_type_text(args[0])},..." if args[-1] is ... else ",".join(map(_type_text, args))
     if origin is dict:
