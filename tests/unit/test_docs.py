@@ -25,7 +25,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M):
             for line in block.replace("\\\n", " ").splitlines():
-                if match := re.search(r"(?:(?<!secret )crate-ray |python jobs/(\w+)\.py ?)(.*)", line.partition("  #")[0]):
+                if match := re.search(
+                    r"(?:(?<!secret )crate-ray |python jobs/(\w+)\.py ?)(.*)", line.partition("  #")[0]
+                ):
                     words = [*([match[1]] if match[1] else []), *shlex.split(match[2])]
                     yield f"{page.relative_to(ROOT)}: {line.strip()}", words
 
