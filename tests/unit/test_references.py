@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from crate_ray.tracking.runs import RunTracker
 from mlflow import MlflowClient
 
 import crate_ray
@@ -38,6 +37,7 @@ from crate_ray.runs.record import write_record
 from crate_ray.runs.references import FORMS, Reference, fetch, load_encoder, parse
 from crate_ray.storage.local import LocalStorage
 from crate_ray.tracking.registry import list_versions, register
+from crate_ray.tracking.run_tracker import RunTracker
 from tests.checkpoints import save
 from tests.unit.test_checkpoint import RECORD, Trainer
 
