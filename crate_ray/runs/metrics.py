@@ -1,7 +1,7 @@
 """Names of the metrics of a run.
 
-MLflow shows one group of charts for each part before the slash, in alphabetical order. The groups are named so that the
-training loss comes first and the measures by layer come last.
+MLflow shows one group of charts for each part before the slash. Groups, and charts in a group, are in alphabetical
+order: the names are chosen so that the training loss comes first and the measures by layer come last.
 """
 
 from __future__ import annotations
@@ -9,12 +9,6 @@ from __future__ import annotations
 LOSS = "train/loss"
 """Mean over the finite steps since the last log step."""
 LR = "train/lr"
-GRADIENT_NORM = "train/gradient_norm"
-"""Norm of the global gradient before clipping, at the last finite step."""
-LOSS_SPIKES = "train/loss_spikes"
-"""Steps whose loss jumped, since the last log step."""
-SKIPPED_STEPS = "train/skipped_steps"
-"""Steps whose loss or gradient was not finite, since the last log step."""
 
 EPOCH = "train_data/epoch"
 BATCH_DIGEST = "train_data/batch_digest"
@@ -35,6 +29,13 @@ GPU_MEMORY_BYTES = "train_performance/gpu_memory_bytes"
 CHECKPOINT_BLOCKING_SECONDS = "train_performance/checkpoint_blocking_seconds"
 """How long a save kept rank 0 from training."""
 CHECKPOINT_BACKGROUND_SECONDS = "train_performance/checkpoint_background_seconds"
+
+GRADIENT_NORM = "train_stability/gradient_norm"
+"""Norm of the global gradient before clipping, at the last finite step."""
+LOSS_SPIKES = "train_stability/loss_spikes"
+"""Steps whose loss jumped, since the last log step."""
+SKIPPED_STEPS = "train_stability/skipped_steps"
+"""Steps whose loss or gradient was not finite, since the last log step."""
 
 VALIDATION_LOSS = "validation/loss"
 TOP1 = "validation/top1"
