@@ -1,4 +1,4 @@
-"""The order in which MLflow shows the metrics of a run: groups by the part before the last slash, all alphabetically."""
+"""The order in which MLflow shows the metrics of a run: groups by the part before the last slash, alphabetically."""
 
 from __future__ import annotations
 
