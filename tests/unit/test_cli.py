@@ -132,7 +132,7 @@ WRONG_LINES = {
     f"{BASE} --data.crop_scale 0.5": "setting 'data.crop_scale' has too few values; give 2",
     f"{BASE} --data.crop_scale 0.5,2": "setting 'data.crop_scale' is 2: input should be less than or equal to 1",
     f"{BASE} --data.crop_scale 1,0.5": "data: crop_scale is [1.0, 0.5]; give the smaller number first",
-    f"{BASE} --data.crop_ratio 0,1": "data: crop_ratio is [0.0, 1.0]; aspect ratios are positive",
+    f"{BASE} --data.crop_ratio 0,1": "data: crop_ratio is [0.0, 1.0]; aspect ratios must be positive",
     f"{BASE} --model.image_size 33": (
         "model: image height 33 is not divisible by patch height 16; use an image size of 32 or 48"
     ),
@@ -392,7 +392,9 @@ def test_the_command_lists_its_commands(crate_ray: CrateRay) -> None:
     code, shown, _ = crate_ray("--help")
     assert code == 0
     assert re.findall(r"^  (\w+)  +\S", shown, re.MULTILINE) == list(COMMANDS)
-    assert {name.split()[0] for name in JOBS} | {"configs"} == set(COMMANDS)
+    assert {name.split()[0] for name in JOBS} | {"configs", "demo"} == set(
+        COMMANDS
+    )  # the demo has the settings of pretrain
     assert crate_ray() == (0, shown, "")
     code, shown, _ = crate_ray("--version")
     assert code == 0 and re.fullmatch(r"crate-ray [\w.]+\n", shown)
