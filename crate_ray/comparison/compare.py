@@ -17,8 +17,8 @@ from crate_ray.comparison.variants import OURS, count_parameters, plan_finetunin
 from crate_ray.config import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
 from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.evaluation.classification import classify_by, classify_by_pixels
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.feature_source import FeatureSource
-from crate_ray.evaluation.subject import Subject
 from crate_ray.finetuning.run import check_augmentation
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
@@ -148,8 +148,11 @@ def _figures(
 
     def probe() -> _Probed:
         say(f"{run.name}: linear probe and k-NN")
-        subject, settings = Subject("trained", *trainer.load(run)), EvaluateConfig(model=run.name, probe=config.probe)
-        scores = classify_by(subject, *labelled, settings, config.probe, trainer.features)
+        evaluated, settings = (
+            EvaluatedModel("trained", *trainer.load(run)),
+            EvaluateConfig(model=run.name, probe=config.probe),
+        )
+        scores = classify_by(evaluated, *labelled, settings, config.probe, trainer.features)
         assert scores.chosen_linear is not None and scores.chosen_knn is not None
         return _Probed(
             probe=scores.standard.linear.accuracy,
@@ -160,9 +163,9 @@ def _figures(
 
     def probe_untrained() -> _Untrained:
         say(f"{run.name}: linear probe and k-NN of the untrained encoder")
-        subject = Subject("trained", *trainer.load(run)).untrained(run.seed)
+        evaluated = EvaluatedModel("trained", *trainer.load(run)).untrained(run.seed)
         settings = EvaluateConfig(model=run.name, probe=config.probe, all_layers=False)
-        scores = classify_by(subject, *labelled, settings, config.probe, trainer.features).standard
+        scores = classify_by(evaluated, *labelled, settings, config.probe, trainer.features).standard
         return _Untrained(probe_untrained=scores.linear.accuracy, knn_untrained=scores.knn.value)
 
     def finetune(settings: FinetuneConfig) -> Callable[[], _Accuracy]:

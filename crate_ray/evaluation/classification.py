@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
 from crate_ray.data.format.dataset import ShardSet
+from crate_ray.evaluation.evaluated_model import EvaluatedModel, check_input
 from crate_ray.evaluation.feature_cache import FeatureSet
 from crate_ray.evaluation.feature_source import FeatureSource
 from crate_ray.evaluation.features import all_feature_points, compute_device, pixels_title
@@ -23,7 +24,6 @@ from crate_ray.evaluation.probe import (
     held_out_accuracy,
     split_rows,
 )
-from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.models.exported import ModelDescription
 from crate_ray.serving import FeaturePoint
 
@@ -105,7 +105,7 @@ class Classification(Settings):
 
 
 def classify(
-    subjects: Sequence[Subject],
+    all_evaluated: Sequence[EvaluatedModel],
     train: ShardSet,
     test: ShardSet,
     config: EvaluateConfig,
@@ -116,10 +116,12 @@ def classify(
 
     Raises UserError if a dataset has no labels, or if the test set has classes that the training set lacks.
     """
-    description = subjects[0].description
+    description = all_evaluated[0].description
     pixels, title = _pixels(description, train, test, probe, source), pixels_title(description.model)
     train_y, test_y = (part.labels for part in pixels)
-    encoders = {subject.name: classify_by(subject, train, test, config, probe, source) for subject in subjects}
+    encoders = {
+        evaluated.name: classify_by(evaluated, train, test, config, probe, source) for evaluated in all_evaluated
+    }
     encoders["pixels"] = EncoderScores(title=title, standard=_scores(title, *pixels, config, probe))
     most_frequent = int(np.bincount(train_y).argmax())
     return Classification(
@@ -136,7 +138,7 @@ def classify(
 
 
 def classify_by(
-    subject: Subject,
+    evaluated: EvaluatedModel,
     train: ShardSet,
     test: ShardSet,
     config: EvaluateConfig,
@@ -144,13 +146,13 @@ def classify_by(
     source: FeatureSource,
 ) -> EncoderScores:
     """Linear probes and k-NN of one encoder. Raises as `classify` does."""
-    _check_input(subject.description, train, test)
-    every = all_feature_points(len(subject.model.encoder)) if config.all_layers else []
+    _check_input(evaluated.description, train, test)
+    every = all_feature_points(len(evaluated.model.encoder)) if config.all_layers else []
     points = list(dict.fromkeys([FeaturePoint(probe.feature, probe.layer), *every]))
-    fitted, tested = (source.encoder(subject, shards, points, probe.max_samples) for shards in (train, test))
+    fitted, tested = (source.encoder(evaluated, shards, points, probe.max_samples) for shards in (train, test))
     check_labels(fitted[0].labels, tested[0].labels, train.storage.uri, test.storage.uri)
     rows = split_rows(fitted[0].labels, probe.seed)
-    return _encoder_scores(subject.title, points, fitted, tested, rows, config, probe)
+    return _encoder_scores(evaluated.title, points, fitted, tested, rows, config, probe)
 
 
 def classify_by_pixels(

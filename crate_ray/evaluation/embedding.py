@@ -33,8 +33,8 @@ from crate_ray.evaluation.embedding_output import (
     part_name,
     publish,
 )
+from crate_ray.evaluation.evaluated_model import check_input
 from crate_ray.evaluation.features import compute_device
-from crate_ray.evaluation.subject import check_input
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import ModelDescription
 from crate_ray.progress import CountDisplay

@@ -11,6 +11,7 @@ from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.errors import UserError
 from crate_ray.evaluation import conclusions, figures
 from crate_ray.evaluation.classification import classify
+from crate_ray.evaluation.evaluated_model import EvaluatedModel, check_input
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.evaluation.features import compute_device, iterate_dataset
@@ -19,14 +20,13 @@ from crate_ray.evaluation.layers import measure_structure
 from crate_ray.evaluation.reconstruction import measure_reconstruction
 from crate_ray.evaluation.report import ModelFacts, Report, charts, describe
 from crate_ray.evaluation.segmentation import ATTENTION_MASS, measure_segmentation
-from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.node_folders import feature_folder
 from crate_ray.structure.coding_rate import EPSILON
 
 
 def evaluate(
-    config: EvaluateConfig, trained: Subject, baseline: Subject | None, log: Callable[[str], None]
+    config: EvaluateConfig, trained: EvaluatedModel, baseline: EvaluatedModel | None, log: Callable[[str], None]
 ) -> tuple[Report, dict[str, list[Image]]]:
     """Measure every section that has data. Returns the report and its figures by section; 'pictures' lead the page.
 
@@ -40,7 +40,7 @@ def evaluate(
         log: called with the name of each section before it is measured.
     """
     device = compute_device(config.gpu)
-    subjects = _subjects(config, trained, baseline)
+    all_evaluated = _models(config, trained, baseline)
     probe = config.probe
     labelled = [_open(uri, config) for uri in (probe.train, probe.test)] if probe else None
     held_out = _open(config.data, config) if config.data else None
@@ -55,21 +55,23 @@ def evaluate(
         folder = Path(config.features_dir) if config.features_dir else feature_folder()
         cache = FeatureCache(folder, config.features_bytes)
         extraction = Extraction(cache, config.s3, config.workers, config.gpu)
-        classification = classify(subjects, labelled[0], labelled[1], config, probe, extraction)
+        classification = classify(all_evaluated, labelled[0], labelled[1], config, probe, extraction)
         said["classification"] = conclusions.on_classification(classification)
     if held_out:
         uri = held_out.storage.uri
         log("reconstruction")
-        reconstruction, reconstructed = measure_reconstruction(subjects, loaded, config.mask_ratios, uri, device)
+        reconstruction, reconstructed = measure_reconstruction(all_evaluated, loaded, config.mask_ratios, uri, device)
         pictures.append(figures.reconstruction_pictures(reconstructed))
         said["reconstruction"] = conclusions.on_reconstruction(reconstruction)
         log("structure of the layers")
-        structure = measure_structure(subjects, loaded, uri, EPSILON, device)
+        structure = measure_structure(all_evaluated, loaded, uri, EPSILON, device)
         said["structure"] = conclusions.on_structure(structure)
     if masked:
         log("attention and segmentation")
         seed = probe.seed if probe else 0
-        segmentation, examples = measure_segmentation(subjects, masked, config.max_images, ATTENTION_MASS, seed, device)
+        segmentation, examples = measure_segmentation(
+            all_evaluated, masked, config.max_images, ATTENTION_MASS, seed, device
+        )
         pictures.append(figures.foreground_pictures(examples))
         said["segmentation"] = conclusions.on_segmentation(segmentation)
 
@@ -90,7 +92,7 @@ def evaluate(
     return report, {"pictures": pictures, **charts(report)}
 
 
-def _subjects(config: EvaluateConfig, trained: Subject, baseline: Subject | None) -> list[Subject]:
+def _models(config: EvaluateConfig, trained: EvaluatedModel, baseline: EvaluatedModel | None) -> list[EvaluatedModel]:
     if baseline is not None:
         ours, theirs = trained.description.model, baseline.description.model
         if (ours.image_hw, ours.channels, trained.description.kind) != (
@@ -110,10 +112,10 @@ def _open(uri: str, config: EvaluateConfig) -> ShardSet:
     return load_dataset(open_storage(uri, config.s3))
 
 
-def _load(shards: ShardSet, subject: Subject, config: EvaluateConfig) -> list[Batch]:
+def _load(shards: ShardSet, evaluated: EvaluatedModel, config: EvaluateConfig) -> list[Batch]:
     uri = shards.storage.uri
-    check_input(subject.description, shards.manifest, uri)
-    loaded = list(iterate_dataset(shards, subject.description.model, config.max_images))
+    check_input(evaluated.description, shards.manifest, uri)
+    loaded = list(iterate_dataset(shards, evaluated.description.model, config.max_images))
     if sum(len(batch.keys) for batch in loaded) < 2:
         raise UserError(f"{uri} has fewer than two usable samples; --data needs at least two")
     return loaded

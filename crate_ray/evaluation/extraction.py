@@ -24,9 +24,9 @@ from crate_ray.data.read.bad_samples import BadSampleCounter, SampleError
 from crate_ray.data.read.content import sample_contents
 from crate_ray.data.read.shard_reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache, FeatureSet
 from crate_ray.evaluation.features import compute_device, pixel_features, spread
-from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription
 from crate_ray.ray_cluster import start_ray
@@ -52,16 +52,16 @@ class Extraction:
     """Whether tasks use a GPU each; None: if the cluster has any."""
 
     def encoder(
-        self, subject: Subject, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
+        self, evaluated: EvaluatedModel, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
     ) -> list[FeatureSet]:
         """Features at each of the points, of at most max_samples samples, evenly spread over the dataset."""
-        keys = [_key(subject.digest, shards, max_samples, point) for point in points]
+        keys = [_key(evaluated.digest, shards, max_samples, point) for point in points]
         missing = [i for i, key in enumerate(keys) if self.cache.get(key) is None]
         if missing:
             wanted = [points[i] for i in missing]
-            dims = [subject.description.model.dim] * len(missing)
+            dims = [evaluated.description.model.dim] * len(missing)
             self._compute(
-                shards, max_samples, [keys[i] for i in missing], dims, subject.description, wanted, subject.weights
+                shards, max_samples, [keys[i] for i in missing], dims, evaluated.description, wanted, evaluated.weights
             )
         return [self._cached(key) for key in keys]
 
@@ -200,7 +200,7 @@ def read_samples(reader: ShardReader, numbers: NDArray[np.int64]) -> list[Sample
     return [reader.read(number, 1)[0] for number in numbers.tolist()]
 
 
-def _key(subject: str, shards: ShardSet, max_samples: int | None, point: FeaturePoint | None) -> str:
+def _key(model: str, shards: ShardSet, max_samples: int | None, point: FeaturePoint | None) -> str:
     stride = spread(shards.manifest.num_samples, max_samples)[:2].tolist()
-    parts = [_VERSION, subject, shards.manifest.digest(), stride, "pixels" if point is None else list(point)]
+    parts = [_VERSION, model, shards.manifest.digest(), stride, "pixels" if point is None else list(point)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

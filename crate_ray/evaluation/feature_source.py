@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from crate_ray.data.format.dataset import ShardSet
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.feature_cache import UNLABELLED, FeatureSet
 from crate_ray.evaluation.features import compute_device, iterate_dataset, pixel_features
-from crate_ray.evaluation.subject import Subject
 from crate_ray.models.exported import ModelDescription
 from crate_ray.serving import FeatureExtractor, FeaturePoint
 
@@ -20,7 +20,7 @@ class FeatureSource(Protocol):
     """Computes features of at most max_samples samples, evenly spread over a dataset."""
 
     def encoder(
-        self, subject: Subject, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
+        self, evaluated: EvaluatedModel, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
     ) -> list[FeatureSet]:
         """Features of an encoder at each of the points."""
 
@@ -32,11 +32,11 @@ class InProcess:
     """Computes features in this process, on its GPU if it has one. Nothing is cached."""
 
     def encoder(
-        self, subject: Subject, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
+        self, evaluated: EvaluatedModel, shards: ShardSet, points: Sequence[FeaturePoint], max_samples: int | None
     ) -> list[FeatureSet]:
         """See FeatureSource."""
-        extract = FeatureExtractor(subject.model, subject.description, device=compute_device(None))
-        return _collect(subject.description, shards, max_samples, lambda images: extract.pooled(images, points))
+        extract = FeatureExtractor(evaluated.model, evaluated.description, device=compute_device(None))
+        return _collect(evaluated.description, shards, max_samples, lambda images: extract.pooled(images, points))
 
     def pixels(self, description: ModelDescription, shards: ShardSet, max_samples: int | None) -> FeatureSet:
         """See FeatureSource."""

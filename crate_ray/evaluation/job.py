@@ -12,8 +12,8 @@ from typing import NamedTuple
 from crate_ray.config import EvaluateConfig
 from crate_ray.errors import UserError
 from crate_ray.evaluation.evaluate import evaluate
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.report import HTML_FILE, JSON_FILE, Report, render
-from crate_ray.evaluation.subject import Subject
 from crate_ray.progress import console
 from crate_ray.runs.mlflow_lookup import find_run, first_line, open_client
 from crate_ray.runs.references import load_encoder, locate, parse
@@ -57,11 +57,11 @@ def run_evaluation(config: EvaluateConfig, say: Callable[[str], None]) -> Evalua
     return Evaluation(report, f"{output.uri}/{HTML_FILE}", _log(report, files, trained, config))
 
 
-def _load(name: str, reference: str, config: EvaluateConfig, say: Callable[[str], None]) -> Subject:
+def _load(name: str, reference: str, config: EvaluateConfig, say: Callable[[str], None]) -> EvaluatedModel:
     model, description = load_encoder(reference, config.tracking, config.s3)
     step = f", step {description.step}" if description.step else ""
     say(f"{name} model: {reference}{step}")
-    return Subject(name, model, description)
+    return EvaluatedModel(name, model, description)
 
 
 def _report_storage(config: EvaluateConfig, step: int) -> Storage:
@@ -78,7 +78,7 @@ def _report_storage(config: EvaluateConfig, step: int) -> Storage:
     return located.storage.under(_FOLDER)
 
 
-def _log(report: Report, files: dict[str, bytes], trained: Subject, config: EvaluateConfig) -> str | None:
+def _log(report: Report, files: dict[str, bytes], trained: EvaluatedModel, config: EvaluateConfig) -> str | None:
     """Log main metrics and report to the MLflow run that trained the model. Returns its id, None if there is none."""
     run_key, step = trained.description.run_key, trained.description.step
     if run_key is None:

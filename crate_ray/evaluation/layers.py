@@ -13,8 +13,8 @@ from scipy.stats import rankdata
 
 from crate_ray.config import Settings
 from crate_ray.data.batch import Batch
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.intervals import Estimate, bootstrap, mean
-from crate_ray.evaluation.subject import Subject
 from crate_ray.models import CrateMAE
 from crate_ray.structure.layerwise import (
     InversionErrors,
@@ -110,7 +110,7 @@ class Structure(Settings):
 
 
 def measure_structure(
-    subjects: Sequence[Subject], loaded: Sequence[Batch], uri: str, epsilon: float, device: torch.device
+    all_evaluated: Sequence[EvaluatedModel], loaded: Sequence[Batch], uri: str, epsilon: float, device: torch.device
 ) -> Structure:
     """Measure every encoder on loaded images, unmasked."""
     images = torch.cat([batch.images for batch in loaded])
@@ -118,7 +118,7 @@ def measure_structure(
         data=uri,
         images=len(images),
         epsilon=epsilon,
-        encoders={subject.name: _measure(subject, images, epsilon, device) for subject in subjects},
+        encoders={evaluated.name: _measure(evaluated, images, epsilon, device) for evaluated in all_evaluated},
     )
 
 
@@ -150,8 +150,8 @@ def trend(values_LB: NDArray[np.float64]) -> Trend:
     )
 
 
-def _measure(subject: Subject, images: torch.Tensor, epsilon: float, device: torch.device) -> EncoderStructure:
-    model, normalizer = subject.model.to(device), subject.normalizer(device)
+def _measure(evaluated: EvaluatedModel, images: torch.Tensor, epsilon: float, device: torch.device) -> EncoderStructure:
+    model, normalizer = evaluated.model.to(device), evaluated.normalizer(device)
     measured: list[LayerMeasures] = []
     undone: list[InversionErrors] = []
     for part in batches(images, _BATCH):
@@ -165,7 +165,7 @@ def _measure(subject: Subject, images: torch.Tensor, epsilon: float, device: tor
     largest, means = measure_codebooks(model)
     heads, size, _ = layer_operators(model.encoder[0]).codebook.shape
     return EncoderStructure(
-        title=subject.title,
+        title=evaluated.title,
         codebook="its own codebook U" if isinstance(model, CrateMAE) else "its key projection, biases left out",
         subspace_dim=size,
         num_subspaces=heads,

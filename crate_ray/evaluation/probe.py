@@ -18,10 +18,10 @@ from threadpoolctl import threadpool_limits
 from crate_ray.config import ProbeConfig, Settings
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.errors import UserError
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.evaluation.features import compute_device
 from crate_ray.evaluation.intervals import Estimate, share
-from crate_ray.evaluation.subject import Subject
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
@@ -117,8 +117,8 @@ def probe_encoder(
 
     Raises UserError if a dataset has no labels, or if the test set has classes that the training set lacks.
     """
-    subject, points = Subject("trained", model, description), [FeaturePoint(config.feature, config.layer)]
-    (fitted,), (tested,) = (InProcess().encoder(subject, part, points, config.max_samples) for part in (train, test))
+    evaluated, points = EvaluatedModel("trained", model, description), [FeaturePoint(config.feature, config.layer)]
+    (fitted,), (tested,) = (InProcess().encoder(evaluated, part, points, config.max_samples) for part in (train, test))
     check_labels(fitted.labels, tested.labels, train.storage.uri, test.storage.uri)
     solver = choose_solver(config.solver, fitted.features)
     device = compute_device(None)

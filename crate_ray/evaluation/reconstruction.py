@@ -13,8 +13,8 @@ from torch import Tensor
 
 from crate_ray.config import Settings
 from crate_ray.data.batch import Batch
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.intervals import Estimate, mean
-from crate_ray.evaluation.subject import Subject
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.patches import patch_statistics, random_masking
 from crate_ray.training.step import probe_noise
@@ -101,20 +101,24 @@ class _Errors(NamedTuple):
 
 
 def measure_reconstruction(
-    subjects: Sequence[Subject], batches: Sequence[Batch], ratios: Sequence[float], uri: str, device: torch.device
+    all_evaluated: Sequence[EvaluatedModel],
+    batches: Sequence[Batch],
+    ratios: Sequence[float],
+    uri: str,
+    device: torch.device,
 ) -> tuple[Reconstruction, Pictures]:
     """Errors of models on loaded images, and pictures of the first model's predictions.
 
     Masks are a function of the sample. The mask of a smaller ratio is part of the mask of a larger one.
     """
-    subject = subjects[0]
-    num_patches = subject.description.model.num_patches
+    evaluated = all_evaluated[0]
+    num_patches = evaluated.description.model.num_patches
     possible = sorted({ratio for ratio in ratios if int(num_patches * (1 - ratio)) >= 1})
     images = torch.cat([batch.images for batch in batches])
     noise = probe_noise(np.concatenate([batch.samples for batch in batches]), num_patches)
     scale = _scale(images)
     predictors = {}
-    for one in subjects:
+    for one in all_evaluated:
         model_of = _with_ratio(one, device)
         predictors[one.name] = Predictor(
             title=one.title,
@@ -124,16 +128,16 @@ def measure_reconstruction(
     predictors[VISIBLE_MEAN] = Predictor(
         title="mean of the visible pixels",
         given_patch_statistics=False,
-        ratios=tuple(_measure(None, subject, images, noise, ratio, scale, device) for ratio in possible),
+        ratios=tuple(_measure(None, evaluated, images, noise, ratio, scale, device) for ratio in possible),
     )
     result = Reconstruction(
         data=uri,
         images=len(images),
-        mask_ratio=subject.description.model.mask_ratio,
+        mask_ratio=evaluated.description.model.mask_ratio,
         skipped_ratios=tuple(sorted(set(ratios) - set(possible))),
         predictors=predictors,
     )
-    return result, _pictures(subject, images[:_PICTURES], noise[:_PICTURES], possible, scale, device)
+    return result, _pictures(evaluated, images[:_PICTURES], noise[:_PICTURES], possible, scale, device)
 
 
 def _scale(images_BCHW: Tensor) -> tuple[float, float]:
@@ -144,11 +148,11 @@ def _scale(images_BCHW: Tensor) -> tuple[float, float]:
     return low, high if high > low else low + 1
 
 
-def _with_ratio(subject: Subject, device: torch.device) -> Callable[[float], MaskedAutoencoder]:
+def _with_ratio(evaluated: EvaluatedModel, device: torch.device) -> Callable[[float], MaskedAutoencoder]:
     def build(ratio: float) -> MaskedAutoencoder:
         with torch.random.fork_rng(devices=[]):
-            model = build_model(subject.description.model.model_copy(update={"mask_ratio": ratio}))
-        model.load_state_dict(subject.model.state_dict())
+            model = build_model(evaluated.description.model.model_copy(update={"mask_ratio": ratio}))
+        model.load_state_dict(evaluated.model.state_dict())
         return model.to(device).eval()
 
     return build
@@ -156,7 +160,7 @@ def _with_ratio(subject: Subject, device: torch.device) -> Callable[[float], Mas
 
 def _measure(
     model: MaskedAutoencoder | None,
-    subject: Subject,
+    evaluated: EvaluatedModel,
     images: Tensor,
     noise: Tensor,
     ratio: float,
@@ -164,11 +168,11 @@ def _measure(
     device: torch.device,
 ) -> RatioErrors:
     parts = [
-        _errors(model, subject, images[i : i + _BATCH], noise[i : i + _BATCH], ratio, scale, device)
+        _errors(model, evaluated, images[i : i + _BATCH], noise[i : i + _BATCH], ratio, scale, device)
         for i in range(0, len(images), _BATCH)
     ]
     errors = _Errors(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    num_patches = subject.description.model.num_patches
+    num_patches = evaluated.description.model.num_patches
     return RatioErrors(
         mask_ratio=ratio,
         hidden_patches=num_patches - int(num_patches * (1 - ratio)),
@@ -182,17 +186,17 @@ def _measure(
 @torch.no_grad()
 def _errors(
     model: MaskedAutoencoder | None,
-    subject: Subject,
+    evaluated: EvaluatedModel,
     images: Tensor,
     noise_BN: Tensor,
     ratio: float,
     scale: tuple[float, float],
     device: torch.device,
 ) -> _Errors:
-    original, composed, removed_BN = _complete(model, subject, images, noise_BN, ratio, scale, device)
+    original, composed, removed_BN = _complete(model, evaluated, images, noise_BN, ratio, scale, device)
     # For PSNR and SSIM, predictions beyond black and white are clipped.
     shown = composed.clamp(0, 1)
-    patchify = subject.model.patchify
+    patchify = evaluated.model.patchify
     true_BNX = patchify(original)
     _, std_BN1 = patch_statistics(true_BNX)
     error_BN = (patchify(composed) - true_BNX).square().mean(-1) / std_BN1.squeeze(-1).square()
@@ -215,7 +219,7 @@ def _mean_of_known(values: NDArray[np.float64]) -> Estimate | None:
 @torch.no_grad()
 def _complete(
     model: MaskedAutoencoder | None,
-    subject: Subject,
+    evaluated: EvaluatedModel,
     images: Tensor,
     noise_BN: Tensor,
     ratio: float,
@@ -223,7 +227,7 @@ def _complete(
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Original and completed images, (B, channels, H, W) in 0 … 1, and which patches were masked, (B, N)."""
-    normalizer = subject.normalizer(device)
+    normalizer = evaluated.normalizer(device)
     normalised = normalizer(images.to(device))
 
     def unit(values: Tensor) -> Tensor:
@@ -232,7 +236,7 @@ def _complete(
     original = unit(normalised)
     if model is None:
         removed_BN = random_masking(noise_BN.to(device), int(noise_BN.shape[1] * (1 - ratio))).removed
-        shown = _mask_image(subject.model, ~removed_BN)
+        shown = _mask_image(evaluated.model, ~removed_BN)
         filled = (original * shown).sum((2, 3), keepdim=True) / shown.sum((2, 3), keepdim=True)
         composed = torch.where(shown, original, filled)
     else:
@@ -274,7 +278,7 @@ def structural_similarity(a_BCHW: Tensor, b_BCHW: Tensor, window: int = _SSIM_WI
 
 
 def _pictures(
-    subject: Subject,
+    evaluated: EvaluatedModel,
     images: Tensor,
     noise: Tensor,
     ratios: Sequence[float],
@@ -282,10 +286,10 @@ def _pictures(
     device: torch.device,
 ) -> Pictures:
     chosen = [ratio for ratio in _PICTURE_RATIOS if ratio in ratios] or list(ratios[:1])
-    model_of, rows = _with_ratio(subject, device), []
+    model_of, rows = _with_ratio(evaluated, device), []
     original = torch.empty(0)
     for ratio in chosen:
-        original, composed, removed_BN = _complete(model_of(ratio), subject, images, noise, ratio, scale, device)
-        grey = torch.where(_mask_image(subject.model, removed_BN), 0.5, original)
+        original, composed, removed_BN = _complete(model_of(ratio), evaluated, images, noise, ratio, scale, device)
+        grey = torch.where(_mask_image(evaluated.model, removed_BN), 0.5, original)
         rows.append((ratio, grey, composed.clamp(0, 1)))
     return Pictures(original, rows)

@@ -11,12 +11,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from crate_ray.config import EvaluateConfig, Settings
 from crate_ray.evaluation import figures
 from crate_ray.evaluation.classification import Classification
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.figures import Image
 from crate_ray.evaluation.intervals import Estimate
 from crate_ray.evaluation.layers import Structure
 from crate_ray.evaluation.reconstruction import Reconstruction
 from crate_ray.evaluation.segmentation import Segmentation
-from crate_ray.evaluation.subject import Subject
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
 _TEMPLATE = "report.html.j2"
@@ -41,14 +41,14 @@ class ModelFacts(Settings):
     """Its architecture."""
 
     @classmethod
-    def of(cls, subject: Subject, reference: str) -> ModelFacts:
+    def of(cls, evaluated: EvaluatedModel, reference: str) -> ModelFacts:
         """Facts of the model behind a reference."""
-        description = subject.description
+        description = evaluated.description
         return cls(
             reference=reference,
-            title=subject.title,
-            parameters=subject.num_parameters,
-            weights=subject.digest,
+            title=evaluated.title,
+            parameters=evaluated.num_parameters,
+            weights=evaluated.digest,
             step=description.step,
             trained_on=description.dataset,
             settings=description.model.model_dump(mode="json"),

@@ -12,6 +12,7 @@ from sklearn.cluster import KMeans
 
 from crate_ray.config import Settings
 from crate_ray.data.format.dataset import ShardSet
+from crate_ray.evaluation.evaluated_model import EvaluatedModel, check_input
 from crate_ray.evaluation.intervals import Estimate, mean
 from crate_ray.evaluation.masks import (
     MaskedImages,
@@ -24,7 +25,6 @@ from crate_ray.evaluation.masks import (
     top_mass,
     upsample,
 )
-from crate_ray.evaluation.subject import Subject, check_input
 from crate_ray.structure.attention import patch_maps
 
 ATTENTION_MASS = 0.6
@@ -127,18 +127,23 @@ class _Found(NamedTuple):
 
 
 def measure_segmentation(
-    subjects: Sequence[Subject], shards: ShardSet, max_images: int, mass: float, seed: int, device: torch.device
+    all_evaluated: Sequence[EvaluatedModel],
+    shards: ShardSet,
+    max_images: int,
+    mass: float,
+    seed: int,
+    device: torch.device,
 ) -> tuple[Segmentation, list[Example]]:
     """Jaccard index of the encoders' maps and of controls, and pictures of the first encoder's maps.
 
     Raises UserError if the dataset has no masks.
     """
-    first = subjects[0]
+    first = all_evaluated[0]
     check_input(first.description, shards.manifest, shards.storage.uri)
     loaded = load_masked(shards, first.description, max_images)
     shuffled = np.random.default_rng(seed).permutation(len(loaded.masks))
     halves = _Halves(np.sort(shuffled[: len(shuffled) // 2]), np.sort(shuffled[len(shuffled) // 2 :]))
-    found = {subject.name: _measure(subject, loaded, halves, mass, device) for subject in subjects}
+    found = {evaluated.name: _measure(evaluated, loaded, halves, mass, device) for evaluated in all_evaluated}
     grid_hw = first.description.model.grid_hw
     result = Segmentation(
         data=shards.storage.uri,
@@ -154,8 +159,10 @@ def measure_segmentation(
     return result, _examples(found[first.name], loaded, halves.test[:_PICTURES])
 
 
-def _measure(subject: Subject, loaded: MaskedImages, halves: _Halves, mass: float, device: torch.device) -> _Found:
-    model, normalizer = subject.model.to(device), subject.normalizer(device)
+def _measure(
+    evaluated: EvaluatedModel, loaded: MaskedImages, halves: _Halves, mass: float, device: torch.device
+) -> _Found:
+    model, normalizer = evaluated.model.to(device), evaluated.normalizer(device)
     parts = [patch_maps(model, normalizer(part.to(device)), _COMPONENTS) for part in loaded.images.split(_BATCH)]
     model.cpu()
     attention = torch.cat([part.attention for part in parts]).numpy()  # (B, L, K, h, w)
@@ -198,7 +205,7 @@ def _measure(subject: Subject, loaded: MaskedImages, halves: _Halves, mass: floa
     }
     on_validation = iou_mass[halves.validation].mean(0).reshape(depth, heads)
     summary = EncoderSegmentation(
-        title=subject.title, scores=scores, heads=tuple(tuple(row) for row in on_validation.tolist())
+        title=evaluated.title, scores=scores, heads=tuple(tuple(row) for row in on_validation.tolist())
     )
     head = winner % (depth * heads)
     heads_found = heads_by_mass if winner < depth * heads else heads_by_otsu

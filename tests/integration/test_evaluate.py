@@ -15,10 +15,10 @@ from PIL import Image
 
 from crate_ray.config import CrateMAEConfig, S3Config
 from crate_ray.data.format.dataset import load_dataset
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.evaluation.features import iterate_dataset
-from crate_ray.evaluation.subject import Subject
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription, export_model, load_exported
 from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG
@@ -92,7 +92,7 @@ def test_report_features_cache_and_mlflow(folder: Path, ray: dict[str, str]) -> 
     shards = load_dataset(open_storage(str(folder / "test"), S3Config()))
     cache = FeatureCache(folder / "cache" / "crate-ray" / "features", 2**30)
     points = [FeaturePoint("cls", 1), FeaturePoint("mean", None)]
-    kept = Extraction(cache, S3Config()).encoder(Subject("trained", model, description), shards, points, 10_000)
+    kept = Extraction(cache, S3Config()).encoder(EvaluatedModel("trained", model, description), shards, points, 10_000)
     extract = FeatureExtractor(model, description)
     batches = list(iterate_dataset(shards, MODEL))
     for i, found in enumerate(kept):

@@ -41,6 +41,7 @@ from crate_ray.evaluation import masks, segmentation
 from crate_ray.evaluation.classification import Classification, EncoderScores, FeatureScores, classify, classify_by
 from crate_ray.evaluation.conclusions import on_classification, on_segmentation, on_structure
 from crate_ray.evaluation.evaluate import evaluate
+from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.extraction import read_samples
 from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache, FeatureSet
 from crate_ray.evaluation.feature_source import InProcess
@@ -52,7 +53,6 @@ from crate_ray.evaluation.probe import ProbeScore, fit_probe
 from crate_ray.evaluation.reconstruction import measure_reconstruction, structural_similarity
 from crate_ray.evaluation.report import Report, render
 from crate_ray.evaluation.segmentation import EncoderSegmentation, MapScore, Segmentation, measure_segmentation
-from crate_ray.evaluation.subject import Subject
 from crate_ray.evaluation.torch_probe import fit_path
 from crate_ray.models import CrateMAE, build_model, export_published
 from crate_ray.models.exported import ModelDescription, Normalizer
@@ -74,11 +74,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return load_dataset(storage)
 
 
-def subject(shards: ShardSet, model: CrateMAEConfig | ViTMAEConfig = SMALL, name: str = "trained") -> Subject:
+def evaluated(shards: ShardSet, model: CrateMAEConfig | ViTMAEConfig = SMALL, name: str = "trained") -> EvaluatedModel:
     torch.manual_seed(0)
     manifest = shards.manifest
     description = ModelDescription(model=model, mean=manifest.mean, std=manifest.std, kind="image")
-    return Subject(name, build_model(model).eval(), description)
+    return EvaluatedModel(name, build_model(model).eval(), description)
 
 
 # --- Intervals ------------------------------------------------------------------------------------------------------
@@ -169,7 +169,9 @@ class Told:
     def __init__(self, shards: ShardSet, train: list[FeatureSet], test: list[FeatureSet]) -> None:
         self.shards, self.train, self.test = shards, train, test
 
-    def encoder(self, _: Subject, shards: ShardSet, points: Sequence[FeaturePoint], __: int | None) -> list[FeatureSet]:
+    def encoder(
+        self, _: EvaluatedModel, shards: ShardSet, points: Sequence[FeaturePoint], __: int | None
+    ) -> list[FeatureSet]:
         return (self.train if shards is self.shards else self.test)[: len(points)]
 
     def pixels(self, _: ModelDescription, shards: ShardSet, __: int | None) -> FeatureSet:
@@ -184,7 +186,7 @@ def noise(seed: int) -> list[FeatureSet]:
 
 def test_test_samples_choose_neither_feature_nor_strength(shapes: ShardSet) -> None:
     # On noise, other labels of the test samples make another feature, layer and strength the best on them.
-    probe, who, held_out = ProbeConfig(train="", test=""), subject(shapes), without_masks(shapes)
+    probe, who, held_out = ProbeConfig(train="", test=""), evaluated(shapes), without_masks(shapes)
     config = EvaluateConfig(model="m", probe=probe)
     train, test = noise(0), noise(1)
     choices, accuracies = set(), set()
@@ -205,7 +207,7 @@ def test_no_gpu_is_used_where_the_settings_say_so(shapes: ShardSet, monkeypatch:
     probe = ProbeConfig(train="", test="", solver="torch")
     config = EvaluateConfig(model="m", probe=probe, gpu=False)
     source = Told(shapes, noise(0), noise(1))
-    found = classify([subject(shapes)], shapes, without_masks(shapes), config, probe, source)
+    found = classify([evaluated(shapes)], shapes, without_masks(shapes), config, probe, source)
     assert found.encoders["trained"].standard.linear.solver == "torch"
 
 
@@ -229,13 +231,13 @@ def test_features_are_the_tokens_of_their_layers(model: CrateMAEConfig | ViTMAEC
 
 
 def test_a_subject_is_identified_by_its_content(shapes: ShardSet) -> None:
-    one, again = subject(shapes), subject(shapes)
+    one, again = evaluated(shapes), evaluated(shapes)
     assert one.digest == again.digest
     assert one.untrained(0).digest == again.untrained(0).digest != one.untrained(1).digest
     with torch.no_grad():
         again.model.encoder_norm.bias[0] += 1e-3
-    changed = Subject("trained", again.model, again.description)
-    other_input = Subject("trained", one.model, one.description.model_copy(update={"mean": (0.0, 0.0, 0.0)}))
+    changed = EvaluatedModel("trained", again.model, again.description)
+    other_input = EvaluatedModel("trained", one.model, one.description.model_copy(update={"mean": (0.0, 0.0, 0.0)}))
     assert len({one.digest, changed.digest, other_input.digest}) == 3
 
 
@@ -303,7 +305,7 @@ def test_similarity_is_that_of_scikit_image(channels: int, height: int, width: i
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_errors_are_the_models_own_loss_and_the_pixels_it_shows(shapes: ShardSet, norm_pix_loss: bool) -> None:
     model = SMALL.model_copy(update={"norm_pix_loss": norm_pix_loss})
-    who = subject(shapes, model)
+    who = evaluated(shapes, model)
     batches = list(iterate_dataset(shapes, model))
     result, pictures = measure_reconstruction([who], batches, (0.5, 0.75, 0.99), "shapes", CPU)
     assert result.skipped_ratios == (0.99,)
@@ -401,8 +403,8 @@ def test_components_and_attention_are_those_of_the_encoder() -> None:
 
 def test_segmentation_is_bounded_by_its_patches_and_by_chance(shapes: ShardSet) -> None:
     vit = ViTMAEConfig(image_size=32, patch_size=8, dim=16, depth=1, num_heads=2)
-    subjects = [subject(shapes), subject(shapes, vit, "baseline"), subject(shapes).untrained(1)]
-    result, examples = measure_segmentation(subjects, shapes, 40, 0.6, 0, CPU)
+    all_evaluated = [evaluated(shapes), evaluated(shapes, vit, "baseline"), evaluated(shapes).untrained(1)]
+    result, examples = measure_segmentation(all_evaluated, shapes, 40, 0.6, 0, CPU)
     assert set(result.encoders) == {"trained", "baseline", "untrained"}
     assert result.images == 40 and result.test_images == 20 and len(examples) == 6
     best = result.controls["grid"].jaccard.value
@@ -411,13 +413,13 @@ def test_segmentation_is_bounded_by_its_patches_and_by_chance(shapes: ShardSet) 
     assert result.controls["everything"].jaccard.value == pytest.approx(result.foreground.value, abs=0.05)
     assert result.controls["random"].jaccard.value < result.controls["colours"].jaccard.value
     with pytest.raises(UserError, match=r"has no members 'mask.png'"):
-        measure_segmentation(subjects, without_masks(shapes), 40, 0.6, 0, CPU)
+        measure_segmentation(all_evaluated, without_masks(shapes), 40, 0.6, 0, CPU)
 
 
 def test_an_image_chooses_heads_and_components_or_is_measured_but_never_both(
     shapes: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    who = subject(shapes)
+    who = evaluated(shapes)
     loaded = masks.load_masked(shapes, who.description, 8)
 
     def measured(changed: int | None) -> tuple[list[object], Estimate]:
@@ -453,7 +455,7 @@ def test_report_holds_all_numbers_escapes_names_and_needs_no_network(shapes: Sha
     name = "<script>alert(1)</script>"
     config = EvaluateConfig(model=name, data=shapes.storage.uri, masks=shapes.storage.uri, max_images=12)
     said: list[str] = []
-    report, images = evaluate(config, subject(shapes), None, said.append)
+    report, images = evaluate(config, evaluated(shapes), None, said.append)
     assert set(report.left_out) == {"linear probe and k-NN"} and report.classification is None
     page = render(report, images).decode()
     assert name not in page and "&lt;script&gt;alert(1)" in page and "http" not in page.replace("http-equiv", "")
@@ -474,7 +476,7 @@ def test_a_baseline_is_measured_beside_the_model(
         model="ours", baseline="theirs", probe=probe, data=uri, masks=uri, max_images=8, features_dir=str(tmp_path)
     )
     vit = ViTMAEConfig(image_size=32, patch_size=8, dim=16, depth=2, num_heads=2, decoder_depth=1)
-    report, images = evaluate(config, subject(shapes), subject(shapes, vit, "baseline"), lambda _: None)
+    report, images = evaluate(config, evaluated(shapes), evaluated(shapes, vit, "baseline"), lambda _: None)
     assert report.baseline is not None and report.baseline.title == "baseline ViT-MAE" and not report.left_out
     sections = report.classification, report.reconstruction, report.structure, report.segmentation
     assert all(section is not None for section in sections)
@@ -604,6 +606,6 @@ def test_what_a_user_can_mend_is_one_sentence(shapes: ShardSet) -> None:
     with pytest.raises(ValueError, match="nothing to measure on; give --probe.train"):
         EvaluateConfig(model="runs/mine")
     config = EvaluateConfig(model="m", data=shapes.storage.uri)
-    other = subject(shapes, ViTMAEConfig(image_size=16, patch_size=8, dim=16, depth=1, num_heads=2), "baseline")
+    other = evaluated(shapes, ViTMAEConfig(image_size=16, patch_size=8, dim=16, depth=1, num_heads=2), "baseline")
     with pytest.raises(UserError, match="give a baseline of the same input"):
-        evaluate(config, subject(shapes), other, print)
+        evaluate(config, evaluated(shapes), other, print)

@@ -16,7 +16,7 @@ from crate_ray.models.exported import ModelDescription, Normalizer
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model that is evaluated, in evaluation mode."""
 
     name: str
@@ -56,12 +56,12 @@ class Subject:
         """Normalisation of its input."""
         return Normalizer.of(self.description.mean, self.description.std, device)
 
-    def untrained(self, seed: int) -> Subject:
+    def untrained(self, seed: int) -> EvaluatedModel:
         """The control: the same architecture and preprocessing with random weights from a seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fresh = build_model(self.description.model).eval()
-        return Subject("untrained", fresh, self.description)
+        return EvaluatedModel("untrained", fresh, self.description)
 
 
 def check_input(description: ModelDescription, manifest: Manifest, uri: str) -> None:
