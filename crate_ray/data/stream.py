@@ -35,7 +35,7 @@ def stream(
     s3: S3Config | None = None,
     **data: Any,
 ) -> Loader:
-    """Augmented training batches of one worker; together the workers see the same batches whatever their number.
+    """Augmented training batches for one worker. The global batches do not depend on the number of workers.
 
     Args:
         train: local folder or s3://bucket/prefix, prepared by crate-ray prepare; or several with their shares of every
@@ -43,19 +43,19 @@ def stream(
         batch_size: samples per step over all workers; worker w gets slots [w·B/W, (w+1)·B/W).
         image_size: pixels of the side, or (height, width).
         channels: 3 for RGB, 1 for grayscale, any number for grids.
-        steps: where to end; by default never: epoch follows epoch.
-        seed: of order and augmentation.
+        steps: number of steps; by default, epochs follow each other without end.
+        seed: seed of order and augmentation.
         rank: this worker, from 0.
         world_size: number of workers.
-        device: where batches are to be; they arrive there ahead of use.
-        planned_workers: number of workers that the sizes of windows are planned for; the order depends on it where data
-            is larger than memory_bytes, so keep it when a run goes on with another number of workers. Default: 1.
+        device: where to put batches; they are copied ahead of use.
+        planned_workers: number of workers that windows are sized for, by default 1. If the data is larger than
+            memory_bytes, the order depends on it, so keep it if you resume with another number of workers.
         s3: object storage.
         data: any other field of config.DataConfig, such as crop_scale=(0.2, 1) or cache_dir="/scratch/cache".
 
     Raises:
-        UserError: no such dataset, or it holds fewer samples than a batch.
-        pydantic.ValidationError: an unknown or wrong setting.
+        UserError: there is no such dataset, or it has fewer samples than a batch.
+        pydantic.ValidationError: a setting is unknown or invalid.
     """
     config = DataConfig(train=train, **data)
     mixture = open_mixture(config.train, s3 or S3Config())

@@ -1,4 +1,4 @@
-"""From a batch of the loader to what one training step takes: augmented, mixed images and their targets."""
+"""From the loader's batches to the inputs of a training step: augmented, mixed images and their targets."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from crate_ray.finetuning.mixing import branch_scales, class_targets, draw_mix, 
 from crate_ray.models.classifier import Targets
 from crate_ray.models.exported import Normalizer
 
-PAIR = 2  # samples that are mixed with each other, and so stay on one worker
+PAIR = 2  # samples that are mixed with each other; they must be on one worker
 
 
 class TrainingBatches:
-    """Makes a worker's inputs of a step. All that is random is a function of (seed, step, slot) or (seed, epoch,
-    sample), so that a global batch is the same for every number of workers, and after a resumption.
+    """Builds a worker's inputs of a step.
+
+    All random numbers are functions of (seed, step, slot) or (seed, epoch, sample). So a global batch does not depend
+    on the number of workers, and is the same after a resume.
 
     Args:
         config: settings of the run.
         num_classes: C.
-        branches: residual branches of each layer, in which drop path drops.
-        normalizer: of the run; its device is where everything is computed.
+        branches: number of residual branches of each layer, for drop path.
+        normalizer: of the run; everything is computed on its device.
         slots: the half-open range of the global batch's slots that this worker computes; pairs are whole.
     """
 
@@ -45,7 +47,7 @@ class TrainingBatches:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Normalised images (B, channels, H, W) and their targets."""
-        assert batch.labels is not None  # the dataset was found to have them when the run was opened
+        assert batch.labels is not None  # checked when the run was opened
         config, device = self._config, self._normalizer.mean.device
         images = batch.images
         if images.dtype == torch.uint8:

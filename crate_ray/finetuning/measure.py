@@ -1,4 +1,4 @@
-"""How well a classifier does on held-out samples: cross entropy, top-1 and top-5 accuracy."""
+"""Cross entropy and accuracy of a classifier on held-out samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Accuracy(NamedTuple):
     top1: float
     """Share of samples whose class has the highest score."""
     top5: float
-    """Share of samples whose class is among the five highest scores."""
+    """Share of samples whose class has one of the five highest scores."""
 
 
 @torch.no_grad()
@@ -42,9 +42,17 @@ def measure_accuracy(
     world_size: int = 1,
     bad: dict[str, str] | None = None,
 ) -> Accuracy:
-    """Accuracy over every usable sample of a labelled dataset exactly once, centre-cropped. A collective call.
+    """Accuracy over a labelled dataset: every good sample once, centre-cropped. A collective call.
 
-    batch_size is each worker's; `bad` takes up the samples that cannot be used: cause by key.
+    Args:
+        model: the classifier.
+        shards: the dataset.
+        data: budgets and threads.
+        normalizer: normalisation of the images, on the device to compute on.
+        batch_size: samples per worker and step.
+        autocast: precision of the forward pass.
+        rank, world_size: this worker, and the number of workers.
+        bad: filled with the cause of each bad sample, by key.
     """
     device, config = normalizer.mean.device, model.encoder_config
     total = torch.zeros(4, device=device, dtype=torch.float64)  # loss, top-1, top-5, number of samples
@@ -65,7 +73,7 @@ def measure_accuracy(
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 if not len(batch.samples):
                     if is_sharded(model):
-                        model(nothing)  # the other workers wait for it
+                        model(nothing)  # the forward pass of a sharded model is a collective call
                     continue
                 scores_BC = model(normalizer(batch.images)).scores
             assert batch.labels is not None

@@ -1,6 +1,6 @@
-"""Labels as probabilities, mixup and CutMix of pairs, and drop path: what a batch is trained on, drawn by counters.
+"""Label smoothing, mixup and CutMix of pairs, and drop path, with counter-based random numbers.
 
-Shapes: B this worker's part of a batch, C classes, P residual branches of all layers.
+Shapes: B samples of this worker, C classes, P residual branches of all layers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from crate_ray.finetuning.streams import STREAM_DROP_PATH, STREAM_MIX
 
 
 class Mix(NamedTuple):
-    """How the samples of a batch are mixed with their partners; one for a whole global batch."""
+    """How the samples of a global batch are mixed with their partners."""
 
     weight: float
-    """λ, the share of the sample itself; 1: nothing is mixed."""
+    """λ, the share of the sample itself. 1: nothing is mixed."""
     box: tuple[int, int, int, int] | None
-    """CutMix: top, bottom, left and right of what comes from the partner, λ being the rest of the area; None: mixup."""
+    """CutMix: top, bottom, left and right of the partner's part; λ is the rest of the area. None: mixup."""
 
 
 def draw_mix(seed: int, step: int, config: AugmentConfig, image_hw: tuple[int, int]) -> Mix:
-    """The mix of a step's batch: a function of (seed, step), so that all workers know it."""
+    """The mix of a step's batch, a function of (seed, step) that is the same on all workers."""
     alphas = [config.mixup, config.cutmix]
     if not any(alphas):
         return Mix(1.0, None)
@@ -38,7 +38,7 @@ def draw_mix(seed: int, step: int, config: AugmentConfig, image_hw: tuple[int, i
         return Mix(weight, None)
     side = np.sqrt(1 - weight)
     span: list[int] = []
-    for size in image_hw:  # a box of that share of the area around any pixel, where it is inside the image
+    for size in image_hw:  # a box with that share of the area around a random pixel, clipped to the image
         centre, length = int(random.integers(size)), int(size * side)
         span += [max(centre - length // 2, 0), min(centre + length // 2, size)]
     top, bottom, left, right = span
@@ -46,9 +46,9 @@ def draw_mix(seed: int, step: int, config: AugmentConfig, image_hw: tuple[int, i
 
 
 def mix_pairs(images_BCHW: Tensor, classes_BC: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
-    """Images and class probabilities with each sample mixed with its partner: the other one of slots 2i and 2i + 1.
+    """Mix images and class probabilities of each sample with its partner, the other one of slots 2i and 2i + 1.
 
-    Which samples are neighbours is as random as the order of the data, and does not depend on the number of workers.
+    Pairs are as random as the order of the data, and do not depend on the number of workers.
     """
     if mix.weight == 1:
         return images_BCHW, classes_BC
@@ -64,16 +64,16 @@ def mix_pairs(images_BCHW: Tensor, classes_BC: Tensor, mix: Mix) -> tuple[Tensor
 
 
 def class_targets(labels: Int64, num_classes: int, smoothing: float) -> Tensor:
-    """Probabilities (B, C) of labels (B,): 1 − smoothing for the label, and smoothing spread evenly over classes."""
+    """Class probabilities (B, C) of labels (B,): 1 − smoothing for the label, plus smoothing / C for every class."""
     one_hot = F.one_hot(torch.from_numpy(labels), num_classes).float()
     return one_hot * (1 - smoothing) + smoothing / num_classes
 
 
 def branch_scales(seed: int, step: int, slots: tuple[int, int], branches: list[int], drop_path: float) -> Tensor | None:
-    """Drop path's factors (B, P) for the slots [start, stop) of a step's batch: a function of (seed, step, slot).
+    """Drop path's factors (B, P) for the slots [start, stop) of a step's batch, a function of (seed, step, slot).
 
-    In layer l = 0 … L − 1 a branch is skipped (0) at the rate drop_path · l / (L − 1), and kept ones are scaled by
-    1 / (1 − rate), so that the expectation is 1. None where drop_path is 0.
+    In layer l = 0 … L − 1, a branch is dropped (0) with probability drop_path · l / (L − 1). Other branches are scaled
+    by 1 / (1 − rate), so that the expectation is 1. None if drop_path is 0.
     """
     if not drop_path:
         return None

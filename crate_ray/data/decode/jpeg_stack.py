@@ -1,8 +1,9 @@
-"""Many small JPEGs with the same header decoded as one: set-up and the interpreter cost more than their few pixels do.
+"""Small JPEGs with the same header are decoded as one, because set-up and the interpreter cost more than their pixels.
 
-A restart marker (ITU T.81, E.2.4) resets the entropy decoder, so the coded data of images joined by restart markers is
-an image of all their MCUs below each other. It is declared to be RGB with its luma blocks in a row: then the decoder
-neither interpolates chroma, which would mix neighbours, nor converts colours; both are linear and left to the resize.
+A restart marker (ITU T.81, E.2.4) resets the entropy decoder. So the coded data of images, joined by restart markers,
+is one image with all MCUs below each other. It is declared as RGB with its luma blocks in a row: then the decoder does
+not interpolate chroma, which would mix neighbouring images, and does not convert colours. Both operations are linear,
+so they are part of the resize.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from crate_ray.data.decode.transforms import Crops, SmallResize
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _IS_RGB = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
 _SAMPLINGS = {0x11: (1, 1), 0x21: (1, 2), 0x22: (2, 2)}
-"""Rows and columns of luma blocks per MCU, by their code."""
+"""Rows and columns of luma blocks per MCU, by sampling factor in the frame header."""
 _RESTARTS = tuple(bytes((0xFF, 0xD0 + i)) for i in range(8))
 _YCC_TO_RGB = np.array([[1, 0, 1.402], [1, -0.344136286, -0.714136286], [1, 1.772, 0]], np.float32)
-"""JFIF's conversion of luma, and chroma around 0, to RGB."""
-_MOST_ROWS = 65_500
+"""JFIF's conversion of luma and zero-centred chroma to RGB."""
+_MAX_ROWS = 65_500
 """Limit of libjpeg."""
 
 
 class Layout(NamedTuple):
-    """What JPEGs have in common that can be stacked."""
+    """What JPEGs that can be stacked have in common."""
 
     header: bytes
-    """All that comes before the coded data."""
+    """Everything before the coded data."""
     height: int
     width: int
     components: int
@@ -41,12 +42,13 @@ class Layout(NamedTuple):
     tables: bytes
     """Quantisation and Huffman tables."""
     frame: bytes
+    """Frame header segment."""
     scan: bytes
-    """The segments that begin them."""
+    """Scan header segment."""
 
     @property
     def mcus(self) -> tuple[int, int]:
-        """Rows and columns of them."""
+        """Rows and columns of MCUs."""
         return -(-self.height // (8 * self.sampling[0])), -(-self.width // (8 * self.sampling[1]))
 
     def fits(self, content: bytes) -> bool:
@@ -55,9 +57,9 @@ class Layout(NamedTuple):
 
 
 def layout_of(content: bytes) -> Layout | None:
-    """The layout of a JPEG with a valid frame header; None where it has to be decoded by itself.
+    """The layout of a JPEG with a valid frame header; None if it cannot be stacked.
 
-    That depends on the JPEG alone, so that an image's pixels do not depend on its neighbours.
+    This depends on the JPEG alone, so the pixels of an image do not depend on its neighbours in a batch.
     """
     tables, frame, scan, position, is_jfif = b"", b"", b"", 2, False
     while not scan:
@@ -85,7 +87,7 @@ def layout_of(content: bytes) -> Layout | None:
     if components not in (1, 3) or len(frame) != 10 + 3 * components or scan[4] != components:
         return None
     if components == 1:
-        sampling: tuple[int, int] | None = (1, 1)  # of no meaning then
+        sampling: tuple[int, int] | None = (1, 1)  # has no effect on one component
     else:
         sampling = _SAMPLINGS.get(frame[11])
         if frame[14] != 0x11 or frame[17] != 0x11 or width < 8:  # narrower chroma is not interpolated
@@ -102,15 +104,15 @@ def resize_stacked(
     side: int,
     out: NDArray[np.float32],
 ) -> dict[int, str]:
-    """Decode n small JPEGs of the same components and sampling, and resize them into out, (n, C, height, width).
+    """Decode n small JPEGs with the same components and sampling, and resize them into out, (n, C, height, width).
 
-    Luma and chroma are resized as they are stored. Returns what is wrong with each image that is damaged.
+    Luma and chroma are resized from their stored resolution. Returns the error messages of damaged images, by row.
     """
     n, channels, out_hw = len(contents), out.shape[1], (out.shape[2], out.shape[3])
     v, h = layouts[0].sampling
     has_chroma = channels == layouts[0].components == 3
     luma = scratch("luma", (n, 1, side, side), np.float32)
-    # Interpolated chroma needs a margin.
+    # Interpolation of chroma needs a margin.
     chroma = scratch("chroma", (n, 2, side // v + 2 * (v - 1), side // h + 2 * (h - 1)), np.float32)
     errors: dict[int, str] = {}
     alike: dict[bytes, list[int]] = {}
@@ -118,7 +120,7 @@ def resize_stacked(
         alike.setdefault(layout.header, []).append(i)
     queue = list(alike.values())
     if len(queue) > 1 or layouts[0].height < side or layouts[0].width < side:
-        luma[...] = chroma[...] = 0  # what lies outside of an image has no weight, but must be finite
+        luma[...] = chroma[...] = 0  # pixels outside of an image have weight 0, but must be finite
     while queue:
         numbers = queue.pop()
         layout = layouts[numbers[0]]
@@ -157,22 +159,20 @@ def resize_stacked(
 
 
 def _decode(contents: Sequence[bytes], layout: Layout) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
-    """Luma (n, height, width) and chroma (n, 2, rows, columns), around 0, of JPEGs of one layout.
+    """Luma (n, height, width) and zero-centred chroma (n, 2, rows, columns) of JPEGs with one layout.
 
-    Grayscale has empty chroma.
-
-    Raises ValueError when any of them is damaged.
+    Chroma is empty for grayscale. Raises ValueError if any of them is damaged.
     """
     v, h = layout.sampling
     rows, columns = layout.mcus
     mcus, n = rows * columns, len(contents)
-    most = _MOST_ROWS // (8 * mcus)
+    most = _MAX_ROWS // (8 * mcus)
     strips = scratch("strips", (n, rows, columns, 8, v, h, 8, layout.components), np.uint8)
     for first in range(0, n, most):
         part = strips[first : first + most]
         colours = "GRAY" if layout.components == 1 else "RGB"
         stack = _stacked(contents[first : first + most], layout, mcus)
-        simplejpeg.decode_jpeg(stack, colours, fastupsample=True, buffer=part)  # chroma as it is, only repeated
+        simplejpeg.decode_jpeg(stack, colours, fastupsample=True, buffer=part)  # repeats chroma, no interpolation
     luma = strips[..., 0].transpose(0, 1, 4, 3, 2, 5, 6).reshape(n, rows * v * 8, columns * h * 8)
     luma = luma[:, : layout.height, : layout.width]
     if layout.components == 1:
@@ -183,6 +183,7 @@ def _decode(contents: Sequence[bytes], layout: Layout) -> tuple[NDArray[np.uint8
 
 
 def _stacked(contents: Sequence[bytes], layout: Layout, mcus: int) -> bytes:
+    """One JPEG with the coded data of all."""
     v, h = layout.sampling
     frame = bytearray(layout.frame)
     frame[5:7] = (8 * mcus * len(contents)).to_bytes(2, "big")

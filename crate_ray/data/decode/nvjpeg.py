@@ -1,6 +1,6 @@
-"""Decoding on the GPU: nvJPEG through torchvision, behind the interface of decode_batch.
+"""JPEG decoding on the GPU by nvJPEG (through torchvision), with the interface of decode_batch.
 
-What nvJPEG does not read, or might read otherwise, goes through the CPU.
+Images that nvJPEG cannot read, or might read differently, are decoded on the CPU.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from crate_ray.errors import UserError
 def decode_batch_cuda(
     encoded: Sequence[bytes | memoryview], kind: Kind, crop: CropRule, out: Tensor, *, max_pixels: int = MAX_PIXELS
 ) -> list[DecodeError | None]:
-    """decode_batch with `out` on a CUDA device; the work is queued on the current stream.
+    """decode_batch with `out` on a CUDA device. The work is queued on the current stream.
 
-    Bytes that are damaged in the middle of a complete JPEG may go unnoticed here.
-
-    Needs what `check_nvjpeg` checks.
+    Damage in the middle of a complete JPEG may go unnoticed. Call `check_nvjpeg` first.
     """
     if kind == "grid":
         return _through_cpu(encoded, kind, crop, out, np.arange(len(encoded)), max_pixels)
@@ -35,13 +33,13 @@ def decode_batch_cuda(
         try:
             height, width, plain[i] = read_image_header(content, max_pixels=max_pixels)
             sizes[i] = height, width
-        except DecodeError:  # the CPU's to report
+        except DecodeError:  # reported by the CPU decoder
             pass
     crops = crop(sizes[:, 0], sizes[:, 1])
     on_device = np.flatnonzero(plain)
     try:
         pictures = _nvjpeg(out, [encoded[i] for i in on_device.tolist()]) if len(on_device) else []
-    except RuntimeError:  # one of them is damaged, nobody knows which
+    except RuntimeError:  # one of them is damaged, but not known which
         pictures, on_device, plain = [], on_device[:0], np.zeros_like(plain)
     for i, picture in zip(on_device.tolist(), pictures, strict=True):
         top, left, height, width, flip = (column[i].item() for column in crops)
@@ -65,7 +63,7 @@ def _through_cpu(
     found = decode_batch([encoded[i] for i in rows.tolist()], kind, crop, decoded, max_pixels=max_pixels)
     for i, error in zip(rows.tolist(), found, strict=True):
         errors[i] = error
-    # Not asynchronous: the pinned memory may be given to somebody else after this call.
+    # Synchronous, because the pinned memory may be reused after this call.
     out[torch.from_numpy(rows).to(out.device)] = decoded.to(out.device)
     return errors
 
@@ -80,7 +78,7 @@ def _nvjpeg(out: Tensor, contents: Sequence[bytes | memoryview]) -> list[Tensor]
 
 
 def check_nvjpeg(device: torch.device) -> None:
-    """Raise UserError where decode_batch_cuda cannot work: no CUDA device, or no torchvision that fits torch."""
+    """Raise UserError if decode_batch_cuda cannot work: no CUDA device, or no torchvision that matches torch."""
     if device.type != "cuda":
         raise UserError(
             f"data.decode_device 'cuda' needs a CUDA device, not {device}: set it to 'cpu', or use a machine with a GPU"

@@ -1,4 +1,4 @@
-"""Memory that a thread uses again and again: fresh pages cost more than what decoding a small image does with them.
+"""Scratch memory that each thread reuses: page faults on fresh memory cost more than decoding a small image.
 
 An array is valid until its thread asks for the same name again.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-_KEPT_BYTES = 2**24
-"""Larger arrays are rare, and given back at once."""
+_MAX_BYTES = 2**24
+"""Larger arrays are rare and not reused."""
 
 
 class _Buffers(threading.local):
@@ -27,7 +27,7 @@ _buffers = _Buffers()
 def scratch(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An array of this thread with undefined content."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size > _KEPT_BYTES:
+    if size > _MAX_BYTES:
         return np.empty(shape, dtype)
     buffer = _buffers.of_name.get(name)
     if buffer is None or len(buffer) < size:

@@ -1,6 +1,6 @@
-"""Decoded pixels to model input: random resized crop and flip for training, resize and centre crop for evaluation.
+"""Decoded pixels to model input: random resized crop and flip for training, centre crop and resize for evaluation.
 
-Randomness comes in as uniform numbers (order.uniform): a sample's augmentation does not depend on who computes it.
+Random numbers are passed in (order.hashing.uniform): the augmentation of a sample does not depend on who computes it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Int64 = NDArray[np.int64]
 
 _CROP_TRIES = 10
 CROP_UNIFORMS = 4 * _CROP_TRIES + 1
-"""Uniform numbers that one training sample consumes at the most: four for each try, and the last for the flip."""
+"""Most uniform numbers that one training sample needs: four for each try, and the last for the flip."""
 
 CropUniforms = Callable[[slice | Int64, Int64], NDArray[np.float64]]
-"""From some of the n images, and columns in 0 … CROP_UNIFORMS, to their uniform numbers (images, columns)."""
+"""From rows of the n images and columns in 0 … CROP_UNIFORMS to uniform numbers (rows, columns)."""
 
 _FIRST_TRY_AND_FLIP = np.array([0, 1, 2, 3, CROP_UNIFORMS - 1])
 _LATER_TRIES = np.arange(4, CROP_UNIFORMS - 1)
 
 LARGEST_SMALL_SIDE = 64
-"""Images of at most so many pixels a side are resized together."""
+"""Images with at most this many pixels per side are resized together."""
 
 
 class Crops(NamedTuple):
-    """Rectangles of n source images in pixels, and whether to mirror what is cut out; arrays (n,)."""
+    """Rectangles in pixels of n source images, and whether to mirror them; arrays (n,)."""
 
     top: Int64
     left: Int64
@@ -45,33 +45,33 @@ class Crops(NamedTuple):
     flip: NDArray[np.bool_]
 
     def take(self, rows: Int64) -> Crops:
-        """Those of some of the images."""
+        """Crops of some of the images."""
         return Crops(self.top[rows], self.left[rows], self.height[rows], self.width[rows], self.flip[rows])
 
 
 CropRule = Callable[[Int64, Int64], Crops]
-"""From the heights and widths of n images, (n,), to the part of each that is wanted."""
+"""From the heights and widths of n images, (n,), to their crops."""
 
 
 class Orientation(NamedTuple):
-    """How stored pixels become the upright picture: first transposed, then turned over vertically and horizontally."""
+    """How stored pixels become the upright image: transpose first, then flip vertically and horizontally."""
 
     transposed: bool = False
     flip_vertical: bool = False
     flip_horizontal: bool = False
 
     def mirrored(self) -> Orientation:
-        """With the upright picture mirrored on top."""
+        """This orientation, followed by a horizontal flip."""
         return self._replace(flip_horizontal=not self.flip_horizontal)
 
 
 _UPRIGHT = Orientation()
 _CHANNEL_BITS = np.array([0, 8, 16], np.uint32)[:, None, None]
-"""Where the channels are in a word of little-endian bytes."""
+"""Bit offsets of the channels in a little-endian word."""
 
 
 class Box(NamedTuple):
-    """A rectangle in pixels, with fractions."""
+    """A rectangle with fractional pixels."""
 
     top: float
     left: float
@@ -90,11 +90,11 @@ def random_crops(
     ratio: tuple[float, float],
     flip: bool,
 ) -> Crops:
-    """Random resized crops as torchvision draws them: area uniform in scale, log aspect ratio uniform in log ratio.
+    """Random resized crops with torchvision's distribution: area uniform in scale, log of aspect ratio uniform.
 
-    Ten tries each, then the largest centre crop within the ratio.
+    If ten tries do not fit into an image, the largest centre crop within the range of ratios is used.
     """
-    # Most fit at the first try, so the others are drawn and computed for the rest only.
+    # Most crops fit at the first try, so later tries are drawn for the other images only.
     u = uniforms(slice(None), _FIRST_TRY_AND_FLIP)
     top, left, height, width, fits = _tried_crops(heights, widths, u[:, None, :4], scale, ratio)
     if not fits.all():
@@ -108,7 +108,7 @@ def random_crops(
 
 
 def random_flips(uniforms: CropUniforms) -> NDArray[np.bool_]:
-    """Which images random_crops mirrors."""
+    """Which images `random_crops` would mirror."""
     return uniforms(slice(None), _FIRST_TRY_AND_FLIP[4:])[:, 0] < 0.5
 
 
@@ -119,12 +119,12 @@ def _tried_crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[Int64, Int64, Int64, Int64, NDArray[np.bool_]]:
-    """The first of the tries, (n, tries, 4), that fits into each image, and whether there is one."""
+    """The first of the tries, (n, tries, 4), that fits into each image, and whether any fits."""
     H, W = heights[:, None], widths[:, None]
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     area = H * W * (scale[0] + (scale[1] - scale[0]) * tries[:, :, 0])
     logs = log_low + (log_high - log_low) * tries[:, :, 1]
-    # NumPy's exp depends on the processor in its last bit, and with it the crop of one sample in very many.
+    # The last bit of NumPy's exp depends on the processor, which would change a few crops.
     aspect = np.array([math.exp(x) for x in logs.ravel().tolist()]).reshape(logs.shape)
     w, h = np.rint(np.sqrt(area * aspect)).astype(np.int64), np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
@@ -135,7 +135,7 @@ def _tried_crops(
 
 
 def _widest_crops(heights: Int64, widths: Int64, ratio: tuple[float, float]) -> tuple[Int64, Int64, Int64, Int64]:
-    """The largest centre crops whose aspect ratio is within bounds."""
+    """The largest centre crops with an aspect ratio in the range."""
     aspect = widths / heights
     h = np.where(aspect < ratio[0], np.clip(np.rint(widths / ratio[0]).astype(np.int64), 1, heights), heights)
     too_wide = (aspect >= ratio[0]) & (aspect > ratio[1])
@@ -144,7 +144,7 @@ def _widest_crops(heights: Int64, widths: Int64, ratio: tuple[float, float]) -> 
 
 
 def centre_crops(heights: Int64, widths: Int64, out_hw: tuple[int, int]) -> Crops:
-    """The largest centre crops with the output's aspect ratio: resize of the shortest side and centre crop in one."""
+    """The largest centre crops with the output's aspect ratio, the same as resizing the short side and cropping."""
     scale = np.minimum(heights / out_hw[0], widths / out_hw[1])
     h = np.clip(np.rint(out_hw[0] * scale).astype(np.int64), 1, heights)
     w = np.clip(np.rint(out_hw[1] * scale).astype(np.int64), 1, widths)
@@ -157,17 +157,17 @@ def centre_crops(heights: Int64, widths: Int64, out_hw: tuple[int, int]) -> Crop
 def resize_image(
     pixels_HWC: NDArray[np.uint8], out_CHW: Tensor, orientation: Orientation | None = None, box: Box | None = None
 ) -> None:
-    """Resize an image (antialiased bicubic, uint8) into a slot of the batch, made upright.
+    """Resize an image (antialiased bicubic, uint8) into one slot of the batch, and make it upright.
 
     Args:
-        pixels_HWC: what was cut out of the image, as it is stored: luma, RGB, or RGB and a fourth channel that is
-            ignored. The latter is the fastest: torch resizes words of four bytes.
+        pixels_HWC: crop of the image as stored: luma, RGB, or RGB and a fourth channel that is ignored. The last is the
+            fastest, because torch resizes words of four bytes.
         out_CHW: the slot.
-        orientation: from the stored to the wanted picture.
-        box: the part of the pixels to sample, where it is not all of them.
+        orientation: from stored to upright pixels.
+        box: part of the pixels to sample; by default all.
     """
     size, channels = _stored_hw(out_CHW, orientation), pixels_HWC.shape[2]
-    if box is not None:  # torch samples whole pixels only
+    if box is not None:  # only Pillow samples fractional pixels
         mode, stored_as = ("L", "L") if channels == 1 else ("RGB", "RGBX" if channels == 4 else "RGB")
         shape, pixels = pixels_HWC.shape[1::-1], np.ascontiguousarray(pixels_HWC)
         image = Image.frombuffer(mode, shape, pixels, "raw", stored_as, 0, 1)
@@ -177,10 +177,10 @@ def resize_image(
     elif pixels_HWC.shape[:2] == size:
         resized_HWC = pixels_HWC
     else:
-        # Otherwise torch copies it, as below.
+        # Without this, torch would copy the array.
         pixels_HWC = np.require(pixels_HWC, requirements=("C", "W"))
         source_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
-        if channels == 4:  # as words again, which interpolate does not offer
+        if channels == 4:  # write words, too, which F.interpolate cannot
             resized_HWC = scratch("resized words", (*size, 4), np.uint8)
             out_1CHW = torch.from_numpy(resized_HWC).permute(2, 0, 1)[None]
             torch.ops.aten._upsample_bicubic2d_aa.out(source_CHW[None], size, False, None, None, out=out_1CHW)
@@ -200,16 +200,16 @@ def resize_image(
 
 def _split(pixels_HW4: NDArray[np.uint8], out_3HW: NDArray[np.uint8]) -> None:
     """The first three channels as planes."""
-    # Word by word: byte by byte, it takes three times as long. In one call: after each, threads wait for each other.
+    # Words are three times as fast as bytes. One call, because threads wait for the GIL after each call.
     words = pixels_HW4.view("<u4")[:, :, 0]
     np.right_shift(words, _CHANNEL_BITS, out=out_3HW, dtype=np.uint32, casting="unsafe")
 
 
 def resize_grid(grid_CHW: NDArray[np.float32], out_CHW: Tensor, flip: bool = False) -> None:
-    """The same for a float grid (channels, height, width)."""
+    """Resize a float grid (channels, height, width) into one slot of the batch."""
     out = out_CHW.numpy()
     for plane, target in zip(grid_CHW, out[:, :, ::-1] if flip else out, strict=True):
-        # Pillow's, because torch resizes floats with a team of threads for every decoding thread.
+        # By Pillow, because torch would resize floats with several threads for each decoding thread.
         target[...] = Image.fromarray(plane).resize(out.shape[:0:-1], Image.Resampling.BICUBIC)
 
 
@@ -226,21 +226,21 @@ def _put(resized_CHW: NDArray[np.uint8], orientation: Orientation | None, out_CH
             resized_CHW = resized_CHW[:, ::-1]
         if orientation.flip_horizontal:
             resized_CHW = _mirrored(resized_CHW)
-    # Not by torch: after a copy, its team of threads spins on the cores that the other decoding threads need.
+    # Not by torch: after a copy, its threads busy-wait on the cores that the other decoding threads need.
     np.copyto(out_CHW.numpy(), resized_CHW)
 
 
 def _mirrored(pixels_CHW: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if pixels_CHW.shape[2] % 8 or not pixels_CHW.flags.c_contiguous:
         return pixels_CHW[:, :, ::-1]
-    # Eight pixels at once: byte by byte, it takes a fifth as long as to resize.
+    # Eight pixels at once: byte by byte, this would take a fifth of the time of the resize.
     return pixels_CHW.view(np.uint64)[:, :, ::-1].byteswap().view(np.uint8)
 
 
 class SmallResize(NamedTuple):
-    """Cuts, resizes (antialiased bicubic) and mirrors n small images, all at once, by two matrix products each.
+    """Crops, resizes (antialiased bicubic) and mirrors n small images at once, by two batched matrix products.
 
-    One by one, calls would cost more than arithmetic. An image's result does not depend on the others.
+    For small images, separate calls would cost more than the arithmetic. Results do not depend on the other images.
     """
 
     rows: NDArray[np.float32]
@@ -250,15 +250,14 @@ class SmallResize(NamedTuple):
 
     @classmethod
     def of(cls, crops: Crops, side: int, out_hw: tuple[int, int], reduction: tuple[int, int] = (1, 1)) -> SmallResize:
-        """For images that lie in the upper left corner of squares.
+        """For images in the upper left corner of squares.
 
         Args:
-            crops: what to cut.
-            side: the squares' height and width.
-            out_hw: of the output.
-            reduction: by which the images' rows and columns are reduced, 1 or 2. Where it is 2, a plane is to be
-                interpolated as libjpeg does with chroma, and has a copy of its first row (column) before it and one
-                of its last behind it.
+            crops: the crops.
+            side: height and width of the squares.
+            out_hw: height and width of the output.
+            reduction: subsampling of the images' rows and columns, 1 or 2. If it is 2, planes are interpolated as
+                libjpeg does with chroma; they must be padded with a copy of the first and last row (column).
         """
         rows = _small_weights("rows", crops.top, crops.height, side, out_hw[0], reduction[0])
         columns = _small_weights("columns", crops.left, crops.width, side, out_hw[1], reduction[1])
@@ -275,9 +274,9 @@ class SmallResize(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def small_side(height: int, width: int, out_hw: tuple[int, int]) -> int | None:
-    """The side of the square that images of this size are resized in together; None for those that are too large.
+    """Side of the square in which images of this size are resized together; None if they are too large.
 
-    It depends on the image alone, and BLAS takes no second thread for products of such squares.
+    It depends on the image alone. BLAS uses a single thread for products of this size.
     """
     side = 32 if max(height, width) <= 32 else LARGEST_SMALL_SIDE
     largest_product = side * max(side, out_hw[0]) * out_hw[1]
@@ -290,17 +289,17 @@ def _small_weights(
     """The weights of n crops, (n, out_size, side / reduction), in scratch memory."""
     first_of_length, table = _weight_table(side, out_size, reduction)
     weights = scratch(f"{name} {reduction}", (len(start), *table.shape[1:]), np.float32)
-    # Clipping does nothing here; without it, NumPy takes a detour through a buffer.
+    # All indices are in range; with mode="clip", NumPy does not need a temporary buffer.
     return table.take(first_of_length[length] + start, axis=0, out=weights, mode="clip")
 
 
 @functools.lru_cache(maxsize=8)
 def _weight_table(side: int, out_size: int, reduction: int) -> tuple[Int64, NDArray[np.float32]]:
-    """How Pillow weighs the pixels of each crop [start, start + length) of `side` pixels.
+    """Pillow's weights for the pixels of every crop [start, start + length) of `side` pixels.
 
-    Returns where the crops of a length begin, by their start, in the table (crops, out_size, side).
+    Returns the row of the first crop of each length, and the table (crops, out_size, side) by length and start.
     """
-    starts = np.arange(side, -1, -1) + 1  # of each length
+    starts = np.arange(side, -1, -1) + 1  # number of starts for each length
     starts[0] = 0
     first_of_length = np.concatenate(([0], starts.cumsum()[:-1]))
     table = np.zeros((int(starts.sum()), out_size, side), np.float32)
@@ -309,11 +308,11 @@ def _weight_table(side: int, out_size: int, reduction: int) -> tuple[Int64, NDAr
         stretch = max(scale, 1.0)
         centre = (np.arange(out_size)[:, None] + 0.5) * scale
         x = np.abs((np.arange(length) + 0.5 - centre) / stretch)
-        taps = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
-        taps[x >= 2] = 0
-        taps /= taps.sum(1, keepdims=True)
+        weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+        weights[x >= 2] = 0
+        weights /= weights.sum(1, keepdims=True)
         for start in range(side - length + 1):
-            table[first_of_length[length] + start, :, start : start + length] = taps
+            table[first_of_length[length] + start, :, start : start + length] = weights
     if reduction == 2:  # ¾ of the pixel's own value and ¼ of the neighbour on its side
         pixel = np.arange(side)
         interpolation = np.zeros((side, side // 2 + 2), np.float32)

@@ -1,6 +1,6 @@
-"""Regions of JPEG images by libjpeg-turbo 3, where the machine has it: what lies outside a crop is not decoded.
+"""Decoding of JPEG regions by the system's libjpeg-turbo 3, if it is installed.
 
-The wheels of the registries do not export this interface, so the system's library is loaded.
+It is loaded with ctypes, because the Python packages of libjpeg-turbo do not expose this interface.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from crate_ray.errors import UserError
 
 LIBRARY_VARIABLE = "CRATE_RAY_TURBOJPEG"
-"""Environment variable with the path of the library; empty: do without one."""
+"""Environment variable with the path of the library. Empty: do not use it."""
 
 # From turbojpeg.h, TurboJPEG API 3.
 _TJINIT_DECOMPRESS = 1
@@ -31,7 +31,7 @@ _PIXEL_FORMATS = {1: 6, 3: 0, 4: 2}
 
 
 class Region(NamedTuple):
-    """A rectangle of the image at the scale it is decoded at, in pixels; left lies between two MCUs."""
+    """A rectangle of the image in pixels, at the scale it is decoded at. `left` must be at the edge of an MCU."""
 
     top: int
     left: int
@@ -40,7 +40,7 @@ class Region(NamedTuple):
 
 
 class RegionError(ValueError):
-    """The library did not decode this region: the image is damaged, or of a kind that only decodes as a whole."""
+    """The library could not decode a region: the image is damaged, or can only be decoded as a whole."""
 
 
 class _ScalingFactor(ctypes.Structure):
@@ -52,10 +52,10 @@ class _CroppingRegion(ctypes.Structure):
 
 
 class TurboJpeg:
-    """The library; every thread gets a decompressor of its own."""
+    """The library, with one decompressor per thread."""
 
     def __init__(self, path: str) -> None:
-        # ctypes lets go of the interpreter during calls of a CDLL, and keeps it during those of a PyDLL.
+        # ctypes releases the GIL during calls of a CDLL, but not of a PyDLL, whose short calls are cheaper.
         slow, quick = ctypes.CDLL(path), ctypes.PyDLL(path)
         handle, size, pointer, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
         self._init, self._init.argtypes, self._init.restype = quick.tj3Init, (integer,), handle
@@ -79,11 +79,18 @@ class TurboJpeg:
         channels: int,
         factor: int = 1,
     ) -> None:
-        """Decode a region of a JPEG at 1/factor of its scale into out, contiguous (height, width, channels).
+        """Decode a region of a JPEG at 1/factor scale.
 
-        Its height and width, hw, are those that were judged: nothing is allocated for an image of another size.
-        Channels are 1 (luma), 3 (RGB) or 4 (RGB, and one without meaning).
-        Raises RegionError, after the first warning too.
+        Args:
+            content: the JPEG.
+            hw: height and width from its header, which have been checked; an image of another size is refused.
+            region: what to decode.
+            out: contiguous (height, width, channels).
+            channels: 1 (luma), 3 (RGB) or 4 (RGB and an undefined one).
+            factor: reduction of the scale.
+
+        Raises:
+            RegionError: at the first error or warning.
         """
         handle = self._handle()
         source = np.frombuffer(content, np.uint8)  # keeps the address valid
@@ -107,7 +114,7 @@ class TurboJpeg:
                 raise MemoryError("libjpeg-turbo cannot make a decompressor")
             self._check(handle, self._set(handle, _TJPARAM_STOPONWARNING, 1))
             self._local.handle = handle
-            # Not at exit: threads may be decoding then.
+            # Not at exit, when threads may still be decoding.
             weakref.finalize(threading.current_thread(), self._destroy, handle).atexit = False
         return handle
 
@@ -117,15 +124,15 @@ class TurboJpeg:
 
 
 def _address(array: NDArray[np.uint8]) -> int:
-    address: int = array.__array_interface__["data"][0]  # array.ctypes costs more than all else here
+    address: int = array.__array_interface__["data"][0]  # much faster than array.ctypes
     return address
 
 
 @functools.cache
 def find_turbojpeg() -> TurboJpeg | None:
-    """The library of the machine, or None where there is none of version 3.
+    """The system's library, or None if there is none of version 3.
 
-    Raises UserError when the environment names one that cannot be used.
+    Raises UserError if the environment variable names a library that cannot be used.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
     path = ctypes.util.find_library("turbojpeg") if named is None else named
@@ -138,5 +145,5 @@ def find_turbojpeg() -> TurboJpeg | None:
             return None
         raise UserError(
             f"{LIBRARY_VARIABLE} names {path}, which is no libturbojpeg of libjpeg-turbo 3 ({error}): "
-            "name one, or unset the variable"
+            "correct or unset the variable"
         ) from error
