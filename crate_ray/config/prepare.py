@@ -21,7 +21,7 @@ class PrepareConfig(Settings):
     """Local folder or s3://bucket/prefix for the dataset: shards, index and manifest."""
     validation: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Hold out this share of the samples, such as 0.1: they are packed into OUTPUT/validation, all others into
-    OUTPUT/train. A hash of a sample's name and the seed decides, so a sample stays on its side when more are added."""
+    OUTPUT/train. A hash of the sample's name and the seed decides which ones."""
     shards: str = "*.tar"
     """Shards to index or repack: 'train-*.tar', 'train-{00000..00049}.tar', '{train,extra}-*.tar'. Every alternative in
     braces must exist. To index shards elsewhere, which are only read, give their address:

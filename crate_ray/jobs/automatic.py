@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import PurePosixPath
 from typing import Any
@@ -124,6 +124,7 @@ def _packed(
     from crate_ray.data.format.manifest import MANIFEST_NAME
     from crate_ray.data.prepare.packing import pack
     from crate_ray.data.prepare.sources import open_source
+    from crate_ray.data.prepare.validation import PARTS, split_source
 
     parts = {"train": target.under("train")}
     if split or validation is not None:
@@ -136,12 +137,7 @@ def _packed(
         if validation is not None:
             sources["validation"] = open_source(validation)
         elif split and (count := held_out_count(len(source.items))):
-            ranked = sorted(source.items, key=lambda item: hashlib.sha256(item.name.encode()).digest())
-            names = {item.name for item in ranked[:count]}
-            sources = {
-                "train": replace(source, items=[item for item in source.items if item.name not in names]),
-                "validation": replace(source, items=[item for item in source.items if item.name in names]),
-            }
+            sources = dict(zip(PARTS, split_source(source, count, seed=0), strict=True))
         for name, samples in sources.items():
             if not parts[name].exists(MANIFEST_NAME):
                 config = PrepareConfig(output=parts[name].uri, max_side=None if grids else side)

@@ -1,4 +1,4 @@
-"""A packing that is killed and started again makes what an undisturbed one makes, and no two run at a time."""
+"""A killed packing continues to the same bytes as an undisturbed one, and no two run at a time."""
 
 from __future__ import annotations
 

@@ -466,8 +466,8 @@ def test_unsafe_names_are_left_out_and_listed(
 
     left_out = {f"x.tar: {name}" for name, _ in members if name.removesuffix("/x.png").removesuffix(".png") in unsafe}
     packed = pack(source, local(tmp_path / "packed"), PrepareConfig(output="unused"))
-    for told in (dataset.manifest, packed):
-        assert told.num_unsafe == 7 and told.left_out == dict.fromkeys(left_out, "unsafe_name")
+    for described in (dataset.manifest, packed):
+        assert described.num_unsafe == 7 and described.left_out == dict.fromkeys(left_out, "unsafe_name")
     # Manifests from before, and of shards without such members, have no word of them.
     before = {key: value for key, value in manifest.model_dump(mode="json").items() if "unsafe" not in key}
     (tmp_path / "manifest.json").write_text(json.dumps(before))

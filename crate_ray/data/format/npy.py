@@ -1,8 +1,8 @@
-"""Plain `.npy` arrays, read by many threads at once.
+"""Read plain `.npy` arrays from many threads.
 
-NumPy leaves the header of an array to Python's parser, and in some releases of CPython 3.11 and 3.12 (its issue
-106905) threads that parse at the same moment make each other fail with SystemError, however sound the header. So
-headers are parsed here, one at a time and each once, and such a failure is tried again.
+NumPy parses array headers with Python's own parser. In some releases of CPython 3.11 and 3.12 (issue 106905), threads
+that parse at the same time can fail with SystemError on a valid header. So headers are parsed here under a lock,
+cached, and retried after such a failure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _parsing = threading.Lock()
 
 
 class Header(NamedTuple):
-    """What a `.npy` file says of its array, and the byte at which its numbers begin."""
+    """The header of a `.npy` file, and the offset of its data in bytes."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -34,10 +34,10 @@ class Header(NamedTuple):
 
 
 def read_header(content: bytes | memoryview) -> Header:
-    """Header of the `.npy` file that begins with `content`.
+    """The header of the `.npy` file that begins with `content`.
 
     Raises:
-        ValueError: it is no such file, or its header is damaged.
+        ValueError: it is not a `.npy` file, or its header is damaged.
     """
     start = bytes(content[:12])
     if len(start) < 12 or not start.startswith(MAGIC):
@@ -48,10 +48,10 @@ def read_header(content: bytes | memoryview) -> Header:
 
 
 def read(content: bytes | memoryview) -> NDArray[Any]:
-    """The array in a `.npy` file's content, which it keeps alive; read-only.
+    """The array in the content of a `.npy` file: a read-only view of it.
 
     Raises:
-        ValueError: it is no such file, ends too early, or holds pickled objects, which are never read.
+        ValueError: it is not a `.npy` file, is truncated, or holds pickled objects, which are never loaded.
     """
     header = read_header(content)
     if header.dtype.hasobject:
@@ -68,7 +68,7 @@ def content_of(array: NDArray[Any]) -> bytes:
 
 
 def map_file(file: Path | BinaryIO) -> NDArray[Any]:
-    """The array in a `.npy` file, given by its path or opened, memory-mapped and read-only.
+    """Memory-map the array in a `.npy` file, given as a path or an open file; read-only.
 
     Raises:
         ValueError: as `read`.
@@ -100,6 +100,6 @@ def _parse(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
             return shape, fortran, dtype
         except SystemError:
             continue
-        except Exception as error:  # NumPy lets through whatever a damaged header does to Python's parser
+        except Exception as error:  # a damaged header makes Python's parser raise anything
             raise ValueError(str(error)) from None
     raise ValueError("Python's parser fails on its header")

@@ -22,20 +22,14 @@ PARTS = ("train", "validation")
 """Names of the two datasets, which are sub-folders of the output."""
 
 
-def split_source(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """The samples to train on, and about this share of all samples held out: at least one, but not all.
+def split_source(source: Source, count: int, seed: int) -> tuple[Source, Source]:
+    """The samples to train on, and `count` held-out ones: those with the smallest hashes of their name and the seed.
 
-    A hash of a sample's name and the seed decides, so a sample stays on its side when others are added.
-
-    Raises:
-        UserError: there are fewer than two samples.
+    So the split does not depend on the order of the samples, and few samples change sides when others are added.
     """
     items = source.items
-    if len(items) < 2:
-        raise UserError(f"{len(items)} samples cannot be split; a validation set needs at least 2")
     names = (item.name.encode("utf-8", "surrogateescape") for item in items)
     hashes = np.array([xxhash.xxh3_64_intdigest(name, seed=seed % 2**64) for name in names], np.uint64)
-    count = min(max(int((hashes / 2.0**64 < share).sum()), 1), len(items) - 1)
     held_out = set(np.argsort(hashes, kind="stable")[:count].tolist())
     train = [item for number, item in enumerate(items) if number not in held_out]
     validation = [item for number, item in enumerate(items) if number in held_out]
@@ -52,10 +46,14 @@ def pack_split(source: Source, output: Storage, config: PrepareConfig) -> tuple[
         The manifests of train and validation.
 
     Raises:
-        UserError: as `pack`, for either part; or the output itself is a dataset.
+        UserError: as `pack`, for either part; there are fewer than two samples; or the output itself is a dataset.
     """
     assert config.validation is not None
-    sources = split_source(source, config.validation, config.seed)
+    total = len(source.items)
+    if total < 2:
+        raise UserError(f"{total} samples cannot be split; a validation set needs at least 2")
+    count = min(max(round(config.validation * total), 1), total - 1)
+    sources = split_source(source, count, config.seed)
     storages = [output.under(name) for name in PARTS]
     plans = [
         plan_packing(part, storage.uri, config, f"packing {name}")
