@@ -508,7 +508,7 @@ def test_a_baseline_is_measured_beside_the_model(
         assert any(row[1:] == [str(i + 1), str(2 - i), *errors] for row in rows)
     # The baseline's decoder is shallower than its encoder.
     assert structure.encoders["baseline"].undoing is None
-    sentences = [line for line in report.conclusions["structure"] if "in depth or width" in line]
+    sentences = [line for line in report.conclusions["structure"] if "differs from the encoder in depth" in line]
     assert len(sentences) == 1 and sentences[0].startswith("For the baseline ViT-MAE, the inversion")
 
 
