@@ -36,6 +36,7 @@ def node_of(workers: list[psutil.Process]) -> psutil.Process:
     return raylet
 
 
+@pytest.mark.daily
 @pytest.mark.timeout(900)
 def test_an_announced_preemption_a_failed_start_and_a_dead_node(
     digits: str, undisturbed: Undisturbed, tmp_path: Path

@@ -46,6 +46,7 @@ def wait_for_log(job: Job, text: str, timeout: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.daily
 @pytest.mark.timeout(900)
 def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
     digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
@@ -96,6 +97,7 @@ def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
         assert not spool.exists()
 
 
+@pytest.mark.daily
 @pytest.mark.timeout(900)
 def test_a_store_that_fails_during_uploads(
     s3_gateway: S3Gateway,

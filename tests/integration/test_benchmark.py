@@ -113,6 +113,7 @@ def test_a_thousand_million_samples_are_planned_in_little_memory(tmp_path: Path)
     assert found["ours"] > 800 > 10 * found["stock"] and found["uniform"] == pytest.approx(982, abs=4)
 
 
+@pytest.mark.daily
 def test_the_overhead_benchmark_compares_a_job_with_torchrun(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     settings = {

@@ -111,6 +111,7 @@ def train(folder: Path, mixture: dict[str, float], workers: int, steps: int = ST
     return told
 
 
+@pytest.mark.daily
 def test_batches_do_not_depend_on_the_number_of_workers(
     four_workers: None, mixture: dict[str, float], tmp_path: Path
 ) -> None:

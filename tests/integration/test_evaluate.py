@@ -129,6 +129,7 @@ def test_samples_that_cannot_be_decoded_are_left_out_or_stop_the_job(folder: Pat
     assert "of 40 samples of" in refused.stderr and "are unusable" in refused.stderr
 
 
+@pytest.mark.daily
 @pytest.mark.timeout(900)
 def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(
     folder: Path, ray: dict[str, str]

@@ -207,6 +207,7 @@ def test_registry_gate_and_embeddings(cluster: LocalCluster, trained: str, tmp_p
     assert "already holds embeddings of another model" in fail_here("embed", "--model", "s3://runs/spoilt", *other)
 
 
+@pytest.mark.daily
 def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(

@@ -98,6 +98,7 @@ def test_secrets_stay_secret(local_cluster: LocalCluster) -> None:
     assert "already up" in shown
 
 
+@pytest.mark.daily
 @pytest.mark.timeout(900)
 def test_down_leaves_nothing_and_up_finds_the_data(
     local_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch

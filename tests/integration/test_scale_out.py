@@ -119,6 +119,7 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(
     assert another.values[metrics.LOSS][1] < 0.95 * ddp.values[metrics.LOSS][1]
 
 
+@pytest.mark.daily
 @pytest.mark.timeout(900)
 def test_a_node_joins_and_a_node_leaves_while_a_run_trains(
     driver_here: RayCluster, digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

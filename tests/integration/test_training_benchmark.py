@@ -17,6 +17,7 @@ from tests.jobs import ROOT, environment
 ABSENT = ("ray", "mlflow", "boto3", "botocore", "webdataset", "simplejpeg", "sklearn", "pandas", "pyarrow")
 
 
+@pytest.mark.daily
 def test_every_figure_on_a_machine_with_torch_only(tmp_path: Path) -> None:
     # Of the job and the processes that it starts: what is None cannot be found or imported.
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
