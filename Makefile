@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(PY) jobs/demo.py
 
-PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST) --durations=25 -m "not daily" tests/integration tests/faults tests/unit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # Two test processes run side by side. More threads than cores make torch's threads wait for each other.
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.s3_gateway import S3Gateway, running_gateway
 
@@ -22,15 +24,28 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 _S3_FIXTURES = {"s3_gateway", "local_cluster"}
 
 
-@pytest.hookimpl(tryfirst=True)
+class _Scheduling(LoadScopeScheduling):
+    """Keeps the tests of a file in one process, and those of all files of a folder that start Ray: they share it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = Path(nodeid.split("::")[0])
+        return f"{path.parent} with Ray" if _starts_ray(path) else path.as_posix()
+
+
+@cache
+def _starts_ray(path: Path) -> bool:
+    return "pytestmark = pytest.mark.ray" in path.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _Scheduling:
+    return _Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, and those of all files of a folder that start Ray: they share it."""
     for item in items:
         if _S3_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.s3)
-        file = Path(item.nodeid.split("::")[0])
-        group = f"{file.parent} with Ray" if item.get_closest_marker("ray") else file.as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -106,11 +106,12 @@ def summary(result: Classification) -> list[Text]:
         Text(f"linear probe, {result.test_samples:,} held-out images, {result.num_classes} classes, 95 % intervals"),
         Text(),
     ]
+    width = max(len(scores.title) for scores in result.encoders.values()) + 2
     for name, scores in result.encoders.items():
         accuracy = scores.standard.linear.interval
         numbers = f"{accuracy.value:6.1%}  [{accuracy.low:.1%}, {accuracy.high:.1%}]"
         bar = "█" * round(_BAR * accuracy.value)
-        lines.append(Text(f"{scores.title:<22}{numbers}  {bar}", style="green" if name == "trained" else ""))
+        lines.append(Text(f"{scores.title:<{width}}{numbers}  {bar}", style="green" if name == "trained" else ""))
     return lines
 
 

@@ -25,6 +25,7 @@ from crate_ray.storage.local import LocalStorage
 from tests.jobs import environment, job
 
 
+@pytest.mark.daily
 def test_every_figure_of_both_loaders(tmp_path: Path) -> None:
     shapes, file = tmp_path / "shapes", tmp_path / "figures.json"
     manifest = pack(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.jobs import RayCluster, call, environment
 
 DEMO = """
@@ -14,6 +16,8 @@ from crate_ray.config import PretrainConfig
 from crate_ray.jobs.demo import main
 main(parse_config(PretrainConfig, ["--config", "demo.yaml", *sys.argv[1:]]), num_samples=200)
 """
+pytestmark = pytest.mark.ray
+
 SETTINGS = ["--training.steps", "4", "--scaling.workers", "1", "--model.dim", "32", "--training.batch_size", "16"]
 
 
@@ -31,7 +35,8 @@ def test_demo_packs_trains_and_ends_with_the_result(tmp_path: Path, small_ray: R
     assert "shapes-train: 160 images, 32×32, 6 classes" in said
     result = said[said.index("Which shape") :].splitlines()
     assert "40 held-out images" in result[1]
-    assert [line.split("  ")[0] for line in result[3:6]] == ["trained CRATE-MAE", "untrained CRATE-MAE", "raw pixels"]
+    encoders = ["trained CRATE-MAE", "untrained CRATE-MAE", "raw pixels averaged to 16 × 16"]
+    assert [line.split("  ")[0] for line in result[3:6]] == encoders
     report = tmp_path / "demo" / "runs" / "shapes" / "evaluation" / "report.html"
     assert any(line.split() == ["report", str(report)] for line in result) and report.stat().st_size > 100_000
 

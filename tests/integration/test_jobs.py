@@ -298,7 +298,7 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
     assert "credentials" in message
     assert secret not in message
 
-    assert "holds no checkpoint" in fail_here("register", "register", "--run", "s3://runs/empty")
+    assert "holds neither a run nor an exported model" in fail_here("register", "--run", "s3://runs/empty")
     probe = ["--probe.train", "s3://data/nothing", "--probe.test", "s3://data/digits-test"]
     assert "no manifest at s3://data/nothing" in fail_here("register", "promote", "--version", "1", *probe)
     embed = ["--data", "s3://data/digits-test", "--output", "s3://runs/e2"]

@@ -126,7 +126,9 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-@pytest.mark.parametrize(("workers", "strategy"), [(2, "ddp"), (3, "ddp"), (3, "fsdp")])
+@pytest.mark.parametrize(
+    ("workers", "strategy"), [pytest.param(2, "ddp", marks=pytest.mark.daily), (3, "ddp"), (3, "fsdp")]
+)
 def test_resumed_on_the_same_number_of_workers_a_run_ends_bitwise_the_same(
     workers: int, strategy: Literal["ddp", "fsdp"], tmp_path: Path
 ) -> None:
@@ -149,7 +151,9 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=pytest.mark.daily) if "workers" in p and "fsdp" not in p else p for p in PATHS]
+)
 def test_a_run_whose_workers_change_ends_as_one_worker_alone(path: str, tmp_path: Path) -> None:
     """In float64, where another order of summation is far below what a wrong weight or a lost moment would change."""
     decoder_maps, phases = PATHS[path]
