@@ -93,3 +93,12 @@ def test_error_messages_in_troubleshooting_are_those_of_the_code() -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_metrics_named_in_the_docs_exist() -> None:
+    source = (ROOT / "crate_ray/runs/metrics.py").read_text()
+    pages = [ROOT / "CHANGELOG.md", *PAGES]
+    names = {n for page in pages for n in re.findall(r"`((?:train|train_\w+|validation|validation_\w+)/\w+)", page.read_text())}
+    assert "train/loss" in names
+    for name in names:
+        assert f'"{name}' in source, name
