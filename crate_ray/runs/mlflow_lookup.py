@@ -99,10 +99,13 @@ def download_registered(uri: str, names: tuple[str, ...], folder: Path, tracking
         UserError: there is no such model, or it lacks one of the files.
     """
     open_client(tracking)
+    import mlflow
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
     where = tracking_uri(tracking)
+    # MLflow (3.17) resolves an alias in the store that is set globally, whatever addresses it is given below.
+    mlflow.set_tracking_uri(where)
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         try:
             found = Path(download_artifacts(uri, dst_path=temporary, tracking_uri=where, registry_uri=where))

@@ -446,7 +446,7 @@ class Campaign:
         """MLflow has everything; where it did not come back during the run, once the same job is started again."""
         assert it.tracking
         if it.first in FOR_EVER:
-            told = "the rest waits in" in it.job.log
+            told = "the rest is in" in it.job.log
             assert told or it.first not in it.faults, "nothing was said of what MLflow did not take"
             it.tracking.clear()
             it.command += ["--tracking.deliver_seconds", "120"]

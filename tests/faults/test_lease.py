@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -27,7 +27,6 @@ from crate_ray.runs.pretraining import open_run, start_from
 from crate_ray.storage.interface import AlreadyExists, NotFound, Replaced, Storage, open_storage
 from crate_ray.storage.lease import Lease
 from crate_ray.tracking.pretraining import track
-from tests.jobs import ROOT
 
 KEY = "run/driver.lease"
 SECONDS = 3.0
@@ -175,7 +174,7 @@ def test_a_refused_driver_leaves_the_run_and_its_spool_alone(
         config = PretrainConfig.model_validate(values | {"model": encoder, "init_from": str(tmp_path / "model")})
     else:
         config = FinetuneConfig.model_validate(values | {"model": str(tmp_path / "model")})
-    main = runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["main"]
+    main = importlib.import_module(f"crate_ray.jobs.{job}").main
     with driver_lease(config) as ours:
         if isinstance(config, PretrainConfig):
             run = start_from(open_run(config), lambda reference: model.state_dict())

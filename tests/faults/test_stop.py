@@ -69,7 +69,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_resumes(
     finish(last)
     assert final_weights(run) == undisturbed.weights(2)
     spool = tmp_path / "cache" / "crate-ray" / json.loads(run.read("run.json"))["run_key"]
-    assert last.log.count(f"the rest waits in {spool}") == 4
+    assert last.log.count(f"the rest is in {spool}") == 4
     events = [json.loads(line) for line in (spool / "events.jsonl").read_text().splitlines()]
     measured = [(event["step"], event["values"]) for event in events if event["kind"] == "metrics"]
     skipped = {step: values[SKIPPED_STEPS] for step, values in measured if values.get(SKIPPED_STEPS)}

@@ -98,7 +98,11 @@ def test_readme_is_short() -> None:
 def test_metrics_named_in_the_docs_exist() -> None:
     source = (ROOT / "crate_ray/runs/metrics.py").read_text()
     pages = [ROOT / "CHANGELOG.md", *PAGES]
-    names = {n for page in pages for n in re.findall(r"`((?:train|train_\w+|validation|validation_\w+)/\w+)", page.read_text())}
+    names = {
+        n
+        for page in pages
+        for n in re.findall(r"`((?:train|train_\w+|validation|validation_\w+)/\w+)", page.read_text())
+    }
     assert "train/loss" in names
     for name in names:
         assert f'"{name}' in source, name
