@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
+from mlflow import MlflowClient
 from torch import Tensor
 
 from crate_ray.config import PrepareConfig, PretrainConfig
@@ -22,6 +24,7 @@ from crate_ray.runs.commits import DamagedCheckpoint
 from crate_ray.runs.initial_weights import INITIAL_WEIGHTS, fetch_initial_weights
 from crate_ray.runs.pretraining import Run, open_run, start_from
 from crate_ray.runs.record import read_record, write_record
+from crate_ray.runs.references import load
 from crate_ray.storage.local import LocalStorage
 from crate_ray.tracking.registry import register
 from crate_ray.tracking.run_tracker import RunTracker
@@ -97,6 +100,9 @@ def test_a_registered_model(data: str, earlier: dict[int, Trainer], tmp_path: Pa
     assert tracker.finish("FINISHED")
     register(run.uri, "crate-mae", config.tracking, config.s3)
     assert same(started(config, new, tmp_path / "fetched"), earlier[4].model)
+    MlflowClient(config.tracking.uri).set_registered_model_alias("crate-mae", "best", "1")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")  # left by another job of this process
+    assert same(load("models:/crate-mae@best", config.tracking, config.s3)[0], earlier[4].model)
     missing, new = new_run(data, tmp_path, "models:/crate-mae@champion")
     with pytest.raises(UserError, match=r"cannot load models:/crate-mae@champion: .*champion"):
         started(missing, new, tmp_path / "other")
