@@ -15,8 +15,8 @@ class PrepareConfig(Settings):
 
     source: str | None = None
     """What to pack: a folder or s3://bucket/prefix of images or .npy grids (class folders optional), or of .tar shards
-    to repack; or a built-in set: 'digits' (scikit-learn's, 8×8, 1 channel) or 'shapes' (procedural, with masks). If not
-    set, the shards under output are indexed in place."""
+    to repack; or a built-in set: 'digits' (scikit-learn's, 8×8, 1 channel), 'shapes' (procedural, with masks) or
+    'plain-shapes' (the same without textures and clutter). If not set, the shards under output are indexed in place."""
     output: str
     """Local folder or s3://bucket/prefix for the dataset: shards, index and manifest."""
     validation: Annotated[float | None, Field(gt=0, lt=1)] = None
@@ -29,9 +29,9 @@ class PrepareConfig(Settings):
     split: Literal["all", "train", "test"] = "all"
     """Part of a built-in set: all samples, the fixed 80 % for training, or the other 20 % for testing."""
     num_samples: PositiveInt = 2000
-    """Number of samples of the 'shapes' set, both splits together."""
+    """Number of samples of a set of shapes, both splits together."""
     image_size: PositiveInt = 64
-    """Side of the images of the 'shapes' set, in pixels."""
+    """Side of the images of a set of shapes, in pixels."""
     shard_bytes: Advanced[PositiveInt] = 256 * 2**20
     """Close a shard when it reaches this many bytes, at a multiple of 16 samples."""
     shard_samples: Advanced[PositiveInt] = 10_000
@@ -39,7 +39,7 @@ class PrepareConfig(Settings):
     shuffle: Advanced[bool] = True
     """Pack the samples in random order, fixed by seed, so that neighbours in a shard are unrelated."""
     seed: Advanced[int] = 0
-    """Seed of the packing order, of the validation samples, and of the 'shapes' set."""
+    """Seed of the packing order, of the validation samples, and of a set of shapes."""
     max_side: Annotated[PositiveInt | None, Field(validation_alias=AliasChoices("max_side", "max-side"))] = None
     """Re-encode images whose shortest side exceeds this many pixels, so that it has this length (antialiased, upright,
     without metadata), together with their mask.png. Smaller images are stored unchanged. Not set: no image is

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _NUM_SAMPLES = 12_000  # 9,600 for training, 2,400 held out
 _DATA_SEED = 1  # the settings in demo.yaml were chosen on the samples of seed 0
-_QUESTION = "Which shape is the largest?"
+_QUESTION = "Which shape is it?"
 _BAR = 40  # characters for 100 %
 _PICTURES = 3
 _TITLES = ("held-out image", "what it saw", "prediction", "attention")
@@ -82,7 +82,7 @@ def main(config: PretrainConfig, num_samples: int = _NUM_SAMPLES) -> None:
 
 def _pack(config: PretrainConfig, uri: str, split: Literal["train", "test"], num_samples: int) -> None:
     from crate_ray.data.format.manifest import MANIFEST_NAME
-    from crate_ray.data.prepare.builtin import shapes_source
+    from crate_ray.data.prepare.builtin import plain_shapes_source
     from crate_ray.data.prepare.packing import pack
     from crate_ray.storage.interface import open_storage
 
@@ -94,7 +94,7 @@ def _pack(config: PretrainConfig, uri: str, split: Literal["train", "test"], num
         raise UserError(
             f"shapes are square colour images, but the model takes {config.model.channels} × {height} × {width}"
         )
-    source = shapes_source(split, num_samples, height, _DATA_SEED)
+    source = plain_shapes_source(split, num_samples, height, _DATA_SEED)
     manifest = pack(source, storage, PrepareConfig(output=uri, seed=_DATA_SEED))
     print(f"{storage.uri}: {manifest.num_samples:,} images, {height}×{width}, {manifest.num_classes} classes")
 

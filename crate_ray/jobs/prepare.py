@@ -65,7 +65,7 @@ def _refuse_without_source(config: PrepareConfig) -> None:
 
 def find_source(config: PrepareConfig, output_uri: str) -> Source:
     """The built-in dataset or the folder that config.source names."""
-    from crate_ray.data.prepare.builtin import digits_source, shapes_source
+    from crate_ray.data.prepare.builtin import digits_source, plain_shapes_source, shapes_source
     from crate_ray.data.prepare.sources import is_address, open_source
     from crate_ray.storage.interface import open_storage
 
@@ -76,12 +76,13 @@ def find_source(config: PrepareConfig, output_uri: str) -> Source:
         )
     if config.source == "digits":
         return digits_source(config.split)
-    if config.source == "shapes":
-        return shapes_source(config.split, config.num_samples, config.image_size, config.seed)
+    if config.source in ("shapes", "plain-shapes"):
+        generate = shapes_source if config.source == "shapes" else plain_shapes_source
+        return generate(config.split, config.num_samples, config.image_size, config.seed)
     if config.split != "all":
         raise UserError(
-            f"split {config.split!r} is for the built-in sets 'digits' and 'shapes'; to split your own samples, use "
-            "--validation 0.1"
+            f"split {config.split!r} is for the built-in sets 'digits', 'shapes' and 'plain-shapes'; to split your own "
+            "samples, use --validation 0.1"
         )
     if is_address(config.shards):
         raise UserError(f"shards is the address {config.shards}; together with --source, give names within the source")

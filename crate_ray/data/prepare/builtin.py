@@ -1,6 +1,6 @@
-"""Datasets that need no download: scikit-learn's digits, and 'shapes', procedural images with foreground masks.
+"""Datasets that need no download: scikit-learn's digits, and procedural shapes with foreground masks.
 
-Both have a fixed 80/20 split: every fifth digit of a class, and every fifth of the shapes, is a test sample.
+All have a fixed 80/20 split: every fifth digit of a class, and every fifth image of shapes, is a test sample.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Float = NDArray[np.float64]
 
 _DIGIT_BYTES = 123  # approximate size of a PNG
 _SHAPES_BYTES_PER_PIXEL = 1.1  # approximate, of a JPEG
+_PLAIN_BYTES_PER_PIXEL = 0.7  # approximate, of a PNG
 
 SHAPE_CLASSES = ("disc", "ring", "square", "triangle", "star", "cross")
 
@@ -92,8 +93,7 @@ def draw_shapes(seed: int, number: int, image_size: int) -> tuple[NDArray[np.uin
         Pixels (S, S, 3); mask (S, S), 0 or 255; number of the class in SHAPE_CLASSES.
     """
     random = np.random.Generator(np.random.Philox(key=[seed % 2**64, number]))
-    axis = (np.arange(image_size) + 0.5) / image_size * 2 - 1
-    x, y = np.meshgrid(axis, axis)
+    x, y = _grid(image_size)
     picture = _texture(random, x, y)
     mask = np.zeros((image_size, image_size))
 
@@ -106,10 +106,7 @@ def draw_shapes(seed: int, number: int, image_size: int) -> tuple[NDArray[np.uin
         reach = max(0.0, 0.95 - radius)
         centre_x, centre_y = random.uniform(-reach, reach, 2)
         turn = random.uniform(0, 2 * np.pi)
-        u = (np.cos(turn) * (x - centre_x) + np.sin(turn) * (y - centre_y)) / radius
-        v = (-np.sin(turn) * (x - centre_x) + np.cos(turn) * (y - centre_y)) / radius
-        distance = _SHAPE_DISTANCE[SHAPE_CLASSES[label]](u, v) * radius
-        coverage = np.clip(0.5 - distance * image_size / 2, 0, 1)  # antialiased over one pixel
+        u, v, coverage = _shape(label, x, y, centre_x, centre_y, turn, radius)
         inside = _contrasting(random, x, y, picture, coverage)
         inside = inside * (1.12 - 0.35 * np.clip((u + v) / 2 + 0.3, 0, 1))[..., None]  # light from one side
         picture = picture + coverage[..., None] * (inside - picture)
@@ -127,6 +124,70 @@ def _shapes_members(seed: int, number: int, image_size: int) -> dict[str, bytes]
         "mask.png": _encode(mask, "PNG"),
         "cls": str(label).encode(),
     }
+
+
+def plain_shapes_source(split: Split, num_samples: int, image_size: int, seed: int) -> Source:
+    """Procedural images of one shape on a background, both in smooth colours: PNGs with masks.
+
+    The shape is nearly upright; its place, size and colours are random. `cls` is the shape; `mask.png` is 255 on it,
+    else 0. The arguments and the split are those of `shapes_source`.
+    """
+    numbers = [number for number in range(num_samples) if _in_split(number, split)]
+    size = size_in_tar(round(_PLAIN_BYTES_PER_PIXEL * image_size**2), image_size**2 // 20, 1)
+    version = f"seed {seed}, {image_size} pixels"
+    items = [
+        Item(f"plain-shapes {number}", partial(_plain_shape_members, seed, number, image_size), size, version)
+        for number in numbers
+    ]
+    return Source(items, SHAPE_CLASSES)
+
+
+def draw_plain_shape(seed: int, number: int, image_size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
+    """One image of the 'plain-shapes' set, as `draw_shapes` returns it."""
+    random = np.random.Generator(np.random.Philox(key=[seed % 2**64, number]))
+    x, y = _grid(image_size)
+    background, inside = _slope(random, x, y), _slope(random, x, y)
+    while np.abs((inside - background).mean((0, 1))).sum() < 0.45:
+        inside = _slope(random, x, y)
+    label = int(random.integers(len(SHAPE_CLASSES)))
+    radius = random.uniform(0.45, 0.8)  # 1 is half the image
+    reach = 0.95 - radius
+    centre_x, centre_y = random.uniform(-reach, reach, 2)
+    _, _, coverage = _shape(label, x, y, centre_x, centre_y, random.uniform(-np.pi / 12, np.pi / 12), radius)
+    picture = background + coverage[..., None] * (inside - background)
+    pixels = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    return pixels, np.where(coverage > 0.5, 255, 0).astype(np.uint8), label
+
+
+def _plain_shape_members(seed: int, number: int, image_size: int) -> dict[str, bytes]:
+    pixels, mask, label = draw_plain_shape(seed, number, image_size)
+    return {"png": _encode(pixels, "PNG"), "mask.png": _encode(mask, "PNG"), "cls": str(label).encode()}
+
+
+def _grid(image_size: int) -> tuple[Float, Float]:
+    """Coordinates x and y of the pixels' centres, (S, S) each, from -1 to 1."""
+    axis = (np.arange(image_size) + 0.5) / image_size * 2 - 1
+    x, y = np.meshgrid(axis, axis)
+    return x, y
+
+
+def _shape(
+    label: int, x: Float, y: Float, centre_x: float, centre_y: float, turn: float, radius: float
+) -> tuple[Float, Float, Float]:
+    """The shape's own coordinates u and v, and the share of each pixel that it covers, (S, S) each."""
+    u = (np.cos(turn) * (x - centre_x) + np.sin(turn) * (y - centre_y)) / radius
+    v = (-np.sin(turn) * (x - centre_x) + np.cos(turn) * (y - centre_y)) / radius
+    distance = _SHAPE_DISTANCE[SHAPE_CLASSES[label]](u, v) * radius
+    return u, v, np.clip(0.5 - distance * len(x) / 2, 0, 1)  # antialiased over one pixel
+
+
+def _slope(random: np.random.Generator, x: Float, y: Float) -> Float:
+    """(S, S, 3) smooth transition in 0..1 between two similar colours."""
+    first = random.uniform(0.05, 0.95, 3)
+    second = np.clip(first + random.uniform(-0.25, 0.25, 3), 0, 1)
+    turn = random.uniform(0, np.pi)
+    along = np.cos(turn) * x + np.sin(turn) * y + random.uniform(-0.5, 0.5)
+    return first + (0.5 + 0.5 * np.clip(along, -1, 1))[..., None] * (second - first)
 
 
 def _contrasting(random: np.random.Generator, x: Float, y: Float, behind: Float, coverage: Float) -> Float:
