@@ -116,7 +116,7 @@ def test_a_second_process_is_refused_and_takes_over_after_a_kill(storage: Storag
                 lease(storage, seconds),
             ):
                 pass
-            assert time.monotonic() - begun < SECONDS
+            assert time.monotonic() - begun < SECONDS * 2
         process.send_signal(signal.SIGKILL)
         process.wait(10)
         begun = time.monotonic()
@@ -127,7 +127,7 @@ def test_a_second_process_is_refused_and_takes_over_after_a_kill(storage: Storag
             storage.read(KEY)
         begun = time.monotonic()
         with lease(storage):  # it was released, so nobody waits
-            assert time.monotonic() - begun < SECONDS / 2
+            assert time.monotonic() - begun < SECONDS
     finally:
         process.kill()
 

@@ -15,12 +15,14 @@ import boto3
 import pytest
 
 from crate_ray.config import PrepareConfig, S3Config
+from crate_ray.data.prepare.build import LEASE_NAME
 from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.data.prepare.sources import open_source
 from crate_ray.data.prepare.validation import pack_split
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import Storage, open_storage
+from crate_ray.storage.lease import Lease
 from tests.jobs import ROOT, environment, job
 
 LEASE = 6.0
@@ -130,13 +132,16 @@ def test_killed_packing_with_validation_goes_on(tmp_path: Path) -> None:
         killed = prepare(output, tmp_path, **settings)
         try:
             wait_for_records(output.under(part), 1, killed)
-            killed.send_signal(signal.SIGSTOP)  # otherwise it may finish while this process looks
-            with pytest.raises(UserError, match=rf"^the output \S+ is in use by process {killed.pid} on "):
-                pack_split(source, output, PrepareConfig(**settings, output=output.uri, lease_seconds=LEASE))
+            killed.send_signal(signal.SIGSTOP)  # otherwise it may finish before the kill
             killed.send_signal(signal.SIGKILL)
             assert killed.wait(30) == -signal.SIGKILL, "it was still at work"
         finally:
             killed.kill()
+    with (
+        Lease(output, LEASE_NAME, f"the output {output.uri}", lease_seconds=LEASE),
+        pytest.raises(UserError, match=r"^the output \S+ is in use by process "),
+    ):
+        pack_split(source, output, PrepareConfig(**settings, output=output.uri, lease_seconds=LEASE))
     last = prepare(output, tmp_path, **settings)
     printed, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors
