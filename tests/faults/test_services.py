@@ -73,7 +73,7 @@ def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
     finally:
         end(job)
     assert re.search(
-        r"^error: rank \d cannot go on: .*File too large.*; mend that and start the run again", job.log, re.M
+        r"^error: rank \d cannot continue: .*File too large.*; fix that and run the same command again", job.log, re.M
     )
     assert committed <= newest_commit(run) < STEPS
     # MLflow was not there at all, which stopped nothing.
