@@ -32,7 +32,7 @@ def test_demo_packs_trains_and_ends_with_the_result(tmp_path: Path, small_ray: R
         return done.stdout
 
     said = demo(small_ray.address)
-    assert "shapes-train: 160 images, 32×32, 6 classes" in said
+    assert "shapes-train: 160 images, 48×48, 6 classes" in said
     result = said[said.index("Which shape") :].splitlines()
     assert "40 held-out images" in result[1]
     encoders = ["trained CRATE-MAE", "untrained CRATE-MAE", "raw pixels averaged to 16 × 16"]
