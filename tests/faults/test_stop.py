@@ -68,7 +68,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_resumes(
     last = start(command, tmp_path, cluster)
     finish(last)
     assert final_weights(run) == undisturbed.weights(2)
-    spool = tmp_path / "cache" / "crate-ray" / json.loads(run.read("run.json"))["run_key"]
+    spool = tmp_path / "cache" / "crate-ray" / "spool" / json.loads(run.read("run.json"))["run_key"]
     assert last.log.count(f"the rest is in {spool}") == 4
     events = [json.loads(line) for line in (spool / "events.jsonl").read_text().splitlines()]
     measured = [(event["step"], event["values"]) for event in events if event["kind"] == "metrics"]
