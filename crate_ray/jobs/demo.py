@@ -62,7 +62,7 @@ def main(config: PretrainConfig, num_samples: int = _NUM_SAMPLES) -> None:
         tracking=config.tracking,
         s3=config.s3,
     )
-    done = run_evaluation(evaluation, lambda what: out.print(f"measuring {what}", highlight=False))
+    done = run_evaluation(evaluation, lambda text: out.print(text, highlight=False))
     assert done.report.classification is not None
     side = next((side for side in _PICTURE_SIDES if len(_TITLES) * (side + 1) <= out.width), None)
     if out.is_terminal and side:
