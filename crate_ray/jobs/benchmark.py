@@ -6,6 +6,7 @@ Each command imports what it measures when it runs, so training can be measured 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,8 +37,7 @@ def data(config: BenchmarkDataConfig) -> None:
 
     _check_writable(config.json_file)
     report = compare(config)
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    _write_json(config.json_file, report)
 
     machine = report["machine"]
     turbo = "with" if machine["libjpeg_turbo_3"] else "without"
@@ -88,8 +88,7 @@ def order(config: BenchmarkOrderConfig) -> None:
 
     _check_writable(config.json_file)
     report = measure_order(config)
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    _write_json(config.json_file, report)
     planning, mixing = report["planning"], report["distinct_classes"]
     samples = config.num_shards * config.shard_samples
     table = Table(title=f"{samples:,} samples in {config.num_shards:,} shards", show_header=False)
@@ -115,8 +114,7 @@ def train(config: BenchmarkTrainConfig) -> None:
 
     _check_writable(config.json_file)
     report = compare_training(config)
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    _write_json(config.json_file, report)
     machine, settings = report["machine"], report["settings"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     peaks = ", ".join(f"{rate / 1e12:,.2f} TFLOP/s in {name}" for name, rate in report["peak_flops"].items())
@@ -166,8 +164,7 @@ def overhead(config: BenchmarkOverheadConfig) -> None:
 
     _check_writable(config.json_file)
     report = measure(config)
-    if config.json_file:
-        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    _write_json(config.json_file, report)
     seconds = report["step_seconds"]
     table = Table(
         title=f"{config.workers} workers, batches of {config.batch_size}: {seconds['ray_train']:.3f} s a step as a "
@@ -198,10 +195,8 @@ def scaling(config: BenchmarkScalingConfig) -> None:
     _check_writable(config.json_file)
     parameters = count_parameters(config.model)
     found = {s: [estimate(s, parameters, n, config) for n in config.gpus] for s in ("ddp", "fsdp")}
-    if config.json_file:
-        figures = {s: [vars(e) | {"efficiency": e.efficiency} for e in estimates] for s, estimates in found.items()}
-        report = {"parameters": parameters, **figures}
-        Path(config.json_file).write_text(json.dumps(report, indent=2) + "\n")
+    figures = {s: [vars(e) | {"efficiency": e.efficiency} for e in estimates] for s, estimates in found.items()}
+    _write_json(config.json_file, {"parameters": parameters, **figures})
     table = Table(
         title=f"Estimate: {parameters / 1e6:.1f} M parameters, batches of {config.batch_size}",
         caption="ring collectives; computation at mfu of the peak; not a measurement",
@@ -218,6 +213,11 @@ def scaling(config: BenchmarkScalingConfig) -> None:
             shown += [f"{one.exposed_seconds * 1e3:,.2f} ms", f"{one.efficiency:.0%}"]
         table.add_row(str(ddp.gpus), *shown)
     console().print(table)
+
+
+def _write_json(json_file: str | None, report: Mapping[str, Any]) -> None:
+    if json_file:
+        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _check_writable(json_file: str | None) -> None:

@@ -41,8 +41,10 @@ def main(config: PretrainConfig, num_samples: int = _NUM_SAMPLES) -> None:
     """
     from crate_ray.data.format.dataset import load_dataset
     from crate_ray.evaluation.job import run_evaluation
-    from crate_ray.jobs.pretrain import main as pretrain
+    from crate_ray.jobs.training import train_and_publish
+    from crate_ray.runs.pretraining import open_pretraining
     from crate_ray.storage.interface import open_storage
+    from crate_ray.training.pretraining import PretrainTask
 
     train, held_out = config.data.train, config.data.validation
     if not isinstance(train, str) or held_out is None:
@@ -50,7 +52,7 @@ def main(config: PretrainConfig, num_samples: int = _NUM_SAMPLES) -> None:
     out = console()
     _pack(config, train, "train", num_samples)
     _pack(config, held_out, "test", num_samples)
-    pretrain(config)
+    train_and_publish(config, PretrainTask, open_pretraining, show_next=False)
     folder = f"{config.storage}/{config.name}"
     evaluation = EvaluateConfig(
         model=folder,

@@ -13,21 +13,11 @@ from crate_ray.config import PretrainConfig
 
 def main(config: PretrainConfig) -> None:
     """Start or resume the run, and publish its model in the run's folder and in MLflow."""
-    from crate_ray.jobs.next_commands import next_commands
+    from crate_ray.jobs.training import train_and_publish
     from crate_ray.runs.pretraining import open_pretraining
-    from crate_ray.tracking.pretraining import publish
-    from crate_ray.training.lifecycle import run_training
     from crate_ray.training.pretraining import PretrainTask
 
-    finished = run_training(config, PretrainTask, open_pretraining, publish)
-    run = finished.run
-    if finished.result is None:
-        print(f"run {config.name!r} is already finished: step {run.first_step} of {run.total_steps}")
-        return
-    print(f"model      {finished.result}")
-    print(f"MLflow run {finished.mlflow_run}")
-    for command in next_commands(config):
-        print(f"next       {command}")
+    train_and_publish(config, PretrainTask, open_pretraining)
 
 
 def choose_settings(values: dict[str, Any], path: str) -> dict[str, Any]:

@@ -104,11 +104,11 @@ def download_registered(uri: str, names: tuple[str, ...], folder: Path, tracking
     from mlflow.exceptions import MlflowException
 
     where = tracking_uri(tracking)
-    # MLflow (3.17) resolves an alias in the store that is set globally, whatever addresses it is given below.
+    # MLflow (3.17) resolves an alias in the store that is set globally, even if registry_uri names another one.
     mlflow.set_tracking_uri(where)
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         try:
-            found = Path(download_artifacts(uri, dst_path=temporary, tracking_uri=where, registry_uri=where))
+            found = Path(download_artifacts(uri, dst_path=temporary))
         except MlflowException as error:
             raise UserError(f"MLflow at {redact(where)} cannot load {uri}: {first_line(error)}") from None
         for name in names:

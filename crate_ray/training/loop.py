@@ -35,25 +35,19 @@ from crate_ray.training.worker import StartFacts, Worker
 _FIRST_STEPS = 2  # the first one warms up, the second one tells how long steps take
 
 
-def train(
-    task_class: type[Task],
-    config: PretrainConfig | FinetuneConfig,
-    record: RunRecord,
-    total_steps: int,
-    worker: Worker,
-) -> None:
-    """Train one worker's share of a run, from its newest checkpoint to its last step. A collective call.
-
-    Raises UserError for mistakes in the settings or the data.
-    """
-    loop = TrainingLoop(task_class, config, record, total_steps, worker)
-    loop.resume()
-    loop.run()
-    loop.finish()
-
-
 class TrainingLoop:
-    """One worker's share of a run. The arguments are those of `train`."""
+    """Trains one worker's share of a run, from its newest checkpoint to its last step. All calls are collective.
+
+    Args:
+        task_class: what is trained.
+        config: settings of the run.
+        record: the run's record.
+        total_steps: steps of the whole run.
+        worker: this process among the workers.
+
+    Raises:
+        UserError: the data changed since the run was opened. Calls raise it for other mistakes in settings or data.
+    """
 
     def __init__(
         self,
@@ -102,6 +96,12 @@ class TrainingLoop:
         )
         self.reported_bad: dict[str, set[str]] = {"training": set(), "validation": set()}
         self.bad_validation: dict[str, str] = {}
+
+    def train(self) -> None:
+        """Resume, make the remaining steps, finish."""
+        self.resume()
+        self.run()
+        self.finish()
 
     # --- Resume -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from crate_ray.config import PretrainConfig, TrackingConfig
-from crate_ray.jobs.next_commands import next_commands
+from crate_ray.jobs.training import next_commands
 from crate_ray.quiet import quiet_driver
 from crate_ray.runs import metrics
 from crate_ray.training.display import ProgressDisplay, duration, loss_curve

@@ -76,14 +76,7 @@ def shapes_source(split: Split, num_samples: int, image_size: int, seed: int) ->
         image_size: side of the images in pixels.
         seed: seed of the set.
     """
-    numbers = [number for number in range(num_samples) if _in_split(number, split)]
-    size = size_in_tar(round(_SHAPES_BYTES_PER_PIXEL * image_size**2), image_size**2 // 20, 1)
-    version = f"seed {seed}, {image_size} pixels"
-    items = [
-        Item(f"shapes {number}", partial(_shapes_members, seed, number, image_size), size, version)
-        for number in numbers
-    ]
-    return Source(items, SHAPE_CLASSES)
+    return _drawn("shapes", _shapes_members, _SHAPES_BYTES_PER_PIXEL, split, num_samples, image_size, seed)
 
 
 def draw_shapes(seed: int, number: int, image_size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
@@ -132,14 +125,8 @@ def plain_shapes_source(split: Split, num_samples: int, image_size: int, seed: i
     The shape is nearly upright; its place, size and colours are random. `cls` is the shape; `mask.png` is 255 on it,
     else 0. The arguments and the split are those of `shapes_source`.
     """
-    numbers = [number for number in range(num_samples) if _in_split(number, split)]
-    size = size_in_tar(round(_PLAIN_BYTES_PER_PIXEL * image_size**2), image_size**2 // 20, 1)
-    version = f"seed {seed}, {image_size} pixels"
-    items = [
-        Item(f"plain-shapes {number}", partial(_plain_shape_members, seed, number, image_size), size, version)
-        for number in numbers
-    ]
-    return Source(items, SHAPE_CLASSES)
+    name = "plain-shapes"
+    return _drawn(name, _plain_shape_members, _PLAIN_BYTES_PER_PIXEL, split, num_samples, image_size, seed)
 
 
 def draw_plain_shape(seed: int, number: int, image_size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
@@ -162,6 +149,26 @@ def draw_plain_shape(seed: int, number: int, image_size: int) -> tuple[NDArray[n
 def _plain_shape_members(seed: int, number: int, image_size: int) -> dict[str, bytes]:
     pixels, mask, label = draw_plain_shape(seed, number, image_size)
     return {"png": _encode(pixels, "PNG"), "mask.png": _encode(mask, "PNG"), "cls": str(label).encode()}
+
+
+def _drawn(
+    name: str,
+    members: Callable[[int, int, int], dict[str, bytes]],
+    bytes_per_pixel: float,
+    split: Split,
+    num_samples: int,
+    image_size: int,
+    seed: int,
+) -> Source:
+    """A procedural set: `members` draws a sample from the seed, its number and the image size."""
+    size = size_in_tar(round(bytes_per_pixel * image_size**2), image_size**2 // 20, 1)
+    version = f"seed {seed}, {image_size} pixels"
+    items = [
+        Item(f"{name} {number}", partial(members, seed, number, image_size), size, version)
+        for number in range(num_samples)
+        if _in_split(number, split)
+    ]
+    return Source(items, SHAPE_CLASSES)
 
 
 def _grid(image_size: int) -> tuple[Float, Float]:

@@ -18,7 +18,7 @@ from crate_ray.storage.interface import open_storage
 from crate_ray.storage.node_folders import process_folder
 from crate_ray.training.checkpoints import Peers, WorkerCheckpoints
 from crate_ray.training.control import WorkerControl, heartbeat_seconds
-from crate_ray.training.loop import train
+from crate_ray.training.loop import TrainingLoop
 from crate_ray.training.ray.reporter import RayReporter
 from crate_ray.training.task import Task
 from crate_ray.training.worker import Worker
@@ -80,4 +80,4 @@ def _run_worker(payload: dict[str, Any], task_class: type[Task]) -> None:
             preemption_notice=lambda: ray.train.get_preemption_info() is not None,
             run=run,
         )
-        train(task_class, config, record, payload["total_steps"], worker)
+        TrainingLoop(task_class, config, record, payload["total_steps"], worker).train()

@@ -1,0 +1,50 @@
+"""README's quickstart, command by command, on a folder of pictures. Only the model and the training are made small."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.jobs import ROOT, RayCluster, call, environment
+
+pytestmark = pytest.mark.ray
+
+SMALL = ["--training.steps", "4", "--training.batch-size", "8", "--model.image-size", "32", "--model.patch-size", "8",
+         "--model.dim", "32", "--model.depth", "1", "--model.num-subspaces", "2", "--scaling.workers", "1"]  # fmt: skip
+
+
+def quickstart() -> list[list[str]]:
+    """Words of the commands in the first shell block under README's heading."""
+    section = (ROOT / "README.md").read_text().split("## Quickstart")[1]
+    block = re.search(r"```bash\n(.*?)```", section, re.S)
+    assert block is not None
+    return [shlex.split(line) for line in block[1].splitlines()]
+
+
+@pytest.mark.daily
+@pytest.mark.timeout(900)
+def test_the_quickstart_works_as_it_stands(small_ray: RayCluster, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        pixels = random.integers(0, 255, (40, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{i}.jpg")
+    env = environment(tmp_path) | {"RAY_ADDRESS": small_ray.address, "PYTHONPATH": str(ROOT)}
+    commands = quickstart()
+    assert [words[:2] for words in commands] == [
+        ["crate-ray", name] for name in ("pretrain", "prepare", "evaluate", "register", "embed")
+    ]
+    for _, name, *arguments in commands:
+        small = SMALL if name == "pretrain" else []
+        done = call([sys.executable, "-m", "crate_ray", name, *arguments, *small], tmp_path, env)
+        assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
+    assert (tmp_path / "runs/mine/evaluation/report.html").stat().st_size > 10_000
+    table = pq.read_table(tmp_path / "embeddings")
+    assert len(table) == 40 and set(table.column_names) == {"key", "sample", "embedding"}
