@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.jobs import ROOT, RayCluster, call, environment
+from tests.jobs import ROOT, RayCluster, environment
 
 pytestmark = pytest.mark.ray
 
@@ -43,7 +44,8 @@ def test_the_quickstart_works_as_it_stands(small_ray: RayCluster, tmp_path: Path
     ]
     for _, name, *arguments in commands:
         small = SMALL if name == "pretrain" else []
-        done = call([sys.executable, "-m", "crate_ray", name, *arguments, *small], tmp_path, env)
+        command = [sys.executable, "-m", "crate_ray", name, *arguments, *small]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
     assert (tmp_path / "runs/mine/evaluation/report.html").stat().st_size > 10_000
     table = pq.read_table(tmp_path / "embeddings")
