@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# One S3 server on loopback: a Ceph monitor, one OSD and the RADOS gateway, in the foreground until SIGTERM.
-#   ceph-rgw.sh DIR [PORT]     data, logs and DIR/s3.json (the keys, written when the server is ready) stay in DIR
-# The monitor listens on PORT + 1. Objects are in a sparse file and are there again after a restart.
+# Run an S3 server on loopback, in the foreground until SIGTERM: a Ceph monitor, one OSD and the RADOS gateway.
+#   ceph-rgw.sh DIR [PORT]
+# DIR holds the data, the logs and s3.json, which has the keys and is written when the server is ready. The monitor
+# listens on PORT + 1. Objects are in a sparse file and survive a restart.
 set -euo pipefail
 
 DIR=$(mkdir -p "${1:?usage: ceph-rgw.sh DIR [PORT]}" && cd "$1" && pwd)
@@ -58,7 +59,8 @@ err to stderr = false
 [client.rgw]
 rgw frontends = beast endpoint=127.0.0.1:$PORT
 rgw thread pool size = 64
-# Its thread may read a setting while others are still being set, which ends the gateway; small buckets need none of it.
+# Resharding is off, because its thread may read a setting while others are set, which ends the gateway. Small buckets
+# do not need it.
 rgw dynamic resharding = false
 CONF
 export CEPH_CONF="$DIR/ceph.conf"
@@ -70,7 +72,7 @@ finish() {
   trap '' INT TERM
   for ((i = ${#pids[@]} - 1; i >= 0; i--)); do # gateway, OSD, monitor
     kill "${pids[i]}" 2>/dev/null || true
-    # The gateway waits half a minute for clients that keep connections; it has no state to lose.
+    # The gateway waits half a minute for clients with open connections. It has no state, so it can be killed.
     [ "$i" -lt 2 ] || (sleep 3 && kill -9 "${pids[i]}") 2>/dev/null &
     wait "${pids[i]}" 2>/dev/null || true
   done
@@ -89,7 +91,7 @@ wait_for() { # what, tries of 0.2 s, command...
   shift 2
   until "$@" >/dev/null 2>&1; do
     for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null || fail "a Ceph daemon stopped while waiting for $what"; done
-    ((tries -= 1)) || fail "$what did not come up"
+    ((tries -= 1)) || fail "$what did not start in time"
     sleep 0.2
   done
 }
@@ -107,14 +109,14 @@ if [ ! -s keyring ]; then
 fi
 monmaptool --create --clobber --addv a "[v2:127.0.0.1:$((PORT + 1))]" --fsid "$(cat fsid)" monmap >/dev/null
 [ -s mon/keyring ] || ceph-mon --mkfs -i a --monmap monmap --keyring keyring
-ceph-mon -i a --inject-monmap monmap # the port may be another one than last time
+ceph-mon -i a --inject-monmap monmap # the port may have changed since the last start
 ceph-mon -f -i a &
 pids+=($!)
 wait_for "the monitor" 150 timeout 5 ceph osd stat
 if [ ! -s osd/ready ]; then
   ceph osd new "$(cat osd-uuid)" >/dev/null
   ceph auth import -i keyring 2>/dev/null
-  ceph-osd -i 0 --mkfs --osd-uuid "$(cat osd-uuid)" 2>>log/mkfs.log || fail "the object store could not be made"
+  ceph-osd -i 0 --mkfs --osd-uuid "$(cat osd-uuid)" 2>>log/mkfs.log || fail "cannot create the object store"
   date >osd/ready
 fi
 ceph-osd -f -i 0 &

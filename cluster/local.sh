@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # A whole cluster on this machine, on loopback only: two Ray nodes with token authentication, an S3 server (Ceph RADOS
 # gateway), PostgreSQL and an MLflow server.
-#   cluster/local.sh up        start everything, then say how to submit jobs
-#   cluster/local.sh status    what runs; exit status 0 when all of it does, 3 when not
+#   cluster/local.sh up        start everything, then print how to submit jobs
+#   cluster/local.sh status    list the parts; exit status 0 if all of them run, else 3
 #   cluster/local.sh down      end exactly the processes that `up` started; the data stays
-# CRATE_RAY_CLUSTER_DIR holds all state (keys, logs, data); remove it to start afresh. Settings: cluster/README.md.
+# CRATE_RAY_CLUSTER_DIR holds all state (keys, logs, data). Remove it to start afresh. Settings: cluster/README.md.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ "$(id -u)" = 0 ]; then # PostgreSQL runs as postgres then, who cannot enter /root
+if [ "$(id -u)" = 0 ]; then # PostgreSQL then runs as user postgres, who cannot enter /root
   DEFAULT_DIR=/var/lib/crate-ray/cluster
 else
   DEFAULT_DIR=$HOME/.cache/crate-ray/cluster
@@ -22,7 +22,7 @@ POSTGRES_PORT=${CRATE_RAY_POSTGRES_PORT:-25432}
 MLFLOW_PORT=${CRATE_RAY_MLFLOW_PORT:-25000}
 half=$(($(nproc) / 2))
 CPUS=${CRATE_RAY_CPUS_PER_NODE:-$((half > 0 ? half : 1))}
-HEAD_IP=127.0.0.2 # `ray start` turns 127.0.0.1 into the machine's outer address, but no other loopback address
+HEAD_IP=127.0.0.2 # not 127.0.0.1, which `ray start` replaces by the machine's external address
 SECOND_IP=127.0.0.3
 PARTS="s3 postgres mlflow ray-head ray-second"
 
@@ -32,9 +32,9 @@ die() {
   exit 1
 }
 
-# --- Processes: who is ours ---------------------------------------------------------------------------------------------
+# --- Our processes ------------------------------------------------------------------------------------------------------
 
-start() { # name, command...: in a session of its own, marked by a variable that its children inherit
+start() { # name, command...: in a new session, marked by a variable that its children inherit
   local name=$1
   shift
   : >"$STATE/logs/$name.log"
@@ -47,7 +47,7 @@ is_up() {
   local pid
   pid=$(pid_of "$1") && [ -n "$pid" ] && is_marked "$pid"
 }
-ours() { # pids of everything that `up` started, and of what that started; titles may have overwritten the mark
+ours() { # pids of everything that `up` started, with descendants: a process title may have overwritten the mark
   [ -s "$STATE/id" ] || return 0
   { grep -lzxF "CRATE_RAY_CLUSTER_ID=$(cat "$STATE/id")" /proc/[0-9]*/environ 2>/dev/null || true; } |
     cut -d/ -f3 >"$STATE/marked"
@@ -86,7 +86,7 @@ stop_all() {
     if [ "$name" = postgres ]; then # "fast" shutdown
       pid=$(head -n 1 "$STATE/postgres/postmaster.pid" 2>/dev/null || echo "$pid")
       kill -INT "$pid" 2>/dev/null || true
-    elif [ "$name" = mlflow ]; then # its children by themselves, or it waits 20 s
+    elif [ "$name" = mlflow ]; then # signal its children too, or it waits 20 s
       kill -TERM -- "-$pid" 2>/dev/null || true
     else
       kill -TERM "$pid" 2>/dev/null || true
@@ -149,7 +149,7 @@ for setting in sys.argv[1:]:
         try:
             s.bind((host, int(port)))
         except OSError as error:
-            sys.exit(f"local.sh: port {port} is not free ({error.strerror}): set {name} to another one")
+            sys.exit(f"local.sh: port {port} is not free ({error.strerror}): set {name} to another port")
 PY
 }
 
@@ -158,7 +158,7 @@ wait_for() { # name of a part, seconds, command...
   shift 2
   until "$@" >/dev/null 2>&1; do
     is_up "$name" || die "$name stopped while starting: read $STATE/logs/$name.log"
-    ((SECONDS < until)) || die "$name did not come up: read $STATE/logs/$name.log"
+    ((SECONDS < until)) || die "$name did not start in time: read $STATE/logs/$name.log"
     sleep 0.3
   done
 }
@@ -192,7 +192,7 @@ secret() { # name: a random password in secrets/NAME, made once
   [ -s "$STATE/secrets/$1" ] || head -c 24 /dev/urandom | base64 | tr '+/' '-_' | tr -d '\n' >"$STATE/secrets/$1"
 }
 
-finish_postgres() { # a role and a database of MLflow's own
+finish_postgres() { # make a role and a database for MLflow
   wait_for postgres 60 "$POSTGRES_BIN/pg_isready" -q -h 127.0.0.1 -p "$POSTGRES_PORT"
   secret mlflow
   (
@@ -211,7 +211,7 @@ SELECT 'CREATE DATABASE mlflow OWNER mlflow' WHERE NOT EXISTS (SELECT FROM pg_da
 SQL
 }
 
-write_env() { # env.sh, for a person's shell and for the Ray nodes
+write_env() { # env.sh, for the user's shell and for the Ray nodes
   "$BIN/python" - "$STATE" "$S3_PORT" "$DASHBOARD_PORT" "$MLFLOW_PORT" <<'PY'
 import json, pathlib, shlex, sys
 state, s3_port, dashboard_port, mlflow_port = sys.argv[1:]
@@ -234,7 +234,7 @@ PY
 }
 
 make_buckets() {
-  "$BIN/python" - <<'PY' >>"$STATE/logs/buckets.log" 2>&1 || die "the buckets could not be made: read $STATE/logs/buckets.log"
+  "$BIN/python" - <<'PY' >>"$STATE/logs/buckets.log" 2>&1 || die "cannot make the buckets: read $STATE/logs/buckets.log"
 import boto3
 s3 = boto3.client("s3")
 there = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]}
@@ -262,7 +262,7 @@ up() {
   mkdir -p "$STATE"
   STATE=$(cd "$STATE" && pwd)
   umask 077
-  chmod "$([ "$(id -u)" = 0 ] && echo 711 || echo 700)" "$STATE" # user postgres has to get to its data
+  chmod "$([ "$(id -u)" = 0 ] && echo 711 || echo 700)" "$STATE" # user postgres needs access to its data
   mkdir -p "$STATE"/{logs,secrets}
   exec 9>"$STATE/lock"
   flock -n 9 || die "another local.sh works on $STATE"
@@ -282,7 +282,7 @@ up() {
     CRATE_RAY_S3_PORT=127.0.0.1=$((S3_PORT + 1)) CRATE_RAY_POSTGRES_PORT=127.0.0.1="$POSTGRES_PORT" \
     CRATE_RAY_MLFLOW_PORT=127.0.0.1="$MLFLOW_PORT"
 
-  trap 'stop_all' EXIT # until all is up
+  trap 'stop_all' EXIT # until everything is up
   trap 'exit 130' INT TERM HUP
   : >"$STATE/pids"
   tr -d - </proc/sys/kernel/random/uuid >"$STATE/id"
@@ -310,8 +310,8 @@ up() {
       --serve-artifacts --artifacts-destination s3://mlflow/
   )
   local tmp
-  # Short, for the sockets' sake; its logs go to $STATE/logs on `down`. One folder per node: in a common one, the second
-  # node removes a job's working directory under the feet of the first one's processes.
+  # The path is short, because paths of sockets are limited. `down` copies its logs to $STATE/logs. Each node has its
+  # own folder. In a common one, the second node would remove a job's working directory while the first node uses it.
   tmp=$(mktemp -d /tmp/crate-ray.XXXXXX)
   echo "$tmp" >"$STATE/ray-tmp"
   start_ray ray-head --head --node-ip-address $HEAD_IP --port "$GCS_PORT" --temp-dir "$tmp/1" \
@@ -326,7 +326,7 @@ up() {
 }
 
 secret_token() {
-  if [ ! -s "$STATE/secrets/ray-token" ]; then # made in ~/.ray, unless the environment names another token
+  if [ ! -s "$STATE/secrets/ray-token" ]; then # Ray makes it in ~/.ray, unless the environment names another token
     env -u RAY_AUTH_TOKEN -u RAY_AUTH_TOKEN_PATH HOME="$STATE/secrets" \
       "$BIN/ray" get-auth-token --generate >/dev/null 2>"$STATE/logs/token.log" ||
       die "no Ray token: read $STATE/logs/token.log"
@@ -340,7 +340,7 @@ start_ray() { # name, options of `ray start`...
   local name=$1
   shift
   (
-    unset RAY_ADDRESS # it is for the job CLI
+    unset RAY_ADDRESS # only the job CLI needs it
     export PATH="$BIN:$PATH" RAY_USAGE_STATS_ENABLED=0
     cd "$STATE"
     start "$name" "$BIN/ray" start --block --num-cpus "$CPUS" --object-store-memory "${CRATE_RAY_OBJECT_STORE_BYTES:-500000000}" \

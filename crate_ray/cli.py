@@ -1,4 +1,4 @@
-"""From a command line to a job, the same for every job: a YAML file, then options, which win, then validation."""
+"""Turns a command line into a job's settings: read a YAML file, apply the options over it, then validate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from crate_ray.errors import UserError
 from crate_ray.quiet import quiet_driver
 
 Complete = Callable[[dict[str, Any], str], dict[str, Any]]
-"""Turns a short form into settings: takes the settings that were given, and the short form's value."""
+"""Turns a short form into settings. Its arguments are the given settings and the short form's value."""
 
 _USAGE_ERROR = 2
 
@@ -62,9 +62,9 @@ def run_job(
 def run_subcommand(
     commands: Mapping[str, tuple[type[Any], Callable[[Any], None]]], default: str | None = None
 ) -> NoReturn:
-    """`run_job` for a script with several commands: the first argument names one, the others are its settings.
+    """`run_job` for a script with several commands. The first argument names the command, the others are its settings.
 
-    `default` is the command for arguments that begin with a setting.
+    `default` is the command to run if the first argument is a setting.
     """
     prog, arguments = _prog(), sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
@@ -85,7 +85,7 @@ def run_subcommand(
 def parse_config(
     config_class: type[ConfigT], argv: Sequence[str], complete: Complete | None = None, prog: str | None = None
 ) -> ConfigT:
-    """Settings from `--config FILE.yaml` and options such as `--training.batch-size 64`, which win.
+    """Read settings from `--config FILE.yaml`, then from options such as `--training.batch-size 64`, which win.
 
     `--help` prints the everyday settings and exits; `--help-all` prints every setting.
 
@@ -106,7 +106,7 @@ def parse_config(
     overrides = _parse_options(config_class, options)
     path = _config_path(options)
     values = _read_config(config_class, path, shorts) if path else {}
-    # Required groups exist at least as empty ones, so that an error names the setting inside that is missing.
+    # Add required groups as empty ones, so that an error names the setting that is missing inside.
     groups: dict[str, Any] = {
         n: {} for n, f in config_class.model_fields.items() if f.is_required() and models_in(f.annotation)
     }
@@ -134,7 +134,7 @@ def _summary(config_class: type[Settings]) -> str:
 
 
 def _snake(argument: str) -> str:
-    """An option with its name as in YAML; anything else unchanged."""
+    """Write an option's name as in YAML (with '_'). Other arguments are returned unchanged."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -142,7 +142,7 @@ def _snake(argument: str) -> str:
 
 
 def _take_short_forms(config_class: type[Settings], argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The options without short forms such as `--data PATH`, and the values of those."""
+    """Split off short forms such as `--data PATH`. Returns the other arguments, and the short forms' values."""
     rest: list[str] = []
     shorts: dict[str, str] = {}
     arguments = iter(argv)
@@ -162,11 +162,11 @@ def _take_short_forms(config_class: type[Settings], argv: Sequence[str]) -> tupl
 
 
 def _parse_options(config_class: type[Settings], argv: list[str]) -> dict[str, Any]:
-    """Nested values of the options; what they mean is validated later."""
+    """Parse the options into nested values, which are validated later."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.setting_names, parser.removed = dotted_names(config_class), removed_names(config_class)
     parser.add_argument("--config", metavar="FILE", type=Path)
-    # A settings class of the same fields, only so that pydantic-settings builds the command line from them.
+    # A settings class with the same fields, from which pydantic-settings builds the command line.
     cli_class: Any = type(
         config_class.__name__,
         (config_class, BaseSettings),
@@ -200,7 +200,7 @@ def _parse_options(config_class: type[Settings], argv: list[str]) -> dict[str, A
 
 
 def _config_path(argv: Sequence[str]) -> Path | None:
-    """The --config file; a name without a folder that is no file may be that of an example."""
+    """Path of the --config file. If there is no such file, a name without a folder may name an example."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     path: Path | None = parser.parse_known_args(list(argv))[0].config
@@ -216,7 +216,7 @@ def _config_path(argv: Sequence[str]) -> Path | None:
 
 
 def _read_config(config_class: type[Settings], path: Path, shorts: dict[str, str]) -> dict[str, Any]:
-    """Settings of a YAML file, in which `data: PATH` is a short form too, and other files are found beside it."""
+    """Read a YAML file. `data: PATH` is a short form here too. Paths of other YAML files are resolved by `_beside`."""
     values = load_yaml(path)
     for name in config_class.short_forms:
         if isinstance(value := values.get(name), str):
@@ -229,7 +229,7 @@ def _read_config(config_class: type[Settings], path: Path, shorts: dict[str, str
 
 
 def _beside(path: Path, name: str, value: str) -> str:
-    """Path of a file that a YAML file names: relative to that file's folder, or else to the working directory."""
+    """Path of a file that a YAML file names: relative to the YAML file's folder, or else to the working directory."""
     beside = path.parent / value
     if beside.exists() or not Path(value).exists() or Path(value).is_absolute():
         return str(beside)
@@ -241,7 +241,7 @@ def _beside(path: Path, name: str, value: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Turns argparse's errors into UserErrors that name the setting which was probably meant."""
+    """Turns argparse's errors into UserErrors that suggest the setting the user probably meant."""
 
     setting_names: Sequence[str] = ()
     removed: Mapping[str, str] = {}

@@ -1,4 +1,4 @@
-"""How much memory processes took, by the kernel's own records."""
+"""Memory of processes, as Linux reports it in /proc."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 def peak_memory(other_pids: Iterable[int] = ()) -> int | None:
-    """Largest resident size of this process plus those of others, in bytes; None where the system does not tell."""
+    """Sum of the peak resident sizes of this process and others, in bytes; None if the system does not report them."""
     return _from_status("VmHWM:", (os.getpid(), *other_pids))
 
 
 def resident_memory() -> int | None:
-    """Resident size of this process, in bytes; None where the system does not tell."""
+    """Resident size of this process, in bytes; None if the system does not report it."""
     return _from_status("VmRSS:", (os.getpid(),))
 
 
 def _from_status(field: str, pids: Iterable[int]) -> int | None:
-    # Not getrusage: its maximum survives exec, and so is the parent's where that was larger.
+    # Not getrusage: its maximum survives exec, so it may be the peak of the parent process.
     total = 0
     for pid in pids:
         try:

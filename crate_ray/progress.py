@@ -1,4 +1,4 @@
-"""Jobs on the screen: a live line in a terminal, plain lines in a log, tables in both."""
+"""Terminal output of jobs: a live progress line in a terminal, plain lines in a log, and tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLAIN_SECONDS = 10.0
 
 
 class CountDisplay:
-    """How far a count has come: of samples that are packed, of shards that are indexed. Use as a context manager."""
+    """Shows how many samples are packed or how many shards are indexed. Use it as a context manager."""
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
@@ -43,7 +43,7 @@ class CountDisplay:
             self._live.stop()
 
     def update(self, done: int, images: int, bad: int) -> None:
-        """Show the count, and of the images of this run how many were good and bad so far."""
+        """Show the count, and how many good and bad images this run has processed so far."""
         now = time.monotonic()
         text = f"{images / max(now - self._began, 1e-3):,.0f} images/s" + (f", {bad:,} bad" if bad else "")
         if self._live:
@@ -58,5 +58,5 @@ class CountDisplay:
 
 
 def console() -> Console:
-    """Standard output for tables: as wide as the terminal, and wide enough for a log."""
+    """Standard output for tables: as wide as the terminal, or 180 columns in a log."""
     return Console(width=None if sys.stdout.isatty() else 180)

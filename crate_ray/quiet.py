@@ -1,6 +1,6 @@
-"""Keeps lines of Ray and MLflow off the screen that a user cannot act on. Errors stay.
+"""Hides messages of Ray and MLflow that a user cannot act on. Errors stay visible.
 
-It imports nothing heavy, because every process that Ray starts runs `set_up_ray_process` first.
+This module imports nothing heavy, because every process that Ray starts runs `set_up_ray_process` first.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 import sys
 from typing import Any, TextIO
 
-# Ray's native code prints this line in each run, about the restart of an actor of Ray Train.
+# Ray's native code prints this line in each run. It is about a restarted actor of Ray Train.
 _DROPPED = re.compile(r"Actor with class name: 'PreemptionWatcher' and ID: .* constructor arguments")
 
 
 def quiet_driver() -> None:
-    """Quiet the libraries in this process, and the lines that Ray forwards to it. Call it before they are imported."""
+    """Quiet the libraries in this process, and the lines that Ray forwards to it. Call it before importing them."""
     # "Token authentication is enabled for this Ray cluster."
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # "Creating initial MLflow database tables", and the like.
@@ -28,9 +28,9 @@ def quiet_driver() -> None:
 def set_up_ray_process() -> None:
     """Set up a process that Ray has started for a job (runtime_env's worker_process_setup_hook).
 
-    It logs only errors of Ray Train, whose warnings are about its own actors. And it knows the address of its Ray: if
-    several run on one machine, the actor of Ray Train that watches a controller would ask the newest one about it, and
-    take the controller for dead.
+    The process logs only errors of Ray Train, because Ray Train's warnings are about its own actors. RAY_ADDRESS is set
+    to the address of the process's own Ray. Otherwise, if several Rays run on one machine, the Ray Train actor that
+    watches a controller would ask the newest Ray about it, and take the controller for dead.
     """
     import ray
 
@@ -39,7 +39,7 @@ def set_up_ray_process() -> None:
 
 
 class _WithoutDropped:
-    """A text stream without the dropped lines. A line and its end are written one after the other, as print does."""
+    """A text stream that drops some lines. It expects the line and the newline in two calls, as print writes them."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""What tests of several folders share."""
+"""Fixtures and settings that tests of several folders share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _S3_FIXTURES = {"s3_gateway", "local_cluster"}
 
 
 class _Scheduling(LoadScopeScheduling):
-    """Keeps the tests of a file in one process, and those of all files of a folder that start Ray: they share it."""
+    """Runs the tests of a file in one process. All files of a folder that start Ray run in one process and share it."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = Path(nodeid.split("::")[0])

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray").as_posix()
 _OF_SERVICES = ("RAY_", "MLFLOW_", "AWS_")
 _NOT_NICE = {"RAY_worker_niceness": "0"}
-"""Ray lets its workers give way to all else on the machine: to other tests."""
+"""By default, Ray's workers have a low priority, so other tests would slow them down."""
 os.environ.update(_NOT_NICE)
 
 
@@ -48,7 +48,7 @@ def job(name: str, *arguments: str) -> list[str]:
 
 
 def forkserver() -> ForkServerContext:
-    """Starts processes that need not import what takes seconds; our own code they import themselves."""
+    """Starts processes in which slow third-party modules are already imported. They import our own code themselves."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.checkpoint", "ray.train.torch", "mlflow", "boto3", "matplotlib"])
     return context
@@ -60,7 +60,7 @@ def forkserver() -> ForkServerContext:
 class RayCluster:
     """A Ray cluster of this machine. Its head has room for `cpus` one-CPU workers; nodes may be added and killed.
 
-    It looks after its workers more often than usual. `folder` is the temporary folder of all that runs on it.
+    It checks its workers more often than usual. `folder` is the temporary folder of everything that runs on it.
     """
 
     def __init__(self, folder: Path, cpus: int) -> None:
@@ -71,13 +71,13 @@ class RayCluster:
         self.address: str = self._cluster.address
 
     def add_node(self, cpus: int) -> psutil.Process:
-        """Another node; its raylet."""
+        """Add a node. Returns its raylet."""
         with self._environment():
             return _raylet(self._cluster.add_node(num_cpus=cpus))
 
     @property
     def raylets(self) -> list[psutil.Process]:
-        """Those that live, the head's first."""
+        """Raylets that are running, the head's first."""
         nodes = [self._cluster.head_node, *self._cluster.worker_nodes]
         return [raylet for node in nodes if (raylet := _raylet(node)).is_running()]
 
@@ -87,7 +87,7 @@ class RayCluster:
         return str(next(node.node_id for node in nodes if _raylet(node) == raylet))
 
     def announce_loss(self, raylet: psutil.Process, seconds: int) -> None:
-        """A notice of preemption: a node will be taken away in so many seconds (which is left to kill_node)."""
+        """Send a notice that a node will be preempted in some seconds. The caller then calls kill_node."""
         notice = ["--node-id", self.node_id(raylet), "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
         notice += ["--reason-message", "its time is over", "--deadline-remaining-seconds", str(seconds)]
         subprocess.run(
@@ -96,7 +96,7 @@ class RayCluster:
         )  # fmt: skip
 
     def held(self) -> list[str]:
-        """Placement groups, which hold CPUs for workers; none as soon as there are none, within ten seconds."""
+        """Wait up to ten seconds until there are no placement groups, which reserve CPUs. Returns those that remain."""
         deadline = time.monotonic() + 10
         while True:
             table = self._cluster.global_state.placement_group_table()
@@ -112,7 +112,7 @@ class RayCluster:
         for raylet in self.raylets:
             for child in raylet.children():
                 with suppress(psutil.Error):
-                    # The second is what one is called that Ray Train has join the process group.
+                    # A worker has the second name while Ray Train lets it join the process group.
                     is_worker = " ".join(child.cmdline()).startswith(("ray::RayTrainWorker", "ray::execute."))
                     if is_worker and child.environ()["RAY_JOB_ID"] in jobs:
                         found.append(child)
@@ -162,14 +162,14 @@ def running_ray(cpus: int) -> Iterator[RayCluster]:
 
 
 def kill_node(raylet: psutil.Process) -> None:
-    """As when its machine is switched off."""
+    """Kill all processes of a node at once, as if its machine was switched off."""
     for process in (raylet, *raylet.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -193,7 +193,7 @@ class Job:
 
     @property
     def returncode(self) -> int | None:
-        """Exit code (of a signal, its negative number); None while it runs."""
+        """Exit code, negative for a signal; None while the driver runs."""
         return self._process.exitcode
 
     def wait(self, timeout: float) -> int:
@@ -210,7 +210,7 @@ class Job:
 
     @property
     def log(self) -> str:
-        """What all jobs of this folder have printed."""
+        """Output of all jobs of this folder."""
         return (self.folder / "job.log").read_text()
 
     def workers(self) -> list[psutil.Process]:

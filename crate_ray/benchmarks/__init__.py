@@ -1,1 +1,1 @@
-"""Measurements of whole parts next to what else a user could take, each in processes of their own."""
+"""Benchmarks of loading, order, training and overhead against alternatives. Each measurement is a separate process."""

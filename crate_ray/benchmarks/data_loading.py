@@ -1,6 +1,7 @@
-"""Speed and memory of our loader, of stock webdataset and of others, on the same shards, to the same batches.
+"""Speed and memory of our loader, stock webdataset and others. All make the same batches from the same shards.
 
-Each contestant runs in a fresh process, `python -m crate_ray.benchmarks.data_loading`: task in, measurement out, JSON.
+Each contestant runs in a new process, `python -m crate_ray.benchmarks.data_loading`. It reads the task and writes the
+measurement as JSON.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ from crate_ray.storage.s3_client import S3Client
 
 Contestant = Literal["crate_ray", "webdataset", "spdl", "litdata"]
 _CHANNELS = 3
-_SHUFFLE_BUFFER = 1000  # samples; what webdataset's documentation takes
+_SHUFFLE_BUFFER = 1000  # samples, as in webdataset's documentation
 _FLOOR_IMAGES = 240
 _FLOOR_PASSES = 3
 _STARTING_SECONDS = 300.0  # for imports and the first batch of the slowest store
 
 
 class Task(BaseModel):
-    """What one contestant has to do."""
+    """Settings of one measurement."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     contestant: Contestant
     processes: int
-    """Loader processes of webdataset and LitData; our loader and spdl have threads in one process."""
+    """Loader processes of webdataset and LitData. Our loader and spdl use threads in one process."""
     uri: str
     image_size: int
     batch_size: int
@@ -71,7 +72,7 @@ class Task(BaseModel):
 
 
 class Measurement(BaseModel):
-    """What one contestant did."""
+    """Result of one measurement."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -79,22 +80,22 @@ class Measurement(BaseModel):
     processes: int
     images_per_second: float
     images_per_second_per_core: float
-    """Divided by the cores that the process may use, busy or not."""
+    """Images/s divided by the number of cores that the process may use, busy or not."""
     bytes_per_second: float
-    """Bytes of the shards, tar headers included, that those images are stored in."""
+    """Stored bytes of those images per second, tar headers included."""
     first_batch_seconds: float
-    """From opening the dataset, libraries imported, to the first batch."""
+    """Time from opening the dataset to the first batch. Libraries are imported before."""
     peak_memory_bytes: int | None
-    """Sum of the largest resident sizes of all its processes, where Linux tells; pages that processes share count in
-    each of them."""
+    """Sum of the peak resident sizes of all its processes. Shared pages count once for each process. None if the system
+    does not report it."""
 
 
 class Answer(BaseModel):
-    """What a contestant's process prints: one of the three."""
+    """Output of a contestant's process. Exactly one field is set."""
 
     measurement: Measurement | None = None
     unavailable: str | None = None
-    """Why this contestant does not work here."""
+    """Why this contestant does not work on this machine."""
     error: str | None = None
 
 
@@ -103,7 +104,7 @@ class Answer(BaseModel):
 
 @contextmanager
 def our_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]:
-    """Batches (B, 3, S, S), uint8, of our loader, epoch after epoch."""
+    """Endless batches (B, 3, S, S), uint8, of our loader."""
     model = ImageModelConfig(image_size=task.image_size, patch_size=1, channels=_CHANNELS)
     data = DataConfig(train=task.uri, memory_bytes=task.memory_bytes)
     mixture = Mixture.of(shards)
@@ -114,7 +115,7 @@ def our_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]:
 
 @contextmanager
 def webdataset_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]:
-    """The same of webdataset, Pillow and WebLoader."""
+    """Endless batches of webdataset with Pillow and WebLoader."""
     suffixes = shards.manifest.image_suffixes
     crop = functools.partial(random_resized_crop, size=task.image_size)
     dataset = (
@@ -150,7 +151,7 @@ def _litdata_batches(shards: ShardSet, task: Task) -> Iterator[Iterator[Tensor]]
 
 @contextmanager
 def _prepared(task: Task) -> Iterator[Task]:
-    """The task, with its dataset in the contestant's own format, which is not part of what is measured."""
+    """Convert the dataset to the contestant's own format if it needs one. The conversion is not measured."""
     if task.contestant != "litdata":
         yield task
         return
@@ -189,7 +190,7 @@ _BATCHES = {
 
 
 def measure(task: Task) -> Measurement:
-    """Load batches for a while. Batches of the first moments are not counted: some were prepared with the first one.
+    """Load batches for a while. The first batches are not counted, because some of them were prepared in advance.
 
     Raises:
         UserError: the dataset cannot be read, or does not hold images.
@@ -227,7 +228,7 @@ def measure(task: Task) -> Measurement:
 
 def main() -> None:
     """Do the task on standard input and print the answer."""
-    # More processes than cores are one of the things to measure.
+    # The benchmark also measures more processes than cores, about which DataLoader warns.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     try:
         with _prepared(Task.model_validate_json(sys.stdin.read())) as task:
@@ -243,7 +244,7 @@ def main() -> None:
 
 
 def run_contestant(task: Task) -> Measurement:
-    """Measure a contestant in a process of its own.
+    """Measure a contestant in a separate process.
 
     Raises UserError and Unavailable as `measure` does, and UserError when no batch arrives for minutes.
     """
@@ -257,7 +258,7 @@ def run_contestant(task: Task) -> Measurement:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"{task.contestant} got no batch from {task.uri} within {error.timeout:.0f} s; look at the store, or "
+            f"{task.contestant} got no batch from {task.uri} within {error.timeout:.0f} s; check the store, or "
             "lower batch_size"
         ) from None
     if done.returncode != 0:
@@ -290,13 +291,14 @@ def contestants(config: BenchmarkDataConfig, uri: str) -> list[Task]:
 
 
 def compare(config: BenchmarkDataConfig) -> dict[str, Any]:
-    """Measure all contestants on all datasets, one after the other, and all of that `repeats` times.
+    """Measure all contestants on all datasets, one after the other, and repeat this `repeats` times.
 
     Returns:
-        Plain data: machine, settings and, by dataset, every run, the fastest of each contestant (with any number of
-        processes), and our images/s divided by webdataset's: `ratio_on_same_data`, and `ratio_vs_webdataset`, where
-        webdataset reads the first of the datasets. The first one's is at the top, too. `floor_images_per_second` is
-        what `entropy_floor` finds, `share_of_floor` our part of it; `unavailable` says why a contestant has no runs.
+        Plain data: the machine, the settings, and for each dataset all runs and the fastest run of each contestant
+        (with any number of processes). `ratio_on_same_data` is our images/s divided by webdataset's.
+        `ratio_vs_webdataset` is our images/s divided by webdataset's on the first dataset; the first dataset's ratio is
+        also at the top level. `floor_images_per_second` is the result of `entropy_floor`, and `share_of_floor` is our
+        images/s divided by it. `unavailable` says why a contestant has no runs.
 
     Raises:
         UserError: a dataset cannot be read, or does not hold images.
@@ -352,10 +354,10 @@ def _fastest(runs: list[Measurement]) -> dict[Contestant, Measurement]:
 
 
 def entropy_floor(shards: ShardSet, image_size: int) -> float | None:
-    """Images/s of all cores that only decode each JPEG's Huffman codes down to the last row of a random crop.
+    """Images/s if all cores only decoded each JPEG's Huffman codes, down to the last row of a random crop.
 
-    No decoder can do without that; none of the steps that follow is in it. Measured in one thread, times the cores.
-    None for images that are decoded together, or that are no JPEGs.
+    Every decoder has to do this work, and nothing else is included. It is measured in one thread and multiplied by the
+    number of cores. None if most images are not JPEGs, or are small enough to be decoded together.
     """
     mixture = Mixture.of(shards)
     reader = MixtureReader(mixture, DataConfig(train=shards.storage.uri))

@@ -1,7 +1,7 @@
-"""What the data order costs at a scale of a thousand million samples, and how well it mixes sorted shards.
+"""Measures the cost of the data order for a billion samples, and how well the order mixes sorted shards.
 
-Planning is measured in a fresh process, `python -m crate_ray.benchmarks.data_order FOLDER`: settings in, figures out,
-JSON. Mixing is computed for a dataset that lies sorted by class, as folders of classes are often packed.
+Planning is measured in a new process, `python -m crate_ray.benchmarks.data_order FOLDER`, which reads settings and
+writes figures as JSON. Mixing is computed for a dataset that is sorted by class, as class folders are often packed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from crate_ray.data.read.mixture import MixtureReader
 from crate_ray.storage.local import LocalStorage
 
 _MEASURED_BATCHES = 12
-_STOCK_BUFFER = 1000  # samples; what webdataset's documentation takes
+_STOCK_BUFFER = 1000  # samples, as in webdataset's documentation
 _STOCK_PROCESSES = 4  # loader processes of each worker
 
 
 def write_synthetic(folder: Path, num_shards: int, shard_samples: int, sample_bytes: int) -> None:
-    """Manifest and index of a dataset whose shards do not exist."""
+    """Write the manifest and index of a dataset whose shards do not exist."""
     entries = -(-shard_samples // INDEX_STRIDE)
     shards = np.zeros(num_shards, SHARD_DTYPE)
     shards["samples"], shards["bytes"] = shard_samples, shard_samples * sample_bytes
@@ -50,7 +50,7 @@ def write_synthetic(folder: Path, num_shards: int, shard_samples: int, sample_by
 
 
 def measure_planning(folder: Path, config: BenchmarkOrderConfig) -> dict[str, float]:
-    """Open a dataset, plan a run on it, and find what the first steps of one worker read: seconds and bytes."""
+    """Open a dataset, plan a run on it, and locate the samples of one worker's steps. Returns seconds and bytes."""
     before, began = _memory(), time.perf_counter()
     mixture = Mixture.of(load_dataset(LocalStorage(folder)))
     opened = time.perf_counter()
@@ -74,17 +74,17 @@ def measure_planning(folder: Path, config: BenchmarkOrderConfig) -> dict[str, fl
 
 
 def _memory() -> dict[str, float]:
-    """Bytes of this process's own memory, and of mapped files, which a node's workers share and the kernel can drop."""
+    """Bytes of this process's own memory, and of mapped files. A node's workers share the files' pages."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     fields = {name: float(values[0]) * 1024 for name, *values in lines if name in ("RssAnon:", "RssFile:")}
     return {"own_memory_bytes": fields["RssAnon:"], "mapped_memory_bytes": fields["RssFile:"]}
 
 
 def distinct_classes(config: BenchmarkOrderConfig) -> dict[str, float]:
-    """Mean number of classes in a batch of data that lies sorted by class: ours, stock shuffling's, and uniform.
+    """Mean number of classes in a batch from data sorted by class: with our order, webdataset's, and uniform sampling.
 
-    Stock shuffling is webdataset's: shards permuted, split among workers and their processes, and a buffer in each
-    process, of its documented size or as large as ours in bytes.
+    webdataset permutes the shards, splits them among workers and their processes, and shuffles in a buffer in each
+    process. The buffer has the documented size, or as many bytes as ours.
     """
     size, batch = config.class_samples, config.batch_size
     num_samples = config.classes * size
@@ -127,7 +127,7 @@ def _stock_classes(config: BenchmarkOrderConfig, buffer: int) -> float:
     counts = []
     for number in range(_MEASURED_BATCHES):
         seen: set[int] = set()
-        for worker in range(config.workers):  # a DataLoader takes whole batches of its processes in turn
+        for worker in range(config.workers):  # a DataLoader takes whole batches from its processes in turn
             first, last = worker_slots(config.batch_size, worker, config.workers)
             seen.update(islice(readers[worker * _STOCK_PROCESSES + number % _STOCK_PROCESSES], last - first))
         counts.append(len(seen))

@@ -1,4 +1,4 @@
-"""What benchmark figures depend on."""
+"""Describes the machine and the library versions that benchmark figures depend on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LIBRARIES = ("crate-ray", "torch", "webdataset", "pillow", "simplejpeg", "numpy
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores that may be used, versions, whether libjpeg-turbo 3 is used."""
+    """Processor, cores that this process may use, versions, and whether libjpeg-turbo 3 is used."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

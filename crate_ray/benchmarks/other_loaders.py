@@ -1,6 +1,6 @@
-"""Loaders that are measured where they are installed: spdl with its own image decoder, and LitData with Pillow.
+"""Optional contestants: spdl with its own image decoder, and LitData with Pillow.
 
-Neither is needed by anything else. Stock webdataset reads the shards for them.
+They are measured if they are installed; nothing else needs them. Stock webdataset reads the shards for them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from crate_ray.config import DataConfig
 
-_CHUNK_BYTES = 64 * 2**20  # what LitData's documentation takes
+_CHUNK_BYTES = 64 * 2**20  # as in LitData's documentation
 
 
 class Unavailable(Exception):  # noqa: N818 - a fact to report
@@ -35,7 +35,7 @@ class Unavailable(Exception):  # noqa: N818 - a fact to report
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random crop, as torchvision draws them, by our loader's defaults."""
+    """Left, top, width and height of a random crop, as torchvision draws it with our loader's default settings."""
     (low, high), ratio = DataConfig.model_fields["crop_scale"].default, DataConfig.model_fields["crop_ratio"].default
     for _ in range(10):
         area = width * height * random.uniform(low, high)
@@ -59,7 +59,7 @@ def random_resized_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever else is missing beside it
+    except Exception as error:  # of any kind, for example if a library that it needs is missing
         raise Unavailable(f"{name} cannot be imported ({_short(error)})") from None
 
 
@@ -79,7 +79,7 @@ def spdl_batches(images: Iterable[bytes], size: int, batch_size: int) -> Iterato
         size: side of the output.
         batch_size: B.
 
-    Raises Unavailable where spdl or FFmpeg's libraries are missing.
+    Raises Unavailable if spdl or FFmpeg's libraries are missing.
     """
     media, pipelines = _imported("spdl.io"), _imported("spdl.pipeline")
 
@@ -97,7 +97,7 @@ def spdl_batches(images: Iterable[bytes], size: int, batch_size: int) -> Iterato
         decode(next(source))
     except Exception as error:
         raise Unavailable(
-            f"spdl's image decoder does not work, it needs FFmpeg's libraries ({_short(error)})"
+            f"spdl's image decoder does not work; it needs FFmpeg's libraries ({_short(error)})"
         ) from None
     threads = len(os.sched_getaffinity(0))
     builder = pipelines.PipelineBuilder().add_source(source).pipe(decode, concurrency=threads)
@@ -116,15 +116,15 @@ def _stacked(images: Sequence[NDArray[np.uint8]]) -> Tensor:
 
 @contextmanager
 def converted_for_litdata(urls: Sequence[str], suffixes: Sequence[str], folder: str | None = None) -> Iterator[str]:
-    """A folder with the images of shards in LitData's own format, for as long as the block lasts.
+    """Convert the images of shards to LitData's format, in a folder that is deleted when the block ends.
 
-    Raises Unavailable where LitData is missing.
+    Raises Unavailable if LitData is missing.
     """
     litdata = _imported("litdata")
     with tempfile.TemporaryDirectory(prefix="crate-ray-litdata-", dir=folder) as temporary:
         output = str(Path(temporary) / "data")
         read = functools.partial(_images_of, suffixes=tuple(suffixes))
-        # One process: what more would save here, starting them takes.
+        # One process, because starting more would take as long as they save.
         litdata.optimize(
             fn=read, inputs=list(urls), output_dir=output, chunk_bytes=_CHUNK_BYTES, num_workers=1, verbose=False,
             start_method="fork",
@@ -139,7 +139,7 @@ def _images_of(url: str, suffixes: Sequence[str]) -> Iterator[dict[str, bytes]]:
 
 @contextmanager
 def litdata_batches(folder: str, size: int, batch_size: int, processes: int) -> Iterator[Iterator[Tensor]]:
-    """The same of LitData with Pillow, from a folder in its format, epoch after epoch."""
+    """Endless batches of LitData with Pillow, from a folder in its format."""
     litdata = _imported("litdata")
 
     class Images(litdata.StreamingDataset):  # type: ignore[name-defined]

@@ -1,4 +1,4 @@
-"""What a Ray Train job costs beside the training itself: Ray, waiting for data, logging, checkpoints."""
+"""Overhead of a Ray Train job in addition to the training itself: Ray, waiting for data, logging, checkpoints."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from crate_ray.storage.interface import open_storage
 from crate_ray.training.lifecycle import run_training
 from crate_ray.training.pretraining import PretrainTask
 
-_CHECKPOINT_EVERY, _CHECKPOINT_STEPS = 7, 15  # three steps to settle, then four before, and seven after the first one
+_CHECKPOINT_EVERY, _CHECKPOINT_STEPS = 7, 15  # 3 steps settle, 4 are timed before the first checkpoint, 6 after it
 _SETTLING = 3
 _COUNTED_STEPS = 500
 
 
 class _Follower(Listener):
-    """Keeps every metric by step."""
+    """Stores every metric by step."""
 
     def __init__(self) -> None:
         self.values: dict[str, dict[int, float]] = {}
@@ -47,15 +47,15 @@ class _Follower(Listener):
 
 
 class _Meter(Listener):
-    """CPU time of all processes of a Ray of this machine, and of this one, but for those that train.
+    """Measures the CPU time of this process and of its Ray's processes, without those that train.
 
-    Where others use the machine too it says more than the time of steps, which they lengthen.
+    If other programs use the machine too, this is a better measure than the time of the steps, which they lengthen.
     """
 
     def __init__(self) -> None:
         self._first: tuple[float, dict[int, float]] | None = None
         self.share: float | None = None
-        """Of the time of all cores, from the first metrics on; None where this process started no Ray."""
+        """Share of the time of all cores since the first metrics; None if this process did not start Ray."""
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         now, used = time.monotonic(), _seconds_beside_training()
@@ -70,7 +70,7 @@ class _Meter(Listener):
 
 
 def _seconds_beside_training() -> dict[int, float]:
-    """CPU time by process id of this process and all under it that do not train; nothing where none trains."""
+    """CPU time by process id of this process and its descendants that do not train. Empty if none of them trains."""
     found, trains = {}, False
     for process in (own := psutil.Process(), *own.children(recursive=True)):
         with suppress(psutil.Error):  # it has ended
@@ -83,7 +83,7 @@ def _seconds_beside_training() -> dict[int, float]:
 
 
 def measure(config: BenchmarkOverheadConfig) -> dict[str, Any]:
-    """Every figure, for JSON: seconds per step as a Ray Train job and bare, and what takes which share of a step."""
+    """All figures, for JSON: seconds per step as a Ray Train job and bare, and the shares of each overhead."""
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         folder = Path(temporary)
         data = config.data or _make_data(folder, config)
@@ -95,7 +95,7 @@ def measure(config: BenchmarkOverheadConfig) -> dict[str, Any]:
 
 
 def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dict[str, Any]:
-    """The same steps as a Ray Train job and bare, in turns."""
+    """Run the same steps as a Ray Train job and under bare torchrun, in turns."""
     seconds: dict[str, list[float]] = {"ray_train": [], "torchrun": []}
     shares: dict[str, list[float]] = {metrics.DATA_WAIT_SHARE: [], metrics.LOGGING_SHARE: []}
     beside: list[float] = []
@@ -110,7 +110,7 @@ def _against_bare(folder: Path, data: str, config: BenchmarkOverheadConfig) -> d
         seconds["ray_train"] += [taken[step] for step in sorted(taken)[1:]]
         for name, found in shares.items():
             found += [follower.values[name][step] for step in sorted(taken)[1:]]
-        record = open_run(settings).record  # with the threads that the workers had
+        record = open_run(settings).record  # includes the workers' number of threads
         bare = _bare(folder, settings, record.model_dump(mode="json"), config)
         seconds["torchrun"] += [interval / config.log_every for interval in bare[1:]]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -154,7 +154,7 @@ def _bare(
 
 
 def _checkpoint(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dict[str, Any]:
-    """Time that one checkpoint takes from training: how much longer the steps last that it falls into."""
+    """Measure how much longer steps take during a checkpoint."""
     settings = _settings("checkpoint", folder, data, config)
     changes = {
         "model": {"preset": config.checkpoint_preset},
@@ -168,7 +168,7 @@ def _checkpoint(folder: Path, data: str, config: BenchmarkOverheadConfig) -> dic
     _train(settings, follower)
     taken = follower.values[metrics.STEP_SECONDS]
     calm = statistics.median(taken[step] for step in range(_SETTLING + 1, _CHECKPOINT_EVERY + 1))
-    # Its blocking part counts to the step after it, the upload to those that follow.
+    # The blocking part lengthens the step after the checkpoint, the upload lengthens the steps that follow.
     hit = [taken[step] - calm for step in range(_CHECKPOINT_EVERY + 1, 2 * _CHECKPOINT_EVERY)]
     return {
         "preset": config.checkpoint_preset,

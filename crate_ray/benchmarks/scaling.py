@@ -1,7 +1,7 @@
-"""How training should scale to hundreds of GPUs: bytes that each step moves against what the interconnect carries.
+"""Estimates how training scales to hundreds of GPUs, from the bytes that each step sends and the network's bandwidth.
 
-An estimate from formulas, not a measurement: ring collectives at the bandwidth that they leave usable, compute at a
-given share of the device's peak, and what can overlap taken as overlapping.
+This is an estimate from formulas, not a measurement. It assumes ring collectives at the given bandwidth, computation at
+a given share of the GPU's peak, and full overlap wherever communication can overlap with computation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Strategy = Literal["ddp", "fsdp"]
 
 _GRADIENT_BYTES = 4  # gradients are summed in fp32
 _GATHERED_BYTES = 2  # FSDP gathers weights in bf16
-_BACKWARD_SHARE = 2 / 3  # of the compute: two matrix products for each one of the forward pass
+_BACKWARD_SHARE = 2 / 3  # of the computation: two matrix products for each one in the forward pass
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Estimate:
     flops_per_gpu: int
     """Operations of the GPU with the most samples."""
     bytes_per_gpu: float
-    """What each GPU sends in a step."""
+    """Bytes that each GPU sends in a step."""
     compute_seconds: float
     communication_seconds: float
     exposed_seconds: float
-    """The part of the communication that no computation hides."""
+    """Communication time that does not overlap with computation."""
 
     @property
     def efficiency(self) -> float:
@@ -42,10 +42,11 @@ class Estimate:
 
 
 def sent_bytes(strategy: Strategy, parameters: int, gpus: int) -> float:
-    """What each GPU sends in a step, with ring collectives, in bytes.
+    """Bytes that each GPU sends in a step with ring collectives.
 
-    A ring all-gather or reduce-scatter of n bytes sends (W − 1) / W · n, an all-reduce is one of each. DDP all-reduces
-    the gradients; FSDP gathers the weights before forward and before backward and reduce-scatters the gradients.
+    A ring all-gather or reduce-scatter of n bytes sends (W − 1) / W · n bytes. An all-reduce is one of each. DDP
+    all-reduces the gradients. FSDP gathers the weights before the forward and before the backward pass, and
+    reduce-scatters the gradients.
     """
     share = (gpus - 1) / gpus
     if strategy == "ddp":
@@ -54,11 +55,11 @@ def sent_bytes(strategy: Strategy, parameters: int, gpus: int) -> float:
 
 
 def collective_seconds(num_bytes: float, gpus: int, config: BenchmarkScalingConfig) -> float:
-    """Time for a GPU to send so many bytes in ring collectives.
+    """Time that a GPU needs to send `num_bytes` in ring collectives.
 
-    Within a node the GPUs' own links carry a ring. Across nodes every ring enters and leaves each node once; NCCL runs
-    as many rings as there are network ports, so that together they have the node's network bandwidth. The latency is
-    that of a tree over the nodes, there and back.
+    Within a node, a ring uses the GPUs' own links. Across nodes, every ring enters and leaves each node once. NCCL runs
+    one ring per network port, so the rings together have the node's network bandwidth. The latency is that of a tree
+    over the nodes, up and down.
     """
     if gpus <= config.gpus_per_node:
         return num_bytes / config.gpu_bytes_per_second
@@ -68,9 +69,9 @@ def collective_seconds(num_bytes: float, gpus: int, config: BenchmarkScalingConf
 
 
 def estimate(strategy: Strategy, parameters: int, gpus: int, config: BenchmarkScalingConfig) -> Estimate:
-    """One step at the fixed global batch of a model with so many parameters.
+    """Estimate one step of a model at the fixed global batch.
 
-    DDP can hide its all-reduce behind the backward pass, FSDP its gathers behind all of the computation.
+    DDP can overlap its all-reduce with the backward pass. FSDP can overlap its gathers with all of the computation.
     """
     samples = config.batch_size / gpus
     flops = training_flops(config.model, math.ceil(samples))

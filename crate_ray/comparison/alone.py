@@ -38,7 +38,7 @@ _FoundT = TypeVar("_FoundT")
 
 
 class Alone:
-    """A compare.Trainer without Ray. Interrupted runs start again; finished ones are kept."""
+    """A compare.Trainer without Ray. Interrupted runs start again from step 0. Finished runs are not repeated."""
 
     def __init__(self, config: CompareConfig) -> None:
         if not isinstance(open_storage(config.storage, config.s3), LocalStorage):
@@ -46,7 +46,7 @@ class Alone:
         self.features = InProcess()
 
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
-        """Train in a new process, so that its memory is this run's."""
+        """Train in a new process, so that the measured memory is that of this run only."""
         return _in_fresh_process(_pretrain, config)
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:

@@ -1,7 +1,7 @@
-"""Runs a comparison: every variant and seed is a pretraining run of its own, measured in the same way, in one table.
+"""Runs a comparison. Every variant and seed is a separate pretraining run, and all are measured in the same way.
 
-What was measured is not measured again, so that a comparison which was cut off goes on where it was. With other probe
-settings it is probed again; with other settings of what is trained, the comparison has to have another name.
+Results are stored, so an interrupted comparison continues and measures nothing twice. If the probe settings change, the
+models are probed again. If training settings change, the comparison needs another name.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from crate_ray.storage.interface import Storage, open_storage
 
 
 class Trainer(Protocol):
-    """How the runs of a comparison are trained: on Ray (on_ray) or in processes of this machine alone (alone)."""
+    """Trains the runs of a comparison: on Ray (on_ray), or in processes on this machine without Ray (alone)."""
 
     @property
     def features(self) -> FeatureSource:
-        """Where features come from."""
+        """Computes the features that are probed."""
 
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
-        """Train, and leave the exported model in the folder `model` of the run's."""
+        """Train, and export the model to `model` in the run's folder."""
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
-        """That model, and its description."""
+        """Load the model that `pretrain` exported, and its description."""
 
     def finetune(self, config: FinetuneConfig) -> float:
-        """Fine-tune; the accuracy on the held-out data after the last step."""
+        """Fine-tune. Returns the accuracy on the held-out data after the last step."""
 
 
 class _Probed(BaseModel):
@@ -61,7 +61,7 @@ class _Accuracy(BaseModel):
 
 
 class _Given(NamedTuple):
-    """What figures depend on, see kept."""
+    """Settings and data digests that the figures of a run depend on (see results_cache)."""
 
     pretraining: dict[str, Any]
     finetunings: dict[str, dict[str, Any]]
@@ -72,11 +72,11 @@ _MEANS: Any = {
     **dict.fromkeys(("name", "storage", "tracking", "s3", "scaling", "checkpoint"), True),
     "data": {"cache_dir", "cache_bytes", "part_bytes", "fetch_threads", "decode_threads", "prefetch_batches"},
 }
-"""Settings of a run that say where and how fast it is computed, not what."""
+"""Settings that change where and how fast a run is computed, but not its result."""
 
 
 def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None]) -> Comparison:
-    """Train and measure every variant with every seed; the first one is the model that the comparison is about."""
+    """Train and measure every variant with every seed. The others are compared with the first variant."""
     plan = plan_variants(config)
     train, test = (load_dataset(open_storage(uri, config.s3)) for uri in (config.probe.train, config.probe.test))
     labelled = (train, test)
@@ -84,7 +84,7 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
     given: dict[str, _Given] = {}
     for runs in plan.values():
         for run in runs:
-            # Whatever would stop the last run stops the comparison before the first.
+            # Check all runs before the first one starts, so that a mistake in the last one is found now.
             given[run.name] = _given(config, open_run(run), labelled)
             check_unchanged(folder, f"{run.name}.pretrained", given[run.name].pretraining)
             for settings in plan_finetunings(config, run).values():

@@ -28,7 +28,7 @@ from crate_ray.training.pretraining import PretrainTask
 
 _CACHE_BYTES = 20 * 2**30
 _STORED_NAMES = {metrics.VALIDATION_LOSS: "validation_loss", metrics.TOP1: "top1", metrics.TOP5: "top5"}
-"""Names in the file of a follower, by those of the metrics."""
+"""Names of the metrics in a follower's file."""
 
 
 class OnRay:
@@ -64,7 +64,7 @@ class OnRay:
 
 
 class _Follower(Listener):
-    """Records speed, memory and validation metrics of a run, also in a file, because a later start may finish it."""
+    """Records speed, memory and validation metrics of a run in a file, because a later start may finish the run."""
 
     def __init__(self, folder: Storage, name: str) -> None:
         self._folder, self._name = folder, name
@@ -89,7 +89,7 @@ class _Follower(Listener):
         found = self._kept.held_out.get(name, {}).get(run.total_steps)
         if found is None:
             raise UserError(
-                f"run {run.config.name!r} is finished, but the comparison did not follow its end; delete "
+                f"run {run.config.name!r} is finished, but the comparison has no metrics of its last step; delete "
                 f"{run.storage.uri} to train it again, or give the comparison another name"
             )
         return found

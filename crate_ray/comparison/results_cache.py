@@ -1,4 +1,4 @@
-"""What a comparison has measured so far: one small file each, beside the settings that it was measured with."""
+"""Stores the results of a comparison: one small file each, with the settings that it was measured with."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class _Kept(BaseModel):
 
 
 def check_unchanged(folder: Storage, name: str, measured_with: dict[str, Any]) -> None:
-    """Raise UserError where there are figures of this name that were measured with other settings or data.
+    """Raise UserError if the stored figures of this name were measured with other settings or data.
 
-    For what is trained: the run that bears the name would go on, or be taken for finished.
+    Call it for everything that is trained. Otherwise the old run of this name would be continued, or count as finished.
     """
     kept = _read(folder, name)
     if kept is None or kept.measured_with == measured_with:
@@ -38,7 +38,7 @@ def check_unchanged(folder: Storage, name: str, measured_with: dict[str, Any]) -
 def once(
     folder: Storage, name: str, kind: type[_ModelT], measured_with: dict[str, Any], measure: Callable[[], _ModelT]
 ) -> _ModelT:
-    """What was measured before under a name with these settings and data, else what is measured now."""
+    """Return the stored result of this name if its settings and data are the same. Otherwise measure and store it."""
     kept = _read(folder, name)
     if kept is not None and kept.measured_with == measured_with:
         return kind.model_validate(kept.figures)
@@ -59,7 +59,7 @@ def _read(folder: Storage, name: str) -> _Kept | None:
         return _Kept.model_validate_json(folder.read(_path(name)))
     except ValidationError:
         raise UserError(
-            f"{folder.uri}/{_path(name)} does not tell what was measured; delete it, or choose another name"
+            f"{folder.uri}/{_path(name)} cannot be read as a stored result; delete it, or choose another name"
         ) from None
 
 

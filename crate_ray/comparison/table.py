@@ -1,4 +1,4 @@
-"""What a comparison found: figures of every run, intervals over the seeds, one table."""
+"""Results of a comparison: figures of every run, intervals over the seeds, and a table."""
 
 from __future__ import annotations
 
@@ -28,52 +28,52 @@ MEASURES = {
     "images_per_second": "images/s",
     "memory_bytes": "memory",
 }
-"""Of a run, by name, with titles."""
+"""Titles of the measures of a run, by name."""
 _FORMATS = {"loss": (1, 4, ""), "images_per_second": (1, 0, ""), "memory_bytes": (2**-20, 0, " MiB")}
-"""Scale, digits and unit of what is no accuracy."""
+"""Scale, digits and unit of the measures that are not accuracies."""
 
 
 class PretrainFigures(Settings):
-    """What was measured of one pretraining."""
+    """Measurements of one pretraining run."""
 
     loss: float
     """Masked loss on the held-out data after the last step."""
     images_per_second: float
-    """Of all workers together, see settled_speed."""
+    """Speed of all workers together; see settled_speed."""
     memory_bytes: float
-    """Largest memory of the first worker: of its GPU, or resident."""
+    """Peak memory of the first worker: of its GPU, or its resident memory without a GPU."""
 
 
 class RunFigures(PretrainFigures):
-    """What was measured of one run and what became of it."""
+    """Measurements of one run, of its probes and of its fine-tuning."""
 
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     probe: float
-    """Test accuracy of the linear probe on the feature that was asked for."""
+    """Test accuracy of the linear probe on the requested feature."""
     probe_best: float
-    """The same on the feature and layer that are best on held-out training samples."""
+    """Test accuracy of the linear probe on the feature and layer that are best on held-out training samples."""
     knn: float
-    """Test accuracy of k-NN."""
+    """Test accuracy of k-NN on the requested feature."""
     knn_best: float
-    """The same of the best feature and layer."""
+    """Test accuracy of k-NN on the feature and layer that are best on held-out training samples."""
     probe_untrained: float
-    """Test accuracy of the linear probe on the same feature of the same encoder before training: a control."""
+    """Control: test accuracy of the linear probe on the requested feature of the encoder before training."""
     knn_untrained: float
-    """The same of k-NN."""
+    """Control: test accuracy of k-NN on the requested feature of the encoder before training."""
     finetuned: float | None = None
-    """Test accuracy after fine-tuning, where that was asked for."""
+    """Test accuracy after fine-tuning; None without fine-tuning."""
     scratch: float | None = None
-    """The same of the encoder trained by the same fine-tuning from random weights: the control."""
+    """Control: test accuracy of the same fine-tuning from random weights; None without fine-tuning."""
 
 
 class PixelFigures(Settings):
-    """Test accuracies of what is read from raw pixels, the control of all models."""
+    """Control for all models: test accuracies on raw pixels."""
 
     probe: float
-    """Of a linear probe."""
+    """Accuracy of a linear probe."""
     knn: float
-    """Of k-NN."""
+    """Accuracy of k-NN."""
 
 
 class Interval(NamedTuple):
@@ -88,34 +88,34 @@ class Variant(Settings):
     """One model of a comparison."""
 
     parameters: int
-    """Trainable numbers."""
+    """Number of trainable parameters."""
     model: dict[str, object]
     """Its settings."""
     runs: list[RunFigures]
     """One per seed."""
     intervals: dict[str, Interval] = Field(default_factory=dict)
-    """By measure, over the seeds."""
+    """Mean and interval over the seeds, by measure."""
     differences: dict[str, Interval] = Field(default_factory=dict)
-    """The same of the differences to the first variant, seed by seed; none for the first variant."""
+    """Mean and interval of the differences to the first variant with the same seed. Empty for the first variant."""
 
 
 class Comparison(Settings):
-    """All that was measured."""
+    """All results of a comparison."""
 
     variants: dict[str, Variant]
-    """By name; the first is the model that the comparison is about."""
+    """Variants by name. The others are compared with the first."""
     pixels: PixelFigures
-    """The control."""
+    """Control: the same measures on raw pixels."""
 
 
 def settled_speed(speeds: list[float]) -> float:
-    """Median of a run's images/s by log interval, without the first fifth of it; 0.0 where there is no interval."""
+    """Median of a run's images/s over its log intervals, without the first fifth; 0.0 if there are no intervals."""
     settled = speeds[len(speeds) // 5 :]
     return statistics.median(settled) if settled else 0.0
 
 
 def interval(values: list[float]) -> Interval:
-    """Mean and 95 % interval of independent values; one value has none."""
+    """Mean and 95 % interval of independent values. A single value has no interval."""
     centre = float(np.mean(values))
     if len(values) < 2:
         return Interval(centre, None, None)
@@ -124,7 +124,7 @@ def interval(values: list[float]) -> Interval:
 
 
 def summarize(found: dict[str, Variant]) -> None:
-    """Fill in intervals and differences of what was measured of all runs."""
+    """Fill in each variant's intervals and differences, for every measure that all of its runs have."""
     ours = found[OURS]
     for name, variant in found.items():
         for measure in MEASURES:
@@ -137,7 +137,7 @@ def summarize(found: dict[str, Variant]) -> None:
 
 
 def write_report(folder: Storage, config: CompareConfig, found: Comparison) -> dict[str, bytes]:
-    """Store the table as JSON and Markdown; the files by name."""
+    """Store the table as JSON and Markdown. Returns the files' content by name."""
     report = {
         "settings": config.model_dump(mode="json", exclude={"s3", "tracking"}),
         **found.model_dump(mode="json"),

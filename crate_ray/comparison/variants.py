@@ -1,4 +1,4 @@
-"""The models of a comparison, made from the one that it is about: baselines, ablations, and what the user names."""
+"""The models of a comparison: the base model, baselines and ablations of it, and the user's own variants."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "visible tokens only": {"model.encoder_tokens": "visible"},
     "no sparsity": {"model.sparsity_lambda": 0.0},
 }
-"""Assumptions of the derivation, each with the switch that takes it, or what was published instead, away."""
+"""Ablations by name: settings that each change one choice of the published model."""
 
 
 def count_parameters(model: ModelConfig) -> int:
-    """Trainable numbers of a model."""
+    """Number of trainable parameters of a model."""
     with torch.device("meta"):
         return sum(p.numel() for p in build_model(model).parameters())
 
 
 def vit_of_the_same_size(model: CrateMAEConfig) -> ViTMAEConfig:
-    """ViT-MAE of the same width, depth and heads; its decoder has two thirds of the layers, as in MAE (8 of 12).
+    """ViT-MAE of the same width, depth and heads. Its decoder has two thirds of the layers, as in MAE (8 of 12).
 
     It has no query, key and value biases, like the ViT-MAE of the CRATE-MAE authors.
     """
@@ -52,7 +52,7 @@ def vit_of_the_same_size(model: CrateMAEConfig) -> ViTMAEConfig:
 
 
 def vit_of_as_many_parameters(model: CrateMAEConfig) -> ViTMAEConfig:
-    """ViT-MAE of the same depths with the width, and then the width of the MLP, that give the same parameter count."""
+    """ViT-MAE of the same depths. The width, then the MLP ratio, are chosen to match the parameter count."""
     wanted = count_parameters(model)
 
     def candidate(dim: int, mlp_ratio: float = 4.0) -> ViTMAEConfig:
@@ -68,7 +68,7 @@ def vit_of_as_many_parameters(model: CrateMAEConfig) -> ViTMAEConfig:
         )
 
     def tuned(dim: int) -> tuple[float, ViTMAEConfig]:
-        """How far its count is off, and the config of a width."""
+        """Relative error of the parameter count at a width, and the config of that width."""
         at_4, at_5 = (count_parameters(candidate(dim, ratio)) for ratio in (4.0, 5.0))
         ratio = min(max(4.0 + (wanted - at_4) / (at_5 - at_4), 2.0), 6.0)
         found = candidate(dim, round(ratio * dim) / dim)
@@ -84,9 +84,9 @@ def vit_of_as_many_parameters(model: CrateMAEConfig) -> ViTMAEConfig:
 
 
 def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
-    """Settings of every run, by variant, one per seed; all are checked.
+    """Validated settings of every run: by variant, one per seed.
 
-    Raises UserError for settings that do not exist, and where baselines are wanted of a base that is no CRATE-MAE.
+    Raises UserError for settings that do not exist, and if the base is not a CRATE-MAE.
     """
     names = dotted_names(PretrainConfig)
     for name in [*config.settings, *(name for values in config.variants.values() for name in values)]:
@@ -95,7 +95,7 @@ def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
     base = merge(load_yaml(Path(config.base)), nested(config.settings))
     model = _run(config, base, OURS, {}, 0).model
     if not isinstance(model, CrateMAEConfig):
-        raise UserError(f"{config.base} is about a ViT-MAE; compare starts from a CRATE-MAE and makes the baselines")
+        raise UserError(f"{config.base} configures a ViT-MAE; give a CRATE-MAE, from which compare makes the baselines")
     changes: dict[str, dict[str, Any]] = {OURS: {}}
     if config.baselines:
         changes[SAME_SIZE] = {"model": vit_of_the_same_size(model).model_dump(mode="json")}
@@ -104,13 +104,13 @@ def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
         changes |= {name: nested(values) for name, values in ABLATIONS.items()}
     for name, values in config.variants.items():
         if name in changes:
-            raise UserError(f"variants: {name!r} is the name of one that compare makes itself; choose another")
+            raise UserError(f"variants: {name!r} is the name of a variant that compare makes itself; choose another")
         changes[name] = nested(values)
     return {name: [_run(config, base, name, values, seed) for seed in config.seeds] for name, values in changes.items()}
 
 
 def plan_finetunings(config: CompareConfig, run: PretrainConfig) -> dict[str, FinetuneConfig]:
-    """Settings of what follows a pretraining: 'finetuned', and 'scratch', the control. None where none is wanted.
+    """Settings of the fine-tunings after a pretraining: 'finetuned', and 'scratch' as a control. Empty if not wanted.
 
     Raises UserError for settings that do not exist.
     """
@@ -151,7 +151,7 @@ def _run(
         "s3": config.s3.model_dump(),
     }
     values = dict(base)
-    if changes.get("model", {}).get("architecture"):  # another kind of model: nothing of the base's remains
+    if changes.get("model", {}).get("architecture"):  # another architecture: drop the base's model settings
         values["model"] = {}
     try:
         run = validate(PretrainConfig, merge(merge(values, changes), ours))

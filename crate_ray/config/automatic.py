@@ -16,33 +16,33 @@ GIB = 2**30
 _GPU_PRESETS = ((20_000, "tiny"), (200_000, "small"), (5_000_000, "base"))
 _NICE_EPOCHS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 600, 800)
 _BASE_LR, _LEAST_LR = 1.5e-4, 5e-4
-_FEW_PATCHES = 16  # of which three quarters cannot be hidden
+_FEW_PATCHES = 16  # with so few patches, hide only half of them
 _MOST_IMAGES_HELD_OUT = 10_000
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of the training data."""
+    """Facts about the training data."""
 
     num_samples: int
     kind: Kind
     channels: int
     height: int
-    """Height in pixels: that of all samples, or the median of some."""
+    """Height in pixels: the same for all samples, or the median of some."""
     width: int
     same_size: bool
     """Whether all samples have this size."""
     num_held_out: int = 0
-    """Samples of the validation data."""
+    """Number of validation samples."""
 
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What is known of the machine, or of the Ray cluster."""
+    """Facts about the machine, or about the Ray cluster."""
 
     gpus: int
     gpu_bytes: int
-    """Memory of one GPU; 0 without."""
+    """Memory of one GPU; 0 without GPUs."""
     cpus: int
     memory_bytes: int
     """Main memory of one node."""
@@ -55,11 +55,11 @@ class MachineFacts:
 
     @property
     def device(self) -> Literal["GPU", "CPU"]:
-        """What the model is trained on."""
+        """Kind of device that trains the model."""
         return "GPU" if self.gpus else "CPU"
 
     def describe(self) -> str:
-        """In words."""
+        """The machine in words, for the user."""
         where = f"{self.nodes} nodes" if self.nodes > 1 else "this machine"
         what = _count(self.gpus, "GPU") if self.gpus else f"{_count(self.cpus, 'CPU core')} and no GPU"
         return f"{where}, with {what}"
@@ -71,7 +71,7 @@ class Choice:
 
     settings: dict[str, dict[str, Any]]
     reasons: dict[str, str]
-    """By what they are about: images, model, batch, length."""
+    """Reasons by subject: images, model, batch, length."""
 
 
 def choose(data: DataFacts, machine: MachineFacts, given: dict[str, Any] | None = None) -> Choice:
@@ -80,8 +80,8 @@ def choose(data: DataFacts, machine: MachineFacts, given: dict[str, Any] | None 
     Args:
         data: facts about the training data.
         machine: facts about the machine.
-        given: settings that the user gave, nested, not validated. They are not repeated in the result, but the
-            other settings follow from them.
+        given: settings that the user gave, nested, not validated. The other settings are chosen to fit them. The result
+            does not repeat them.
 
     Returns:
         Settings that PretrainConfig accepts when `given` is merged over them, and the reasons.
@@ -134,9 +134,9 @@ def choose(data: DataFacts, machine: MachineFacts, given: dict[str, Any] | None 
 
 
 def default_batch_size(num_samples: int, workers: int) -> int:
-    """Batch of a run that does not set it: 256, or for fewer samples a power of two that makes four batches of them.
+    """Batch size of a run that does not set it: 256, or with fewer samples a power of two that makes four batches.
 
-    At least one sample for each worker, at most all of them.
+    It is at least one sample per worker, and at most the number of samples.
     """
     if num_samples >= 256:
         return 256
@@ -144,7 +144,10 @@ def default_batch_size(num_samples: int, workers: int) -> int:
 
 
 def held_out_count(num_samples: int) -> int:
-    """Samples to hold out for validation: 10 %, of 5,000 or more 5 %, at most 10,000; none of fewer than 50."""
+    """Number of samples to hold out for validation: none of fewer than 50, 10 % of fewer than 5,000, else 5 %.
+
+    At most 10,000.
+    """
     if num_samples < 50:
         return 0
     share = 0.05 if num_samples >= 5_000 else 0.1
@@ -169,7 +172,7 @@ def _image_size(data: DataFacts, machine: MachineFacts, given: tuple[int, int] |
 
 
 def _patch_size(hw: tuple[int, int]) -> tuple[int, int]:
-    """The largest power of two up to 16 that divides a side into at least 8 patches, or else 2, or 1."""
+    """The largest power of two up to 16 that divides each side into at least 8 patches. If there is none, 2 or 1."""
 
     def of(side: int) -> int:
         fitting = [p for p in (16, 8, 4, 2) if side % p == 0 and side // p >= 8]
@@ -194,7 +197,10 @@ def _preset(data: DataFacts, machine: MachineFacts, side: int, given: Any) -> tu
 
 
 def _batch_size(data: DataFacts, machine: MachineFacts, workers: int, given: int | None) -> tuple[int, str]:
-    """16 batches an epoch, in powers of two from 16 to 64 on a CPU and to 4096 on GPUs; not more than there are."""
+    """A power of two that gives about 16 batches per epoch: 16 to 64 on a CPU, 16 to 4096 on GPUs.
+
+    It is at least one sample per worker, and at most the number of samples.
+    """
     if given:
         return given, "given"
     most = 4096 if machine.gpus else 64
@@ -205,9 +211,9 @@ def _batch_size(data: DataFacts, machine: MachineFacts, workers: int, given: int
 
 
 def _micro_batch(preset: str, patches: int, machine: MachineFacts) -> int:
-    """Images at once whose activations fit half of the memory; a power of two.
+    """Number of images, a power of two, whose activations fit into half of the memory.
 
-    Per layer and token about 14 d numbers are kept for the backward pass, and K per pair of tokens, of 4 bytes each.
+    The backward pass needs about 14 d numbers per layer and token, and K per layer and pair of tokens, of 4 bytes each.
     """
     size = CRATE_PRESETS[preset]
     tokens, layers = patches + 1, 2 * size["depth"]
@@ -217,7 +223,7 @@ def _micro_batch(preset: str, patches: int, machine: MachineFacts) -> int:
 
 
 def _epochs(data: DataFacts, machine: MachineFacts, patches: int) -> tuple[int, str]:
-    """Fewer passes over more data. On a CPU about what takes tens of minutes on a few cores, at least 10 passes."""
+    """Number of passes over the data: fewer for more data, but at least 10. On a CPU they take tens of minutes."""
     if machine.gpus:
         wanted, least, most = 1.5e8 / data.num_samples, 10, 800
     else:
@@ -250,13 +256,13 @@ def _shown_length(training: dict[str, Any], epochs: int, steps: int) -> str:
 
 
 def _has_sizes(model: dict[str, Any]) -> bool:
-    """Whether the user gave the model's sizes, so that a preset would mix with them."""
+    """Whether the user gave sizes of the model without a preset. Then no preset is chosen."""
     sizes = {"dim", "depth", "num_subspaces", "num_heads", "decoder_depth", "decoder_dim"}
     return model.get("preset") is None and bool(sizes & set(model))
 
 
 def _without(settings: dict[str, dict[str, Any]], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings that were not given."""
+    """The settings without those that the user gave."""
     out = {}
     for group, values in settings.items():
         mine = given.get(group) or {}
@@ -265,18 +271,18 @@ def _without(settings: dict[str, dict[str, Any]], given: dict[str, Any]) -> dict
 
 
 def _rounded(side: int) -> int:
-    """A side that patches divide: a multiple of 16 from 128 on, of 8 from 64, of 4 from 32, else even."""
+    """Round a side down so that patches divide it: to a multiple of 16 from 128 on, 8 from 64, 4 from 32, else 2."""
     step = next((step for least, step in ((128, 16), (64, 8), (32, 4), (2, 2)) if side >= least), 1)
     return side // step * step
 
 
 def _power_of_two(value: float) -> int:
-    """The largest power of two that is not above a value; 1 for less."""
+    """The largest power of two up to a value; 1 for values below 1."""
     return 2 ** (int(value).bit_length() - 1) if value >= 1 else 1
 
 
 def _number(value: Any) -> int | None:
-    """A whole number that was given, as a number or as text; None for anything else, which validation refuses."""
+    """A positive whole number, given as a number or as text. None for anything else, which validation refuses later."""
     try:
         return int(value) if int(value) > 0 else None
     except (TypeError, ValueError):

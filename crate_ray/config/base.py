@@ -1,4 +1,4 @@
-"""What all settings have in common, and how a setting is marked as advanced."""
+"""The base class of all settings, and the marks for advanced settings and file names."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
     short_forms: ClassVar[dict[str, str]] = {}
-    """Options of the command line that stand for several settings, with their help texts."""
+    """Short forms: command-line options that set several settings, with their help texts."""
     removed: ClassVar[dict[str, str]] = {}
-    """Settings of earlier versions, with what happens without them."""
+    """Settings of earlier versions, with a text on what the code does now."""
 
 
 def check_name(name: str) -> str:
-    """A run's name, which becomes a folder and an MLflow run. Raises ValueError if it cannot."""
+    """Check a run's name, which also names a folder and an MLflow run. Raises ValueError if it is invalid."""
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise ValueError(f"run name {name!r} may hold letters, digits, '-', '_' and '.' only")
     return name
@@ -54,4 +54,4 @@ def check_name(name: str) -> str:
 RunName = Annotated[str, AfterValidator(check_name)]
 
 Kind = Literal["image", "grid"]
-"""What samples are: encoded pictures, or arrays of numbers."""
+"""Kind of the samples: encoded images, or arrays of numbers."""

@@ -15,11 +15,11 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
 class BenchmarkDataConfig(Settings):
-    """Measure data loading: our loader, stock webdataset and, if installed, spdl and LitData, with the same output."""
+    """Measure data loading with our loader, stock webdataset and, if installed, spdl and LitData."""
 
     data: Annotated[tuple[str, ...], Field(min_length=1)]
     """Prepared datasets of images: a local folder or s3://bucket/prefix, or several as name=address (a mapping in
-    YAML). Ratios are relative to webdataset on the first one."""
+    YAML). Speeds are also compared with webdataset on the first one."""
     image_size: PositiveInt = 224
     """Side of the loaded images in pixels."""
     batch_size: PositiveInt = 64
@@ -49,7 +49,7 @@ class BenchmarkDataConfig(Settings):
     def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         names = [_named(entry)[0] for entry in value]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"data has {twice[0]!r} twice; give every dataset a name of its own, as name=address")
+            raise ValueError(f"data has {twice[0]!r} twice; give every dataset its own name, as name=address")
         return value
 
     @property
@@ -59,13 +59,13 @@ class BenchmarkDataConfig(Settings):
 
 
 def _named(entry: str) -> tuple[str, str]:
-    """Name and address; an address without a name is its own."""
+    """Name and address. Without a name, the address is the name."""
     match = _NAMED.fullmatch(entry)
     return (match[1], match[2]) if match else (entry, entry)
 
 
 class BenchmarkOrderConfig(Settings):
-    """Measure the cost of planning the order of a very large dataset, and how well sorted shards are mixed."""
+    """Measure the cost of planning the order of a very large dataset, and how well the order mixes sorted shards."""
 
     num_shards: PositiveInt = 1_000_000
     """Shards of the synthetic dataset; its index takes some hundred MB in the temporary folder."""
@@ -88,7 +88,7 @@ class BenchmarkOrderConfig(Settings):
 
 
 class BenchmarkScalingConfig(Settings):
-    """Estimate training on 8 to 512 GPUs from the bytes that a step moves. The defaults are nodes of H100s."""
+    """Estimate training on 8 to 512 GPUs from the bytes that a step sends. The defaults describe nodes of H100s."""
 
     model: ModelConfig = CrateMAEConfig(preset="base")
     """Model, as for pretraining."""
@@ -99,13 +99,13 @@ class BenchmarkScalingConfig(Settings):
     peak_flops: Annotated[float, Field(gt=0)] = 989e12
     """Peak of one GPU in FLOP/s, bf16 without sparsity (H100 SXM)."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the peak that computation alone reaches; `crate-ray benchmark train` measures it."""
+    """Share of the peak FLOP/s that computation reaches; `crate-ray benchmark train` measures it."""
     gpus_per_node: PositiveInt = 8
     """GPUs per node."""
     gpu_bytes_per_second: Annotated[float, Field(gt=0)] = 450e9
-    """Bandwidth of a GPU's links within the node, one direction (NVLink 4)."""
+    """Bandwidth of a GPU's links within the node, in one direction (NVLink 4)."""
     node_bytes_per_second: Annotated[float, Field(gt=0)] = 400e9
-    """Bandwidth of a node's network, one direction (8 ports of 400 Gbit/s)."""
+    """Bandwidth of a node's network, in one direction (8 ports of 400 Gbit/s)."""
     latency_seconds: Advanced[Annotated[float, Field(ge=0)]] = 10e-6
     """Latency of one hop between nodes."""
     json_file: Annotated[str | None, Field(alias="json")] = None
@@ -126,16 +126,16 @@ class BenchmarkOverheadConfig(Settings):
     workers: PositiveInt = 2
     """Number of training processes."""
     cpus_per_worker: PositiveInt | None = None
-    """CPU threads of each process; by default an equal share of the machine's. Fewer leave cores for Ray's own
-    processes, which otherwise compete with the training."""
+    """CPU threads of each process; by default an equal share of the machine's. With fewer threads, cores are left for
+    Ray's own processes, which otherwise compete with the training."""
     steps: PositiveInt = 60
     """Steps of each run."""
     log_every: PositiveInt = 10
-    """Steps between logged metrics. This is also the measured interval; the first one of each run is left out."""
+    """Steps between logged metrics, which is also the measured interval. The first interval of each run is left out."""
     rounds: PositiveInt = 2
     """Runs of each kind, in turns. The medians of their intervals are compared."""
     checkpoint_preset: PresetName | None = "base"
-    """Size of the model whose checkpoints are measured; null for none."""
+    """Size of the model whose checkpoints are measured; null to measure none."""
     checkpoint_batch_size: PositiveInt = 4
     """Global batch of that model."""
     json_file: Annotated[str | None, Field(alias="json")] = None
@@ -152,7 +152,7 @@ Contestant = Literal["crate_mae", "plain", "vit_mae", "vit_mae_matched"]
 
 
 class BenchmarkTrainConfig(Settings):
-    """Measure training speed and memory of CRATE-MAE, of its equations as written, and of ViT-MAE."""
+    """Measure training speed and memory of CRATE-MAE, of its plain reference model, and of ViT-MAE."""
 
     presets: Annotated[tuple[PresetName, ...], Field(min_length=1)] | None = None
     """Sizes of the models; by default all on a GPU, tiny and small on a CPU."""
@@ -161,14 +161,14 @@ class BenchmarkTrainConfig(Settings):
     contestants: Annotated[tuple[Contestant, ...], Field(min_length=1)] = (
         "crate_mae", "plain", "vit_mae", "vit_mae_matched",
     )  # fmt: skip
-    """Models: 'crate_mae' as trained, 'plain' for the same function as its equations are written, 'vit_mae' of the same
-    width, depth and heads, 'vit_mae_matched' with the same parameter count."""
+    """Models: 'crate_mae' as trained, 'plain' for the reference model, which computes its equations as written,
+    'vit_mae' of the same width, depth and heads, 'vit_mae_matched' with the same parameter count."""
     image_size: PositiveInt = 224
     """Side of the images in pixels; a multiple of 16."""
     batch_size: PositiveInt | None = None
     """Images per step; by default 128 on a GPU, 8 on a CPU."""
     image_sizes: tuple[PositiveInt, ...] = (224, 448, 672, 896)
-    """Image sides at which time and memory are measured, for the first preset and precision."""
+    """Image sides for further measurements of time and memory, with the first preset and precision."""
     image_sizes_batch: Advanced[PositiveInt | None] = None
     """Images per step of the measurements by image size; by default 8 on a GPU, 1 on a CPU."""
     seconds: Annotated[float, Field(gt=0)] = 3.0
@@ -176,13 +176,13 @@ class BenchmarkTrainConfig(Settings):
     repeats: PositiveInt = 1
     """Measurements of each model, in turns; the fastest is reported."""
     compile: Literal["auto", "layers", "off"] = "auto"
-    """training.compile for all models but 'plain'."""
+    """training.compile for all models except 'plain'."""
     activation_checkpointing: bool = False
-    """Train all but 'plain' with training.activation_checkpointing."""
+    """Train all models except 'plain' with training.activation_checkpointing."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; 'auto' is a GPU if there is one."""
     peak_flops: Advanced[Annotated[float, Field(gt=0)] | None] = None
-    """FLOP/s that count as 100 % MFU in bf16; by default the GPU's data sheet, or the measured rate of a large matrix
-    product on a CPU or an unknown GPU. fp32 is always measured."""
+    """FLOP/s that count as 100 % MFU in bf16; by default those of the GPU's data sheet, or the measured rate of a large
+    matrix product on a CPU or an unknown GPU. The rate for fp32 is always measured."""
     json_file: Annotated[str | None, Field(alias="json")] = None
     """JSON file to write all results to."""

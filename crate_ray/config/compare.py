@@ -24,22 +24,22 @@ class CompareConfig(Settings):
     settings: dict[str, Any] = {}
     """Dotted pretraining settings that override the base in all runs, such as {training.steps: 500}."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
-    """Seeds. Each model is trained once with each of them; intervals are over seeds."""
+    """Seeds. Each model is trained once per seed; intervals are over the seeds."""
     baselines: bool = True
     """Also train a ViT-MAE of the same width, depth and heads, and one with as many parameters."""
     ablations: bool = False
-    """Also train the model without each assumption of the derivation, one at a time: output map, attention, decoder,
-    tokens, sparsity."""
+    """Also train five variants of the model that each change one choice: output map, attention, decoder, tokens,
+    sparsity."""
     variants: dict[str, dict[str, Any]] = {}
     """More models: dotted settings by name, such as {wide: {model.dim: 384}}."""
     finetune: ConfigFile[str | None] = None
-    """YAML file with fine-tuning settings. Every encoder is then also fine-tuned on probe.train, and trained on it from
-    random weights as a control; the accuracy is measured on probe.test."""
+    """YAML file with fine-tuning settings. If set, every encoder is also fine-tuned on probe.train. As a control, the
+    same encoder is trained on it from random weights. The accuracy is measured on probe.test."""
     finetune_settings: Advanced[dict[str, Any]] = {}
     """Dotted fine-tuning settings that override that file, such as {training.epochs: 10}."""
     launcher: Advanced[Literal["ray", "none"]] = "ray"
-    """What runs the training: 'ray', with runs in MLflow that resume, or 'none', one process with one GPU if there is
-    one, on a machine that has torch but neither Ray nor MLflow."""
+    """How runs are trained. 'ray': on Ray, with resumable runs in MLflow. 'none': in one process, with one GPU if there
+    is one, for a machine that has torch but neither Ray nor MLflow."""
     probe: ProbeConfig
     """Labelled datasets for linear probe and k-NN."""
     tracking: TrackingConfig = TrackingConfig()

@@ -10,7 +10,7 @@ from crate_ray.config.base import Advanced, Fraction, PositiveInt, Settings
 
 
 class DataConfig(Settings):
-    """What to train on, in which order, and how samples become batches."""
+    """Training data, its order, and how samples become batches."""
 
     train: Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)] | str
     """Training dataset: local folder or s3://bucket/prefix of prepared shards. Or several datasets with their relative
@@ -38,9 +38,9 @@ class DataConfig(Settings):
     streamed."""
     buffer_bytes: Advanced[PositiveInt] = 2**30
     """Limit on the encoded bytes that a worker keeps in memory while streaming: the windows its lanes draw from,
-    windows read ahead, and batches that wait for decoding. A larger buffer shuffles better. What the lanes'
-    windows need beyond the limit, for example after a resume on fewer workers, goes to unnamed files in cache_dir or
-    the temporary folder, with a warning."""
+    windows read ahead, and batches that wait for decoding. A larger buffer shuffles better. If the lanes' windows need
+    more, for example after a resume on fewer workers, the rest goes to unnamed files in cache_dir or the temporary
+    folder, and a warning is logged."""
     block_samples: Advanced[PositiveInt | None] = None
     """Samples b per block; a block is read with one ranged GET. Default: 1 if the data fits in memory_bytes, else about
     2 MiB of samples."""
@@ -54,7 +54,7 @@ class DataConfig(Settings):
     part_bytes: Advanced[PositiveInt] = 8 * 2**20
     """Approximate size of the largest ranged read. Longer ranges are split and read in parallel."""
     cache_dir: Advanced[str | None] = None
-    """Local folder that caches what was read, shared by all workers of a node. Default: no cache."""
+    """Local folder that caches the bytes that were read, shared by all workers of a node. Default: no cache."""
     cache_bytes: Advanced[PositiveInt] = 50 * 2**30
     """Size limit of cache_dir. The least recently used data is removed first."""
     decode_threads: Advanced[PositiveInt | None] = None

@@ -25,7 +25,7 @@ class ProbeConfig(Settings):
     layer: Advanced[PositiveInt | None] = None
     """Encoder layer 1 … L to take the feature from; by default the output of the encoder's last norm."""
     solver: Advanced[Literal["auto", "sklearn", "torch"]] = "auto"
-    """What fits the probe: scikit-learn in memory, or L-BFGS in torch, which reads features in batches from disk and
+    """Solver that fits the probe. 'sklearn' works in memory. 'torch' (L-BFGS) reads features from disk in batches and
     uses a GPU if there is one. 'auto' chooses torch for more than 1 GiB of features."""
     max_samples: Advanced[PositiveInt] = 10_000
     """Largest number of samples of each dataset to use, spread evenly over it."""
@@ -34,9 +34,9 @@ class ProbeConfig(Settings):
 
 
 class EvaluateConfig(Settings):
-    """Measure what a pretrained encoder learned, next to controls, and write a report as HTML and JSON.
+    """Evaluate a pretrained encoder, compare it with controls, and write a report as HTML and JSON.
 
-    Give any of probe, data and masks. The report has the parts for which there is data.
+    Give any of probe, data and masks. The report has a section for each of them.
     """
 
     removed: ClassVar[dict[str, str]] = {

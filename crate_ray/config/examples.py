@@ -1,4 +1,4 @@
-"""The example configurations that come with the package; in the repository they are jobs/configs."""
+"""The example configurations that come with the package. In the repository they are in jobs/configs."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def find_example(name: str) -> Path | None:
 
 
 def summary(path: Path) -> str:
-    """What an example says of itself: the first line of its opening comment."""
+    """Summary of an example: the first line of its opening comment."""
     return path.read_text().partition("\n")[0].lstrip("# ").rstrip(".:")

@@ -16,7 +16,7 @@ FINETUNE_RECIPES: dict[str, dict[str, Any]] = {
     "crate": {
         "pooling": "cls",
         "data": {"crop_scale": (0.08, 1.0)},
-        "training": {"epochs": 200},  # batch 256 is the default, which gives way to small data
+        "training": {"epochs": 200},  # batch 256 is the default; a small dataset gets a smaller one
         "optim": {
             "lr": 5e-5, "min_lr": 0.0, "warmup": 0.0, "betas": (0.9, 0.999), "weight_decay": 0.01, "clip_norm": None,
         },
@@ -39,7 +39,7 @@ FINETUNE_RECIPES: dict[str, dict[str, Any]] = {
 
 'crate': finetune.py and README of the public CRATE code: AdamW (0.9, 0.999), weight decay 0.01, cosine without warm-up,
 batch 256, RandAugment(2, 14), torchvision's random resized crop, flip, CLS token; rate and epochs are those for CIFAR
-(Pets and Flowers: lr 1e-4, 400 epochs). It decays biases and norms too, we do not.
+(Pets and Flowers: lr 1e-4, 400 epochs). Its weight decay includes biases and norms, ours does not.
 
 'mae': table 9 of arXiv 2111.06377 and the public MAE code, for ViT-Base: batch 1024, base rate 5e-4, 5 of 100 epochs of
 warm-up, layer decay 0.65, drop path 0.1, mixup 0.8, CutMix 1.0, label smoothing 0.1, RandAugment(2, 9 of 10), mean of
@@ -107,11 +107,11 @@ class FinetuneConfig(Settings):
     optim: OptimConfig = OptimConfig(lr=5e-5, warmup=0.0, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=None)
     """AdamW and its learning rate."""
     layer_decay: Advanced[Annotated[float, Field(gt=0, le=1)]] = 1.0
-    """Layer-wise decay: the learning rate of each encoder layer is that of the layer above times this. The classifier
-    has the full rate, the patch embedding layer_decay ** (depth + 1) of it."""
+    """Layer-wise decay: each encoder layer's learning rate is this factor times the rate of the layer above. The
+    classifier has the full rate, and the patch embedding has layer_decay ** (depth + 1) times the full rate."""
     drop_path: Advanced[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Drop path (stochastic depth, arXiv 1603.09382): share of samples that skip a residual branch in the last layer.
-    It rises linearly from 0 in the first layer. In CRATE this is the compression step; ISTA has no residual."""
+    It rises linearly from 0 in the first layer. In CRATE the branch is the compression step; ISTA has no residual."""
     label_smoothing: Advanced[Annotated[float, Field(ge=0, lt=1)]] = 0.0
     """Label smoothing: share of each label that is spread over all classes."""
     augment: AugmentConfig = AugmentConfig()

@@ -25,15 +25,15 @@ class Setting:
     """One setting of a job."""
 
     name: str
-    """Dotted, as in YAML."""
+    """Dotted name, as in YAML."""
     type: str
     default: str | None
-    """As on the command line; None if the setting is required."""
+    """Default as written on the command line; None if the setting is required."""
     text: str
     """Its documentation."""
     advanced: bool
     only_for: str | None = None
-    """The architecture that has it, if not all do."""
+    """The only architecture that has this setting; None if all have it."""
 
     @property
     def first_sentence(self) -> str:
@@ -43,7 +43,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Group:
-    """Settings that stand under one name, such as `training`."""
+    """Settings under one name, such as `training`."""
 
     name: str
     """Empty for the job's own settings."""
@@ -80,7 +80,7 @@ def help_text(config_class: type[Settings], prog: str, *, everything: bool, widt
     """
     doc = textwrap.dedent(config_class.__doc__ or "").strip()
     lines = [f"usage: {prog} [--config FILE] [--SETTING VALUE ...]", "", doc.partition("\n\n")[0], ""]
-    lines += _entry("--config FILE", "YAML file with settings; options of the command line win.", width)
+    lines += _entry("--config FILE", "YAML file with settings; command-line options override it.", width)
     for name, text in config_class.short_forms.items():
         lines += _entry(f"--{kebab(name)} PATH", text, width)
     hidden = 0
@@ -109,17 +109,17 @@ def markdown(jobs: dict[str, tuple[type[Settings], ...]]) -> str:
         "",
         "<!-- Generated from crate_ray/config by `crate-ray configs --markdown`; a test compares. -->",
         "",
-        "Every job reads `--config FILE.yaml`, then the options of the command line, which win. A YAML file nests the",
-        "groups and writes names with `_`; the command line joins them with a dot and writes `-`:",
+        "Every job reads `--config FILE.yaml`, then the command-line options, which override it. A YAML file nests the",
+        "groups and writes names with `_`. The command line joins groups and names with a dot, and writes `-`:",
         "",
         "```yaml",
         "training:",
         "  batch_size: 256        # --training.batch-size 256",
         "```",
         "",
-        "An option that replaces its alternative in the file needs nothing else: `--training.steps` replaces",
-        "`training.epochs`, and `--optim.base-lr` replaces `optim.lr`. `null` unsets a setting. `--help` shows the",
-        "everyday settings, `--help-all` shows all.",
+        "Some options also replace an alternative in the file: `--training.steps` replaces `training.epochs`, and",
+        "`--optim.base-lr` replaces `optim.lr`. `null` unsets a setting. `--help` shows the everyday settings,",
+        "`--help-all` shows all.",
         "",
     ]
     seen: dict[tuple[Setting, ...], str] = {}
@@ -166,7 +166,7 @@ def _anchor(command: str) -> str:
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
-    """Lines of one setting: name and type at the left, the text beside them."""
+    """Lines of one setting: name and type on the left, the text on the right."""
     left = f"  {name}"
     room = max(width - _NAME_WIDTH, 30)
     wrapped = textwrap.wrap(text, room, break_on_hyphens=False, break_long_words=False)
@@ -177,7 +177,7 @@ def _entry(name: str, text: str, width: int) -> list[str]:
 
 
 def _own_settings(model: type[BaseModel], instance: BaseModel | None, prefix: str) -> Iterator[Setting]:
-    """Settings of one class that are no groups themselves; defaults are those of the instance if it sets them."""
+    """Settings of one class, without groups. Defaults are the values that the instance sets, else the class's."""
     for name, field in model.model_fields.items():
         if models_in(field.annotation) and not _is_mapping(field.annotation):
             continue
@@ -188,9 +188,9 @@ def _own_settings(model: type[BaseModel], instance: BaseModel | None, prefix: st
 
 
 def _union_settings(models: Sequence[type[BaseModel]], instance: BaseModel | None, prefix: str) -> Iterator[Setting]:
-    """Settings of classes of which one is chosen by its `architecture`: common ones first, then each one's own.
+    """Settings of several classes, one of which is chosen by `architecture`: common settings first, then those of each.
 
-    Where defaults differ, the last class counts, which is the default.
+    If defaults differ, the text shows those of the last class, which is the default architecture.
     """
     *others, usual = models
     for setting in _own_settings(usual, instance, prefix):
@@ -218,7 +218,7 @@ def _is_advanced(field: FieldInfo) -> bool:
 
 
 def _as_text(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value as written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -135,8 +135,8 @@ class CrateMAEConfig(ImageModelConfig):
     step_size: Advanced[Annotated[float, Field(gt=0)]] = 0.1
     """η, the step size of ISTA (published code: 0.1)."""
     output_map: Advanced[Literal["learned", "tied"]] = "learned"
-    """Output map W of MSSA: 'learned' with a bias (published), or 'tied' to [U_1 … U_K], as the derivation of the
-    compression step gives it."""
+    """Output map W of MSSA: 'learned' with a bias (published), or 'tied' to [U_1 … U_K], as in the derivation of the
+    compression step."""
     attention: Advanced[Literal["softmax", "linear"]] = "softmax"
     """Subspace attention: 'softmax' (published), or 'linear', the gradient of R^c before it is approximated by a
     softmax."""
@@ -144,8 +144,8 @@ class CrateMAEConfig(ImageModelConfig):
     """Maps of a decoder layer: 'free' (published), or 'tied' to those of the mirrored encoder layer (V = U, E = Dᵀ),
     the strict form of the discretised time reversal. 'tied' needs decoder_depth = depth."""
     encoder_tokens: Advanced[Literal["all", "visible"]] = "all"
-    """Tokens that the encoder sees: 'all' N + 1, with mask tokens for removed patches (published), or the 'visible'
-    ones only, as in MAE."""
+    """Tokens that the encoder sees: 'all' N + 1, with mask tokens for removed patches (published), or only the
+    'visible' ones, as in MAE."""
 
     @model_validator(mode="before")
     @classmethod

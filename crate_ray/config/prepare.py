@@ -14,8 +14,8 @@ class PrepareConfig(Settings):
     """Pack images into WebDataset shards with a manifest and an index, or index existing shards."""
 
     source: str | None = None
-    """What to pack: a folder or s3://bucket/prefix of images or .npy grids (class folders optional), or of .tar shards
-    to repack; or a built-in set: 'digits' (scikit-learn's, 8×8, 1 channel), 'shapes' (procedural, with masks) or
+    """Samples to pack: a folder or s3://bucket/prefix of images or .npy grids (class folders optional), or of .tar
+    shards to repack; or a built-in set: 'digits' (scikit-learn's, 8×8, 1 channel), 'shapes' (procedural, with masks) or
     'plain-shapes' (the same without textures and clutter). If not set, the shards under output are indexed in place."""
     output: str
     """Local folder or s3://bucket/prefix for the dataset: shards, index and manifest."""
@@ -24,7 +24,7 @@ class PrepareConfig(Settings):
     OUTPUT/train. A hash of the sample's name and the seed decides which ones."""
     shards: str = "*.tar"
     """Shards to index or repack: 'train-*.tar', 'train-{00000..00049}.tar', '{train,extra}-*.tar'. Every alternative in
-    braces must exist. To index shards elsewhere, which are only read, give their address:
+    braces must exist. To index shards in another place, which are only read, give their address:
     's3://bucket/cifar10/train-{00000..00049}.tar' or '/data/cifar10/*.tar'."""
     split: Literal["all", "train", "test"] = "all"
     """Part of a built-in set: all samples, the fixed 80 % for training, or the other 20 % for testing."""

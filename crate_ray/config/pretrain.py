@@ -18,7 +18,7 @@ class PretrainConfig(Settings):
 
     short_forms: ClassVar[dict[str, str]] = {
         "data": "Folder or s3://bucket/prefix of images, .npy grids or .tar shards. Chooses model, batch, length and "
-        "workers by the data and the machine; settings that you give win."
+        "workers to suit the data and the machine; settings that you give override the choice."
     }
 
     name: RunName = "pretrain"

@@ -32,7 +32,7 @@ class PromoteConfig(Settings):
     name: str = "crate-mae"
     """Name of the registered model."""
     probe: ProbeConfig
-    """Linear probe that compares the two."""
+    """Linear probe that compares the version with the champion."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     s3: S3Config = S3Config()

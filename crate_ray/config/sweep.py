@@ -56,7 +56,7 @@ class SweepConfig(Settings):
     max_concurrent: PositiveInt = 1
     """Trials that run at the same time; each starts scaling.workers workers."""
     objective: Literal["validation_loss", "probe_accuracy"] = "validation_loss"
-    """What to optimise: the masked loss on data.validation, or the accuracy of a linear probe."""
+    """Objective to optimise: the masked loss on data.validation, or the accuracy of a linear probe."""
     probe: ProbeConfig | None = None
     """Linear probe; needed for objective probe_accuracy."""
     grace_steps: PositiveInt | None = None

@@ -1,4 +1,4 @@
-"""Settings before they are validated: nested values from YAML files and command lines, merged, then validated."""
+"""Reads settings from YAML files as nested values, merges them, and validates the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from crate_ray.errors import UserError
 ConfigT = TypeVar("ConfigT", bound=Settings)
 
 _ALTERNATIVES = {"steps": "epochs", "epochs": "steps", "lr": "base_lr", "base_lr": "lr"}
-"""Settings of one group that say the same in two ways: the one that is set last replaces the other."""
+"""Pairs of alternative settings in one group. The one that is set last replaces the other."""
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def dotted_names(config_class: type[BaseModel]) -> list[str]:
 
 
 def removed_names(config_class: type[BaseModel]) -> dict[str, str]:
-    """Dotted names of settings that earlier versions had, with what happens without them."""
+    """Dotted names of settings of earlier versions, with a text on what the code does now."""
     names = dict(getattr(config_class, "removed", {}))
     for name, field in config_class.model_fields.items():
         for model in models_in(field.annotation):

@@ -1,1 +1,1 @@
-"""From shards to batches: their format, how they are prepared, in which order, read and decoded."""
+"""From shards to batches: storage format, preparation, order, reading and decoding."""

@@ -1,4 +1,4 @@
-"""Batches for a training loop of one's own: no Ray, no MLflow, under any launcher.
+"""Batches for your own training loop. This needs neither Ray nor MLflow, and works with any launcher.
 
 with stream("s3://bucket/train", batch_size=256, image_size=224, rank=rank, world_size=world_size) as batches:
     for batch in batches:
@@ -48,8 +48,8 @@ def stream(
         rank: this worker, from 0.
         world_size: number of workers.
         device: where to put batches; they are copied ahead of use.
-        planned_workers: number of workers that windows are sized for, by default 1. If the data is larger than
-            memory_bytes, the order depends on it, so keep it if you resume with another number of workers.
+        planned_workers: number of workers for which window sizes are planned, by default 1. If the data is larger than
+            memory_bytes, the order depends on this number, so do not change it if you resume with other workers.
         s3: object storage.
         data: any other field of config.DataConfig, such as crop_scale=(0.2, 1) or cache_dir="/scratch/cache".
 

@@ -14,8 +14,8 @@ Shards that `crate-ray prepare` packs are plain WebDataset shards, so stock webd
     for images, labels in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2):
         train(images, labels)
 
-`samples` gives what webdataset does not: batches that do not depend on the number of workers, and an exact position in
-the middle of an epoch. The same pipeline, on one of several ranks, from a step on:
+With `samples`, unlike with stock webdataset, batches do not depend on the number of workers, and a run can resume at an
+exact position within an epoch. The same pipeline, on one of several ranks, starting at a step:
 
     from crate_ray.data.webdataset import samples
 
@@ -29,8 +29,8 @@ the middle of an epoch. The same pipeline, on one of several ranks, from a step 
         train(images, labels)
         step += 1
 
-Training itself does not read through webdataset, because webdataset streams whole shards per process: it cannot resume
-inside a shard, keep all ranks at the same number of batches, or keep the order when the number of workers changes.
+Training itself does not read with webdataset, because webdataset streams whole shards per process. It cannot resume
+inside a shard, give all ranks the same number of batches, or keep the order if the number of workers changes.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def samples(
         seed: seed of the order.
         rank: this rank, from 0.
         world_size: number of ranks.
-        planned_workers: number of ranks for which window sizes are planned. For data larger than memory_bytes the order
-            depends on it, so keep it when you resume on another number of ranks. Default: 1.
+        planned_workers: number of ranks for which window sizes are planned, by default 1. If the data is larger than
+            memory_bytes, the order depends on this number, so do not change it if you resume on other ranks.
         handler: called with a DamagedShard error for a sample that cannot be read. It returns True to skip the sample,
             False to stop, or raises, as webdataset's handlers do.
         s3: object storage.
@@ -140,7 +140,7 @@ class _OrderedSamples(torch.utils.data.IterableDataset[dict[str, Any]]):
             for number, step in enumerate(steps):
                 while requested < min(number + ahead, len(steps)) and source.request(steps[requested]):
                     requested += 1
-                # Not bound to a name here: memory for the next windows is that of samples nobody refers to.
+                # Do not bind the samples to a name: their memory must be free for the next windows.
                 if not (yield from self._dicts(step, *source.take(step))):
                     return
         finally:

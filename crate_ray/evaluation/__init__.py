@@ -1,1 +1,1 @@
-"""What was learned: features of the frozen encoder and what is measured with them."""
+"""Evaluation: features of the frozen encoder, and measurements with them."""

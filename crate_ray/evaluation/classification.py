@@ -29,7 +29,7 @@ from crate_ray.serving import FeaturePoint
 
 
 class LayerScore(Settings):
-    """Accuracy of one layer's feature on held-out training samples. It is used to choose a layer only."""
+    """Accuracy of one layer's feature on held-out training samples. It is used only to choose a layer."""
 
     feature: Feature
     """Mean of patch tokens, or CLS token."""
@@ -89,7 +89,7 @@ class Classification(Settings):
     temperature: float
     """τ of k-NN."""
     encoders: dict[str, EncoderScores]
-    """By name: 'trained', 'untrained', 'baseline', 'pixels'."""
+    """Scores by name: 'trained', 'untrained', 'baseline', 'pixels'."""
 
     def metrics(self) -> dict[str, float]:
         """Test accuracies for MLflow: of the requested feature and, with `_best`, of the chosen layer."""

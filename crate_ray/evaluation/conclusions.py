@@ -31,7 +31,7 @@ def on_classification(result: Classification) -> list[str]:
         said.append(f"Chosen on held-out training samples, the best probe is on the {_with_accuracy(best)}.")
         if (fresh := scores["untrained"].chosen_linear) is not None:
             said.append(
-                f"The untrained encoder's best is on the {_with_accuracy(fresh)}: at its best layer the trained one is "
+                f"The untrained encoder's best is on the {_with_accuracy(fresh)}. At its best layer the trained one is "
                 f"{_points(best.linear.interval, fresh.linear.interval)}."
             )
     elif best is not None:
@@ -113,8 +113,8 @@ def on_structure(result: Structure) -> list[str]:
         ]
         if alike:
             said.append(
-                f"The trend of {' and '.join(alike)} has the same direction without training: it is an effect of the "
-                "architecture, and alone no evidence of learning."
+                f"The trend of {' and '.join(alike)} has the same direction without training. So it is an effect of "
+                "the architecture, and no evidence of learning by itself."
             )
     return said + _on_undoing(result)
 
@@ -154,7 +154,8 @@ def _on_undoing(result: Structure) -> list[str]:
         )
         said.append(
             f"Decoder layers reproduce the tokens that they should restore with a relative error of {average:.2f} on "
-            f"average (at the best scale); for another image's tokens it is {other_image:.2f}; 0 would be exact."
+            f"average (at the best scale; 0 would be exact). Compared with another image's tokens, it is "
+            f"{other_image:.2f}."
         )
     if without := [encoder.title for encoder in result.encoders.values() if encoder.undoing is None]:
         said.append(

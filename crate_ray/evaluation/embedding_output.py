@@ -1,4 +1,4 @@
-"""The output of an embedding job: Parquet parts, and a record that says what they hold and whether they are complete.
+"""The output of an embedding job: Parquet parts, and a record of their content, which says whether they are complete.
 
 <output>/_embeddings.json    the record; Parquet readers skip names that begin with an underscore
 <output>/part-<first sample>-<end>.parquet
@@ -20,7 +20,7 @@ LEASE_FILE = "_embeddings.lease"
 
 
 class EmbeddingRecord(Settings):
-    """What an output holds. Written before the first part, and again once all parts are there."""
+    """Record of an output's content. Written before the first part, and again once all parts exist."""
 
     model: str
     """SHA-256 of the weights."""
@@ -33,11 +33,11 @@ class EmbeddingRecord(Settings):
     dim: int
     """Numbers per embedding."""
     complete: bool = False
-    """Whether all parts are there."""
+    """Whether all parts exist."""
     skipped: dict[str, int] = Field(default_factory=dict)
     """Number of bad samples, which have no row, by cause."""
     skipped_keys: dict[str, str] = Field(default_factory=dict)
-    """Cause of each bad sample by its key, for the first 10,000 of them."""
+    """Causes of the first 10,000 bad samples, by key."""
 
     @property
     def num_rows(self) -> int:
@@ -60,7 +60,7 @@ def part_name(start: int, stop: int) -> str:
 
 
 def find_complete(output: Storage, wanted: EmbeddingRecord) -> EmbeddingRecord | None:
-    """The record of an output that holds the wanted embeddings already, or None.
+    """The record of an output that already holds the wanted embeddings; None if it does not.
 
     Raises UserError if the output holds embeddings of another model, dataset or feature, or Parquet files that no
     embedding job wrote.
@@ -83,7 +83,7 @@ def find_complete(output: Storage, wanted: EmbeddingRecord) -> EmbeddingRecord |
 
 
 def claim(output: Storage, record: EmbeddingRecord) -> None:
-    """Start an attempt: write the record and delete the parts that a stopped attempt left behind."""
+    """Start an attempt: write the record, and delete the parts of earlier, stopped attempts."""
     _write_record(output, record)
     for info in list(output.list()):
         if _is_part(info.key):
@@ -98,7 +98,7 @@ def publish(output: Storage, record: EmbeddingRecord, parts: Iterable[Part]) -> 
     expected = {part.name: part for part in parts}
     found = {info.key: info.size for info in output.list() if _is_part(info.key)}
     for name in found.keys() - expected.keys():
-        output.delete(name)  # a worker of a stopped attempt wrote it late
+        output.delete(name)  # a worker of a stopped attempt has written it meanwhile
     for name, part in expected.items():
         if found.get(name) != part.size:
             raise UserError(f"{output.uri}/{name} was deleted or changed while the job was running; start it again")
@@ -111,7 +111,7 @@ def publish(output: Storage, record: EmbeddingRecord, parts: Iterable[Part]) -> 
 
 
 def _is_part(key: str) -> bool:
-    """Whether a file at the top of the output is Parquet; sub-folders are not ours."""
+    """Whether a file is a Parquet file at the top of the output. Sub-folders are ignored."""
     return "/" not in key and key.endswith(".parquet")
 
 

@@ -28,10 +28,10 @@ from crate_ray.structure.coding_rate import EPSILON
 def evaluate(
     config: EvaluateConfig, trained: EvaluatedModel, baseline: EvaluatedModel | None, log: Callable[[str], None]
 ) -> tuple[Report, dict[str, list[Image]]]:
-    """Measure every section that has data. Returns the report and its figures by section; 'pictures' lead the page.
+    """Measure every section that has data. Returns the report and its figures by section. 'pictures' are at the top.
 
-    All datasets are opened before anything is measured. Features are computed by Ray tasks; Ray is started only if the
-    cache does not have them. Everything else runs in this process, on its GPU if it has one.
+    All datasets are opened before anything is measured. Ray tasks compute features that are not in the cache; Ray is
+    started only for them. Everything else runs in this process, on its GPU if it has one.
 
     Args:
         config: settings.

@@ -46,7 +46,7 @@ class EvaluatedModel:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything its features depend on: weights, architecture and normalisation."""
+        """SHA-256 of everything that its features depend on: weights, architecture and normalisation."""
         fields = {"model", "mean", "std", "kind"}
         sha256 = hashlib.sha256(self.description.model_dump_json(include=fields).encode())
         sha256.update(self.weights)

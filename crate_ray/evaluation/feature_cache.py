@@ -1,4 +1,4 @@
-"""Features of evaluated models on local disk, under a digest of all that they depend on: computed once.
+"""Caches features of evaluated models on local disk. The key is a digest of everything that they depend on.
 
 <folder>/<key>/features.npy  labels.npy  samples.npy      arrays only, never unpickled; memory-mapped when read
 <folder>/.partial/           entries that are being written
@@ -76,7 +76,7 @@ class FeatureCache:
 
     @contextmanager
     def write(self, keys: list[str], rows: int, dims: list[int]) -> Iterator[Writer]:
-        """Fill new entries. They appear when the block ends without an error, each of them whole.
+        """Fill new entries. Complete entries appear when the block ends without an error.
 
         Args:
             keys: names of the entries.
@@ -84,7 +84,7 @@ class FeatureCache:
             dims: numbers per sample, one for each entry.
 
         Raises:
-            UserError: the folder belongs to another user, or does not take the entries.
+            UserError: the folder belongs to another user, or the entries cannot be written.
         """
         chosen_folder(self._folder, _ADVICE)
         with temporary_folder(self._folder / _PARTIAL, uuid.uuid4().hex) as folder:
@@ -97,7 +97,7 @@ class FeatureCache:
         evict((entry for entry in self._folder.iterdir() if entry.name != _PARTIAL), self._max_bytes, keep=needed)
 
     def _publish(self, written: Path, target: Path) -> None:
-        shutil.rmtree(target, ignore_errors=True)  # a damaged one: whole ones are not computed again
+        shutil.rmtree(target, ignore_errors=True)  # an existing entry is damaged, or it would have been used
         try:
             written.rename(target)
         except OSError as error:
@@ -107,7 +107,7 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class Writer:
-    """Entries that are being filled, on disk: the features need not fit in memory."""
+    """Entries that are being filled. They are on disk, so the features need not fit in memory."""
 
     features: list[np.memmap]
     """One (rows, dim) per key."""
@@ -152,6 +152,6 @@ class Writer:
             self.features[i][rows], self.labels[i][rows], self.samples[i][rows] = values, labels, samples
 
     def flush(self) -> None:
-        """Write everything to disk, so that a machine that goes down leaves no entry with rows of zeros."""
+        """Write everything to disk, so that a crash of the machine does not leave an entry with rows of zeros."""
         for array in (*self.features, *self.labels, *self.samples):
             array.flush()

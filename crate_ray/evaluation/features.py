@@ -1,4 +1,4 @@
-"""Features that a probe is fitted on, raw pixels as the control, and iteration over a dataset's samples."""
+"""Feature points that probes use, raw pixels as the control, and iteration over a dataset's samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PIXEL_SIDE = 16
 
 
 def all_feature_points(depth: int) -> list[FeaturePoint]:
-    """Both features of every encoder layer and after the last norm."""
+    """Both kinds of features, of every encoder layer and after the last norm."""
     features: tuple[Feature, ...] = ("mean", "cls")
     return [FeaturePoint(feature, layer) for layer in [*range(1, depth + 1), None] for feature in features]
 

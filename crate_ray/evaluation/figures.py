@@ -1,4 +1,4 @@
-"""The report's figures: charts as SVG, pictures as PNG. Colours are Okabe and Ito's; lines also differ in markers."""
+"""Figures of the report: charts as SVG, pictures as PNG. Colours are Okabe and Ito's; lines also differ by marker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STYLE: Any = {
     "axes.titlesize": 9,
     "legend.fontsize": 8,
     "legend.frameon": False,
-    "svg.hashsalt": "crate-ray",  # the same numbers give the same file
+    "svg.hashsalt": "crate-ray",  # fixed, so that the same numbers give the same file
 }
 
 
@@ -44,7 +44,7 @@ class Image(NamedTuple):
     alt: str
     """Alternative text."""
     caption: str
-    """What it shows and how to read it."""
+    """Text on what the figure shows and how to read it."""
 
 
 def accuracies(result: Classification) -> Image:

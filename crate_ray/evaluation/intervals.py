@@ -52,7 +52,7 @@ def bootstrap(
     draws: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """A statistic of the mean curve of N samples with L values each, (L, N), with its bootstrap percentile interval.
+    """A statistic of the mean curve of N samples, (L, N) with L values each, with its bootstrap percentile interval.
 
     Samples are resampled with replacement. The statistic takes R curves at once, (R, L), and returns (R,).
     """

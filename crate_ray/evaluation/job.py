@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_model(config: EvaluateConfig) -> None:
-    """Evaluate a model, write and log the report, and print its conclusions and where it is."""
+    """Evaluate a model, write and log the report, and print its conclusions and its address."""
     out = console()
     done = run_evaluation(config, lambda line: out.print(line, highlight=False, markup=False, soft_wrap=True))
     for section, sentences in done.report.conclusions.items():
@@ -46,7 +46,7 @@ def evaluate_model(config: EvaluateConfig) -> None:
 
 
 def run_evaluation(config: EvaluateConfig, say: Callable[[str], None]) -> Evaluation:
-    """Evaluate a model, write the report as HTML and JSON, and log it; `say` prints a line of progress."""
+    """Evaluate a model, write the report as HTML and JSON, and log it. `say` prints a line of progress."""
     trained = _load("trained", config.model, config, say)
     baseline = _load("baseline", config.baseline, config, say) if config.baseline else None
     output = _report_storage(config, trained.description.step)
@@ -65,7 +65,7 @@ def _load(name: str, reference: str, config: EvaluateConfig, say: Callable[[str]
 
 
 def _report_storage(config: EvaluateConfig, step: int) -> Storage:
-    """Where the report goes: by default the folder of the run or model, else one in the working folder."""
+    """Folder for the report: by default in the folder of the run or model, else in the working folder."""
     if config.output:
         return open_storage(config.output, config.s3)
     reference = parse(config.model)
@@ -79,13 +79,13 @@ def _report_storage(config: EvaluateConfig, step: int) -> Storage:
 
 
 def _log(report: Report, files: dict[str, bytes], trained: EvaluatedModel, config: EvaluateConfig) -> str | None:
-    """Log main metrics and report to the MLflow run that trained the model. Returns its id, None if there is none."""
+    """Log main metrics and report to the MLflow run that trained the model. Returns its id; None without such a run."""
     run_key, step = trained.description.run_key, trained.description.step
     if run_key is None:
         return None
     try:
         client = open_client(config.tracking)
-    except UserError:  # no database: then MLflow knows no run
+    except UserError:  # there is no MLflow database, so there is no run
         return None
     from mlflow.entities import Metric
     from mlflow.exceptions import MlflowException

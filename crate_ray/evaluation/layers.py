@@ -1,4 +1,4 @@
-"""Whether layers do what the derivation says, on held-out images: coding rates, sparsity, codebooks, inversion."""
+"""Measures on held-out images whether layers follow the derivation: coding rates, sparsity, codebooks, inversion."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Trend(Settings):
 
     @property
     def verdict(self) -> Literal["falls", "rises", "has no clear trend"]:
-        """The direction, if the slope's whole interval and most of the steps agree on it."""
+        """The direction, if the whole interval of the slope and most of the steps agree with it."""
         if self.slope.high < 0 and self.falls > self.steps / 2:
             return "falls"
         if self.slope.low > 0 and self.rises > self.steps / 2:
@@ -65,7 +65,7 @@ class EncoderStructure(Settings):
     title: str
     """Name of the model."""
     codebook: str
-    """What the codebook is."""
+    """The matrix that is used as the codebook, in words."""
     subspace_dim: int
     """p."""
     num_subspaces: int
@@ -79,7 +79,7 @@ class EncoderStructure(Settings):
     compressing_layers: int
     """Number of layers whose attention step lowers the mean R^c against their own codebook."""
     compressing_layers_span: int
-    """The same against orthonormal bases of the codebook."""
+    """The number of such layers if R^c is measured against orthonormal bases of the codebook."""
     coherence_largest: tuple[float, ...]
     """Largest |cosine| between directions of two subspaces of a layer: 0 if orthogonal, 1 if they intersect."""
     coherence_mean: tuple[float, ...]
@@ -90,7 +90,7 @@ class EncoderStructure(Settings):
 
 
 class Structure(Settings):
-    """What layers do to whole (unmasked) held-out images."""
+    """Measures of the layers on whole (unmasked) held-out images."""
 
     data: str
     """Address of the dataset."""

@@ -1,4 +1,4 @@
-"""Images with ground-truth foreground masks, and how well maps match them."""
+"""Images with ground-truth foreground masks, and measures of how well maps match them."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def top_mass(maps_XN: NDArray[np.float32], mass: float) -> NDArray[np.bool_]:
 def above_otsu(maps_XN: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Patches above Otsu's threshold (1979), which maximises the variance between both classes: (…, N).
 
-    Computed from the values themselves, since a map has fewer patches than a histogram has bins. No patch of a constant
-    map is above it.
+    The threshold is computed from the values themselves, because a map has fewer patches than a histogram has bins. In
+    a constant map, no patch is above it.
     """
     order = np.argsort(maps_XN, axis=-1, kind="stable")
     rising = np.take_along_axis(maps_XN, order, -1).astype(np.float64)

@@ -42,8 +42,8 @@ class RatioErrors(Settings):
     psnr: Estimate
     """Peak signal-to-noise ratio over masked patches in dB."""
     ssim: Estimate | None
-    """Structural similarity of the whole image, with the true visible patches, in windows of 7 × 7 pixels, or smaller
-    if the image is; None below 3 × 3."""
+    """Structural similarity of the whole image, with the true visible patches, in windows of 7 × 7 pixels. Windows are
+    smaller for smaller images. None for images below 3 × 3."""
 
 
 class Predictor(Settings):
@@ -52,8 +52,8 @@ class Predictor(Settings):
     title: str
     """Name of the model or control."""
     given_patch_statistics: bool
-    """Whether its pixels are given the true patch's mean and variance, which models with normalised targets do not
-    predict."""
+    """Whether its pixels get the true patch's mean and variance, because models with normalised targets do not predict
+    them."""
     ratios: tuple[RatioErrors, ...]
     """By increasing mask ratio."""
 
@@ -109,7 +109,7 @@ def measure_reconstruction(
 ) -> tuple[Reconstruction, Pictures]:
     """Errors of models on loaded images, and pictures of the first model's predictions.
 
-    Masks are a function of the sample. The mask of a smaller ratio is part of the mask of a larger one.
+    Masks depend only on the sample. The mask of a larger ratio contains the masks of smaller ratios.
     """
     evaluated = all_evaluated[0]
     num_patches = evaluated.description.model.num_patches
@@ -256,7 +256,7 @@ def _mask_image(model: MaskedAutoencoder, patches_BN: Tensor) -> Tensor:
 def structural_similarity(a_BCHW: Tensor, b_BCHW: Tensor, window: int = _SSIM_WINDOW) -> Tensor | None:
     """Structural similarity (Wang et al. 2004) of images in 0 … 1: (B,) float64; None if they are smaller than 3 × 3.
 
-    Computes what scikit-image does by default (uniform 7 × 7 windows or the largest odd side that fits, unbiased
+    Gives the same as scikit-image by default (uniform 7 × 7 windows or the largest odd side that fits, unbiased
     covariances, mean over windows and channels), but for all images at once and about 20 times as fast.
     """
     side = min(window, *a_BCHW.shape[2:])

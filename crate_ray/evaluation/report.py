@@ -108,7 +108,7 @@ def render(report: Report, images: dict[str, list[Image]]) -> bytes:
 
 
 def charts(report: Report) -> dict[str, list[Image]]:
-    """Figures that need no more than the report's numbers, by section."""
+    """Figures that are drawn from the report's numbers alone, by section."""
     out: dict[str, list[Image]] = {}
     if report.classification:
         by_layer = figures.accuracy_by_layer(report.classification)

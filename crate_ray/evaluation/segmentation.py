@@ -42,7 +42,7 @@ class MapScore(Settings):
     """Jaccard index (IoU) of one method."""
 
     title: str
-    """The map, and how it is turned into a foreground."""
+    """Name of the map and of the method that turns it into a foreground."""
     jaccard: Estimate
     """Mean over the images of the test half."""
     chosen_on: float | None = None
@@ -117,11 +117,11 @@ class _Halves(NamedTuple):
 class _Found(NamedTuple):
     scores: EncoderSegmentation
     attention: NDArray[np.float32]
-    """Of the best head: (B, h, w)."""
+    """Maps of the best head: (B, h, w)."""
     attention_found: NDArray[np.bool_]
     """(B, h, w)"""
     component: NDArray[np.float32]
-    """The best one, with its sign chosen by `orient`: (B, h, w)."""
+    """Maps of the best component, with signs chosen by `orient`: (B, h, w)."""
     component_found: NDArray[np.bool_]
     """(B, h, w)"""
 
@@ -270,7 +270,7 @@ def _best_patches(masks_BHW: NDArray[np.bool_], grid_hw: tuple[int, int]) -> NDA
 
 
 def _colour_clusters(loaded: MaskedImages, seed: int) -> NDArray[np.bool_]:
-    """Cluster the colours of each image in two; the cluster that is rarer on the border is the foreground."""
+    """Split the colours of each image into two clusters. The cluster that is rarer on the border is the foreground."""
     out = np.zeros_like(loaded.masks)
     pixels = to_float_image(loaded.images)
     step = max(1, -(-max(pixels.shape[1:3]) // _COLOUR_SIDE))  # fitted on every step-th pixel

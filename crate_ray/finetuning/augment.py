@@ -32,7 +32,7 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 class RandAugmentation:
     """RandAugment(n, m) with torchvision's operations and ranges, which published recipes use.
 
-    The operations of an image are functions of (seed, epoch, sample), so they do not depend on who computes them.
+    The operations of an image are functions of (seed, epoch, sample), so they do not depend on the worker.
     Images with the same operation are transformed together. Where an operation has a direction (left or right, brighter
     or darker), both are equally likely.
 
@@ -88,7 +88,7 @@ def _operations(share: float) -> list[Operation | None]:
         lambda images, sign_B: _translate(images, sign_B * 150 / 331 * share, x=1),
         lambda images, sign_B: _translate(images, sign_B * 150 / 331 * share, y=1),
         enhanced(sharpness),
-        # The variants of kornia's functions that compute what Pillow's ImageEnhance does.
+        # These variants of kornia's functions compute the same as Pillow's ImageEnhance.
         enhanced(adjust_brightness_accumulative),
         enhanced(adjust_contrast_with_mean_subtraction),
         enhanced(adjust_saturation_with_gray_subtraction),

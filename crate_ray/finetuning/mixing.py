@@ -23,7 +23,7 @@ class Mix(NamedTuple):
     weight: float
     """λ, the share of the sample itself. 1: nothing is mixed."""
     box: tuple[int, int, int, int] | None
-    """CutMix: top, bottom, left and right of the partner's part; λ is the rest of the area. None: mixup."""
+    """CutMix: top, bottom, left and right of the partner's box; λ is the share of the area outside it. None: mixup."""
 
 
 def draw_mix(seed: int, step: int, config: AugmentConfig, image_hw: tuple[int, int]) -> Mix:
@@ -48,7 +48,7 @@ def draw_mix(seed: int, step: int, config: AugmentConfig, image_hw: tuple[int, i
 def mix_pairs(images_BCHW: Tensor, classes_BC: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
     """Mix images and class probabilities of each sample with its partner, the other one of slots 2i and 2i + 1.
 
-    Pairs are as random as the order of the data, and do not depend on the number of workers.
+    The pairs follow from the random order of the data, and do not depend on the number of workers.
     """
     if mix.weight == 1:
         return images_BCHW, classes_BC

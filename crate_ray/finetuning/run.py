@@ -141,7 +141,7 @@ def _load_encoder(config: FinetuneConfig, load: Load | None) -> _Encoder:
 
 
 def _with_weights(run: Run, encoder: _Encoder) -> Run:
-    """Store the pretrained encoder with a new head. Random weights need no storing: they follow from the seed."""
+    """Store the pretrained encoder with a new head. Random weights are not stored: they follow from the seed."""
     if encoder.pretrained is None:
         return run
     model = new_classifier(run.record, run.config.seed)

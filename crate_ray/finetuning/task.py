@@ -1,4 +1,4 @@
-"""Fine-tuning as a task: augmented and mixed images in, cross entropy out, accuracy on held-out samples."""
+"""The fine-tuning task: trains a classifier on augmented and mixed images, and measures its held-out accuracy."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from crate_ray.runs.metrics import TOP1, TOP5, VALIDATION_LOSS
 from crate_ray.runs.record import RunRecord
 from crate_ray.training.task import Task, WorkerContext
 
-_MOST_AT_ONCE = 256  # samples of a validation batch
+_MOST_AT_ONCE = 256  # most samples in a validation batch
 
 
 class FinetuneTask(Task):
-    """A classifier on augmented images and their targets."""
+    """Trains a classifier on augmented images and mixed targets."""
 
     config_class = FinetuneConfig
     model: Classifier
@@ -38,21 +38,21 @@ class FinetuneTask(Task):
         self._make_inputs = TrainingBatches(config, self._num_classes, self.model.branches, context.normalizer, slots)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW whose learning rates fall towards the first layer."""
+        """AdamW with layer-wise decay: layers closer to the input get smaller learning rates."""
         return build_layerwise_optimizer(self.model, self._config.optim, self._config.layer_decay)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Targets]:
-        """Augmented, mixed and normalised images, and their targets."""
+        """Augment, mix and normalise a batch. Returns the images and their targets."""
         return self._make_inputs(batch)
 
     def blank(self, count: int) -> tuple[Tensor, Tensor]:
-        """Black images of no class."""
+        """Images and targets of zeros, for `count` samples."""
         encoder, device = self.image_model, self._context.device
         images = torch.zeros(count, encoder.channels, *encoder.image_hw, device=device)
         return images, torch.zeros(count, self._num_classes, device=device)
 
     def validate(self, bad: dict[str, str] | None = None) -> dict[str, float]:
-        """Cross entropy, top-1 and top-5 accuracy."""
+        """Cross entropy, top-1 and top-5 accuracy on the held-out samples."""
         context = self._context
         assert context.validation is not None
         accuracy = measure_accuracy(
@@ -70,7 +70,7 @@ class FinetuneTask(Task):
 
 
 def new_classifier(record: RunRecord, seed: int) -> Classifier:
-    """The classifier of a fine-tuning with the fresh weights of a seed."""
+    """Build the classifier of a fine-tuning run with random weights from a seed."""
     assert record.finetune is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

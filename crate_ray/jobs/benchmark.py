@@ -1,6 +1,6 @@
 """Measure data loading, data order, training and overhead, and estimate scaling: crate-ray benchmark data|order|…
 
-Each command imports what it measures when it runs, so training can be measured without Ray and boto3.
+Each command imports its own modules when it runs, so training can be measured without Ray and boto3.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def data(config: BenchmarkDataConfig) -> None:
     for name, found in report["datasets"].items():
         for contestant, title in _TITLES.items():
             if contestant not in found:
-                notes.append(f"{name}: {contestant} is not measured, {found['unavailable'][contestant]}.")
+                notes.append(f"{name}: {contestant} was not measured: {found['unavailable'][contestant]}.")
                 continue
             run = found[contestant]
             ours = contestant == "crate_ray"
@@ -74,8 +74,9 @@ def data(config: BenchmarkDataConfig) -> None:
             )
         if found["floor_images_per_second"] is not None:
             notes.append(
-                f"{name}: only reading the JPEGs' Huffman codes, down to the last row of a crop, runs at "
-                f"{found['floor_images_per_second']:,.0f} images/s; ours reaches {found['share_of_floor']:.0%} of that."
+                f"{name}: reading only the JPEGs' Huffman codes, down to the last row of a crop, reaches "
+                f"{found['floor_images_per_second']:,.0f} images/s; our loader reaches {found['share_of_floor']:.0%} "
+                "of that."
             )
     console().print(table)
     for note in notes:
@@ -94,11 +95,11 @@ def order(config: BenchmarkOrderConfig) -> None:
     table = Table(title=f"{samples:,} samples in {config.num_shards:,} shards", show_header=False)
     table.add_row("open manifest and index", f"{planning['open_seconds']:.2f} s")
     table.add_row("plan, and find a worker's first windows", f"{planning['plan_seconds']:.2f} s")
-    table.add_row("samples of a step anywhere", f"{planning['far_step_seconds'] * 1e3:.1f} ms")
-    table.add_row("memory of its own for all that", f"{planning['own_memory_bytes'] / 2**20:,.0f} MiB")
-    table.add_row("pages of the index that are mapped", f"{planning['mapped_memory_bytes'] / 2**20:,.0f} MiB")
+    table.add_row("samples of any step", f"{planning['far_step_seconds'] * 1e3:.1f} ms")
+    table.add_row("private memory for all of this", f"{planning['own_memory_bytes'] / 2**20:,.0f} MiB")
+    table.add_row("mapped pages of the index", f"{planning['mapped_memory_bytes'] / 2**20:,.0f} MiB")
     console().print(table)
-    table = Table(title=f"classes in a batch of {config.batch_size}, of {config.classes} that lie sorted")
+    table = Table(title=f"classes in a batch of {config.batch_size}; the data has {config.classes}, sorted by class")
     table.add_column("loader")
     table.add_column("distinct classes", justify="right")
     table.add_row(f"ours, blocks of {mixing['block_samples']:.0f}", f"{mixing['ours']:.0f}")
@@ -121,7 +122,7 @@ def train(config: BenchmarkTrainConfig) -> None:
     headings = ("model", "images/s", "ms/image", "MFU", "peak memory", "× plain", "at most", "memory / plain")
     table = Table(
         title=f"Training at {config.image_size} px, {settings['batch_size']} images a step",
-        caption=f"{where}; MFU of {peaks}; at most: × plain, if a step were only its matrix products at that rate",
+        caption=f"{where}; 100 % MFU is {peaks}; at most: × plain if a step were only its matrix products at that rate",
     )
     for heading in ("size", "precision", *headings):
         table.add_column(heading, justify="left" if heading in ("size", "precision", "model") else "right")
@@ -171,11 +172,11 @@ def overhead(config: BenchmarkOverheadConfig) -> None:
         f"Ray Train job, {seconds['torchrun']:.3f} s bare",
         caption=f"{report['machine']['cpu']}, {report['machine']['cores']} cores",
     )
-    table.add_column("beside training")
+    table.add_column("overhead")
     table.add_column("share of the time", justify="right")
     table.add_row("Ray Train job against bare torchrun", f"{report['ray_overhead']:+.2%}")
     if report["beside_share"] is not None:
-        table.add_row("cores that Ray and the driver use beside it", f"{report['beside_share']:.2%}")
+        table.add_row("cores that Ray and the driver use", f"{report['beside_share']:.2%}")
     table.add_row("waiting for data", f"{report['data_wait_share']:.2%}")
     table.add_row(f"logging every {config.log_every} steps", f"{report['logging_share']:.2%}")
     if found := report.get("checkpoint"):
@@ -226,7 +227,7 @@ def _check_writable(json_file: str | None) -> None:
         try:
             Path(json_file).open("a").close()
         except OSError as error:
-            raise UserError(f"cannot write {json_file}: {error.strerror}; name another --json file") from None
+            raise UserError(f"cannot write {json_file}: {error.strerror}; give another --json file") from None
 
 
 def run() -> NoReturn:

@@ -1,6 +1,6 @@
-"""Train several models alike and measure all of them: crate-ray compare --config compare.yaml
+"""Train several models in the same way and measure them: crate-ray compare --config compare.yaml
 
-Ray and MLflow are imported when they are needed: a comparison with `--launcher none` runs without them.
+Ray and MLflow are imported only if they are needed. A comparison with `--launcher none` runs without them.
 """
 
 from __future__ import annotations

@@ -35,9 +35,10 @@ _PICTURE_SIDES = (32, 24, 16)  # characters; the first that the terminal has roo
 
 
 def main(config: PretrainConfig, num_samples: int = _NUM_SAMPLES) -> None:
-    """Pack so many samples, pretrain, evaluate, and print the result.
+    """Pack `num_samples` shapes, pretrain, evaluate, and print the result.
 
-    Raises UserError if the settings are not those of a demo: one training set, a held-out set, square colour images.
+    Raises UserError if the settings do not suit the demo. It needs one training set, a held-out set, and square colour
+    images.
     """
     from crate_ray.data.format.dataset import load_dataset
     from crate_ray.evaluation.job import run_evaluation
@@ -149,7 +150,7 @@ def terminal_pictures(model_folder: Path, held_out: ShardSet, side: int) -> Text
 
 
 def _half_blocks(pixels: Sequence[Sequence[Sequence[int]]]) -> Text:
-    """Two rows of pixels in each line of text: the upper one is the colour of '▀', the lower one its background."""
+    """Show two rows of pixels in each line of text: the upper row colours '▀', the lower row its background."""
     text = Text()
     for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
         for top, bottom in zip(upper, lower, strict=True):

@@ -2,7 +2,7 @@
 
 `evaluate compare` is the same as `crate-ray compare`.
 
-Ray and MLflow are imported only if they are needed: a comparison with --launcher none runs without them.
+Ray and MLflow are imported only if they are needed. A comparison with --launcher none runs without them.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def _summary(manifest: Manifest) -> str:
 
 
 def _refuse_without_source(config: PrepareConfig) -> None:
-    """Raise a UserError for settings of packing when shards are indexed in place."""
+    """Raise UserError for settings that only packing has, if shards are indexed in place."""
     if config.max_side is not None:
         raise UserError("max_side re-encodes images while they are packed; give them with --source")
     if config.validation is not None:

@@ -21,7 +21,7 @@ def main(config: PretrainConfig) -> None:
 
 
 def choose_settings(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Complete the settings of `--data PATH`: prepare the data, and choose what the user left open."""
+    """Complete the settings of `--data PATH`: prepare the data, and choose the settings that the user did not give."""
     from crate_ray.jobs.automatic import complete
 
     return complete(values, path)

@@ -22,7 +22,7 @@ def main(config: SweepConfig) -> None:
     from crate_ray.sweeps.run import BEST_FILE, open_sweep, run_sweep
 
     sweep, shared = open_sweep(config)
-    start_ray(dashboard=True)  # Ray Train asks it which trials were killed, and releases what they held
+    start_ray(dashboard=True)  # Ray Train uses it to find killed trials and to release their resources
     records = run_sweep(sweep, shared)
     frame = results_table(records, sweep)
     table = Table(title=f"{sweep.name}: {sweep.objective}")

@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning have in common as jobs: train, then say what is there and what comes next."""
+"""The common part of the pretraining and fine-tuning jobs: train, then print the results and the next commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ConfigT = TypeVar("_ConfigT", PretrainConfig, FinetuneConfig)
 def train_and_publish(
     config: _ConfigT, task_class: type[Task], open_run: Callable[[_ConfigT], Run], *, show_next: bool = True
 ) -> None:
-    """Start or resume a run, publish its model in the run's folder and in MLflow, and print where both are.
+    """Start or resume a run, publish its model to the run's folder and to MLflow, and print where both are.
 
     Args:
         config: settings of the run.

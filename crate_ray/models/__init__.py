@@ -1,7 +1,7 @@
 """The models: CRATE-MAE and its baseline ViT-MAE. Plain torch, without parallelism, Ray or MLflow.
 
-`crate` has the equations of CRATE-MAE on one page, and `reference` the same model in its plainest form. `vit` is the
-baseline. `autoencoder` and `patches` have what both models share: patches, masking and loss.
+`crate` has the equations of CRATE-MAE on one page, and `reference` has the same model in its simplest form. `vit` is
+the baseline. `autoencoder` and `patches` hold the parts that both models share: patches, masking and loss.
 """
 
 from crate_ray.config import CrateMAEConfig, ViTMAEConfig

@@ -70,7 +70,7 @@ class MaskedOutput(NamedTuple):
 
 
 class EncoderLayerProtocol(Protocol):
-    """What the autoencoder needs of an encoder layer."""
+    """Interface of an encoder layer."""
 
     def __call__(self, z: Tensor) -> Tensor:
         """Tokens (B, T, D) to tokens (B, T, D)."""
@@ -268,7 +268,7 @@ class MaskedAutoencoder(nn.Module):
         return layer(*inputs)
 
     def target(self, images: Tensor) -> Tensor:
-        """What the model predicts: the patches (B, N, X), normalised one by one with `norm_pix_loss`."""
+        """Target of the prediction: the patches (B, N, X). With `norm_pix_loss` each patch is normalised by itself."""
         return self._target(self.patchify(images))
 
     def patchify(self, images: Tensor) -> Tensor:
@@ -291,8 +291,8 @@ class MaskedAutoencoder(nn.Module):
         return self.unpatchify(prediction)
 
     def _embed(self, patches_BNX: Tensor, noise_BN: Tensor | None) -> tuple[Tensor, Masking | None]:
-        # The convolution as a matrix product. Its backward pass is faster, as is the forward pass in bf16 on the CPU,
-        # and the loss needs the patches anyway. Kernel and patches are in the order height, width, channel.
+        # Compute the convolution as a matrix product. The backward pass is faster, and so is the forward pass in bf16
+        # on the CPU. The loss needs the patches anyway. Kernel and patches are in the order height, width, channel.
         kernel_DX = self.patch_embed.weight.permute(0, 2, 3, 1).flatten(1)
         x_BND = F.linear(patches_BNX, kernel_DX, self.patch_embed.bias)
         masking = None if noise_BN is None else random_masking(noise_BN, self.num_visible)

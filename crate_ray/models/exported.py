@@ -19,7 +19,7 @@ WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 
 
 class ModelDescription(Settings):
-    """What is needed besides the weights to build a model and to prepare its input."""
+    """Everything except the weights that is needed to build a model and to prepare its input."""
 
     model: ModelConfig
     """Config of the model; for a classifier, of its encoder."""

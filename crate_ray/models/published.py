@@ -144,10 +144,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
         else:
-            # MAE's training script saves its parsed arguments beside the weights: plain attributes, nothing that runs.
+            # MAE's training script saves its parsed arguments with the weights. They are plain attributes, not code.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file fails in any way
+    except Exception as error:  # a damaged or hostile file can raise any exception
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{path} is not a readable checkpoint of tensors, and nothing in it was executed "

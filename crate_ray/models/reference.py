@@ -1,8 +1,8 @@
-"""CRATE-MAE as the paper writes it: slow, plain, and the oracle of the tests and of the training benchmark.
+"""CRATE-MAE as the paper writes it: slow and simple, the reference for the tests and for the training benchmark.
 
-Every line follows an equation; the numbers are those of docs/equations.md. It computes the published form only, without
-the switches of the ablations. `ReferenceCrateMAE` and `crate.CrateMAE` have the same parameters: the state_dict of one
-loads into the other. Nothing of `kernels` is used here.
+Every line follows an equation, numbered as in docs/equations.md. Only the published form is implemented, without the
+settings of the ablations. `ReferenceCrateMAE` and `crate.CrateMAE` have the same parameters: the state_dict of one
+loads into the other. This module uses nothing from `kernels`.
 
 Shapes: B batch, N patches, T = 1 + N tokens (CLS first), D token dimension (d), K subspaces, P dimension of each (p),
 X numbers of one patch.

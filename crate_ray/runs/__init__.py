@@ -1,1 +1,1 @@
-"""What a run is on storage: its record, checkpoints, commits, retention, export, and how models are referred to."""
+"""The files of a run on storage: record, checkpoints, commits, retention and export. Also model references."""

@@ -33,15 +33,15 @@ STATE_FILE = "state.json"
 MODEL_PART, OPTIMIZER_PART = "model", "optimizer"
 _PART_OF_INDEX = {1: MODEL_PART, 2: OPTIMIZER_PART}  # torch.distributed.checkpoint numbers its files
 
-# Every worker writes and reads alone, so that no background work waits for another worker.
+# Every worker writes and reads by itself, so that background work never waits for another worker.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class CheckpointState(Settings):
-    """Everything in a checkpoint that is not a tensor."""
+    """Content of a checkpoint that is not a tensor."""
 
     step: int
-    """Optimizer steps done. This is the position of the run and of its data."""
+    """Number of optimizer steps done. This is also the position in the data."""
     run: RunRecord
     """The run that wrote it."""
     world_size: int
@@ -49,7 +49,7 @@ class CheckpointState(Settings):
     torch_version: str
     """torch.__version__"""
     arithmetic: tuple[str, ...] = ()
-    """How the layers were computed (see task.Assembled); empty in checkpoints that do not store it."""
+    """How the layers were computed (see task.Assembled). Empty in old checkpoints, which do not store it."""
 
 
 # --- Write ----------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def own_part(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
-    """The tensors that a worker writes: its shards of the sharded ones, and an equal share of the bytes of the rest."""
+    """The tensors that a worker writes: its shards of sharded tensors, and an equal share of the others' bytes."""
     loads = [0] * world_size
     part: dict[str, Tensor] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
@@ -83,7 +83,7 @@ def write_part(folder: Path, part: Mapping[str, Tensor], rank: int, world_size: 
     folder.mkdir(parents=True, exist_ok=True)
     index = {name: 2 if "/" in name else 1 for name in part}
     writer = HuggingFaceStorageWriter(folder.as_posix(), index, save_distributed=True)
-    writer.sync_files = False  # the upload counts, not this copy
+    writer.sync_files = False  # only the uploaded copy has to survive a crash
     with _original_errors():
         dcp.save(dict(part), storage_writer=writer, no_dist=True)
     for path in list(folder.glob("shard-*-model-*.safetensors")):
@@ -127,7 +127,7 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
         for key in [key.removeprefix(prefix) for key in saved if key.startswith(prefix)]:
             entry = saved[prefix + key]
             assert isinstance(entry, TensorStorageMetadata)
-            # Step counters are scalars. The fused optimizer wants them on the parameter's device.
+            # Step counters are scalars. The fused optimizer needs them on the parameter's device.
             scalar = not len(entry.size)
             dtype = entry.properties.dtype
             empty = torch.zeros((), dtype=dtype, device=parameter.device)
@@ -138,13 +138,13 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
 
 
 def check_arithmetic(state: CheckpointState, now: tuple[str, ...], world_size: int, device: torch.device) -> None:
-    """Compare how the workers compute with how the checkpoint was computed.
+    """Check that the workers compute in the same way as those that saved the checkpoint.
 
-    On the CPU, with the same number of workers, a resumed run ends with the same bits as an undisturbed one. Other
-    arithmetic would break that, so it is refused there. Elsewhere a difference is only logged.
+    On the CPU, with the same number of workers, a resumed run gives bitwise the same result as an uninterrupted run.
+    Different arithmetic would break this, so it is an error there. In all other cases a difference is only logged.
 
     Raises:
-        UserError: the resumed run would not end with the same bits.
+        UserError: the resumed run would not give bitwise the same result.
     """
     if not state.arithmetic or state.arithmetic == now:
         return

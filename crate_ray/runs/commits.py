@@ -1,10 +1,10 @@
-"""Checkpoints in a run's storage. A checkpoint counts once its commit record, written last, is there.
+"""Checkpoints in a run's storage. A checkpoint is valid once its commit record exists, which is written last.
 
-    <run>/attempt-001/step-00000500-<id>/       files of checkpoint_files.py, and per worker, after its other files:
-                                                uploaded-00001-of-00002.json, what it has uploaded
+    <run>/attempt-001/step-00000500-<id>/       files of checkpoint_files.py, and for each worker, written after its
+                                                files: uploaded-00001-of-00002.json, the record of them
     <run>/commits/step-00000500-<id>.json       the commit record: folder, size and digest of every file
 
-A folder without a commit record does not count, even if it looks complete.
+A folder without a commit record is not a valid checkpoint, even if it looks complete.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class FileRecord(Settings):
 
 
 class Commit(Settings):
-    """The record that makes a checkpoint count."""
+    """The record that makes a checkpoint valid."""
 
     step: int
     """Optimizer steps done."""
@@ -72,7 +72,7 @@ class Commit(Settings):
 
 
 class _Uploaded(Settings):
-    """What one worker has uploaded. Written after the files themselves."""
+    """Record of one worker's uploaded files. Written after the files themselves."""
 
     files: dict[str, FileRecord]
 
@@ -151,7 +151,7 @@ def committed(run: Storage) -> list[Commit]:
 
 
 def by_validation_loss(commits: Iterable[Commit]) -> list[Commit]:
-    """The checkpoints that have a validation loss, lowest first; of equal losses the later step first."""
+    """The checkpoints that have a validation loss, lowest first. If losses are equal, the later step comes first."""
     rated = [c for c in commits if c.validation_loss is not None and not math.isnan(c.validation_loss)]
     return sorted(rated, key=lambda c: (c.validation_loss, -c.step))
 
@@ -189,7 +189,7 @@ def fetch_checkpoint(run: Storage, commit: Commit, folder: Path, part: Literal["
 def fetch_newest(
     run: Storage, folder: Path, part: Literal["all", "model"] = "all", step: int | None = None
 ) -> Commit | None:
-    """Copy the newest valid checkpoint, or that of a step, into a local folder. Returns None if there is none.
+    """Copy the newest valid checkpoint, or the one of a step, into a local folder. Returns None if there is none.
 
     Damaged checkpoints are skipped with a warning.
     """
@@ -222,7 +222,7 @@ def load_weights(run: Storage, which: Which = None) -> tuple[CheckpointState, di
 
 
 def _select(commits: Sequence[Commit], which: Which) -> list[Commit]:
-    """Of commits (newest first) those to try, in order."""
+    """Select from commits (newest first) those to try, in order."""
     if which is None:
         return list(commits)
     if which == BEST:
@@ -236,7 +236,7 @@ def _fetch_first(run: Storage, commits: Iterable[Commit], folder: Path, part: Li
         folder.mkdir(parents=True, exist_ok=True)
         try:
             fetch_checkpoint(run, commit, folder, part)
-        except (NotFound, DamagedCheckpoint) as error:  # an unreachable storage is raised: it damages nothing
+        except (NotFound, DamagedCheckpoint) as error:  # other errors, such as an unreachable storage, are raised
             logger.warning("%s; trying another one", error)
             shutil.rmtree(folder)
             continue

@@ -20,7 +20,7 @@ INITIAL_WEIGHTS = "initial/model.safetensors"
 def write_initial_weights(run: Storage, weights: Mapping[str, Tensor]) -> str:
     """Store the weights that a run starts from, and return their digest for the run's record, which is written next.
 
-    An earlier record is deleted first: if this process is killed, no record names weights that have been replaced.
+    An earlier record is deleted first. So if this process is killed, there is no record of weights that were replaced.
     """
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         path = Path(temporary) / "model.safetensors"

@@ -12,13 +12,13 @@ class Listener:
     """
 
     def started(self, step: int, facts: dict[str, Any]) -> None:
-        """Workers start to train at a step: of a new run, of a resumed run, and after each restart of the workers.
+        """Workers start to train at a step. Called for new and resumed runs, and after each restart of the workers.
 
-        For the facts see training.worker.StartFacts.
+        `facts` are the fields of training.worker.StartFacts.
         """
 
     def first_step(self, step: int, loss: float, seconds: float) -> None:
-        """One of the first two steps after a start was made: its loss, and how long it took."""
+        """One of the first two steps after a start is done: its loss and its duration."""
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         """Metrics (see runs.metrics) were logged at a step, at a time in milliseconds since 1970."""
@@ -27,10 +27,10 @@ class Listener:
         """A picture was drawn at a step."""
 
     def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
-        """A worker found unusable samples, which it had not reported before: cause by key.
+        """A worker found unusable samples that it has not reported before. `causes` holds the cause by key.
 
         `split` is 'training' or 'validation'.
         """
 
     def note(self, step: int, text: str) -> None:
-        """Something happened at a step that people should know: one sentence."""
+        """Something notable happened at a step. `text` is one sentence for the user."""

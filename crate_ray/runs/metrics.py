@@ -1,7 +1,7 @@
 """Names of the metrics of a run.
 
-MLflow shows one group of charts for each part before the slash. Groups, and charts in a group, are in alphabetical
-order: the names are chosen so that the training loss comes first and the measures by layer come last.
+MLflow shows one group of charts for each part before the slash. It sorts groups, and charts in a group, by name. The
+names are chosen so that the training loss comes first and the measures by layer come last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ IMAGES_PER_SECOND = "train_performance/images_per_second"
 """Of all workers together."""
 STEP_SECONDS = "train_performance/step_seconds"
 DATA_WAIT_SHARE = "train_performance/data_wait_share"
-"""Share of the time that rank 0 waited for data."""
+"""Share of the time in which rank 0 waited for data."""
 LOGGING_SHARE = "train_performance/logging_share"
 MFU = "train_performance/mfu"
 """Model FLOPs utilization: share of the peak FLOP/s of the GPUs."""
@@ -27,7 +27,7 @@ MEMORY_BYTES = "train_performance/memory_bytes"
 GPU_MEMORY_BYTES = "train_performance/gpu_memory_bytes"
 """Peak memory that rank 0 allocated on its GPU."""
 CHECKPOINT_BLOCKING_SECONDS = "train_performance/checkpoint_blocking_seconds"
-"""How long a save kept rank 0 from training."""
+"""Time in which saving a checkpoint blocked rank 0's training."""
 CHECKPOINT_BACKGROUND_SECONDS = "train_performance/checkpoint_background_seconds"
 
 GRADIENT_NORM = "train_stability/gradient_norm"
@@ -47,15 +47,15 @@ _LAYERS = "validation_layers/"
 
 
 def bad_samples(cause: str) -> str:
-    """Samples of all workers that could not be used for a cause, since the last log step."""
+    """Name of the metric that counts bad samples with a cause, over all workers, since the last log step."""
     return f"{_BAD_SAMPLES}{cause}"
 
 
 def bad_samples_cause(metric: str) -> str | None:
-    """The cause of a metric that `bad_samples` names; None for other metrics."""
+    """The cause in a metric name that `bad_samples` made; None for other metrics."""
     return metric.removeprefix(_BAD_SAMPLES) if metric.startswith(_BAD_SAMPLES) else None
 
 
 def layer_measure(measure: str, layer: int) -> str:
-    """A measure of an encoder layer, counted from 1, on the run's probe batch (held-out samples, if there are any)."""
+    """Name of a layer's measure on the run's probe batch (held-out samples, if there are any). Layers count from 1."""
     return f"{_LAYERS}{measure}_layer_{layer:02d}"

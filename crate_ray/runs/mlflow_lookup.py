@@ -1,6 +1,6 @@
-"""What is looked up in MLflow: its address, the run of a run key, the folder of a run id, registered models.
+"""Lookups in MLflow: its address, the run of a run key, the folder of a run id, and registered models.
 
-MLflow takes seconds to import, and a machine that works on folders alone may lack it: it is imported inside functions.
+MLflow is imported inside the functions. Its import takes seconds, and a machine that uses only folders may not have it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from crate_ray.storage.interface import Storage, open_storage
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# One attempt per request: whoever calls repeats what failed, and no request may block for minutes.
+# One attempt per request. Callers retry by themselves, and no request may block for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

@@ -1,4 +1,4 @@
-"""Plan a run before it starts: settings checked against the data and the run's record, data order, number of steps."""
+"""Plans a run before it starts: checks settings against the data and the run's record, fixes data order and steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Run:
     total_steps: int
     """Step at which the run is finished."""
     first_step: int
-    """Step of its newest checkpoint, at which it starts or resumes."""
+    """Step at which the run starts or resumes: that of its newest checkpoint, or 0."""
 
     @property
     def is_finished(self) -> bool:
@@ -47,9 +47,9 @@ class Run:
 
 
 def driver_lease(config: RunConfig) -> Lease:
-    """The right to write to a run's folder and to track the run, for one driver at a time.
+    """A lease on a run. Only the driver that holds it may write to the run's folder and track the run.
 
-    Enter it before the run is opened, so that no other driver writes in between. Leave it when tracking has ended.
+    Enter it before the run is opened, so that no other driver writes in between. Leave it after tracking has ended.
     """
     storage = open_storage(config.storage, config.s3).under(config.name)
     return Lease(storage, "driver.lease", f"run {config.name!r}", lease_seconds=config.scaling.lease_seconds)
@@ -68,7 +68,7 @@ def plan_run(
         config: settings with absolute paths (see `with_absolute_paths`).
         model: the model, or the encoder that is fine-tuned.
         mean_std: mean and standard deviation per channel to use instead of the dataset's.
-        finetune: what is fine-tuned, for the record; None for pretraining.
+        finetune: the fine-tuning's part of the record; None for pretraining.
 
     Raises:
         UserError: the data is missing or does not fit, or the run was started with other data or another model.
@@ -108,7 +108,7 @@ def plan_run(
     training = config.training
     total_steps = training.steps or math.ceil((training.epochs or 0) * record.order.batches_per_epoch)
     first_step = newest.step if newest else 0
-    if first_step >= total_steps:  # no worker will verify the checkpoint before its model is published
+    if first_step >= total_steps:  # otherwise the workers verify the checkpoint before its model is published
         with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
             newest = fetch_newest(storage, Path(temporary) / "checkpoint")
         first_step = newest.step if newest else 0
@@ -151,7 +151,7 @@ def _normalisation(
 
 
 def with_absolute_paths(config: _ConfigT) -> _ConfigT:
-    """The settings with absolute local folders, because workers have other working directories."""
+    """Make local folders in the settings absolute, because workers have other working directories."""
     data, s3 = config.data, config.s3
     absolute: dict[str, Any] = {}
     if isinstance(data.train, str):
@@ -167,7 +167,7 @@ def with_absolute_paths(config: _ConfigT) -> _ConfigT:
 
 
 def _with_batch_size(config: RunConfig, mixture: Mixture, record: RunRecord | None) -> RunConfig:
-    """The settings with a batch size that fits the data, if they set none.
+    """Fill in a batch size that fits the data, if the settings have none.
 
     Raises UserError if they set one that is larger than the data.
     """

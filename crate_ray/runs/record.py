@@ -35,7 +35,7 @@ class Parent(Settings):
 
 
 class FinetuneStart(Settings):
-    """What a fine-tuning run trains, beyond its settings."""
+    """Encoder and classifier of a fine-tuning run."""
 
     encoder: ModelConfig
     """Architecture of the encoder."""
@@ -46,14 +46,14 @@ class FinetuneStart(Settings):
 
 
 class RunRecord(Settings):
-    """What is fixed when a run first starts. Every resume must agree with it."""
+    """Everything that is fixed when a run first starts. Every resume must agree with it."""
 
     run_key: str
     """Random key that identifies the run in MLflow, independent of its name."""
     config: PretrainConfig | FinetuneConfig
     """Settings of the first start."""
     finetune: FinetuneStart | None = None
-    """What is fine-tuned; None for a pretraining run."""
+    """Encoder and classifier of a fine-tuning run; None for a pretraining run."""
     dataset: str
     """Digest of the training data's manifest."""
     order: SampleOrder
@@ -63,9 +63,9 @@ class RunRecord(Settings):
     mean: tuple[float, ...]
     """Mean per channel, subtracted from the input."""
     std: tuple[float, ...]
-    """Standard deviation per channel, by which the input is divided."""
+    """Standard deviation per channel. The input is divided by it."""
     threads: int
-    """Torch threads of each worker. Another number rounds differently."""
+    """Torch threads of each worker. A different number changes the rounding."""
     initial_weights: str | None = None
     """SHA-256 of the weights the run starts from; None for random weights."""
 

@@ -1,4 +1,4 @@
-"""The one parser and loader of model references: every setting that names a model takes every form.
+"""Parses and loads model references. Every setting that names a model accepts all of these forms:
 
     runs/mine                                   a run: its newest checkpoint
     runs/mine@500, runs/mine@best               its checkpoint of a step, or of the lowest validation loss
@@ -45,7 +45,7 @@ FORMS = (
     "the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>, runs:/<MLflow run id>, or a "
     "published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors)"
 )
-"""The forms in words, for messages. The help of every setting that names a model has the same words."""
+"""The forms in words, for messages. The help text of every setting that names a model uses the same words."""
 
 _PUBLISHED = "published:"
 _REGISTERED, _MLFLOW_RUN = "models:/", "runs:/"
@@ -62,7 +62,7 @@ class Reference:
     text: str
     """As it was given."""
     kind: Literal["folder", "mlflow_run", "registered", "published"]
-    """A run's or an exported model's folder, a run's MLflow id, a registered model, a published checkpoint file."""
+    """Kind: folder of a run or exported model, MLflow id of a run, registered model, or published checkpoint file."""
     path: str
     """Address of the folder or file, MLflow id, or MLflow's address of the registered model."""
     checkpoint: Which = None
@@ -80,7 +80,7 @@ class Located:
 
 
 def parse(text: str) -> Reference:
-    """Parse a model reference. A pure function: nothing is opened, and the model need not exist.
+    """Parse a model reference. This is a pure function: it opens nothing, and the model need not exist.
 
     Raises:
         UserError: the reference is empty.
@@ -177,7 +177,7 @@ def load_encoder(text: str, tracking: TrackingConfig, s3: S3Config) -> tuple[Mas
 
 
 def load_weights(text: str, model: ModelConfig, tracking: TrackingConfig, s3: S3Config) -> dict[str, Tensor]:
-    """Load the weights behind a reference by name, on the CPU, for a run that starts from them (init_from).
+    """Load the weights behind a reference, as CPU tensors by name, for a run that starts from them (init_from).
 
     Args:
         text: the reference.
@@ -219,7 +219,7 @@ def load_model(
 
 
 def _without_suffix_trap(reference: Reference, s3: S3Config) -> Reference:
-    """The reference as a folder's, if it looks like a checkpoint file but is a folder with such a name."""
+    """Correct a reference that looks like a checkpoint file, but is a folder with such a suffix."""
     if reference.kind != "published" or reference.text.startswith(_PUBLISHED):
         return reference
     storage = open_storage(reference.path, s3)
@@ -237,7 +237,7 @@ def _download_published(path: str, config: CrateMAEConfig | None, s3: S3Config) 
 
 
 def _describe_published(model: CrateMAE, text: str) -> ModelDescription:
-    """Published models were trained on images normalised as ImageNet's, as MAE's were."""
+    """Describe a published model. Like MAE, it was trained on images normalised with ImageNet's statistics."""
     if model.config.channels != len(_IMAGENET_MEAN):
         raise UserError(f"{text} is a model of {model.config.channels} channels; published checkpoints have 3")
     return ModelDescription(model=model.config, mean=_IMAGENET_MEAN, std=_IMAGENET_STD, kind="image")

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept. The others are deleted, as are those that were never finished."""
+"""Decides which checkpoints of a run are kept, and deletes the others. Unfinished checkpoints are deleted too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DIRECTORY = re.compile(r"(attempt-\d+/step-\d+[^/]*)/")
 
 
 def kept_checkpoints(commits: Sequence[Commit], config: CheckpointConfig) -> list[Commit]:
-    """Select the checkpoints to keep: the newest, the best, and one every so many hours. Both lists newest first."""
+    """Select the checkpoints to keep: the newest, the best, and one every few hours. Both lists are newest first."""
     kept = list(commits[: config.keep_last])
     kept += by_validation_loss(commits)[: config.keep_best]
     if config.keep_every_hours is not None:
@@ -27,7 +27,7 @@ def kept_checkpoints(commits: Sequence[Commit], config: CheckpointConfig) -> lis
 
 
 def delete_old_checkpoints(run: Storage, config: CheckpointConfig) -> None:
-    """Delete the checkpoints that are not kept. Commit records go first, so that half a checkpoint never counts."""
+    """Delete the checkpoints that are not kept. Commit records go first, so that partly deleted ones are not valid."""
     commits = committed(run)
     kept = kept_checkpoints(commits, config)
     named = {f"{commit.directory}/{name}" for commit in kept for name in commit.files}

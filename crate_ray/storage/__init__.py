@@ -1,1 +1,1 @@
-"""Local folders and S3 behind one interface, leases in them, and everything kept on a node's own disk."""
+"""Local folders and S3 behind one interface, leases, and folders on a node's own disk."""

@@ -1,4 +1,4 @@
-"""pyarrow file systems, which Ray writes through, for the same addresses as `open_storage`."""
+"""pyarrow file systems for the same addresses as `open_storage`. Ray writes its files through them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Local copies of what object storage holds, shared by the processes of a node: indexes, and parts of shards.
+"""Local copies of indexes and of parts of shards from object storage. The processes of a node share them.
 
-Processes that want the same entry take turns under a file lock, and an entry appears whole by a rename. Every reader
-checks content. Entries, and the folders themselves, may be deleted at any time: they are fetched again.
+Processes that want the same entry take turns under a file lock. An entry is written to a temporary file and renamed, so
+it is always complete. Every reader checks the content. Entries and folders may be deleted at any time: they are fetched
+again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from crate_ray.errors import UserError
 from crate_ray.storage.interface import Storage
 from crate_ray.storage.node_folders import chosen_folder, evict, file_digest, file_lock, index_folder, total_size
 
-_STRIPES = 4096  # lock files of a cache (empty): dozens of threads seldom wait for each other's fetch
+_STRIPES = 4096  # number of (empty) lock files: with so many, threads rarely share a lock and wait for each other
 _INDEX_SECONDS = 7 * 86400
-_PARTIAL_SECONDS = 3600  # a download that has written nothing for so long is dead
+_PARTIAL_SECONDS = 3600  # a download that has written nothing for this long is dead
 _ATTEMPTS = 5
-_KEEP = 0.9  # eviction frees this much more than it must, so that it runs rarely
+_KEEP = 0.9  # evict down to this share of the limit, so that eviction runs rarely
 _ADVICE = "choose another data.cache_dir"
 
 
@@ -30,9 +31,9 @@ class WrongDigest(UserError):  # noqa: N818 - named for what happened
 
 
 def fetch_once(storage: Storage, key: str, sha256: str) -> BufferedReader:
-    """Open the local copy of an object; it is downloaded once per node, and removed a week after its last use.
+    """Open the local copy of an object. It is downloaded once per node, and removed a week after its last use.
 
-    The open file can be read and memory-mapped whatever happens to its name.
+    The open file can be read and memory-mapped even if its name is removed or replaced.
 
     Raises:
         NotFound: there is no such object.
@@ -53,7 +54,7 @@ def fetch_once(storage: Storage, key: str, sha256: str) -> BufferedReader:
 
 
 def _open_copy(storage: Storage, key: str, sha256: str, folder: Path) -> BufferedReader:
-    """Raises FileNotFoundError if somebody removes the copy, or the folder, meanwhile."""
+    """Raises FileNotFoundError if another process removes the copy or the folder meanwhile."""
     path = folder / sha256
     with suppress(FileNotFoundError), ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
@@ -73,12 +74,12 @@ def _open_copy(storage: Storage, key: str, sha256: str, folder: Path) -> Buffere
 
 
 def _remove_old(folder: Path) -> None:
-    """Remove indexes that nobody has used for a week, and what is left of downloads that were cut off."""
+    """Remove indexes that were not used for a week, and the files of interrupted downloads."""
     for path in folder.iterdir():
         if path.name.startswith(".lock"):
             continue
         seconds = _PARTIAL_SECONDS if path.name.startswith(".") else _INDEX_SECONDS
-        with suppress(FileNotFoundError):  # others clean too
+        with suppress(FileNotFoundError):  # other processes clean up too
             if path.stat().st_mtime < time.time() - seconds:
                 path.unlink()
 
@@ -110,7 +111,7 @@ class PartCache:
         Args:
             name: hexadecimal digest that identifies the entry.
             fetch: gets the entry's bytes.
-            check: raises UserError for wrong bytes. What it raises for fetched ones is passed on.
+            check: raises UserError for wrong bytes. If fetched bytes are wrong, the error is passed on.
         """
         path = self.folder / name[:2] / name
         if (data := self._read(path, check)) is not None:
@@ -126,7 +127,7 @@ class PartCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Hold the lock of an entry; without one if the disk has no room for the lock's file."""
+        """Hold the lock of an entry. If the disk has no room for the lock file, continue without a lock."""
         with ExitStack() as stack:
             with suppress(OSError):
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -152,9 +153,9 @@ class PartCache:
             usage[0] -= size
 
     def _write(self, path: Path, data: bytes) -> None:
-        temporary = self.folder / ".new"  # one name for all: the next writer overwrites what a killed one left
+        temporary = self.folder / ".new"  # one name for all writers, so the next one overwrites a killed one's file
         # If the disk is full, the part is used without being stored.
-        # Locked until the part is written: eviction must see every part that takes room.
+        # Keep the lock until the part is written, so that eviction counts every part.
         with suppress(OSError), self._usage() as usage:
             if usage[0] + len(data) > self.max_bytes:
                 usage[0] = evict(self._entries(), max(0, int(self.max_bytes * _KEEP) - len(data)))
@@ -171,12 +172,12 @@ class PartCache:
 
     @contextmanager
     def _usage(self) -> Iterator[list[int]]:
-        """Bytes in the folder, as one number that is read and written back under a lock."""
+        """Read the number of bytes in the folder under a lock, and write it back at the end."""
         path = self.folder / ".usage"
         with file_lock(self.folder / ".lock-usage"):
             try:
                 usage = [int(path.read_text())]
-                path.unlink()  # if this process is killed, the next one counts
+                path.unlink()  # if this process is killed, the next one counts the files again
             except (FileNotFoundError, ValueError):
                 usage = [total_size(self._entries())]
             yield usage

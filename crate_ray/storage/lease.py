@@ -31,12 +31,12 @@ _LARGEST = 2**16  # bytes; a record has a few hundred
 
 
 class LeaseLost(UserError):  # noqa: N818 - named for what happened
-    """Another process has taken the lease over, because this one sent no heartbeat for too long."""
+    """Another process has taken over the lease, because this process sent no heartbeat for too long."""
 
 
 @dataclass(frozen=True)
 class _Record:
-    """Content of the object. The heartbeat counter gives each version another ETag."""
+    """Content of the object. The heartbeat counter makes the ETags of all versions differ."""
 
     id: str
     host: str
@@ -44,7 +44,7 @@ class _Record:
     since: str
     what: str
     seconds: float
-    """After so many seconds without a heartbeat, others may take the lease over."""
+    """Seconds without a heartbeat after which other processes may take over the lease."""
     beat: int
 
     def to_json(self) -> bytes:
@@ -67,7 +67,7 @@ class Lease:
         storage: where the lease is stored. An S3-compatible store must support If-Match and If-None-Match.
         key: name of the lease's object.
         what: what is leased, for messages, such as "run 'x'".
-        lease_seconds: after so many seconds without a heartbeat, others may take this lease over.
+        lease_seconds: seconds without a heartbeat after which other processes may take over this lease.
     """
 
     def __init__(self, storage: Storage, key: str, what: str, *, lease_seconds: float = 30.0) -> None:
@@ -82,9 +82,9 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name=f"lease {key}", daemon=True)
 
     def __enter__(self) -> Self:
-        """Take the lease. If another process holds it, wait until that one sends a heartbeat or its lease expires.
+        """Take the lease. If another process holds it, wait until it sends a heartbeat or its lease expires.
 
-        A live holder sends a heartbeat within a sixth of its lease_seconds.
+        A holder that is alive sends a heartbeat every sixth of its lease_seconds.
 
         Raises:
             UserError: another process holds the lease and is alive.
@@ -100,7 +100,7 @@ class Lease:
         self._thread.join()
         with suppress(UserError):  # otherwise it expires by itself
             if self._lost is None:
-                self._renew()  # so that it is ours while it is deleted
+                self._renew()  # make sure that the lease is still ours, and stays ours while it is deleted
                 self._storage.delete(self._key)
 
     def check(self) -> None:
@@ -108,7 +108,7 @@ class Lease:
 
         Raises:
             LeaseLost: another process has taken it over.
-            UserError: it must be renewed, and the storage cannot be reached.
+            UserError: the lease must be renewed now, but the storage cannot be reached.
         """
         if self._lost is None and time.monotonic() - self._renewed > self._seconds:
             self._renew()

@@ -40,7 +40,7 @@ class LocalStorage(Storage):
         with self._errors("read", key), self.local_path(key).open("rb") as file:
             file.seek(start)
             data = file.read(length)
-            status = os.fstat(file.fileno())  # of the file that was read: its name may be another's by now
+            status = os.fstat(file.fileno())  # of the open file, because its name may already belong to another file
             return data, f"{status.st_mtime_ns}-{status.st_size}"
 
     def write(self, key: str, data: bytes | Path, *, if_absent: bool = False, if_match: str | None = None) -> None:
@@ -129,7 +129,7 @@ class LocalStorage(Storage):
 
 @contextmanager
 def arriving(path: Path) -> Iterator[Any]:
-    """Open a file for writing that gets its name when the block ends without an error."""
+    """Open a temporary file for writing. It is renamed to `path` when the block ends without an error."""
     temporary = path.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     try:
         with local_errors(path):

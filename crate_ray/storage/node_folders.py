@@ -1,4 +1,4 @@
-"""Everything crate-ray keeps on a node's own disk: which folders, who removes what, and locks, digests and eviction.
+"""The folders that crate-ray uses on a node's own disk, and how they are cleaned up. Also locks, digests and eviction.
 
     <TMPDIR>/crate-ray-node-<uid>/  processes/<name>/  temporary files of one driver or worker. Each process holds a
                                                        lock in its folder; the next one that starts removes folders
@@ -11,10 +11,10 @@
                                                        when it has them
     <data.cache_dir>/               parts of shards (cache.PartCache); least recently used ones are evicted
 
-TMPDIR (/tmp by default) holds what may be gigabytes, must be on the node's own disk (checkpoints on their way to
-storage, memory-mapped indexes) and is worthless after a reboot. XDG_CACHE_HOME (~/.cache by default) holds what should
-survive one. Both folders are private to one user: one that another user could have planted is refused, because the
-owner of a folder can replace the files in it.
+TMPDIR (/tmp by default) is for files that may take gigabytes, must be on the node's own disk, and are not needed after
+a reboot: checkpoints that are being uploaded, and memory-mapped indexes. XDG_CACHE_HOME (~/.cache by default) is for
+files that should survive a reboot. Both folders are private to one user. A folder that belongs to another user, or that
+others can write to, is refused, because they could replace the files in it.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def process_folder(name: str) -> Iterator[Path]:
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """An empty folder below `parent`, removed at the end or, if this process dies, by the next caller.
 
-    Nothing but such folders may be in `parent`, which is created if missing: the process that made a folder holds a
-    lock in it, and all folders without a held lock are removed.
+    `parent` is created if missing, and may hold nothing except such folders. The process that made a folder holds a
+    lock in it. All folders whose lock is not held are removed.
     """
     parent.mkdir(mode=0o700, exist_ok=True)
-    with file_lock(parent / _LOCK):  # no folder is seen before its lock is held
+    with file_lock(parent / _LOCK):  # so that no other process sees a folder before its lock is held
         for folder in parent.iterdir():
             if folder.is_dir() and not _in_use(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -88,9 +88,9 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def private_folder(path: Path, advice: str) -> Path:
-    """Create a folder for this user alone, or check the one that is there.
+    """Create a folder that only this user can access, or check the existing one.
 
-    A folder that other users may only read is closed to them.
+    If other users may read the folder, their access is removed.
 
     Args:
         path: the folder; missing parents are created.
@@ -115,7 +115,7 @@ def private_folder(path: Path, advice: str) -> Path:
 
 
 def chosen_folder(path: Path, advice: str) -> Path:
-    """Create a folder that the user chose, or check the one that is there; it may be a symbolic link.
+    """Create a folder that the user chose, or check the existing one. It may be a symbolic link.
 
     Args:
         path: the folder; missing parents are created.
@@ -135,7 +135,7 @@ def chosen_folder(path: Path, advice: str) -> Path:
 
 
 def _node_folder(kind: str) -> Path:
-    # Not crate-ray-<uid>, which earlier versions of crate-ray sweep as a whole.
+    # Not crate-ray-<uid>, because earlier versions of crate-ray clean up that whole folder.
     base, advice = Path(tempfile.gettempdir()) / f"crate-ray-node-{os.getuid()}", "set TMPDIR to a folder of your own"
     return private_folder(private_folder(base, advice) / kind, advice)
 
@@ -161,7 +161,7 @@ def _in_use(folder: Path) -> bool:
         os.close(take_lock(folder / _LOCK, wait=False))
     except BlockingIOError:
         return True
-    except FileNotFoundError:  # its process is just removing it
+    except FileNotFoundError:  # its process is removing it now
         return False
     return False
 
@@ -185,7 +185,7 @@ def take_lock(path: Path, *, wait: bool = True) -> int:
     Returns the file descriptor that holds the lock until it is closed or the process ends.
 
     Raises:
-        BlockingIOError: somebody else holds it, and `wait` is false.
+        BlockingIOError: another thread or process holds it, and `wait` is false.
         OSError: the file cannot be created.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -199,7 +199,7 @@ def take_lock(path: Path, *, wait: bool = True) -> int:
 
 
 def file_digest(file: Path | BufferedReader) -> str:
-    """SHA-256 of a file's content in hexadecimal, from its beginning; an open file is left at its end."""
+    """SHA-256 of a file's whole content, in hexadecimal. An open file is left at its end."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
             return file_digest(opened)
@@ -208,7 +208,7 @@ def file_digest(file: Path | BufferedReader) -> str:
 
 
 def total_size(entries: Iterable[Path]) -> int:
-    """Bytes in files and folders; those that vanish meanwhile do not count."""
+    """Bytes in files and folders. Entries that are removed meanwhile do not count."""
     return sum(_size(entry) for entry in entries)
 
 
@@ -216,7 +216,7 @@ def evict(entries: Iterable[Path], max_bytes: int, keep: Container[Path] = ()) -
     """Remove the files and folders with the oldest modification times until the rest has at most max_bytes.
 
     Args:
-        entries: what may be removed. Whoever uses an entry sets its modification time (os.utime).
+        entries: files and folders that may be removed. Every use of an entry updates its modification time (os.utime).
         max_bytes: limit for all entries together.
         keep: entries that are not removed.
 

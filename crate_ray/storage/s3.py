@@ -39,8 +39,8 @@ _PARALLEL_PARTS = 8
 _MULTIPART_BYTES = 32 * 2**20  # larger objects are uploaded in parts
 _SINGLE_PUT_BYTES = 5 * 2**30  # S3's limit for one PUT
 _MAX_PARTS = 10_000  # S3's limit
-_WRITER = "crate-ray-writer"  # metadata of an object: which write() call made it
-_PROGRESS_BYTES = 64 * 2**10  # so many bytes of a body count as progress
+_WRITER = "crate-ray-writer"  # object metadata that identifies the write() call that made the object
+_PROGRESS_BYTES = 64 * 2**10  # bytes of a body that count as progress
 
 
 class _Range(NamedTuple):
@@ -117,7 +117,7 @@ class S3Storage(Storage):
             more = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
 
     def exists(self, key: str) -> bool:
-        def send(client: Any, _: Attempts) -> None:  # not a HEAD: its errors have no cause
+        def send(client: Any, _: Attempts) -> None:  # not a HEAD, whose errors do not state a cause
             try:
                 client.get_object(Bucket=self.bucket, Key=self._name(key), Range="bytes=0-0")["Body"].read()
             except ClientError as error:
@@ -148,7 +148,7 @@ class S3Storage(Storage):
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _fetch(self, key: str, start: int, length: int | None, etag: str = "") -> _Range:
-        """Read a range of an object, of the version with that ETag if given; a body that breaks off is resumed."""
+        """Read a range of an object, or of its version with a given ETag. If the body breaks off, it is resumed."""
         address = {"Bucket": self.bucket, "Key": self._name(key)}
         stop = "" if length is None else start + length - 1
         sink = io.BytesIO()  # getvalue() does not copy
@@ -156,7 +156,7 @@ class S3Storage(Storage):
         def send(client: Any, attempts: Attempts) -> _Range:
             nonlocal etag
             if not etag:
-                sink.seek(0)  # without an ETag, the rest could be of another version
+                sink.seek(0)  # read again: without an ETag, the rest could belong to another version
                 sink.truncate()
             came = sink.tell()
             condition = {"IfMatch": f'"{etag}"'} if etag else {}
@@ -189,7 +189,7 @@ class S3Storage(Storage):
         return self._request("read", key, send)
 
     def _size(self, answer: dict[str, Any], start: int) -> int:
-        """Size of the whole object, from an answer with its bytes from start on."""
+        """Size of the whole object, from the response to a read that begins at `start`."""
         unit, _, rest = answer.get("ContentRange", "").partition(" ")
         extent, _, size = rest.partition("/")
         if unit == "bytes" and size.isdigit() and extent.startswith(f"{start}-"):
@@ -232,7 +232,7 @@ class S3Storage(Storage):
         part_bytes = max(_PART_BYTES, -(-size // _MAX_PARTS))
         writer = uuid.uuid4().hex
 
-        def check_absent() -> None:  # for stores that ignore the condition of `complete`
+        def check_absent() -> None:  # some stores ignore the condition of `complete`
             if if_absent and self.exists(key):
                 raise AlreadyExists(f"{self.uri}/{key} already exists")
 
@@ -257,7 +257,7 @@ class S3Storage(Storage):
                     **address, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
                 )
                 whole(answer, "ETag")
-            except ClientError as error:  # perhaps an earlier attempt succeeded and its answer was lost
+            except ClientError as error:  # perhaps an earlier attempt succeeded, but its response was lost
                 if not (status(error) in (404, 412) and attempts.count and self._is_by(key, writer)):
                     raise
 
@@ -277,7 +277,7 @@ class S3Storage(Storage):
             raise
 
     def _is_by(self, key: str, writer: str) -> bool:
-        """Whether an object was made by a certain write() call, whose answer was lost."""
+        """Whether an object was made by a certain write() call whose response was lost."""
 
         def send(client: Any, _: Attempts) -> bool:
             answer = client.get_object(Bucket=self.bucket, Key=self._name(key))
@@ -380,6 +380,6 @@ def _part(data: bytes | Path, start: int, length: int) -> bytes:
 
 
 def _in_parallel(function: Callable[[int], T], starts: Iterable[int]) -> list[T]:
-    """Call a function from several threads; returns the results in order. After an error, no further call starts."""
+    """Call a function from several threads. Returns the results in order. After an error, no further call starts."""
     with ThreadPoolExecutor(_PARALLEL_PARTS, "part") as pool:
         return list(pool.map(function, starts))

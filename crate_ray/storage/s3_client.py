@@ -1,6 +1,6 @@
 """A boto3 client that retries requests. No other module retries them.
 
-botocore's own retries are off: they cover neither a body that breaks off nor credentials that are renewed.
+botocore's own retries are off, because they cover neither a body that breaks off nor renewed credentials.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequi
 REFUSED = frozenset(
     {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidClientTokenId", "UnrecognizedClientException"}
 )
-"""Error codes of invalid credentials, or of ones that have just been rotated."""
+"""Error codes of invalid credentials. Credentials that were just rotated cause them too."""
 _PASSING = frozenset(
     {
         "SlowDown", "ServiceUnavailable", "InternalError", "InternalFailure", "RequestTimeout",
@@ -76,7 +76,7 @@ _NO_CREDENTIALS = (
 )
 _FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
 
-_DELAY = 0.1  # seconds; upper limit of the first wait, doubled for each further one
+_DELAY = 0.1  # seconds; upper limit of the first wait; it doubles with each further wait
 _LONGEST_DELAY = 20.0
 _FIRST_CONTACT = 10.0  # seconds for an endpoint that has never answered: its address is probably wrong
 _WARN_AFTER = 5.0
@@ -102,7 +102,7 @@ class Attempts:
         """Whether the credentials were read again because the store rejected them."""
 
     def progressed(self) -> None:
-        """Reset the budget, because a good part of the answer has arrived."""
+        """Reset the budget, because a large part of the response has arrived."""
         self._failed_since, self._last_progress = 0, time.monotonic()
 
     def failed(self) -> None:
@@ -113,8 +113,8 @@ class Attempts:
     def wait(self, at_most: float | None = None) -> bool:
         """Sleep before the next attempt; returns False at once if the budget is used up.
 
-        The last attempt is made when the seconds are over, so that every shorter outage is survived. There are at least
-        two attempts, however long the first one takes.
+        The last attempt is made after the full time, so every shorter outage is survived. There are always at least two
+        attempts, even if the first one takes longer than that.
         """
         seconds = self._seconds if at_most is None else min(self._seconds, at_most)
         left = self._last_progress + seconds - time.monotonic()
@@ -156,7 +156,7 @@ class S3Client:
         self._login: _Login | None = None
         self._lock = threading.Lock()
         self.answered = False
-        """Whether the endpoint has ever given a valid S3 answer."""
+        """Whether the endpoint has ever sent a valid S3 response."""
 
     def __repr__(self) -> str:
         return f"S3Client({self.where()})"
@@ -224,9 +224,9 @@ class S3Client:
             return self._login
 
     def _renew(self, used: _Login | None) -> bool:
-        """Read the credentials again, unless another thread has; returns whether they have changed.
+        """Read the credentials again, unless another thread has done so. Returns whether they have changed.
 
-        A session caches what it read from ~/.aws for ever, so a new one is needed.
+        A boto3 session caches ~/.aws forever, so this needs a new session.
         """
         with self._lock:
             if used is None or self._login is not used:
@@ -276,14 +276,14 @@ def _keys(session: boto3.session.Session) -> Any:
 
 
 def _check_length(response_dict: dict[str, Any], operation_model: Any, **_: Any) -> None:
-    """Raise if an XML answer was cut short: botocore would accept it, and half an error can mean another one."""
+    """Raise an error if an XML response is incomplete. botocore would accept it, and half an error can be misread."""
     body, length = response_dict["body"], response_dict["headers"].get("content-length")
     if isinstance(body, bytes) and length and operation_model.http["method"] != "HEAD" and len(body) != int(length):
         raise IncompleteReadError(actual_bytes=len(body), expected_bytes=int(length))
 
 
 def whole(answer: dict[str, Any], field: str) -> dict[str, Any]:
-    """Return an answer if it has a field that every complete answer has. botocore accepts empty answers as valid.
+    """Return a response if it has a field that every complete response has. botocore accepts empty responses as valid.
 
     Raises:
         IncompleteReadError: the field is missing.
@@ -294,7 +294,7 @@ def whole(answer: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def receive(body: Any, wanted: int, sink: io.BytesIO, read_timeout: float) -> None:
-    """Append exactly `wanted` bytes of a boto3 streaming body to the sink. After a failure, received bytes stay in it.
+    """Append exactly `wanted` bytes of a boto3 streaming body to the sink. After a failure, it keeps what arrived.
 
     Raises:
         IncompleteReadError, ReadTimeoutError, or one of urllib3's errors: the body ended early, stalled or broke off.

@@ -1,1 +1,1 @@
-"""What the paper claims about layers, measured on any model: coding rates, sparsity, inversion, attention."""
+"""Measures of the paper's claims about layers, for any model: coding rates, sparsity, inversion, attention."""

@@ -1,6 +1,6 @@
-"""Measures of each encoder layer: does it compress the tokens against its codebook, and does it sparsify them?
+"""Measures of each encoder layer: does it compress the tokens against its codebook, and does it make them sparse?
 
-They work for CRATE, whose layers have a codebook, and for a transformer, whose key projection is taken as one.
+CRATE's layers have a codebook. For a transformer, the key projection is used as the codebook.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class LayerOperators:
 class LayerMeasures:
     """Measures of each of L encoder layers on each of B images, (L, B) float64. Tokens include CLS.
 
-    A rate depends on the scale of tokens and codebook, so rates come in three forms. The first takes the tokens as
-    attention sees them, LN(Z), and the codebook as it is. `_span` takes orthonormal bases of the codebook's subspaces
-    instead, which removes the codebook's learned scale. `_raw` takes the tokens without the norm.
+    A rate depends on the scale of tokens and codebook, so there are three forms. Rates without a suffix use the tokens
+    as attention sees them, LN(Z), and the codebook as it is. `_span` uses orthonormal bases of the codebook's subspaces
+    instead, which removes the codebook's learned scale. `_raw` uses the tokens without the norm.
     """
 
     rate_before: Tensor
@@ -183,13 +183,13 @@ def measure_codebooks(model: MaskedAutoencoder) -> tuple[list[float], list[float
 class InversionErrors:
     """How far decoder layers are from inverting encoder layers, (L, B) float64; row l is decoder layer l + 1 of L.
 
-    The output Y of decoder layer l is compared with the input Z of encoder layer L − l + 1, which it is to restore.
+    The output Y of decoder layer l is compared with the input Z of encoder layer L − l + 1, which it should restore.
     """
 
     relative: Tensor
     """‖Y − Z‖ / ‖Z‖ over all tokens of an image; 0 for an exact inverse."""
     scaled: Tensor
-    """The same after each image's Y is multiplied by the factor that fits Z best; from 0 to 1."""
+    """Relative error after each image's Y is multiplied by the factor that fits Z best; from 0 to 1."""
     other_image: Tensor
     """`scaled` against the tokens of another image of the batch: the error of a guess that does not depend on the
     image."""

@@ -1,4 +1,4 @@
-"""What a sweep found: a row per trial, a picture per swept setting, the best config as YAML."""
+"""Results of a sweep: a table with a row per trial, and a picture with a panel per swept setting."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def results_table(results: list[TrialRecord], sweep: SweepConfig) -> pd.DataFram
 
 
 def picture(results: list[TrialRecord], sweep: SweepConfig) -> bytes:
-    """PNG with a panel per swept setting: the objective of every trial against the value it tried."""
+    """PNG with a panel per swept setting, which plots the objective of every trial over the setting's value."""
     names = list(sweep.search)
     columns = min(len(names), 3)
     rows = -(-len(names) // columns)

@@ -1,4 +1,4 @@
-"""The sweep itself: checked first, run on Ray Tune, continued under the same name, reported to MLflow."""
+"""Checks a sweep, runs it on Ray Tune or continues it, and logs it to MLflow."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from crate_ray.tracking.run_tracker import RunTracker, flatten
 
 RECORD_FILE, BEST_FILE, RESULTS_FILE = "sweep.json", "best.yaml", "results.csv"
 _TUNE_FOLDER = "tune"
-# A trial holds no CPUs, which its workers need; Ray Tune refuses trials that ask for nothing at all.
+# A trial reserves no CPUs, because its workers need them. Ray Tune refuses trials that reserve nothing.
 _TRIAL_RESOURCES = {"memory": 2**20}
 
 
 def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
-    """The sweep, and the YAML values that its trials share, addresses made absolute: all checked, nothing started.
+    """Check a sweep and make its addresses absolute. Returns the sweep and the YAML values that its trials share.
 
-    Raises UserError for whatever all trials would have failed of, missing datasets included.
+    Starts nothing. Raises UserError for mistakes that would make every trial fail, such as missing datasets.
     """
     s3 = sweep.s3
     sweep = sweep.model_copy(
@@ -59,10 +59,10 @@ def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
 
 
 def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> list[TrialRecord]:
-    """Run or continue a sweep that `open_sweep` has checked; needs Ray. Returns how every trial ended.
+    """Run or continue a sweep that `open_sweep` has checked. Needs Ray. Returns the record of every trial.
 
-    Leaves results.csv and best.yaml in the sweep's folder, and with a picture in its MLflow run. Raises UserError where
-    another process runs this sweep.
+    Writes results.csv and best.yaml to the sweep's folder, and both with a picture to its MLflow run. Raises UserError
+    if another process runs this sweep.
     """
     folder = open_storage(sweep.storage, sweep.s3).under(sweep.name)
     seconds = trial_config(sweep, shared, {}, "check").scaling.lease_seconds
@@ -115,8 +115,8 @@ def best_yaml(sweep: SweepConfig, shared: dict[str, Any], best: TrialRecord) -> 
 
 
 def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
-    """Key of the sweep in MLflow; its settings are written at the first start and compared at the next."""
-    may_change = {"trials", "max_concurrent", "tracking", "base"}  # what the base says is in `shared`
+    """Key of the sweep in MLflow. The settings are stored at the first start, and compared with at later ones."""
+    may_change = {"trials", "max_concurrent", "tracking", "base"}  # the content of the base is in `shared`
     now = {"sweep": sweep.model_dump(mode="json", exclude=may_change), "shared": shared}
     now = json.loads(json.dumps(now, default=str))
     try:
@@ -127,8 +127,8 @@ def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     then["sweep"].pop("base", None)
     if {name: then[name] for name in now} != now:
         raise UserError(
-            f"sweep {sweep.name!r} at {sweep.storage} was begun with other settings; choose another --name, or the "
-            "settings it was begun with to continue it"
+            f"sweep {sweep.name!r} at {sweep.storage} was started with other settings; choose another --name, or use "
+            "the settings of its first start to continue it"
         )
     return str(then["key"])
 
@@ -166,7 +166,7 @@ def _tuner(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, parent_r
 
 
 def _records(folder: Storage, grid: tune.ResultGrid) -> list[TrialRecord]:
-    """The trials' own records, completed by what only Ray Tune knows: who was stopped, and whose process died."""
+    """The trials' own records. Ray Tune adds which trials it stopped early, and which trials' processes died."""
     errors = {str(result.path): result.error for result in grid if result.error}
     records = []
     for info in folder.list(RECORDS):
@@ -182,7 +182,7 @@ def _records(folder: Storage, grid: tune.ResultGrid) -> list[TrialRecord]:
 
 
 def _end_stopped_runs(sweep: SweepConfig, records: list[TrialRecord]) -> None:
-    """Runs of trials whose process was ended by Ray Tune could not tell MLflow themselves."""
+    """Set the MLflow status of trials that could not set it themselves, because Ray Tune ended their process."""
     client = MlflowClient(sweep.tracking.uri)
     ends = {"stopped early": "KILLED", "failed": "FAILED"}
     for record in records:

@@ -1,4 +1,4 @@
-"""From a sweep's settings to pretraining configs: every combination starts as plain YAML values and is validated."""
+"""Turns a sweep's settings into pretraining configs. Settings are merged as plain YAML values, then validated."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _OURS = ("name", "storage", "tracking", "s3")
 
 
 def trial_config(sweep: SweepConfig, shared: dict[str, Any], values: dict[str, Any], name: str) -> PretrainConfig:
-    """Settings of one trial: the YAML values that all share, then the sampled ones (dotted), validated together.
+    """Settings of one trial: the shared YAML values with the sampled (dotted) ones over them, validated together.
 
-    Values that were not set stay unset until here, so that defaults which follow from others (subspace_dim = dim /
-    num_subspaces) follow from the sampled ones.
+    Defaults are filled in only here. So a default that depends on other settings (subspace_dim = dim / num_subspaces)
+    depends on the sampled values.
     """
     ours = {
         "name": name,
@@ -31,10 +31,10 @@ def trial_config(sweep: SweepConfig, shared: dict[str, Any], values: dict[str, A
 
 
 def shared_values(sweep: SweepConfig) -> dict[str, Any]:
-    """What all trials share: the base's YAML values with the sweep's settings put in.
+    """The values that all trials share: the base's YAML values with the sweep's settings over them.
 
-    Every candidate of every searched setting has been validated with them. Raises UserError for a setting that does not
-    exist (with the name that was probably meant), or a value of the wrong type.
+    Validates every candidate of every searched setting with them. Raises UserError for a setting that does not exist
+    (with a suggestion), or a value of the wrong type.
     """
     names = dotted_names(PretrainConfig)
     for name in [*sweep.settings, *sweep.search]:
@@ -67,7 +67,7 @@ def candidates(space: SearchSpace) -> list[Any]:
 
 
 def tune_space(search: dict[str, SearchSpace]) -> dict[str, Any]:
-    """The same as Ray Tune's search space."""
+    """Convert a search space to Ray Tune's."""
     out: dict[str, Any] = {}
     for name, space in search.items():
         if space.choice is not None:

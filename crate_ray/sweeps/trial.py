@@ -1,4 +1,4 @@
-"""One trial of a sweep: a full pretraining run, resumable by the trial's id, its objective, and its record."""
+"""One trial of a sweep: a full pretraining run, its objective and its record. The trial's id makes it resumable."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class _Reporter(Listener):
         """Report a validation loss."""
         if VALIDATION_LOSS in values:
             self.last_loss = values[VALIDATION_LOSS]
-            # The last loss is reported by run_trial, when the workers are gone: any report may end the trial's process.
+            # Any report may end the trial's process. So run_trial reports the last loss, after the workers have ended.
             if self._report and step < self.total_steps:
                 self._record.update(objective=self.last_loss, step=step)
                 tune.report({"objective": self.last_loss, "step": step})

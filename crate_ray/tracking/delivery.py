@@ -1,4 +1,4 @@
-"""A thread that delivers a run's spool to MLflow, and goes on trying while the server is away."""
+"""A thread that delivers a run's spool to MLflow, and retries while the server is unavailable."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ _REFUSED = "INVALID_PARAMETER_VALUE"
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What MLflow shows of a run beside its records."""
+    """Description of a run in MLflow, in addition to its records."""
 
     experiment: str
     key: str
-    """Identifies the run for ever, whatever it is called."""
+    """Permanent key of the run, independent of its name."""
     name: str
     params: dict[str, str]
     tags: dict[str, str]
     datasets: Sequence[Dataset] = ()
     """Training data, for MLflow's lineage."""
     parent_key: str | None = None
-    """Key of the run whose model it started from. If MLflow has that run, it shows this one under it."""
+    """Key of the run whose model this run started from. If MLflow has that run, it shows this run as its child."""
 
 
 class Delivery:
     """Delivers events in their order, in a thread that starts at once.
 
-    Every event carries its own time, so that delivering it twice changes nothing.
+    Every event carries its own time, so delivering it twice changes nothing.
 
     Args:
         spool: where the events are.
         uri: MLflow's address.
-        description: of the run, which is created unless MLflow has it.
+        description: description of the run, which is created if MLflow does not have it.
     """
 
     def __init__(self, spool: Spool, uri: str, description: RunDescription) -> None:
@@ -68,14 +68,14 @@ class Delivery:
         self._wake.set()
 
     def finish(self, seconds: float) -> None:
-        """Wait until all events are delivered, at most so long, and end the thread."""
+        """Wait at most `seconds` until all events are delivered, then end the thread."""
         self._stop.set()
         self._wake.set()
         self._thread.join(seconds)
         self._give_up.set()
 
     def abandon(self) -> None:
-        """End the thread after the attempt that it is making."""
+        """End the thread after its current attempt."""
         self._give_up.set()
         self._stop.set()
         self._wake.set()
@@ -89,7 +89,7 @@ class Delivery:
                 client = client or self._connect()
                 self._send_all(client)
                 self.problem = None
-            except Exception as error:  # whatever the client raises for a server that is away or ill
+            except Exception as error:  # the client raises many types if the server is unavailable or fails
                 if self.problem is None:
                     cause = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
                     logger.warning("MLflow at %s: %s; records wait on disk", redact(self._uri), cause)
@@ -104,7 +104,7 @@ class Delivery:
         found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{about.key}'", max_results=1)
         run = found[0] if found else self._create_run(client, experiment_id)
         if _DESCRIBED_TAG not in run.data.tags:
-            known = run.data.params  # of an attempt that was cut off
+            known = run.data.params  # from an earlier, interrupted attempt
             params = [Param(name, value[:_LONGEST_PARAM]) for name, value in about.params.items() if name not in known]
             for i in range(0, len(params), _PARAMS_PER_REQUEST):
                 client.log_batch(run.info.run_id, params=params[i : i + _PARAMS_PER_REQUEST])
@@ -126,10 +126,10 @@ class Delivery:
         name = self._description.experiment
         if experiment := client.get_experiment_by_name(name):
             return str(experiment.experiment_id)
-        # A server knows where artifacts belong; with a SQLite file, MLflow would put them into the working directory.
+        # A server decides where artifacts go. With a SQLite file, MLflow would write them to the working directory.
         path = sqlite_path(self._uri)
         location = None if path is None else (path.parent / "mlartifacts").resolve().as_uri()
-        # MLflow's pages for training, not those for language models.
+        # This tag selects MLflow's pages for training instead of those for language models.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         try:
             return str(client.create_experiment(name, artifact_location=location, tags=tags))
@@ -154,7 +154,7 @@ class Delivery:
             self._spool.mark_delivered(event, end)
 
     def _send_metrics(self, client: MlflowClient, metrics: list[Metric]) -> None:
-        """Send metrics in as many requests as MLflow needs; of a refused request, the half without the cause passes."""
+        """Send metrics in batches. If MLflow refuses a batch, split it, so that only refused metrics are skipped."""
         size = _METRICS_PER_REQUEST
         for part in [metrics[i : i + size] for i in range(0, len(metrics), size)]:
             try:
@@ -167,10 +167,10 @@ class Delivery:
                     self._send_metrics(client, part[len(part) // 2 :])
 
     def _skip_if_refused(self, error: MlflowException) -> None:
-        """Raise an error unless it says that MLflow refuses a record, which would block all behind it for ever."""
+        """Log and skip a record that MLflow refuses, because it would block all later ones. Raise other errors."""
         if error.error_code != _REFUSED:
             raise error
-        logger.warning("MLflow refuses a record of run %s, which is skipped: %s", self._description.name, error)
+        logger.warning("skipping a record of run %s that MLflow refuses: %s", self._description.name, error)
 
     def _send(self, client: MlflowClient, event: Event) -> None:
         if event["kind"] == "status":
@@ -183,7 +183,7 @@ class Delivery:
             return
         path = self._spool.path_of(event)
         if not path.exists():
-            logger.warning("%s was deleted before MLflow had it, and is skipped", path)
+            logger.warning("skipping %s, which was deleted before it was sent to MLflow", path)
         elif event["kind"] == "file":
             client.log_artifact(self.run_id, path.as_posix(), event["folder"])
         else:

@@ -18,14 +18,14 @@ from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescr
 MODEL_NAME = "model"
 _CODE = Path(__file__).with_name("pyfunc_model.py")
 _PACKAGES = ("torch", "numpy", "pillow", "simplejpeg", "safetensors", "pydantic", "pandas")
-"""Everything that pyfunc_model.py imports, directly or through crate_ray, beside MLflow."""
+"""Packages that pyfunc_model.py imports, directly or through crate_ray, in addition to MLflow."""
 
 
 def log_model(uri: str, run_id: str, exported: Path) -> Any:
     """Log an exported model to a run: as the MLflow model 'model', and its two files as artifacts under 'weights'.
 
-    Input of the MLflow model is a column of encoded images (bytes) or uint8 arrays (H, W, channels). Output is float32:
-    embeddings (n, dim), or, for a classifier, class probabilities (n, num_classes).
+    The input of the MLflow model is a column of encoded images (bytes) or of uint8 arrays (H, W, channels). The output
+    is float32: embeddings (n, dim), or, for a classifier, class probabilities (n, num_classes).
 
     Returns:
         MLflow's ModelInfo.

@@ -31,9 +31,9 @@ _DESCRIPTION = f"{_MODEL_FOLDER}/{DESCRIPTION_FILE}"
 
 @contextmanager
 def track(run: Run, lease: Lease, extra_tags: Mapping[str, str] | None = None) -> Iterator[RunTracker]:
-    """Track a run in MLflow. Its status is RUNNING inside, then FINISHED, FAILED or (Ctrl-C) KILLED.
+    """Track a run in MLflow. Its status is RUNNING inside the context, then FINISHED, FAILED or (Ctrl-C) KILLED.
 
-    Drivers of the same run share its MLflow run and, on one machine, its spool. So the run's lease must be held.
+    Hold the run's lease, because drivers of the same run share its MLflow run and, on one machine, its spool.
     """
     lease.check()
     config = run.config
@@ -86,8 +86,8 @@ def publish(run: Run, tracker: RunTracker) -> str:
         folder = Path(temporary)
         export_run(run.storage, folder)
         tracker.model(folder)
-        # The description is written last, because it says that the weights are complete. One of an earlier end of the
-        # run goes first: it would describe the new weights wrongly.
+        # The description is written last, because it marks the weights as complete. An old description, from an earlier
+        # end of the run, is deleted first: it would not match the new weights.
         run.storage.delete(_DESCRIPTION)
         run.storage.write(f"{_MODEL_FOLDER}/{WEIGHTS_FILE}", folder / WEIGHTS_FILE)
         run.storage.write(_DESCRIPTION, folder / DESCRIPTION_FILE)

@@ -1,6 +1,6 @@
 """The code of the MLflow model. MLflow runs this file when it loads the model (models from code).
 
-It runs in the model's own environment, so it may import only what flavor.py lists as requirements.
+It runs in the model's own environment, so it may import only packages that flavor.py lists as requirements.
 """
 
 from __future__ import annotations

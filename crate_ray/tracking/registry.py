@@ -67,7 +67,7 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
 def promote(
     name: str, version: int, accuracy: float, champion_accuracy: float | None, tracking: TrackingConfig
 ) -> None:
-    """Give a version the alias @champion, unless its accuracy is below the champion's.
+    """Give a version the alias @champion if its accuracy is at least the champion's.
 
     Args:
         name: name of the registered model.

@@ -1,7 +1,7 @@
-"""A training run in MLflow: everything is written to a spool on disk, and a thread of our own delivers it.
+"""Tracks a training run in MLflow. Everything is written to a spool on disk, and a thread delivers it.
 
-A slow or absent server never slows training: what was not delivered stays in the spool, and the next start of the run
-delivers it. A full disk never stops training either: what cannot be written is lost, and a warning says so.
+A slow or unavailable server does not slow down training. Undelivered records stay in the spool until the next start of
+the run delivers them. A full disk does not stop training: records that cannot be written are lost, with a warning.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class RunTracker(Listener):
 
     Args:
         tracking: MLflow's settings.
-        key: identifies the run for ever, whatever it is called.
-        name: of a new run.
-        params: of a new run.
-        tags: of a new run.
-        datasets: its training data, for MLflow's lineage (name, digest, source, profile).
-        parent_key: key of the run whose model it started from. If MLflow has that run, it shows this one under it.
+        key: permanent key of the run, independent of its name.
+        name: name of a new run.
+        params: parameters of a new run.
+        tags: tags of a new run.
+        datasets: training data, for MLflow's lineage (name, digest, source, profile).
+        parent_key: key of the run whose model this run started from. If MLflow has it, it shows this run as its child.
 
     Raises:
         UserError: the spool's folder cannot be created, or belongs to another user.
@@ -51,14 +51,14 @@ class RunTracker(Listener):
     ) -> None:
         self._uri, self._deliver_seconds = tracking_uri(tracking), tracking.deliver_seconds
         self.is_complete = False
-        """Set once the run has left all that it was started for."""
+        """Set once the run has produced all of its results."""
         self._spool = Spool(key)
         self._spool.add("status", status="RUNNING")
         description = RunDescription(tracking.experiment, key, name, params, tags, datasets, parent_key)
         self._delivery = Delivery(self._spool, self._uri, description)
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
-        """Record values measured after so many steps, at a time in milliseconds since 1970."""
+        """Record values measured after `step` steps, at a time in milliseconds since 1970."""
         self._add("metrics", step=step, values=values, time=time_ms)
 
     def picture(self, step: int, name: str, png: bytes) -> None:
@@ -71,7 +71,7 @@ class RunTracker(Listener):
         self._add_file(f"bad_samples/{split}", name, json.dumps(causes, indent=1).encode())
 
     def note(self, step: int, text: str) -> None:
-        """Record a sentence on what happened as an artifact notes/step-<step>-<id>.txt."""
+        """Record a sentence about an event as an artifact notes/step-<step>-<id>.txt."""
         self._add_file("notes", f"step-{step:08d}-{uuid.uuid4().hex[:8]}.txt", f"{text}\n".encode())
 
     def text(self, name: str, content: str) -> None:
@@ -82,7 +82,7 @@ class RunTracker(Listener):
         """Record an exported model (see models.exported) as an MLflow model, and its files as artifacts.
 
         Raises:
-            OSError: the spool has no room. Without the model, the run is not complete.
+            OSError: the disk is full. This is an error, because a run is not complete without its model.
         """
         if not self._spool.add_model(exported, MODEL_NAME):
             assert self._spool.error is not None
@@ -97,7 +97,7 @@ class RunTracker(Listener):
             timeout: seconds to wait; by default tracking.deliver_seconds.
 
         Returns:
-            Whether all was delivered. If not, the rest stays in the spool, and `undelivered` says where and why.
+            Whether all records were delivered. If not, the rest stays in the spool; `undelivered` says where and why.
         """
         added = self._add("status", status=status, time=int(time.time() * 1000))
         self._delivery.finish(self._deliver_seconds if timeout is None else timeout)
@@ -107,7 +107,7 @@ class RunTracker(Listener):
         return True
 
     def abandon(self) -> None:
-        """Stop recording, and leave the run and its spool to another driver that has taken the run over."""
+        """Stop recording. Call it when another driver has taken over the run, which then also uses its spool."""
         self._delivery.abandon()
 
     def wait_for_run(self, timeout: float = 15.0) -> str:
@@ -129,7 +129,7 @@ class RunTracker(Listener):
 
     @property
     def undelivered(self) -> str:
-        """A sentence on where undelivered records are, and why."""
+        """A sentence that says where the undelivered records are, and why."""
         problem = self._delivery.problem or self._spool.error
         cause = redact(" ".join(str(problem).split()))[:200] if problem else "the server is slow"
         return (

@@ -1,11 +1,11 @@
-"""Records on their way to MLflow, on disk, so that they survive a server that is away and a process that is killed.
+"""Stores records for MLflow on disk, so that they survive an unavailable server and a killed process.
 
     <spool folder>/<run key>/  events.jsonl                one event a line, in order
                                sent                        how many bytes of events.jsonl have been delivered
                                files/<id>/<artifact name>  content of an event, under the name that MLflow shows
 
-A file is written before its event. It is deleted after `sent` says that the event was delivered, so that a process may
-be killed at any moment: at worst, an event is delivered twice.
+A file is written before its event. It is deleted after `sent` says that the event was delivered. So a process may be
+killed at any moment. In the worst case an event is delivered twice.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from crate_ray.storage.node_folders import private_folder, spool_folder
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
-"""`kind`: 'metrics', 'status', 'file' or 'model', and what belongs to it. `path`: its file or folder in the spool."""
+"""An event. `kind` is 'metrics', 'status', 'file' or 'model'; `path` is its file or folder in the spool, if any."""
 
 
 class Spool:
-    """The undelivered records of one run. One process writes; one of its threads may deliver meanwhile.
+    """The undelivered records of one run. One process writes them, while one of its threads may deliver them.
 
-    A full disk raises nothing: what cannot be written is lost, `error` says why, and a warning is logged once.
+    A full disk raises no exception. Records that cannot be written are lost, `error` says why, and a warning is logged
+    once.
 
     Args:
         run_key: identifies the run. Records that an earlier process left are delivered first.
@@ -53,7 +54,7 @@ class Spool:
         with suppress(OSError), self._events.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # the machine went down in the middle of a line
+                if file.read(1) != b"\n":  # the machine crashed while it wrote this line
                     file.write(b"\n")
 
     @property
@@ -67,7 +68,7 @@ class Spool:
         return self._delivered >= self.size
 
     def add(self, kind: str, **values: Any) -> bool:
-        """Append an event; returns False if the disk does not take it."""
+        """Append an event. Returns False if it cannot be written to disk."""
         size = None
         try:
             size = self.size
@@ -76,17 +77,17 @@ class Spool:
         except OSError as error:
             with suppress(OSError):
                 if size is not None:
-                    os.truncate(self._events, size)  # half a line would spoil the next one
+                    os.truncate(self._events, size)  # half a line would make the next line unreadable
             self._note(error)
             return False
         return True
 
     def add_file(self, folder: str | None, name: str, content: bytes) -> bool:
-        """Append a file event for the artifact <folder>/<name>; returns False if the disk does not take it."""
+        """Append a file event for the artifact <folder>/<name>. Returns False if it cannot be written to disk."""
         return self._add_with("file", name, lambda path: path.write_bytes(content), folder=folder)
 
     def add_model(self, exported: Path, name: str) -> bool:
-        """Append a model event with a copy of an exported model; returns False if the disk does not take it."""
+        """Append a model event with a copy of an exported model. Returns False if it cannot be written to disk."""
         return self._add_with("model", name, lambda path: shutil.copytree(exported, path))
 
     def undelivered(self) -> Iterator[tuple[Event, int]]:
@@ -95,13 +96,13 @@ class Spool:
         with self._events.open("rb") as file:
             file.seek(end)
             for line in file:
-                if not line.endswith(b"\n"):  # it is just being written
+                if not line.endswith(b"\n"):  # it is still being written
                     break
                 end += len(line)
                 try:
                     yield json.loads(line), end
                 except ValueError:
-                    logger.warning("%s: a line was cut off and is skipped", self._events)
+                    logger.warning("%s: skipping an incomplete line", self._events)
 
     def path_of(self, event: Event) -> Path:
         """Path of an event's file or folder."""
@@ -118,7 +119,7 @@ class Spool:
                 shutil.rmtree(self.path_of(event).parent, ignore_errors=True)
 
     def remove(self) -> None:
-        """Delete everything. The folder's name is gone at once, even if this process is killed while it deletes."""
+        """Delete everything. The folder is renamed first, so its name is free even if this process is killed now."""
         with suppress(FileNotFoundError):
             self.folder.rename(_removed(self.folder))
         shutil.rmtree(_removed(self.folder), ignore_errors=True)

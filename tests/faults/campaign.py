@@ -1,9 +1,10 @@
 """Random faults, run after run: python -m tests.faults.campaign --runs 50
 
-Each run trains on 1, 2 or 3 workers, into a folder or an S3 server; one to three faults hit it at random moments or in
-a chosen phase of its work; a driver that is gone is started again. Its final weights must be bitwise those of an
-undisturbed run on as many workers, and where MLflow was away it must have everything in the end. The first fault goes
-through all kinds in turn, the others are any that fit. Half a minute a run, more where MLflow is away for long.
+Each run trains on 1, 2 or 3 workers and writes to a folder or an S3 server. One to three faults hit it, at random
+moments or in a chosen phase. A driver that has ended is started again. The final weights must be bitwise equal to those
+of an undisturbed run with the same number of workers. If MLflow was unavailable, it must have all records in the end.
+The first fault of the runs goes through all kinds in turn. The other faults are random kinds that suit the run. A run
+takes half a minute, or more if MLflow is unavailable for long.
 """
 
 from __future__ import annotations
@@ -58,20 +59,20 @@ from tests.s3_gateway import S3Gateway, running_gateway
 
 _MOST_SECONDS = 600.0
 _SHARES = {"S3": 0.4, "MLflow": 0.3}
-"""Of the runs whose first fault does not need it anyway."""
+"""Shares of the runs that use S3 or MLflow even if their first fault does not need it."""
 
 
 class Outcome(NamedTuple):
-    """How a run went."""
+    """Result of a run."""
 
     number: int
     workers: int
     has: list[str]
-    """What it had beside workers: see Kind.needs."""
+    """Services that the run used: see Kind.needs."""
     first: str
-    """The fault that was its first one in any case, whether or not it could strike."""
+    """The first planned fault, even if it could not strike."""
     faults: list[str]
-    """Those that struck."""
+    """The faults that struck."""
     starts: int
     seconds: float
     result: str
@@ -82,35 +83,35 @@ class Disturbed:
     """A run under faults. Its driver is started by start()."""
 
     first: str
-    """The fault that is its first one."""
+    """The first planned fault."""
     num_workers: int
     has: set[str]
-    """What faults need: see Kind.needs."""
+    """Services and resources of the run that faults need: see Kind.needs."""
     command: list[str]
     folder: Path
     cluster: RayCluster
     run: Storage
     chance: random.Random
     store: FaultProxy | None = None
-    """In front of its storage, where that is S3."""
+    """Proxy in front of its storage, if that is S3."""
     tracking: FaultProxy | None = None
-    """In front of its MLflow server, where it has one."""
+    """Proxy in front of its MLflow server, if it has one."""
     node_cpus: int = 0
-    """CPUs of each node of its workers, where nobody else uses the cluster."""
+    """CPUs of each of its workers' nodes, if the run has its own cluster."""
     faults: list[str] = field(default_factory=list)
     starts: int = 0
     job: Job = field(init=False)
     back: threading.Timer | None = None
-    """Brings MLflow back, where it is away for long."""
+    """Makes MLflow available again after a long outage."""
     _began: float = field(default_factory=time.monotonic)
 
     def start(self) -> None:
-        """Start the driver, again where it has ended."""
+        """Start the driver, or start it again after it has ended."""
         assert self.starts < 10, f"the driver ends again and again:\n{self.job.log[-3000:]}"
         self.job, self.starts = start(self.command, self.folder, self.cluster), self.starts + 1
 
     def hit(self, name: str, last: int) -> None:
-        """A fault at a random moment, of a random step up to the last one."""
+        """Wait for a random step up to `last`, then for a random time, and cause a fault."""
         step = self.chance.randrange(0, last + 1, EVERY)
         while self.is_running and newest_commit(self.run) < step:
             time.sleep(0.05)
@@ -119,18 +120,18 @@ class Disturbed:
             self.strike(name)
 
     def strike(self, name: str) -> None:
-        """A fault now."""
+        """Cause a fault now."""
         if KINDS[name].strike(self):
             self.faults.append(name)
 
     @property
     def is_running(self) -> bool:
-        """Whether the driver runs; an error where it has done so for too long."""
+        """Whether the driver is running. Fails if the run takes too long."""
         assert time.monotonic() < self._began + _MOST_SECONDS, f"not finished:\n{self.job.log[-3000:]}"
         return self.job.returncode is None
 
     def go_on(self) -> bool:
-        """Whether it goes on, after a driver that has ended early was started again."""
+        """Whether the run is not finished yet. If the driver has ended early, it is started again."""
         if self.job.returncode not in (None, 0):
             self.start()
         return self.is_running
@@ -251,11 +252,11 @@ class Kind(NamedTuple):
     """A kind of fault."""
 
     strike: Callable[[Disturbed], bool]
-    """Says whether it could."""
+    """Causes the fault. Returns whether it could strike."""
     needs: Literal["", "two", "S3", "MLflow", "nodes"] = ""
-    """What a run has for it: at least two workers, S3 as its storage, an MLflow server, nodes that may go."""
+    """What the fault needs: at least two workers, S3 as storage, an MLflow server, or nodes that may be lost."""
     place: Literal["any", "first", "before"] = "any"
-    """Where it may stand: 'first', as it lasts while the others strike; or even 'before' the driver is started."""
+    """When it strikes: 'first' if it lasts while others strike, 'before' if it begins before the driver starts."""
 
 
 KINDS: dict[str, Kind] = {
@@ -285,7 +286,7 @@ FOR_EVER = {"MLflow away for good", "MLflow never there"}
 
 
 def _workers(it: Disturbed) -> list[psutil.Process]:
-    """Those that live, as soon as there are any; none where the driver ends before."""
+    """Wait for the run's workers. Returns none if the driver ends before there are any."""
     while not (workers := it.job.workers()) and it.is_running:
         time.sleep(0.1)
     return workers
@@ -327,7 +328,7 @@ def _replace(it: Disturbed, raylet: psutil.Process, kill: Callable[[psutil.Proce
 
 
 def _busy_node(it: Disturbed) -> psutil.Process | None:
-    """Raylet of a node that has workers; None where the driver ends before any has."""
+    """Raylet of a node with workers. None if the driver ends before there are any."""
     workers = _workers(it)
     with suppress(psutil.NoSuchProcess):
         return it.chance.choice(workers).parent() if workers else None
@@ -339,7 +340,7 @@ def _busy_node(it: Disturbed) -> psutil.Process | None:
 
 @dataclass
 class Campaign:
-    """What all runs share."""
+    """Data and services that all runs share."""
 
     root: Path
     digits: str
@@ -350,12 +351,12 @@ class Campaign:
     """Address of an MLflow server."""
     seed: int
     faults: list[str]
-    """Kinds of faults, in the order in which they are the first."""
+    """Kinds of faults, in the order in which runs get them as their first fault."""
 
     def run_all(self, numbers: Queue[int | None], outcomes: Queue[Outcome]) -> None:
-        """Do runs, on a Ray of this process's own, until there is no number any more.
+        """Do runs on this process's own Ray, until there are no more numbers.
 
-        A process: nodes are started from its main thread, in an environment that is changed for that.
+        Call it in a separate process, because nodes are started from the main thread, in a changed environment.
         """
         os.environ.update(self.gateway.environment)
         with running_ray(4) as cluster:
@@ -363,7 +364,7 @@ class Campaign:
                 outcomes.put(self.run(number, cluster))
 
     def run(self, number: int, cluster: RayCluster) -> Outcome:
-        """One run under faults that its number and the seed decide; on nodes of its own where it loses some."""
+        """One run under faults, which its number and the seed determine. If it loses nodes, it has its own cluster."""
         chance, began = random.Random(f"{self.seed}-{number}"), time.monotonic()
         first = self.faults[number % len(self.faults)]
         it, result = None, "FAILED"
@@ -384,7 +385,7 @@ class Campaign:
     def _set_up(
         self, stack: ExitStack, number: int, first: str, chance: random.Random, cluster: RayCluster
     ) -> Disturbed:
-        """All that a run needs, up to its driver, which is not started yet."""
+        """Set up everything that a run needs. The driver is not started yet."""
         folder = self.root / f"run-{number}"
         folder.mkdir()
         has: set[str] = {thing for thing, share in _SHARES.items() if chance.random() < share}
@@ -416,7 +417,7 @@ class Campaign:
         return Disturbed(first, num_workers, has, command, folder, cluster, run, chance, store, tracking, node_cpus)
 
     def _disturb(self, it: Disturbed) -> None:
-        """From the first start of the driver to its end, successful at last."""
+        """Start the driver and cause faults, and start it again until it succeeds."""
         first = KINDS[it.first]
         more = [
             name
@@ -424,7 +425,7 @@ class Campaign:
             if name in self.faults
             and kind.place == "any"
             and kind.needs in {*it.has, ""}
-            and not (kind.needs == first.needs and first.place != "any")  # it would end what lasts
+            and not (kind.needs == first.needs and first.place != "any")  # it would end the first fault, which lasts
         ]
         if first.place == "before":
             it.strike(it.first)
@@ -443,18 +444,18 @@ class Campaign:
                 it.back.cancel()
 
     def _check_delivered(self, it: Disturbed, number: int) -> None:
-        """MLflow has everything; where it did not come back during the run, once the same job is started again."""
+        """Check that MLflow has all records. If it stayed unavailable during the run, start the job again first."""
         assert it.tracking
         if it.first in FOR_EVER:
             told = "the rest is in" in it.job.log
-            assert told or it.first not in it.faults, "nothing was said of what MLflow did not take"
+            assert told or it.first not in it.faults, "the job did not report the undelivered records"
             it.tracking.clear()
             it.command += ["--tracking.deliver_seconds", "120"]
             it.start()
             finish(it.job)
         client, experiment = MlflowClient(self.mlflow), f"{self.seed}-{number}"
         found = client.get_experiment_by_name(experiment)
-        assert found is not None, "MLflow was told nothing"
+        assert found is not None, "MLflow has received nothing"
         (run,) = client.search_runs([found.experiment_id])
         steps = {point.step for point in client.get_metric_history(run.info.run_id, LOSS)}
         assert steps == set(range(10, STEPS + 1, 10)), f"MLflow has the steps {steps}"
@@ -462,7 +463,7 @@ class Campaign:
 
 
 def main() -> None:
-    """Run the campaign and print a table; exit 1 unless every run ended equal."""
+    """Run the campaign and print a table. The exit code is 1 unless every run ended with equal weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

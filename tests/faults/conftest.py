@@ -15,7 +15,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     return pack_digits(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[RayCluster]:
     with running_ray(6) as cluster:  # more than a machine of two cores would have by itself
         yield cluster

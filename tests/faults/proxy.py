@@ -1,4 +1,4 @@
-"""A reverse proxy in front of S3 that does, by plan, what networks and busy stores do; and counts what went through.
+"""A reverse proxy in front of S3 that injects planned faults of networks and busy stores, and counts requests.
 
 with FaultProxy("http://127.0.0.1:7480") as proxy:
     proxy.plan(ErrorAnswer("SlowDown", 503), times=3)                      # the next three requests
@@ -42,9 +42,9 @@ class ErrorAnswer:
 
 @dataclass(frozen=True)
 class Reset:
-    """The connection is reset (RST) after so many bytes of the body; None: before the answer's first line.
+    """The connection is reset (RST) after `after` bytes of the body, or before the answer's first line if it is None.
 
-    With forward the store has done what was asked, and only its answer is lost; else it does not see the request.
+    With `forward`, the store handles the request, and only its answer is lost. Otherwise it does not get the request.
     """
 
     after: int | None = None
@@ -53,7 +53,7 @@ class Reset:
 
 @dataclass(frozen=True)
 class Stall:
-    """Silence for some seconds after so many bytes of the body (None: before the answer's first line), then the end."""
+    """After `after` bytes of the body (None: before the answer's first line), send nothing for a time, then close."""
 
     seconds: float
     after: int | None = None
@@ -61,10 +61,10 @@ class Stall:
 
 @dataclass(frozen=True)
 class Truncate:
-    """The body ends after so many bytes.
+    """The body ends after `after` bytes.
 
-    'closed': the length that was announced is right, the connection closes early. 'short': a whole answer, with a
-    shorter length. 'chunked': a whole answer without a length. 'chunk': without a length, closed in mid-chunk.
+    'closed': the announced length is right, but the connection closes early. 'short': the announced length is that of
+    the shorter body. 'chunked': a valid chunked answer without a length. 'chunk': chunked, closed within a chunk.
     """
 
     after: int
@@ -73,21 +73,21 @@ class Truncate:
 
 @dataclass(frozen=True)
 class Flip:
-    """All bits of the byte at this place of the body (from its end where negative) are turned."""
+    """Inverts all bits of one byte of the body. A negative position counts from the end."""
 
     at: int = 0
 
 
 @dataclass(frozen=True)
 class Trickle:
-    """So many bytes of body a second."""
+    """Sends the body at a number of bytes per second."""
 
     rate: float
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Nothing wrong: a place in a plan for a request that goes well."""
+    """No fault. In a plan, it lets a request succeed."""
 
 
 Fault = ErrorAnswer | Reset | Stall | Truncate | Flip | Trickle | Pass
@@ -95,30 +95,30 @@ Fault = ErrorAnswer | Reset | Stall | Truncate | Flip | Trickle | Pass
 
 @dataclass
 class Exchange:
-    """One request and what became of it."""
+    """One request and its result."""
 
     method: str
     key: str
     """bucket/key, decoded."""
     query: str
     headers: dict[str, str]
-    """The request's, names in lower case."""
+    """Headers of the request, with names in lower case."""
     fault: Fault | None = None
     status: int = 0
-    """Status of the answer; 0 where there was none."""
+    """Status of the answer; 0 if there was none."""
     sent: int = 0
-    """Bytes of body that the client was sent."""
+    """Bytes of the body that were sent to the client."""
 
     @property
     def access_key(self) -> str:
-        """Access key that the request was signed with; empty where it was not."""
+        """Access key that the request was signed with; empty for unsigned requests."""
         found = re.search(r"Credential=([^/]+)/", self.headers.get("authorization", ""))
         return found[1] if found else ""
 
 
 @dataclass
 class Rule:
-    """Part of a plan; `struck` counts what it did."""
+    """A planned fault. `struck` counts the requests that it has hit."""
 
     fault: Fault
     method: str | None
@@ -133,7 +133,7 @@ class Rule:
     _seen: Counter[tuple[str, ...]] = field(default_factory=Counter, init=False)
 
     def strikes(self, exchange: Exchange) -> bool:
-        """Whether the rule takes this request."""
+        """Whether the rule hits this request."""
         if self.times is not None and self.struck >= self.times:
             return False
         if (self.method and self.method != exchange.method) or self.key not in exchange.key:
@@ -143,7 +143,7 @@ class Rule:
         if self.skip:
             self.skip -= 1
             return False
-        # Drawn from what is asked and how often it was, so that threads that race do not change what strikes.
+        # The random number depends only on the request and its count, so races of threads do not change the result.
         request = (exchange.method, exchange.key, exchange.query, exchange.headers.get("range", ""))
         self._seen[request] += 1
         if random.Random(repr((self.seed, request, self._seen[request]))).random() >= self.probability:
@@ -153,10 +153,10 @@ class Rule:
 
 
 class FaultProxy:
-    """Serves `url`, on a free port of loopback (or a given one), from an upstream address until the block ends.
+    """Serves `url` on a loopback port until the block ends, and forwards requests to an upstream address.
 
-    The Host header reaches the store as the client signed it. Without a plan all requests go through unharmed. With a
-    certificate (and its key, in one PEM file) clients come by TLS.
+    The Host header reaches the store as the client signed it. Without a plan, all requests are forwarded unchanged.
+    With a certificate (and its key, in one PEM file), clients connect with TLS.
     """
 
     def __init__(self, upstream: str, port: int = 0, certificate: Path | None = None) -> None:
@@ -204,9 +204,9 @@ class FaultProxy:
     ) -> Rule:
         """Add a fault for requests of a method (None: any) whose bucket/key contains `key` and for which when() holds.
 
-        The first rule that takes a request has it. A rule lets the first `skip` such requests pass, then takes each
-        with this probability, up to `times` of them (None: always). then() is called when it strikes: for Reset, Stall
-        and Truncate after the bytes that still get through, for the others before the answer.
+        The first rule that hits a request is applied. A rule lets the first `skip` such requests pass. Then it hits
+        each with this probability, at most `times` times (None: no limit). then() is called when it hits: for Reset,
+        Stall and Truncate after the bytes that are still sent, for the others before the answer.
         """
         rule = Rule(fault, method, key, times, skip, probability, seed, when, then)
         with self._lock:

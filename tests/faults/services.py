@@ -1,4 +1,4 @@
-"""What runs need beside Ray, to be taken away from them: disk space, an S3 server, an MLflow server."""
+"""Resources of runs that tests take away: disk space, an S3 server, an MLflow server."""
 
 from __future__ import annotations
 

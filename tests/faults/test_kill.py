@@ -1,5 +1,5 @@
-"""A run whose worker or driver is killed ends with bitwise the weights of an undisturbed run, and repeats no step
-before a committed checkpoint."""
+"""If a worker or the driver is killed, the run ends with bitwise the weights of an undisturbed run. Steps before a
+committed checkpoint are not repeated."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=[pytest.param("folder", marks=pytest.mark.daily), "s3"])
 def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     if request.param == "folder":
         return open_storage(str(tmp_path / "out"), S3Config())
@@ -79,7 +79,7 @@ def content(output: Storage) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a packing makes that nothing hits."""
+    """Files of a packing that was not interrupted."""
     storage = open_storage(str(tmp_path_factory.mktemp("undisturbed")), S3Config())
     pack_here(storage)
     return content(storage)
@@ -118,6 +118,7 @@ def test_killed_packing_goes_on_and_a_second_one_is_refused(
     assert content(output) == undisturbed
 
 
+@pytest.mark.daily
 def test_killed_packing_with_validation_goes_on(tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SETTINGS, "source": str(tmp_path / "images"), "validation": 0.4, "shard_samples": 3}
     for number, item in enumerate(shapes_source("all", 120, 160, 0).items):

@@ -105,7 +105,7 @@ def test_a_shard_that_is_replaced_stops_the_run(client: Any, s3_gateway: S3Gatew
     config = S3Config(endpoint_url=s3_gateway.endpoint)
     key = "set/shard-000002.tar"
     content = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
-    # No room for more than the current windows: with more, what the next epoch needs is never read again.
+    # The buffer has room for the current windows only. With more room, the next epoch would read nothing again.
     order = {"block_samples": 16, "lanes": 2, "window_blocks": 1}
     settings = {"memory_bytes": 1, "buffer_bytes": 1, "prefetch_batches": 1, **order}
     with stream(URI, batch_size=16, image_size=16, s3=config, **settings) as batches:

@@ -1,5 +1,5 @@
-"""A run whose disk is full, whose storage fails and whose MLflow server comes and goes, ends with bitwise the weights
-of one that has everything at all times; nothing that was committed or recorded is lost."""
+"""A run survives a full disk, a failing storage and an MLflow server that comes and goes. Its final weights are bitwise
+those of an undisturbed run, and nothing that was committed or recorded is lost."""
 
 from __future__ import annotations
 

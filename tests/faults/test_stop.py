@@ -23,8 +23,9 @@ pytestmark = pytest.mark.ray
 def test_a_stopped_run_saves_a_checkpoint_and_resumes(
     digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """With activation checkpointing, and with an MLflow server that never answers, which neither stops the run nor is
-    blamed for the stop. A learning rate that ruins the weights stops the run before a checkpoint holds them."""
+    """With activation checkpointing, and with an MLflow server that never answers. The server does not stop the run,
+    and the error does not mention it. A learning rate that ruins the weights stops the run before a checkpoint is
+    saved."""
     run = run_in(tmp_path)
     command = pretrain(
         digits,

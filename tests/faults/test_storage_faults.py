@@ -166,7 +166,7 @@ def test_connection_is_used_again(proxy: FaultProxy) -> None:
 
 
 def test_bytes_changed_in_flight_arrive_so(proxy: FaultProxy) -> None:
-    """No storage notices this. Readers compare digests, which tests with this proxy rely on."""
+    """The storage does not detect this. Readers compare digests; tests with this proxy rely on that."""
     proxy.plan(Flip(-1), times=1)
     store = reach(proxy)
     data, etag = store.read_version(KEY, 0, 1000)

@@ -48,11 +48,19 @@ class LocalCluster:
 
     def local_sh(self, command: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run `cluster/local.sh COMMAND` on this cluster, with this Python's environment."""
-        env = {**os.environ, "VIRTUAL_ENV": str(Path(sys.executable).parents[1]), **self.settings, **settings}
         return subprocess.run(
             [SCRIPT, command],
-            env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400, check=False,
+            env=self._environment(settings), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400,
+            check=False,
         )  # fmt: skip
+
+    def start_local_sh(self, command: str) -> subprocess.Popen[bytes]:
+        """The same, without waiting for it."""
+        quiet = subprocess.DEVNULL
+        return subprocess.Popen([SCRIPT, command], env=self._environment({}), stdin=quiet, stdout=quiet, stderr=quiet)
+
+    def _environment(self, settings: dict[str, str]) -> dict[str, str]:
+        return {**os.environ, "VIRTUAL_ENV": str(Path(sys.executable).parents[1]), **self.settings, **settings}
 
     def submit(self, *entrypoint: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """`ray job submit` from the repository root, until the job has ended."""
@@ -91,8 +99,21 @@ def missing_packages() -> str | None:
 
 
 @pytest.fixture(scope="session")
-def local_cluster() -> Iterator[LocalCluster]:
-    """A cluster that is up, one for the whole session; skips where Debian packages are missing, except in CI."""
+def endings() -> Iterator[list[tuple[subprocess.Popen[bytes], Path]]]:
+    """Clusters that are on their way down, and their folders; waits for them when all tests are done."""
+    ending: list[tuple[subprocess.Popen[bytes], Path]] = []
+    yield ending
+    for process, state in ending:
+        process.wait(400)
+        shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture(scope="package")
+def local_cluster(endings: list[tuple[subprocess.Popen[bytes], Path]]) -> Iterator[LocalCluster]:
+    """A cluster that is up, one for all tests of this folder; skips where Debian packages are missing, except in CI.
+
+    It goes down while the tests of other folders run.
+    """
     if packages := missing_packages():
         reason = f"apt-get install --no-install-recommends {packages}"
         if os.environ.get("CI") == "true":
@@ -107,11 +128,10 @@ def local_cluster() -> Iterator[LocalCluster]:
             pytest.fail(f"local.sh up failed\n{up.stdout}{up.stderr}\n{logs}")
         yield cluster
     finally:
-        cluster.local_sh("down")
-        shutil.rmtree(cluster.state, ignore_errors=True)
+        endings.append((cluster.start_local_sh("down"), state))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def small_ray() -> Iterator[RayCluster]:
     """A Ray with room for two workers."""
     with running_ray(2) as cluster:

@@ -1,5 +1,5 @@
-"""The data benchmark runs both loaders in processes of their own and reports every figure it promises; so do those of
-the order and of Ray Train's overhead."""
+"""The benchmarks of data loading, of the order and of Ray Train's overhead use separate processes, and report every
+documented figure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Real runs on Ray Train: the same global batches on 1, 2, 3 and 4 workers, and on a number that changes between; and
-what is told of bad samples."""
+"""Real runs on Ray Train: the global batches are the same on 1, 2, 3 and 4 workers, also if the number changes, and bad
+samples are reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNSAFE = {"shapes.tar: ../up.png": "unsafe_name"}
 
 
 class Told(Listener):
-    """Keeps the digest of every batch, and what is told of bad samples."""
+    """Stores the digest of every batch, and the reports of bad samples."""
 
     def __init__(self) -> None:
         self.digests: dict[int, float] = {}
@@ -64,7 +64,7 @@ def four_workers() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Digits and shapes, 3 to 1; some shapes are broken, and a member of theirs is of no sample."""
+    """Digits and shapes, 3 to 1. Some shapes are damaged, and one member of their shards belongs to no sample."""
     folder = tmp_path_factory.mktemp("data")
     config = PrepareConfig(source="digits", output=str(folder / "digits"), shard_samples=100)
     pack(digits_source("test"), open_storage(config.output, config.s3), config)
@@ -104,7 +104,7 @@ def settings(folder: Path, mixture: dict[str, float], workers: int, steps: int) 
 
 
 def train(folder: Path, mixture: dict[str, float], workers: int, steps: int = STEPS) -> Told:
-    """Begin a run, or go on with it, to so many steps; what it told of them."""
+    """Start or resume a run up to `steps` steps. Returns its reports."""
     config, told = settings(folder, mixture, workers, steps), Told()
     with driver_lease(config) as lease:
         train_on_ray(open_run(config), lease, PretrainTask, [told])

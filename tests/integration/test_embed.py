@@ -126,7 +126,7 @@ def test_bad_samples_are_skipped_and_listed(folder: Path, ray: dict[str, str]) -
 
 
 def test_one_damaged_photo_is_skipped_by_default(folder: Path, ray: dict[str, str]) -> None:
-    """Of shards that somebody else wrote, damaged before they were indexed: only the damaged rows are missing."""
+    """Shards of unknown origin that were damaged before they were indexed: only the damaged rows are missing."""
     keys = damage(folder, DAMAGED, "foreign")
     assert len(keys) == len(DAMAGED)
     run(folder, "prepare", "--output", "foreign")

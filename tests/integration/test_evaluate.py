@@ -176,7 +176,7 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(
     for file in (folder / "runs/compare/figures").iterdir():
         file.unlink()
     other = run(folder, "evaluate", *command, code=2, **NO_CLUSTER)
-    assert "'crate-mae-seed-3' is finished, but the comparison did not follow" in other.stderr
+    assert "'crate-mae-seed-3' is finished, but the comparison has no metrics of its last step" in other.stderr
 
     # What runs on a machine without Ray and MLflow finds the same.
     (folder / "absent").mkdir()

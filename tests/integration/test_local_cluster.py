@@ -140,7 +140,7 @@ def test_down_leaves_nothing_and_up_finds_the_data(
         taken.listen()
         refused = local_cluster.local_sh("up")
     assert refused.returncode == 1
-    assert "set CRATE_RAY_MLFLOW_PORT to another one" in refused.stderr
+    assert "set CRATE_RAY_MLFLOW_PORT to another port" in refused.stderr
 
     again = local_cluster.local_sh("up")
     assert again.returncode == 0, again.stdout + again.stderr

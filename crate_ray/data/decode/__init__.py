@@ -1,1 +1,1 @@
-"""From bytes to uint8 images, by library."""
+"""Decoding of bytes to images and grids, with one module per library."""

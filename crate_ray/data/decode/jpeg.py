@@ -106,7 +106,7 @@ class Jpeg(NamedTuple):
         return first[region.top : region.top + region.height, region.left : region.left + region.width]
 
     def skim(self, rows: int) -> None:
-        """Entropy-decode the first rows and do as little else as possible: luma only, at 1/8 scale."""
+        """Entropy-decode the first rows with as little other work as possible: luma only, at 1/8 scale."""
         height = self._mcu()[0]
         rows = -(-rows // height) * height
         if rows >= self.height or not self._can_be_cut() or self._first_rows(rows, 8, 1) is None:

@@ -1,9 +1,9 @@
 """Small JPEGs with the same header are decoded as one, because set-up and the interpreter cost more than their pixels.
 
-A restart marker (ITU T.81, E.2.4) resets the entropy decoder. So the coded data of images, joined by restart markers,
-is one image with all MCUs below each other. It is declared as RGB with its luma blocks in a row: then the decoder does
-not interpolate chroma, which would mix neighbouring images, and does not convert colours. Both operations are linear,
-so they are part of the resize.
+A restart marker (ITU T.81, E.2.4) resets the entropy decoder. So the coded data of several images, joined by restart
+markers, forms one image with all MCUs below each other. Its header declares RGB, with the luma blocks in a row. So the
+decoder neither interpolates chroma, which would mix neighbouring images, nor converts colours. Both operations are
+linear, so the resize does them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MAX_ROWS = 65_500
 
 
 class Layout(NamedTuple):
-    """What JPEGs that can be stacked have in common."""
+    """The common properties of JPEGs that can be decoded together."""
 
     header: bytes
     """Everything before the coded data."""
@@ -78,7 +78,7 @@ def layout_of(content: bytes) -> Layout | None:
                 is_jfif = is_jfif or segment[4:9] == b"JFIF\0"
             case b"\xe2" | b"\xed" | b"\xfe":  # colour profile, Photoshop, comment
                 pass
-            case _:  # another process, restarts, orientation, Adobe's colours
+            case _:  # another coding process, restart intervals, orientation, Adobe's colours
                 return None
         position = end
     if not is_jfif or not frame or frame[4] != 8 or not content.endswith(_END):

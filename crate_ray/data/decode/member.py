@@ -1,4 +1,4 @@
-"""The interface of opened images and grids, and how stored pixels become upright."""
+"""The interface of opened images and grids, and the conversion of stored pixels to upright ones."""
 
 from __future__ import annotations
 

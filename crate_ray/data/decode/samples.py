@@ -79,12 +79,12 @@ def decode_batch(
 
 
 class ImageHeader(NamedTuple):
-    """What the header of an encoded image says."""
+    """Header of an encoded image."""
 
     height: int
-    """Of the upright image."""
+    """Height of the upright image."""
     width: int
-    """Of the upright image."""
+    """Width of the upright image."""
     is_plain_jpeg: bool
     """Whether any JPEG decoder gives the same pixels: a complete, upright, 8-bit JPEG in grayscale or YCbCr."""
 
@@ -105,9 +105,10 @@ def read_image_header(content: bytes | memoryview, *, max_pixels: int = MAX_PIXE
 
 
 def skim_jpeg(content: bytes | memoryview, rows: int) -> None:
-    """Entropy-decode the first rows of a JPEG and drop the result: the least that a crop ending there must cost.
+    """Entropy-decode the first rows of a JPEG and drop the result.
 
-    Huffman codes can only be read from the beginning. Raises DecodeError if it is not an 8-bit JPEG.
+    Every decoder has to do at least this for a crop that ends there, because Huffman codes can only be read from the
+    beginning. Raises DecodeError if it is not an 8-bit JPEG.
     """
     member = _open(content, "image", 3, MAX_PIXELS)
     if not isinstance(member, Jpeg):

@@ -1,6 +1,6 @@
 """Decoded pixels to model input: random resized crop and flip for training, centre crop and resize for evaluation.
 
-Random numbers are passed in (order.hashing.uniform): the augmentation of a sample does not depend on who computes it.
+Random numbers are passed in (order.hashing.uniform), so the augmentation of a sample does not depend on the worker.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Int64 = NDArray[np.int64]
 
 _CROP_TRIES = 10
 CROP_UNIFORMS = 4 * _CROP_TRIES + 1
-"""Most uniform numbers that one training sample needs: four for each try, and the last for the flip."""
+"""Most uniform numbers that one training sample needs: four per try, and the last one for the flip."""
 
 CropUniforms = Callable[[slice | Int64, Int64], NDArray[np.float64]]
 """From rows of the n images and columns in 0 … CROP_UNIFORMS to uniform numbers (rows, columns)."""
@@ -160,8 +160,8 @@ def resize_image(
     """Resize an image (antialiased bicubic, uint8) into one slot of the batch, and make it upright.
 
     Args:
-        pixels_HWC: crop of the image as stored: luma, RGB, or RGB and a fourth channel that is ignored. The last is the
-            fastest, because torch resizes words of four bytes.
+        pixels_HWC: crop of the image as stored: luma, RGB, or RGB and a fourth channel that is ignored. The last form
+            is the fastest, because torch resizes words of four bytes.
         out_CHW: the slot.
         orientation: from stored to upright pixels.
         box: part of the pixels to sample; by default all.
@@ -200,7 +200,7 @@ def resize_image(
 
 def _split(pixels_HW4: NDArray[np.uint8], out_3HW: NDArray[np.uint8]) -> None:
     """The first three channels as planes."""
-    # Words are three times as fast as bytes. One call, because threads wait for the GIL after each call.
+    # Words are three times as fast as bytes. Use one call, because threads wait for the GIL after each call.
     words = pixels_HW4.view("<u4")[:, :, 0]
     np.right_shift(words, _CHANNEL_BITS, out=out_3HW, dtype=np.uint32, casting="unsafe")
 
@@ -209,7 +209,7 @@ def resize_grid(grid_CHW: NDArray[np.float32], out_CHW: Tensor, flip: bool = Fal
     """Resize a float grid (channels, height, width) into one slot of the batch."""
     out = out_CHW.numpy()
     for plane, target in zip(grid_CHW, out[:, :, ::-1] if flip else out, strict=True):
-        # By Pillow, because torch would resize floats with several threads for each decoding thread.
+        # Use Pillow, because torch would resize floats with several threads for each decoding thread.
         target[...] = Image.fromarray(plane).resize(out.shape[:0:-1], Image.Resampling.BICUBIC)
 
 
@@ -226,7 +226,7 @@ def _put(resized_CHW: NDArray[np.uint8], orientation: Orientation | None, out_CH
             resized_CHW = resized_CHW[:, ::-1]
         if orientation.flip_horizontal:
             resized_CHW = _mirrored(resized_CHW)
-    # Not by torch: after a copy, its threads busy-wait on the cores that the other decoding threads need.
+    # Do not use torch: after a copy, its threads busy-wait on cores that the other decoding threads need.
     np.copyto(out_CHW.numpy(), resized_CHW)
 
 

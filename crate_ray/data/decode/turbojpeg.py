@@ -140,10 +140,10 @@ def find_turbojpeg() -> TurboJpeg | None:
         return None
     try:
         return TurboJpeg(path)
-    except (OSError, AttributeError) as error:  # not a library; of version 2
+    except (OSError, AttributeError) as error:  # it is not a library, or it is of version 2
         if named is None:
             return None
         raise UserError(
-            f"{LIBRARY_VARIABLE} names {path}, which is no libturbojpeg of libjpeg-turbo 3 ({error}): "
+            f"{LIBRARY_VARIABLE} names {path}, which is not libturbojpeg of libjpeg-turbo 3 ({error}): "
             "correct or unset the variable"
         ) from error

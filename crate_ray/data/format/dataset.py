@@ -1,8 +1,9 @@
 """A dataset on storage: opened by its manifest and index, and saved.
 
-Beside the shards, or elsewhere if those are read-only, lie `manifest.json` (written last: without it there is no
-dataset), `shards.npy` (a row per shard), `index.npy` (offset and digest of every 16 samples), `names.txt` if the
-shards' names follow no pattern, and a table of members for each shard whose samples are not contiguous.
+A dataset has these files next to its shards, or in another place if the shards are read-only: `manifest.json` (written
+last: without it there is no dataset), `shards.npy` (a row per shard), `index.npy` (offset and digest of every 16
+samples), `names.txt` if the shards' names follow no pattern, and a table of members for each shard whose samples are
+not contiguous.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from crate_ray.storage.cache import WrongDigest, fetch_once
 from crate_ray.storage.interface import NotFound, Storage
 from crate_ray.storage.node_folders import file_digest
 
-_NAMES_SEEN = 1000  # files looked at to say what a folder without a manifest holds
+_NAMES_SEEN = 1000  # files to look at for the error message about a folder without a manifest
 
 
 class ByteRange(NamedTuple):
@@ -129,7 +130,7 @@ class ShardSet:
     def byte_range(self, shard: int, first: int, count: int) -> ByteRange:
         """The smallest indexed byte range that covers samples first .. first + count of a shard without a table.
 
-        It begins at a multiple of 16 samples, and ends at one or at the end of the shard.
+        It begins at a multiple of 16 samples. It ends at a multiple of 16 samples or at the end of the shard.
         """
         samples = int(self.samples[shard])
         if not (0 <= first and 1 <= count and first + count <= samples):
@@ -148,7 +149,7 @@ class ShardSet:
             data: the bytes of one or several consecutive ranges.
 
         Raises:
-            DamagedShard: they differ. They changed in transit or since the shard was indexed.
+            DamagedShard: the digests differ, because bytes changed in transit or since the shard was indexed.
         """
         view = memoryview(data)
         begin, stop = int(self.first_entry[shard]), int(self.first_entry[shard + 1])
@@ -237,7 +238,7 @@ def save_dataset(
 
 
 def _no_manifest(storage: Storage) -> UserError:
-    """There is no dataset: what is there instead, and the command that makes one of it."""
+    """The error for a missing manifest: says what the folder holds instead, and which command makes a dataset of it."""
     uri, quoted = storage.uri, shlex.quote(storage.uri)
     if storage.exists(PLAN_NAME):
         return UserError(f"no manifest at {uri}: `crate-ray prepare` has not finished there; run it again to continue")
@@ -296,7 +297,7 @@ def _load_array(storage: Storage, key: str, sha256: str) -> NDArray[Any]:
 
 
 def _open_file(storage: Storage, key: str, sha256: str) -> BufferedReader:
-    """Open a file of a dataset, the node's copy of it if it is in object storage, whose digest is the manifest's."""
+    """Open a file of a dataset, after checking its digest. From object storage, the node's local copy is opened."""
     path = storage.local_path(key)
     try:
         if path is None:

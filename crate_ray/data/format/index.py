@@ -1,6 +1,6 @@
-"""The index: where every 16th sample of a shard begins, and digests of what training reads.
+"""The index: the offset of every 16th sample of a shard, and digests of the bytes that training reads.
 
-Half a byte a sample. A shard whose samples are not contiguous has a table of all its members instead.
+It takes half a byte per sample. A shard whose samples are not contiguous has a table of all its members instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INDEX_STRIDE = 16
 """Samples between two entries of the index."""
 
 INDEX_DTYPE = np.dtype([("block", "<u4"), ("digest", "<u4")])
-"""An entry of index.npy, for samples 0, 16, 32, … of a shard: where the sample's first header begins, in tar blocks of
+"""An entry of index.npy, for samples 0, 16, 32, … of a shard: the offset of the sample's first header, in tar blocks of
 512 bytes, and the low 32 bits of xxh3_64 over the bytes from there to the next entry or the end of the shard."""
 SHARD_DTYPE = np.dtype([("samples", "<u4"), ("bytes", "<u8"), ("table", "<u8"), ("sha256", "u1", (32,))])
 """A row of shards.npy: number of samples; size in bytes; xxh3_64 of the shard's table of members, 0 if the samples are
@@ -47,18 +47,18 @@ def table_dtype(key_bytes: int, suffix_bytes: int) -> np.dtype[np.void]:
 
 
 class ShardIndex(NamedTuple):
-    """What is stored about a shard."""
+    """The index of one shard."""
 
     row: tuple[Any, ...]
     """Its row of SHARD_DTYPE."""
     entries: NDArray[np.void]
     """Its entries of INDEX_DTYPE."""
     table: bytes | None
-    """Content of its table of members (file: the shard's name + TABLE_SUFFIX), if it needs one."""
+    """Content of its table of members (stored as the shard's name + TABLE_SUFFIX), if it needs one."""
 
 
 def index_shard(buffer: Buffer, rows: Sequence[TableRow]) -> ShardIndex:
-    """Index a shard: the offsets of its samples, as `read_table` found them, and digests of all that training reads."""
+    """Index a shard: the offsets of its samples, from `read_table`, and digests of all bytes that training reads."""
     view = memoryview(buffer)
     sha256 = np.frombuffer(hashlib.sha256(view).digest(), np.uint8)
     starts = [row.start for row in rows]

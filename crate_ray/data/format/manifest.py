@@ -37,7 +37,7 @@ class Manifest(BaseModel):
 
     version: Literal[2] = 2
     shards_uri: str | None = None
-    """Where the shards are if not beside the manifest: a folder or s3://bucket/prefix."""
+    """Address of the shards if they are not next to the manifest: a folder or s3://bucket/prefix."""
     num_samples: int = Field(ge=0)
     num_shards: int = Field(ge=0)
     total_bytes: int = Field(ge=0)
@@ -69,7 +69,7 @@ class Manifest(BaseModel):
     num_measured: int
     """Number of samples, evenly spaced, from which channels, size, mean and std were computed."""
     num_unsafe: int = 0
-    """Number of members that belong to no sample because of their names: absolute ones, and those with '..'."""
+    """Number of members that belong to no sample because their names are absolute or contain '..'."""
     unsafe_names: tuple[str, ...] = ()
     """The first hundred of them, each after its shard's name."""
     shards_sha256: str
@@ -98,7 +98,7 @@ class Manifest(BaseModel):
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Members with unsafe names in the form in which bad samples are reported: cause by key."""
+        """Members with unsafe names, in the form of reports of bad samples: cause by key."""
         more = self.num_unsafe - len(self.unsafe_names)
         return dict.fromkeys((*self.unsafe_names, *([f"and {more} more"] if more else [])), "unsafe_name")
 
@@ -131,7 +131,7 @@ def parse_manifest(text: bytes, uri: str) -> Manifest:
 
 
 def index_again(uri: str) -> str:
-    """How to make a new manifest and index for shards that are intact, for messages."""
+    """Text for messages: how to make a new manifest and index for intact shards."""
     return (
         f"index the shards again, which does not change them: `crate-ray prepare --output {shlex.quote(uri)} "
         "--overwrite true`"

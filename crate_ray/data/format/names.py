@@ -1,4 +1,4 @@
-"""How members of a shard form samples: webdataset's rule, which splits a name into a key and a suffix."""
+"""Grouping of a shard's members into samples by webdataset's rule, which splits a name into a key and a suffix."""
 
 from __future__ import annotations
 

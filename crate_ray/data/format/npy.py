@@ -48,7 +48,7 @@ def read_header(content: bytes | memoryview) -> Header:
 
 
 def read(content: bytes | memoryview) -> NDArray[Any]:
-    """The array in the content of a `.npy` file: a read-only view of it.
+    """The array in the content of a `.npy` file, as a read-only view.
 
     Raises:
         ValueError: it is not a `.npy` file, is truncated, or holds pickled objects, which are never loaded.
@@ -100,6 +100,6 @@ def _parse(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
             return shape, fortran, dtype
         except SystemError:
             continue
-        except Exception as error:  # a damaged header makes Python's parser raise anything
+        except Exception as error:  # for a damaged header, Python's parser can raise any exception
             raise ValueError(str(error)) from None
     raise ValueError("Python's parser fails on its header")

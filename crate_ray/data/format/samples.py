@@ -1,4 +1,4 @@
-"""The samples of a shard: all of them when it is indexed, those of a byte range when it is read."""
+"""Finds the samples of a shard: all of them for indexing, or those of a byte range for reading."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sample(NamedTuple):
 
 
 class TableRow(NamedTuple):
-    """Where a sample lies in its shard."""
+    """Position of a sample in its shard."""
 
     key: str
     start: int
@@ -61,7 +61,7 @@ def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
         if parts is None:
             continue
         if link is not None:
-            raise DamagedShard(f"{where} holds a hard link, {name!r}, that its index does not have; index it again")
+            raise DamagedShard(f"{where} holds a hard link, {name!r}, that is not in its index; index it again")
         if parts[0] != key:
             key, members = parts[0], {}
             samples.append(Sample(key, members))
@@ -72,11 +72,11 @@ def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
 
 
 def read_table(buffer: Buffer, where: str) -> Table:
-    """All samples of a shard. This is the only full pass over a shard; it is made when the shard is indexed.
+    """All samples of a shard. This is the only full pass over a shard, and it is made when the shard is indexed.
 
-    The members of a sample may lie anywhere in the shard. A hard link counts as a member with the content of the member
-    it links to, which tar writes first. Members without a suffix or with an unsafe name belong to no sample; a warning
-    counts them.
+    The members of a sample may be anywhere in the shard. A hard link counts as a member with the content of its target,
+    which tar writes first. Members without a suffix or with an unsafe name belong to no sample. A warning gives their
+    number.
 
     Args:
         buffer: the shard's bytes, memory-mapped: only headers are touched.

@@ -1,1 +1,1 @@
-"""Which sample goes where: pure functions of seed, epoch and position."""
+"""The order of samples, as pure functions of seed, epoch and position."""

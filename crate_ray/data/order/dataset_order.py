@@ -33,7 +33,7 @@ class Draw(NamedTuple):
 
 
 class OrderSettings(Settings):
-    """Settings with a cached hash: they are cache keys that are looked up for every batch."""
+    """Settings with a cached hash, because they are cache keys that are looked up for every batch."""
 
     @cached_property
     def _hash(self) -> int:
@@ -53,7 +53,7 @@ class DatasetOrder(OrderSettings):
     window_blocks: PositiveInt
     """Blocks g per window of a lane."""
     lanes: PositiveInt
-    """Number L of lanes that samples are drawn from in turn."""
+    """Number L of lanes. Samples are drawn from the lanes in turn."""
     seed: int
     """Seed of the permutations."""
     shuffle: bool = True
@@ -75,8 +75,10 @@ class DatasetOrder(OrderSettings):
 
     @property
     def drawn_per_epoch(self) -> int:
-        """Number of samples in an epoch: L times the length of the shortest lane. The ragged block is counted as if it
-        were always in that lane, so that the number is constant."""
+        """Number of samples in an epoch: L times the length of the shortest lane.
+
+        The ragged block is counted as if it were always in that lane, so the number is the same for all epochs.
+        """
         tail_blocks = self.num_blocks - self._full_rounds * self.lanes * self.window_blocks
         shortest = (self._full_rounds * self.window_blocks + tail_blocks // self.lanes) * self.block_samples
         return max(0, shortest - self._deficit) * self.lanes

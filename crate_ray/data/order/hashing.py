@@ -36,8 +36,11 @@ def hash64(*parts: int | NDArray[np.integer]) -> UInt64:
 
 @lru_cache(maxsize=4096)
 def _hash_of_ints(parts: tuple[int, ...]) -> UInt64:
-    """Hash of the leading integers, (1,), cached: nearly all hashes start with the same few keys, and NumPy's calls
-    cost as much for one number as for many."""
+    """Hash of the leading integers, (1,).
+
+    It is cached, because nearly all hashes start with the same few keys, and a NumPy call costs as much for one number
+    as for many.
+    """
     state = np.full(1, 0x9E3779B97F4A7C15, np.uint64)
     for part in parts:
         state = _absorb(state, part)

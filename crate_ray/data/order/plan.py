@@ -13,19 +13,19 @@ from crate_ray.data.order.mixture import Mixture
 from crate_ray.data.order.sequence import SampleOrder
 from crate_ray.errors import UserError
 
-_BLOCK_BYTES = 2 * 2**20  # one ranged GET: large compared to the latency, small compared to the buffer
-_MIN_WINDOW_BLOCKS = 8  # prefer smaller blocks to fewer per window: neighbouring samples mix worst
+_BLOCK_BYTES = 2 * 2**20  # one ranged GET: large enough to hide its latency, small compared to the buffer
+_MIN_WINDOW_BLOCKS = 8  # with fewer blocks per window, use smaller blocks: samples of a block stay together
 _MAX_LANES = 32
-_MAX_OVERHEAD = 0.25  # of samples read beside a block's own; larger blocks have less, if the buffer has room
-_WINDOWS_HELD = 2.25  # in the buffer, per lane: the current and the next one, with a margin for large samples
+_MAX_OVERHEAD = 0.25  # share of extra samples that are read with a block; use larger blocks if the buffer has room
+_WINDOWS_HELD = 2.25  # windows in the buffer per lane: the current and the next one, with a margin for large samples
 _MIN_BLOCKS_PER_LANE = 20  # up to one block of each lane is left out of an epoch
 
 
 def plan_order(mixture: Mixture, data: DataConfig, *, batch_size: int, seed: int, workers: int) -> SampleOrder:
     """Order of a new run: b, g and L from the settings, or from the byte budgets if they are not set.
 
-    A worker's buffer holds (lanes it draws from) × g × b samples, twice because of the windows ahead, with a margin.
-    Blocks that start between two index entries also count the samples that are read beside their own.
+    A worker's buffer holds (lanes that it draws from) × g × b samples. It holds this number twice, because windows are
+    read ahead, with a margin. If blocks start between two index entries, the extra samples that are read count too.
 
     Args:
         mixture: the datasets.
@@ -108,8 +108,8 @@ def _plan_dataset(
 def _samples_beside(dataset: ShardSet) -> float:
     """Average number of samples that are read with a block but are not in it, because index entries are read whole.
 
-    Zero if blocks start at index entries, that is if all shards before hold a multiple of 16 samples, and for shards
-    with a table, whose members are read one by one.
+    Zero if all blocks start at index entries, that is if all shards except the last hold a multiple of 16 samples. Also
+    zero for shards with a table, whose members are read one by one.
     """
     begin_between = (dataset.first_sample[:-1] % INDEX_STRIDE != 0) & (dataset.shards["table"] == 0)
     return INDEX_STRIDE * int(dataset.samples[begin_between].sum()) / dataset.manifest.num_samples

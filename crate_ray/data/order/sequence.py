@@ -1,10 +1,10 @@
-"""Which sample goes where in which step: pure functions of (seed, epoch, step), the same for every number of workers.
+"""The order of a run's samples, as pure functions of (seed, epoch, step). It is the same for every number of workers.
 
-A dataset's samples are numbered through and cut into blocks of b. An epoch is a keyed permutation of the blocks,
-laid end to end and dealt to L lanes in windows of g blocks; each window's samples are permuted by their own key. The
-dataset's stream takes a sample of each lane in turn. Global batch t takes the next samples of the stream, or of those
-of several datasets by their weights; worker w of W computes slots [wB/W, (w+1)B/W). Nothing here depends on W, nothing
-needs memory for more than a window, and a run's position is one integer, the step.
+The samples of a dataset are numbered consecutively and cut into blocks of b samples. In each epoch, the blocks are
+permuted with a key and dealt to L lanes, in windows of g blocks. The samples of each window are permuted with their own
+key. The dataset's stream takes a sample of each lane in turn. Global batch t takes the next samples of the stream, or
+of the streams of several datasets by their weights. Worker w of W computes slots [wB/W, (w+1)B/W). Nothing else depends
+on W, nothing needs memory for more than a window, and the position of a run is one integer, the step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crate_ray.data.order.hashing import Int64
 
 
 def worker_slots(batch_size: int, worker: int, workers: int, together: int = 1) -> tuple[int, int]:
-    """Half-open range of batch slots that a worker computes. The sizes of workers differ by at most one group.
+    """Half-open range of batch slots that a worker computes. The workers' numbers of slots differ by at most one group.
 
     Groups of `together` adjacent slots stay on one worker; it must divide the batch size.
     """
@@ -107,8 +107,9 @@ class SampleOrder(OrderSettings):
     def drawn_before(self, step: int) -> list[int]:
         """Number of samples drawn from each dataset before a step.
 
-        Datasets take turns: each takes the share of its weight, rounded down, in what the ones before it leave of the
-        tB samples before step t. So the numbers add up to tB, never decrease, and are within one of the exact share.
+        tB samples are drawn before step t. Datasets are served one after the other: each takes its weight's share,
+        rounded down, of the samples that the datasets before it have left. So the numbers add up to tB, never decrease,
+        and differ from the exact share by at most one.
         """
         left, weight_left = step * self.batch_size, sum(self.weights)
         counts = []

@@ -1,1 +1,1 @@
-"""From images or existing shards to a dataset: packing, indexing, shrinking, built-in sets."""
+"""Makes datasets from images or existing shards: packing, indexing, shrinking, built-in sets."""

@@ -1,7 +1,7 @@
-"""From a plan to a dataset: what packing and indexing have in common.
+"""The common part of packing and indexing: carries out a plan and writes the dataset.
 
-One process works on a dataset at a time. Finished shards are not made again, and at every moment the manifest, if there
-is one, describes the files that are there.
+Only one process at a time works on a dataset. Finished shards are not made again. If there is a manifest, it always
+describes the existing files.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ LEASE_NAME = ".packing.lease"
 _OUR_SHARD = re.compile(r"shard-\d{6,}\.tar")
 
 Describe = Callable[[SampleCounts, DatasetStatistics, list[str]], dict[str, Any]]
-"""Fields of the manifest, from the counts, statistics and bad samples of all shards. Raises UserError if they do not
-make a dataset."""
+"""Makes the manifest's fields from the counts, statistics and bad samples of all shards. Raises UserError if they are
+not those of a valid dataset."""
 
 
 class ShardTask(NamedTuple):
-    """The work on one shard, as it is sent to the thread or machine that does it."""
+    """The work on one shard. It is sent to the thread or machine that does it."""
 
     storage: Storage
-    """Where the dataset is made."""
+    """Storage of the new dataset."""
     plan: str
     """Digest of the plan."""
     number: int
     name: str
     """Key of the shard."""
     replaces: bool
-    """Whether an older manifest may describe the file that this task replaces. Delete that manifest first."""
+    """Whether an older manifest may describe the file that this task replaces. If so, delete that manifest first."""
     detail: Any
-    """What the plan says about this shard."""
+    """Details of the plan for this shard."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
     title: str
     """'packing' or 'indexing', for the progress display."""
     digest: str
-    """Of everything that determines what is written."""
+    """Digest of everything that determines the output."""
     names: Sequence[str]
     """Keys of the shards."""
     packs: bool
@@ -65,7 +65,7 @@ class Plan:
     work: Callable[[ShardTask, Report], Finished]
     """Module-level function that does the work on one shard."""
     detail: Callable[[int], Any]
-    """What that function needs to know, by the shard's number."""
+    """Returns the details that this function needs, by the shard's number."""
     describe: Describe
     samples: int
     """Number of samples to pack; 0 if unknown."""
@@ -76,11 +76,11 @@ class Plan:
 
 
 def build_dataset(storage: Storage, plan: Plan, *, overwrite: bool, lease_seconds: float) -> Manifest:
-    """Carry out a plan, or the rest of it, then write the index and, last, the manifest.
+    """Carry out a plan, or the rest of it. Then write the index and, last, the manifest.
 
     Raises:
-        UserError: there is a dataset or an unfinished one of another plan (unless overwrite), or another process works
-            there.
+        UserError: there is a dataset, or an unfinished dataset of another plan (unless overwrite), or another process
+            works on it.
     """
     refuse_existing(storage, plan, overwrite=overwrite)
     with (
@@ -137,10 +137,10 @@ def refuse_existing(storage: Storage, plan: Plan, *, overwrite: bool) -> None:
 
 
 def unfinished_error(storage: Storage) -> UserError:
-    """There is the beginning of another dataset."""
+    """The error for an unfinished dataset with other samples or settings."""
     return UserError(
-        f"at {storage.uri} is a dataset that was not finished, with other samples or settings; finish it with the "
-        "command that began it, use another output, or start over with --overwrite true"
+        f"{storage.uri} holds an unfinished dataset with other samples or settings; finish it with the command that "
+        "started it, use another output, or start over with --overwrite true"
     )
 
 
@@ -161,7 +161,7 @@ def _tasks(storage: Storage, plan: Plan, numbers: Iterable[int], described: set[
 
 
 def _resume(storage: Storage, plan: Plan) -> dict[int, Finished]:
-    """Shards of this plan that are finished. If there are none, the plan begins."""
+    """The finished shards of this plan. If there are none, record that the plan has begun."""
     if unfinished_plan(storage) != plan.digest:
         begin(storage, plan.digest)
         return {}
@@ -176,7 +176,7 @@ def _resume(storage: Storage, plan: Plan) -> dict[int, Finished]:
 
 
 def _complete(storage: Storage, plan: Plan, finished: dict[int, Finished]) -> Manifest | None:
-    """The existing manifest, if it is the one that the plan makes."""
+    """The existing manifest, if the plan would make the same one."""
     if len(finished) < len(plan.names):
         return None
     try:
@@ -199,7 +199,7 @@ def _described(storage: Storage, plan: Plan) -> set[str] | None:
 
 
 def _conclude(storage: Storage, plan: Plan, finished: list[Finished], lease: Lease) -> Manifest:
-    """Remove what an older dataset left, and save the new one."""
+    """Remove the files of an older dataset, and save the new one."""
     counts, statistics = SampleCounts(), DatasetStatistics()
     bad: list[str] = []
     for shard in finished:
@@ -229,7 +229,7 @@ def _conclude(storage: Storage, plan: Plan, finished: list[Finished], lease: Lea
 
 
 def _stored(plan: Plan, finished: list[Finished]) -> list[Finished]:
-    """The shards of the dataset. Packing writes no shard if all of its samples are bad."""
+    """The shards that were written. Packing writes no shard if all of its samples are bad."""
     return [shard for shard in finished if shard.record.samples or not plan.packs]
 
 

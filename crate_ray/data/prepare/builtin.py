@@ -94,7 +94,7 @@ def draw_shapes(seed: int, number: int, image_size: int) -> tuple[NDArray[np.uin
     largest = random.uniform(0.38, 0.62)  # radius; 1 is half the image
     radii = [largest * random.uniform(0.4, 0.7) for _ in range(count - 1)] + [largest]
     label = 0
-    for radius in radii:  # the largest comes last, so that no other hides it
+    for radius in radii:  # draw the largest last, so that no other shape hides it
         label = int(random.integers(len(SHAPE_CLASSES)))
         reach = max(0.0, 0.95 - radius)
         centre_x, centre_y = random.uniform(-reach, reach, 2)

@@ -1,4 +1,4 @@
-"""Index shards that somebody else wrote: each is scanned once; nothing is copied or changed."""
+"""Indexes existing shards of any origin. Each shard is scanned once; nothing is copied or changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Scan(NamedTuple):
-    """What to do with one shard."""
+    """Details of the work on one shard."""
 
     source: Storage
     """Where it is."""
@@ -40,18 +40,18 @@ class _Scan(NamedTuple):
 def index_existing(
     storage: Storage, *, shards: str = "*.tar", overwrite: bool = False, lease_seconds: float = 30.0
 ) -> Manifest:
-    """Scan tar shards of any origin, and write index and manifest beside them or elsewhere.
+    """Scan tar shards of any origin, and write index and manifest next to them or to another place.
 
     Args:
         storage: where index and manifest go. The shards are there too, unless their address is given.
         shards: the shards' names (sub-folders included) with wildcards and braces, as for `find_shards`; or whole
             addresses of shards elsewhere, which are only read: 's3://bucket/cifar10/train-{00000..00049}.tar'.
         overwrite: replace an existing index.
-        lease_seconds: time without a heartbeat after which another process at the same work counts as dead.
+        lease_seconds: time without a heartbeat after which another process with the same task counts as dead.
 
     Raises:
         UserError: there are no shards or one is missing; there is a manifest already; a shard is damaged or compressed;
-            another process is at work there.
+            another process works on the dataset.
     """
     source, pattern = split_address(storage, shards)
     infos = list_shards(source, pattern)
@@ -125,7 +125,7 @@ def scan_shard(task: ShardTask, report: Report) -> Finished:
 
 
 def _write_table(task: ShardTask, key: str, members: bytes) -> None:
-    """Write a table of members, unless it is there already."""
+    """Write a table of members, unless it exists."""
     check_plan(task.storage, task.plan)
     try:
         if task.storage.read(key) == members:

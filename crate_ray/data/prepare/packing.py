@@ -1,7 +1,7 @@
 """Pack images or grids into plain ustar shards, optionally re-encoding large images at a smaller size.
 
-The same input, seed and settings give the same bytes on any number of machines. Every sample is decoded once, and one
-that cannot be decoded is skipped, so training meets only good ones.
+The same input, seed and settings give the same bytes on any number of machines. Every sample is decoded once. Samples
+that cannot be decoded are skipped, so the dataset holds only good ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shrinking(NamedTuple):
     max_side: int
     """Largest shortest side in pixels."""
     quality: int
-    """Of JPEG and WebP."""
+    """Quality of JPEGs and WebPs."""
 
 
 class _Part(NamedTuple):
@@ -101,7 +101,7 @@ def plan_packing(source: Source, uri: str, config: PrepareConfig, title: str = "
     items = list(source.items)
     if not items:
         raise UserError("there are no samples to pack; for a built-in set, increase num_samples for this split")
-    if config.shuffle:  # by raw random numbers, which NumPy keeps the same between versions
+    if config.shuffle:  # sort by raw random numbers, which are the same in all versions of NumPy
         order = np.argsort(np.random.Philox(key=config.seed % 2**64).random_raw(len(items)), kind="stable")
         items = [items[i] for i in order]
     shrinking = None if config.max_side is None else Shrinking(config.max_side, config.quality)
@@ -145,10 +145,10 @@ def plan_packing(source: Source, uri: str, config: PrepareConfig, title: str = "
 
 
 def _shard_edges(items: Sequence[Item], config: PrepareConfig, shrinking: Shrinking | None) -> list[int]:
-    """Positions at which shards begin, and the number of samples. Uses only what is known before packing.
+    """Positions at which shards begin, and the total number of samples. Uses only facts that are known before packing.
 
-    A shard that reaches shard_bytes ends at a multiple of 16 samples if it has that many. Blocks of the training order
-    then begin at entries of the index, and no other bytes are read.
+    A shard that reaches shard_bytes ends at a multiple of 16 samples if it has at least 16. Then blocks of the training
+    order begin at entries of the index, so that training reads no extra bytes.
     """
     ratio = 1.0
     if shrinking is not None and sum(item.size for item in items) > config.shard_bytes:
@@ -181,7 +181,7 @@ def _shrinking_ratio(items: Sequence[Item], shrinking: Shrinking) -> float:
 
 
 def _channels_of_grids(items: Sequence[Item]) -> int | None:
-    """Channels of the first good sample if it is a grid, else None. All grids must have as many."""
+    """Channels of the first good sample if it is a grid, else None. All grids must have the same number."""
     for item in items:
         members = {suffix.lower(): content for suffix, content in item.load().items()}
         suffix = image_suffix(members)
@@ -238,7 +238,7 @@ def pack_shard(task: ShardTask, report: Report) -> Finished:
             row, entries, _ = index_shard(buffer, table)
         if counts.samples:
             check_plan(task.storage, task.plan)
-            if task.replaces:  # from here on the old dataset is incomplete
+            if task.replaces:  # the old dataset is incomplete from here on
                 task.storage.delete(MANIFEST_NAME)
             task.storage.write(task.name, path)
     return save_record(
@@ -250,7 +250,7 @@ def pack_shard(task: ShardTask, report: Report) -> Finished:
 def shard_writer(file: IO[bytes]) -> webdataset.TarWriter:
     """webdataset's writer for encoded samples, without owner and time, so that equal samples give equal bytes.
 
-    The time is a whole number, so headers are plain ustar; only a suffix that ustar cannot hold gets a PAX header.
+    The time is a whole number, so headers are plain ustar. Only suffixes that do not fit into ustar get a PAX header.
     """
     import webdataset
 

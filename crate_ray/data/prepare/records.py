@@ -46,7 +46,7 @@ class ShardRecord(BaseModel):
     bad: list[str]
     """Samples that cannot be decoded, with the cause."""
     index_sha256: str
-    """Of the .npy file of its index entries."""
+    """Digest of the .npy file of its index entries."""
 
 
 class Finished(NamedTuple):
@@ -87,10 +87,10 @@ def begin(storage: Storage, plan: str) -> None:
 
 
 def check_plan(storage: Storage, plan: str) -> None:
-    """Check that a plan is still the unfinished one, as seen from the calling machine.
+    """Check on this machine that a plan is still the unfinished plan of the output.
 
     Raises:
-        UserError: it is not.
+        UserError: the output has another plan or none.
     """
     found = unfinished_plan(storage)
     if found is None:
@@ -99,7 +99,7 @@ def check_plan(storage: Storage, plan: str) -> None:
             "that all nodes share"
         )
     if found != plan:
-        raise UserError(f"another packing has begun at {storage.uri}, so this one stops")
+        raise UserError(f"another packing has started at {storage.uri}, so this one stops")
 
 
 def save_record(
@@ -146,7 +146,7 @@ def load_records(storage: Storage, plan: str) -> dict[int, Finished]:
 
 
 def remove(storage: Storage) -> None:
-    """Delete all records, the plan last: a record left behind always has its plan beside it."""
+    """Delete all records. The plan is deleted last, so that a remaining record always has its plan."""
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
         list(pool.map(storage.delete, [key for key in _keys(storage) if key != PLAN_NAME]))
     storage.delete(PLAN_NAME)

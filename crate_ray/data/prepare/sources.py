@@ -1,4 +1,4 @@
-"""What can be packed or indexed: folders of images or grids, tar shards, and patterns of shard names.
+"""Sources for packing and indexing: folders of images or grids, tar shards, and patterns of shard names.
 
 A source knows the names and sizes of its samples. Their content is read on the machine that packs them.
 """
@@ -61,7 +61,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Samples to pack, and what they have in common."""
+    """Samples to pack, with their common properties."""
 
     items: Sequence[Item]
     classes: tuple[str, ...] | None = None
@@ -155,7 +155,7 @@ def _describes_dataset(name: PurePosixPath, indexed: set[PurePosixPath]) -> bool
 
 
 def tables(names: Iterable[str]) -> Iterator[str]:
-    """Those of some files that are tables of members: their shard is among the files, or was a .tar."""
+    """Select the tables of members among some files: a table's shard is among the files, or its name ends with .tar."""
     present = set(names)
     for name in present:
         shard = name.removesuffix(TABLE_SUFFIX)
@@ -164,7 +164,7 @@ def tables(names: Iterable[str]) -> Iterator[str]:
 
 
 def known_classes(storage: Storage) -> tuple[str, ...] | None:
-    """Names of the classes from an existing manifest; shards hold only their numbers."""
+    """Names of the classes from an existing manifest, because shards hold only their numbers."""
     try:
         return load_dataset(storage).manifest.classes
     except UserError:
@@ -211,7 +211,7 @@ def _read_members(storage: Storage, shard: str, members: dict[str, tuple[int, in
 
 
 def split_address(storage: Storage, shards: str) -> tuple[Storage, str]:
-    """Where shards are, and the pattern of their names there.
+    """Split shard addresses into the storage of the shards, and the pattern of their names in it.
 
     Args:
         storage: where the shards are if `shards` are names; its settings also open other addresses.
@@ -319,7 +319,7 @@ def map_file(path: Path) -> Iterator[mmap.mmap | bytes]:
         if not os.fstat(file.fileno()).st_size:
             yield b""
             return
-        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped together with its last view
+        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped when its last view is deleted
 
 
 # --- Reading ahead --------------------------------------------------------------------------------------------------

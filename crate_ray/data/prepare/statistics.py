@@ -180,7 +180,7 @@ class DatasetStatistics(BaseModel):
 
 
 def _sum(first: list[float], second: list[float]) -> list[float]:
-    """Sum per channel; a grayscale image counts as three equal channels among coloured ones."""
+    """Sum per channel. If only one of the two has colour, the grayscale one counts as three equal channels."""
     if not first:
         return list(second)
     channels = max(len(first), len(second))

@@ -19,7 +19,7 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 Report = Callable[[int, int], None]
-"""A task calls it regularly with the number of good and bad samples so far. It may raise, which ends the task."""
+"""A task calls this regularly with its numbers of good and bad samples. An exception in it ends the task."""
 
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 0.5
@@ -28,10 +28,10 @@ _SMALL_BYTES = 2**29
 
 
 def wants_cluster(shards: int, samples: int, size: int) -> bool:
-    """Whether to use Ray: it runs already, RAY_ADDRESS names a cluster, or the work is worth starting it.
+    """Whether to use Ray: if it already runs, if RAY_ADDRESS names a cluster, or if there is enough work to start it.
 
-    It is for several shards with more than 20,000 samples or 512 MiB in all. Threads finish less than that before Ray
-    has started.
+    Enough means several shards with more than 20,000 samples or 512 MiB in total. With less than that, threads finish
+    before Ray has started.
 
     Args:
         shards: number of shards.
@@ -39,7 +39,7 @@ def wants_cluster(shards: int, samples: int, size: int) -> bool:
         size: approximate number of bytes to read and write.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
-    if address != "local" and not address.startswith("http"):  # http: an address to submit jobs to
+    if address != "local" and not address.startswith("http"):  # http addresses are for submitting jobs
         return True
     import ray  # takes a second
 
@@ -151,7 +151,7 @@ def _on_cluster(
 
 
 class _Tally:
-    """Actor that sums up what the tasks report."""
+    """Actor that sums the tasks' reports."""
 
     def __init__(self) -> None:
         self._done: dict[int, tuple[int, int]] = {}
@@ -167,7 +167,7 @@ class _Tally:
 
 
 def _reporting(function: Callable[[J, Report], R], job: J, tally: Any, number: int) -> R:
-    """Ray task: the function, with reports that reach the tally at most twice a second."""
+    """Ray task that runs the function. It sends reports to the tally at most twice a second."""
     latest, sent_at = (0, 0), 0.0
 
     def report(good: int, bad: int) -> None:

@@ -23,9 +23,9 @@ PARTS = ("train", "validation")
 
 
 def split_source(source: Source, count: int, seed: int) -> tuple[Source, Source]:
-    """The samples to train on, and `count` held-out ones: those with the smallest hashes of their name and the seed.
+    """Split into samples to train on and `count` held-out samples: those with the smallest hashes of name and seed.
 
-    So the split does not depend on the order of the samples, and few samples change sides when others are added.
+    So the split does not depend on the order of the samples. If samples are added, few of the others change sides.
     """
     items = source.items
     names = (item.name.encode("utf-8", "surrogateescape") for item in items)
@@ -39,8 +39,8 @@ def split_source(source: Source, count: int, seed: int) -> tuple[Source, Source]
 def pack_split(source: Source, output: Storage, config: PrepareConfig) -> tuple[Manifest, Manifest]:
     """Pack a source into `train` and `validation` under the output, or the rest of an interrupted packing.
 
-    While the pair is unfinished, a note beside the two holds the digest of both plans: a manifest found then belongs to
-    a finished part of this pair.
+    While the pair is unfinished, a file next to the two datasets holds the digest of both plans. If one of them has a
+    manifest then, this part of the pair is finished.
 
     Returns:
         The manifests of train and validation.

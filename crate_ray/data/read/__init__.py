@@ -1,1 +1,1 @@
-"""From shards to encoded samples: ranged reads, windows within a byte budget, one sample reader."""
+"""Reads encoded samples from shards: ranged reads, and windows within a byte budget."""

@@ -1,4 +1,4 @@
-"""Samples that cannot be used: why, how many, and when there are too many."""
+"""Counts samples that cannot be used, with their causes, and stops a job that has too many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BAD_CAUSES: tuple[str, ...] = (*get_args(Cause), "damaged_shard", "no_image", "n
 """Why samples cannot be used."""
 
 MAX_LISTED = 10_000
-"""Keys of bad samples that are kept; more are only counted."""
+"""Largest number of bad samples whose keys are stored. Further ones are only counted."""
 
 _MIN_SAMPLES = 1000
 """The share of bad samples is computed over at least this many samples, so that a few never stop a small job."""
@@ -23,11 +23,11 @@ class SampleError(NamedTuple):
     """A sample that cannot be used."""
 
     key: str
-    """Key of the sample; its place in the shard if the key cannot be read."""
+    """Key of the sample, or its position in the shard if the key cannot be read."""
     cause: str
     """One of BAD_CAUSES."""
     message: str
-    """What is wrong, for people."""
+    """Error message for the user."""
 
     @classmethod
     def of_decode_error(cls, key: str, error: DecodeError) -> SampleError:

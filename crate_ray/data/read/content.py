@@ -1,4 +1,4 @@
-"""What a model needs of a sample: its encoded image or grid, and its label. Or why it cannot be used.
+"""Extracts the encoded image or grid and the label from a sample, or the reason why it cannot be used.
 
 Training, evaluation and embedding all go through `sample_contents`.
 """
@@ -37,7 +37,7 @@ def sample_contents(samples: Sequence[Sample | Unreadable], suffixes: Sequence[s
     Args:
         samples: as the readers return them.
         suffixes: suffixes of images or grids in this dataset, the preferred one first (`Manifest.image_suffixes`).
-        label_use: what to do about labels, the members `cls`.
+        label_use: how to treat labels, which are the members `cls`.
     """
     encoded, errors = _encoded(samples, suffixes)
     if label_use == "ignored":

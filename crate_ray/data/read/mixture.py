@@ -59,7 +59,7 @@ class MixtureReader:
     def parts(self, samples: range) -> list[range]:
         """Split consecutive samples of one dataset into parts of about `part_bytes`."""
         manifest = self.mixture.datasets[self.mixture.locate(samples.start)[0]].manifest
-        # Parts are multiples of what an index entry covers.
+        # Parts are multiples of the samples that an index entry covers.
         mean = manifest.total_bytes / manifest.num_samples
         size = max(1, int(self._part_bytes / mean / INDEX_STRIDE)) * INDEX_STRIDE
         return [samples[i : i + size] for i in range(0, len(samples), size)]

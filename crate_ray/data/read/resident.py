@@ -1,4 +1,4 @@
-"""Source of samples for data that fits in memory: every part of the shards is fetched once."""
+"""Source of samples for data that fits in memory. Every part of the shards is fetched once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples of one dataset by number: ranged reads whose every byte is checked against the index."""
+"""Reads samples of one dataset by number, with ranged reads. All bytes are checked against the index."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from crate_ray.storage.interface import Replaced
 
 logger = logging.getLogger(__name__)
 
-_CHECKED_READS = 3  # attempts if the digest is wrong: the bytes may have been damaged in transit
+_CHECKED_READS = 3  # attempts if the digest is wrong, because the bytes may have been damaged in transit
 _JOIN_GAP = 64 * 2**10  # members closer together than this are read in one request
 
 Store = Callable[[bytes], memoryview]
-"""Puts bytes where they stay until they are decoded (memory or disk). Samples' members are slices of the result."""
+"""Stores bytes in memory or on disk until they are decoded. Samples' members are slices of the result."""
 
 
 class Unreadable(NamedTuple):
-    """Takes the place of a sample whose bytes are damaged."""
+    """Stands for a sample whose bytes are damaged."""
 
     key: str
     """Shard and number: the key itself cannot be read."""
@@ -60,7 +60,7 @@ class ShardReader:
         Args:
             first: number of the first sample.
             count: number of samples.
-            store: where to put the bytes.
+            store: stores the bytes in memory or on disk.
 
         Raises:
             Replaced: a shard was overwritten since it was first read, or its size differs from the indexed one.
@@ -73,7 +73,7 @@ class ShardReader:
             take = min(stop - first, int(self.shards.samples[shard]) - local)
             try:
                 out += self._read(shard, local, take, store)
-            except DamagedShard:  # read each index entry by itself: only the 16 samples around the damage are lost
+            except DamagedShard:  # read each index entry by itself, so that only 16 samples around the damage are lost
                 for low in range(local - local % INDEX_STRIDE, local + take, INDEX_STRIDE):
                     begin, end = max(low, local), min(low + INDEX_STRIDE, local + take)
                     try:
@@ -102,7 +102,7 @@ class ShardReader:
         return (self._listed if self.shards.has_table(shard) else self._contiguous)(shard, first, count, store)
 
     def _contiguous(self, shard: int, first: int, count: int, store: Store) -> list[Sample]:
-        """Samples of a shard whose samples' members lie together, as one range."""
+        """Samples of a shard whose samples are contiguous, read as one range."""
         start, end, covered = self.shards.byte_range(shard, first, count)
 
         def check(data: bytes) -> None:
@@ -138,7 +138,7 @@ class ShardReader:
                 for i, span in spans.items():
                     if xxhash.xxh3_64_intdigest(view[span]) & 0xFFFFFFFF != int(rows["digest"][i]):
                         raise DamagedShard(
-                            f"member {rows['key'][i]!r} of {self.shards.shard_name(shard)} differs from what was "
+                            f"member {rows['key'][i]!r} of {self.shards.shard_name(shard)} has changed since it was "
                             "indexed; index or pack it again"
                         )
 
@@ -190,7 +190,7 @@ class ShardReader:
         raise AssertionError("unreachable")
 
     def _check_size(self, shard: int) -> None:
-        """Raise Replaced if a shard's size differs from the indexed one: it is another shard, not a damaged one."""
+        """Raise Replaced if a shard's size differs from the index: it is then another shard, not a damaged one."""
         name, size = self.shards.shard_name(shard), int(self.shards.bytes[shard])
         last, _ = self.shards.shard_storage.read_version(name, size - 1, 2)
         if len(last) != 1:

@@ -24,16 +24,16 @@ from crate_ray.data.read.shard_reader import Unreadable
 
 logger = logging.getLogger(__name__)
 
-_RELEASE_SECONDS = 10.0  # if no bytes are freed for this long, stop waiting and use the disk
+_RELEASE_SECONDS = 10.0  # if no bytes are freed within this time, stop waiting and use the disk
 
 
 @dataclass(eq=False)
 class _InMemory:
-    """Bytes of a part that are or will be in memory, as counted by the planning thread."""
+    """Count of a part's bytes that are or will be in memory. Only the planning thread changes it."""
 
     num_bytes: int
     is_passed: bool = False
-    """Whether no window contains the part any more; only batches that wait for decoding use it."""
+    """Whether only batches that wait for decoding still use the part, and no window contains it."""
 
 
 @dataclass
@@ -49,16 +49,16 @@ class _Part:
 class StreamedSource:
     """Fetches the blocks of the worker's lanes in threads, as many windows ahead as the buffer has room for.
 
-    Bytes count until nothing refers to them. That includes bytes of passed windows that batches still wait to decode.
-    If the current windows of the lanes exceed the buffer, the rest is stored on disk; the next windows are then stored
-    there, too. Only one thread may call `request` and `take`.
+    Bytes count until nothing refers to them. This includes bytes of passed windows whose samples are not decoded yet.
+    If the current windows of the lanes exceed the buffer, the rest and the next windows are stored on disk. Only one
+    thread may call `request` and `take`.
     """
 
     def __init__(self, reader: MixtureReader, order: Order, slots: tuple[int, int], data: DataConfig) -> None:
         self._reader, self._order, self._slots = reader, order, slots
         self._buffer_bytes, self._folder = data.buffer_bytes, data.cache_dir or tempfile.gettempdir()
-        self._held = self._passed = 0  # bytes in memory; the bytes among them that belong to passed parts
-        # Filled by the thread that drops the last reference. Taking a lock there could deadlock.
+        self._held = self._passed = 0  # bytes in memory, and how many of them belong to passed parts
+        # The thread that drops the last reference fills this queue. Taking a lock there could deadlock.
         self._freed: SimpleQueue[tuple[_InMemory, int]] = SimpleQueue()
         self._pool = ThreadPoolExecutor(data.fetch_threads, "fetch")
         self._windows: dict[Window, list[range]] = {}  # parts of each window
@@ -68,10 +68,9 @@ class StreamedSource:
         self._is_closed = self._uses_disk = self._disk_failed = False
 
     def request(self, step: int) -> bool:
-        """Start fetching what a step needs, if the buffer has room. Does not block. Returns whether all is requested.
+        """Start fetching a step's samples, if the buffer has room. Does not block. Returns whether all are requested.
 
-        The current window of a lane is fetched in any case, to disk if the buffer is full, when it is taken at the
-        latest.
+        The current window of a lane is always fetched, at the latest in `take`, and to disk if the buffer is full.
         """
         self._count_freed()
         for window in self._order.windows(step, *self._slots):
@@ -84,8 +83,10 @@ class StreamedSource:
         return True
 
     def take(self, step: int) -> tuple[Draw, list[Sample | Unreadable]]:
-        """Numbers and encoded samples of a step's slots. Waits until they have arrived. Call it for every step in
-        order."""
+        """Numbers and encoded samples of a step's slots. Waits until they have arrived.
+
+        Call it for all steps in order.
+        """
         needed = self._order.windows(step, *self._slots)
         if not self._windows.keys() >= set(needed):
             self._drop_before(needed)
@@ -111,7 +112,7 @@ class StreamedSource:
         return self._held + self._measured(window)[1] <= self._buffer_bytes
 
     def _wait_for_room(self, window: Window) -> None:
-        """Wait for batches with bytes of passed windows to be decoded, until a window has room."""
+        """Wait until there is room for a window, while batches with bytes of passed windows are decoded."""
         while self._passed and not self._has_room(window) and not self._is_closed:
             if not self._count_freed(_RELEASE_SECONDS):
                 return
@@ -171,7 +172,7 @@ class StreamedSource:
             return array.data
 
         samples = self._reader.read(part, store)
-        self._freed.put((memory, reserved))  # corrects the count if less was read than estimated
+        self._freed.put((memory, reserved))  # correct the count if less was read than estimated
         return samples
 
     def _drop_before(self, needed: Iterable[Window]) -> None:
@@ -192,7 +193,7 @@ class StreamedSource:
     def close(self) -> None:
         """Stop fetching."""
         self._is_closed = True
-        self._freed.put((_InMemory(0), 0))  # wakes up a waiting thread
+        self._freed.put((_InMemory(0), 0))  # wake up a waiting thread
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

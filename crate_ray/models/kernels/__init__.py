@@ -1,1 +1,1 @@
-"""Fast forms of the models' functions, by device. Each is tested against `models.reference`."""
+"""Fast implementations of the models' functions, by device. Each is tested against `models.reference`."""

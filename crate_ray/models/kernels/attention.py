@@ -1,4 +1,4 @@
-"""Attention in the form that is fast on the tensors' device. Shapes: B batch, T tokens, K heads, P dimension of a head.
+"""Attention, implemented for speed on each device. Shapes: B batch, T tokens, K heads, P dimension of a head.
 
 In CRATE a head is a subspace of the codebook.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from crate_ray.models.kernels import cpu_attention
 
 _MAX_EXPLICIT_TOKENS = 2048
-"""Up to here explicit attention maps are the faster form in bf16 on the CPU."""
+"""Up to this number of tokens, explicit attention maps are faster in bf16 on the CPU."""
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -46,7 +46,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def self_attention(x: Tensor) -> Tensor:
     """softmax(x xᵀ / √P) x of (B, K, T, P), (B, K, T, P): attention with query = key = value.
 
-    No form stores attention maps for the backward pass.
+    No implementation stores attention maps for the backward pass.
     """
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_exporting():
         return cpu_attention.self_attention(x.flatten(0, 1).contiguous()).unflatten(0, x.shape[:2])

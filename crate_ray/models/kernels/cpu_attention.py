@@ -1,8 +1,8 @@
 """Self-attention with query = key = value for bf16 on the CPU, twice as fast as PyTorch's fused kernel there.
 
-It computes explicit attention maps, a few heads at a time so that they fit the cache, and recomputes them in the
-backward pass, which therefore saves only the coordinates. Recomputing costs 4 % of a layer's time and saves the memory
-of the maps. Shapes: H = B·K heads, T tokens, P dimension of a subspace.
+It computes explicit attention maps for a few heads at a time, so that they fit into the cache. The backward pass
+recomputes the maps, so only the coordinates are saved for it. Recomputing takes 4 % of a layer's time and saves the
+memory of the maps. Shapes: H = B·K heads, T tokens, P dimension of a subspace.
 """
 
 from __future__ import annotations

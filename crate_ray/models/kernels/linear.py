@@ -1,4 +1,4 @@
-"""Matrix products with weights that save no cast copies of the weights for the backward pass.
+"""Matrix products that save no cast copies of the weights for the backward pass.
 
 Under autocast, PyTorch saves a cast copy of every weight for the backward pass. With a small batch these copies are a
 large part of the memory. Casting again in the backward pass costs less than 1 % of the product.
