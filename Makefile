@@ -1,7 +1,7 @@
 # make demo    pretrain on built-in pictures, from packing to the report
 # make test    what CI runs: unit, integration and fault tests
 # make quick   lint and the fast tests, about three minutes
-# make daily   all tests, also those that take minutes and seldom fail
+# make daily   all tests, including those that take minutes and rarely fail
 # make lint    ruff and mypy
 # make clean   remove the environment and the demo's results
 VENV ?= .venv
@@ -12,9 +12,10 @@ READY := $(VENV)/.ready
 .PHONY: demo test quick daily lint format clean
 .DELETE_ON_ERROR:
 
-# Pinned versions; a torch build that is already in $(VENV) is kept when it is of the pinned version. All is compiled, by all
-# cores: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would do it again for what it imports,
-# which takes longer than Ray waits for workers. (Files for other versions of Python fail, and may.)
+# Install pinned versions. If $(VENV) already has a torch build of the pinned version, it is not replaced. Then compile
+# all packages on all cores. Otherwise, if PYTHONDONTWRITEBYTECODE is set, as in many containers, each process would
+# compile its imports again, which takes longer than Ray waits for workers. (Files for other Python versions fail to
+# compile, which does not matter.)
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 2; }
@@ -29,14 +30,19 @@ demo: $(READY)
 
 PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder
 
+# GPU paths, in processes in which torch has an emulated CUDA device.
+EMULATED := $(PY) -m pytest -n 2 -p tests.gpu_emulated.plugin tests/gpu_emulated
+
 test: $(READY)
 	$(PYTEST) --durations=25 -m "not daily" tests/integration tests/faults tests/unit
+	$(EMULATED)
 
 quick: lint
 	$(PYTEST) -m "not (ray or s3 or slow or daily)" tests/unit
 
 daily: $(READY)
 	HYPOTHESIS_PROFILE=daily $(PYTEST) --durations=50 tests/integration tests/faults tests/unit
+	$(EMULATED)
 
 lint: $(READY)
 	$(PY) -m ruff check .

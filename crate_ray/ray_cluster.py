@@ -1,24 +1,28 @@
-"""The Ray that a job runs on: an existing cluster, or a Ray of this machine alone."""
+"""Connects to the Ray cluster that a job runs on, or starts Ray on this machine."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import ray
 
+from crate_ray.config import ScalingConfig
 from crate_ray.errors import UserError
 from crate_ray.quiet import quiet_driver
 from crate_ray.storage.arrow import ARROW_ENV
 
 SETUP_HOOK = "crate_ray.quiet.set_up_ray_process"
-"""What every process runs that Ray starts for a job."""
+"""Function that runs first in every process that Ray starts for a job."""
 
 
 def start_ray(*, dashboard: bool = False) -> None:
-    """Connect to the cluster of RAY_ADDRESS, or to one that runs on this machine, else start Ray on this machine alone.
+    """Connect to the cluster that RAY_ADDRESS names or that runs on this machine. Otherwise start Ray on this machine.
 
-    A Ray that is started here has a dashboard only if `dashboard` asks for it: that takes ten processes and 900 MB.
+    A Ray that this function starts has no dashboard unless `dashboard` is set. A dashboard takes ten processes and
+    900 MB.
 
     Raises UserError when RAY_ADDRESS is set but no cluster answers there, or when the cluster refuses the token.
     """
@@ -38,3 +42,64 @@ def start_ray(*, dashboard: bool = False) -> None:
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray"
         raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from error
+
+
+class Node(NamedTuple):
+    """What a node of the cluster has for workers."""
+
+    cpus: int
+    gpus: int
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes of the cluster that are alive."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in alive]
+
+
+def worker_resources(scaling: ScalingConfig, nodes: Sequence[Node]) -> tuple[dict[str, float], bool]:
+    """CPUs and GPUs of each worker, and whether it has a GPU.
+
+    Workers with a GPU share the CPUs of the nodes that have GPUs, others those of all nodes. If the number of workers
+    is a range, the share is for as many as the cluster has room for now.
+
+    Args:
+        scaling: settings of the run.
+        nodes: of the cluster.
+
+    Raises:
+        UserError: the nodes have too few GPUs or CPUs, and the settings do not say that others will be added.
+    """
+    gpus = sum(gpu for _, gpu in nodes)
+    use_gpu = scaling.gpu if scaling.gpu is not None else gpus > 0
+    needed, cpus = scaling.min_workers, scaling.cpus_per_worker
+    if use_gpu and gpus < needed and (scaling.gpu is None or cpus is None):
+        raise UserError(
+            f"{needed} workers need a GPU each, the cluster has {gpus}; lower scaling.workers, set scaling.gpu false "
+            "to train on CPUs, or set scaling.gpu true and scaling.cpus_per_worker if an autoscaler will add nodes"
+        )
+    if cpus is None:
+        eligible = [(cpu, gpu if use_gpu else cpu) for cpu, gpu in nodes if gpu or not use_gpu]
+
+        def room(cpus_each: int) -> int:
+            return sum(min(cpu // cpus_each, most) for cpu, most in eligible)
+
+        workers = min(scaling.max_workers, room(1))
+        if workers < needed:
+            kind = "nodes with GPUs have" if use_gpu else "cluster has"
+            raise UserError(
+                f"{needed} workers need a CPU each, the {kind} room for {room(1)}; lower scaling.workers, "
+                "add nodes, or set scaling.cpus_per_worker if an autoscaler will add them"
+            )
+        cpus = max(c for c in range(1, max(cpu for cpu, _ in eligible) + 1) if room(c) >= workers)
+    return ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}), use_gpu
+
+
+def task_cpus(tasks: int, gpu: bool) -> int:
+    """CPUs of each of some tasks, which decode with as many threads: one, or a share of the CPUs beside the GPUs."""
+    if not gpu:
+        return 1
+    try:
+        return int(worker_resources(ScalingConfig(workers=(1, tasks), gpu=True), cluster_nodes())[0]["CPU"])
+    except UserError:  # no GPU yet: an autoscaler will add nodes
+        return 1

@@ -1,11 +1,12 @@
 """Images to features or class probabilities: a trained model with its preprocessing.
 
-A served model imports this file and nothing of the data stack: no storage, no loader, no Ray.
+Served models import this file. It needs no storage, no data loader and no Ray.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +165,7 @@ def load_all(items: Sequence[bytes | NDArray[Any]], description: ModelDescriptio
 
 
 def load_images(
-    items: Sequence[bytes | memoryview | NDArray[Any]], description: ModelDescription
+    items: Sequence[bytes | memoryview | NDArray[Any]], description: ModelDescription, threads: int = 1
 ) -> tuple[Tensor, list[DecodeError | None]]:
     """As `load_all`, but returns the error of each item that cannot be decoded; its slot in the batch is undefined."""
     config, kind = description.model, description.kind
@@ -175,4 +176,12 @@ def load_images(
     def centre(heights: Int64, widths: Int64) -> Crops:
         return centre_crops(heights, widths, config.image_hw)
 
-    return out, decode_batch(items, kind, centre, out)
+    def decode(rows: slice) -> list[DecodeError | None]:
+        return decode_batch(items[rows], kind, centre, out[rows])
+
+    if threads == 1:
+        return out, decode(slice(None))
+    size = max(1, -(-len(items) // threads))
+    with ThreadPoolExecutor(threads, "decode") as pool:
+        parts = pool.map(decode, [slice(start, start + size) for start in range(0, len(items), size)])
+        return out, [error for part in parts for error in part]

@@ -1,7 +1,7 @@
 """Training speed and memory of CRATE-MAE, next to its plain reference model and to ViT-MAE.
 
-Each measurement is a fresh process, `python -m crate_ray.benchmarks.training`: settings in, figures out, JSON. Plain
-torch: no Ray, no MLflow, no object storage.
+Each measurement is a new process, `python -m crate_ray.benchmarks.training`, which reads settings and writes figures as
+JSON. It uses plain torch: no Ray, no MLflow, no object storage.
 """
 
 from __future__ import annotations
@@ -35,24 +35,26 @@ from crate_ray.memory import peak_memory, resident_memory
 from crate_ray.models import build_model
 from crate_ray.models.flops import gpu_peak_flops, reference_training_flops, training_flops
 from crate_ray.models.reference import ReferenceCrateMAE
-from crate_ray.training.step import build_optimizer, compile_layers, prepare_cpu, should_compile, train_step
+from crate_ray.training.compilation import compile_layers, should_compile
+from crate_ray.training.optimizer import build_optimizer
+from crate_ray.training.step import prepare_cpu, train_step
 
 Precision = Literal["bf16", "fp32"]
 
 _WARM_UP_STEPS = 2
-_CHUNK_SECONDS = 0.2  # steps on a GPU are timed in chunks of so long, as it runs behind the program
+_CHUNK_SECONDS = 0.2  # a GPU runs asynchronously, so its steps are timed in chunks of this duration
 
 
 # --- One measurement ------------------------------------------------------------------------------------------------
 
 
 class Case(Settings):
-    """What one process measures."""
+    """Settings of one measurement."""
 
     contestant: Contestant
     """Which model, and how it is trained."""
     preset: PresetName
-    """Size."""
+    """Size of the model."""
     precision: Precision
     """Autocast or plain fp32."""
     image_size: int
@@ -64,33 +66,33 @@ class Case(Settings):
     compile: bool
     """Compile the layers."""
     activation_checkpointing: bool
-    """Compute layers twice instead of keeping what they computed."""
+    """Recompute layers in the backward pass instead of storing their activations."""
     device: Literal["cpu", "cuda"]
-    """Where."""
+    """Device to train on."""
 
 
 class Measurement(Settings):
-    """What one process found."""
+    """Result of one measurement."""
 
     images_per_second: float
-    """Images over the median duration of a step."""
+    """Batch size divided by the median duration of a step."""
     step_seconds: float
     """Median duration of a step."""
     steps: int
     """Number of steps that were timed."""
     peak_memory_bytes: int | None
-    """Largest memory while stepping, for model, optimiser, gradients and what the backward pass needs: of the process
-    above `process_bytes`, or on a GPU of its tensors."""
+    """Peak memory during the steps: model, optimiser, gradients and stored activations. On a GPU, memory of its
+    tensors; on the CPU, memory of the process without `process_bytes`."""
     process_bytes: int | None
-    """What the process held before there was a model: interpreter, torch and its libraries."""
+    """Memory of the process before the model was built: interpreter, torch and its libraries."""
     parameters: int
     """Number of trained parameters."""
     flops: int
-    """Operations of one step that count for the MFU."""
+    """FLOPs of one step, as counted for the MFU."""
     compiled: bool
     """Whether the layers were compiled."""
     start_seconds: float
-    """Duration until then: building, compiling and the steps to warm up."""
+    """Time to build and compile the model and to make the warm-up steps."""
 
 
 def model_config(case: Case) -> ModelConfig:
@@ -110,13 +112,13 @@ def count_flops(config: ModelConfig, plain: bool, batch_size: int) -> int:
 
 
 def measure(case: Case) -> Measurement:
-    """Train on random images for a while. 'plain' is uncompiled, with PyTorch's defaults for process and optimiser."""
+    """Train on random images for a while. 'plain' is not compiled, and uses PyTorch's default process and optimiser."""
     plain, device = case.contestant == "plain", torch.device(case.device)
     if device.type == "cpu" and not plain:
         prepare_cpu()
     torch.manual_seed(0)
     config = model_config(case)
-    # Before the process's memory is read: counting imports libraries that are no part of the model's memory.
+    # Count before reading the process's memory: counting imports libraries, which are not memory of the model.
     flops = count_flops(config, plain, case.batch_size)
     process_bytes = resident_memory()
     autocast = torch.bfloat16 if case.precision == "bf16" else None
@@ -140,7 +142,10 @@ def measure(case: Case) -> Measurement:
     def steps(count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
-            train_step(model, optimizer, images, noise, batch_size=case.batch_size, lr=1e-4, autocast=autocast)
+            train_step(
+                model, optimizer, images, noise,
+                batch_size=case.batch_size, lr=1e-4, clip_norm=OptimConfig().clip_norm, autocast=autocast,
+            )  # fmt: skip
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -168,7 +173,7 @@ def measure(case: Case) -> Measurement:
 
 
 def _reset_peak_memory(device: torch.device) -> None:
-    """Forget the peak so far: compilers take memory of their own, once."""
+    """Reset the peak, so that the memory of the compiler does not count."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -184,7 +189,7 @@ def _peak_memory(device: torch.device, process_bytes: int | None) -> int | None:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of a large product of square matrices, the best of several: what a model can reach at most."""
+    """FLOP/s of a large product of square matrices, the best of several: an upper limit for a model."""
     side = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best, until = math.inf, time.perf_counter() + seconds
@@ -201,13 +206,12 @@ def product_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0)
 
 
 def compare(config: BenchmarkTrainConfig) -> dict[str, Any]:
-    """Every figure, as plain data.
+    """All figures, as plain data.
 
-    `presets[preset][precision][contestant]` is the fastest `Measurement` with its `mfu`;
-    `presets[preset][precision]["ratio_vs_plain"]` the speed of 'crate_mae' over that of 'plain', and
-    `memory_vs_plain` its peak memory over that of 'plain'; `ratio_limit` is what the first could be at the most, if
-    'crate_mae' did nothing but its matrix products, at the rate that is an MFU of 1. `image_sizes` holds measurements
-    by side and contestant.
+    `presets[preset][precision][contestant]` is the fastest `Measurement` with its `mfu`. Next to the contestants are
+    `ratio_vs_plain`, the speed of 'crate_mae' divided by that of 'plain', and `memory_vs_plain`, the same for peak
+    memory. `ratio_limit` is an upper limit of `ratio_vs_plain`: its value if 'crate_mae' computed only its matrix
+    products, at an MFU of 1. `image_sizes` holds measurements by side and contestant.
     """
     device = _device(config)
     presets = config.presets or (("tiny", "small", "base", "large") if device == "cuda" else ("tiny", "small"))
@@ -256,7 +260,7 @@ def compare(config: BenchmarkTrainConfig) -> dict[str, Any]:
 
 
 def _against_plain(best: dict[str, Any]) -> dict[str, float]:
-    """Ratios of 'crate_mae' to 'plain', where both ran."""
+    """Ratios of 'crate_mae' to 'plain'; empty unless both ran."""
     ours, plain = best.get("crate_mae", {}), best.get("plain", {})
     ratios: dict[str, float] = {}
     if "images_per_second" in ours and "images_per_second" in plain:
@@ -268,7 +272,7 @@ def _against_plain(best: dict[str, Any]) -> dict[str, float]:
 
 
 def _in_fresh_process(case: Case) -> dict[str, Any]:
-    """A measurement as plain data, or why there is none under 'failed': large images may not fit."""
+    """Run a measurement in a new process. If it fails, for example out of memory, 'failed' holds the reason."""
     done = subprocess.run(
         [sys.executable, "-P", "-m", "crate_ray.benchmarks.training"],
         input=case.model_dump_json(), capture_output=True, text=True,
@@ -281,7 +285,7 @@ def _in_fresh_process(case: Case) -> dict[str, Any]:
 
 def _device(config: BenchmarkTrainConfig) -> Literal["cpu", "cuda"]:
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda', but torch finds no GPU here; take 'cpu' or 'auto'")
+        raise UserError("device is 'cuda', but torch finds no GPU here; use 'cpu' or 'auto'")
     return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 

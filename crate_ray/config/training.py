@@ -19,7 +19,7 @@ class OptimConfig(Settings):
     min_lr: Advanced[Annotated[float, Field(ge=0)]] = 0.0
     """Learning rate at the last step."""
     warmup: Annotated[float, Field(ge=0)] = 0.05
-    """Length of the warm-up: below 1 a share of the run, from 1 on a number of steps."""
+    """Length of the warm-up: a share of the run if it is below 1, else a number of steps."""
     betas: Advanced[tuple[Fraction, Fraction]] = (0.9, 0.95)
     """AdamW's decay rates of the two moment estimates."""
     eps: Advanced[Annotated[float, Field(gt=0)]] = 1e-8
@@ -34,7 +34,7 @@ class TrainingConfig(Settings):
     """Length, batch and precision of training."""
 
     batch_size: PositiveInt = 256
-    """Global batch: samples per optimizer step of all workers together. It does not depend on their number."""
+    """Global batch: samples per optimizer step over all workers. It does not depend on the number of workers."""
     micro_batch_size: PositiveInt | None = None
     """Most samples in one forward pass of a worker; gradients of larger local batches are accumulated. By default the
     whole local batch."""
@@ -50,13 +50,13 @@ class TrainingConfig(Settings):
     needs a C++ compiler and gains little; 'auto' compiles on a GPU only. If compiling fails, training continues without
     it and logs a warning."""
     activation_checkpointing: Advanced[bool] = False
-    """Keep only the input of each layer for the backward pass, and compute the layer again: a fraction of the memory
-    for a third more time, and the same numbers."""
+    """Keep only the input of each layer for the backward pass, and compute the layer again. This takes a fraction of
+    the memory and a third more time. The results do not change."""
     validate_every: PositiveInt | None = None
     """Steps between validations on all held-out samples. By default only after the last step."""
     max_skipped_steps: Advanced[Annotated[int, Field(ge=0)]] = 10
-    """Largest number of consecutive steps that may be skipped because their loss or gradient is not finite. After more
-    of them the run stops with an error."""
+    """Largest number of consecutive steps that may be skipped because their loss or gradient is not finite. With more
+    than that, the run stops with an error."""
     profile_steps: Advanced[tuple[PositiveInt, PositiveInt] | None] = None
     """First and last step to profile on rank 0 with torch.profiler, such as [20, 25]. A trace and a table of operators
     are written to profile/ in the run's folder."""
@@ -79,21 +79,22 @@ class ScalingConfig(Settings):
     resize_seconds: Advanced[Annotated[float, Field(ge=0)]] = 60.0
     """Seconds between checks for new nodes, if workers is a range."""
     strategy: Advanced[Literal["auto", "ddp", "fsdp"]] = "auto"
-    """How workers share a model. With 'ddp' each holds all of it. With 'fsdp' (FSDP2) each holds an equal part of
-    weights, gradients and optimizer state, and layers are gathered when they are needed: for models that do not fit
-    into memory. 'auto' is ddp. A run may be resumed with another strategy."""
+    """How workers share a model. With 'ddp' each worker holds the whole model. With 'fsdp' (FSDP2), for models that do
+    not fit into memory, each worker holds an equal part of weights, gradients and optimizer state, and layers are
+    gathered when they are needed. 'auto' is ddp. A run may be resumed with another strategy."""
     gpu: bool | None = None
-    """One GPU per worker. By default if the cluster has enough GPUs for all workers."""
+    """Give each worker a GPU. By default, if the cluster has any."""
     cpus_per_worker: Advanced[PositiveInt | None] = None
-    """CPUs that each worker reserves and computes on. By default an equal share of the cluster's."""
+    """CPUs that each worker reserves and uses. By default an equal share of the CPUs of all nodes, or of the nodes with
+    GPUs."""
     hang_seconds: Advanced[Annotated[float, Field(gt=0)]] = 900.0
     """Seconds without a step after which the run ends with an error that names the worker that hangs."""
     preemption_seconds: Advanced[Annotated[float, Field(gt=0)] | None] = 10.0
-    """Seconds between checks for a notice that a node is about to be taken away. A checkpoint is saved then. null for
-    no checks."""
+    """Seconds between checks for a notice that a node is about to be preempted. After a notice, a checkpoint is saved.
+    null for no checks."""
     lease_seconds: Advanced[Annotated[float, Field(ge=1)]] = 15.0
-    """Seconds for which a driver that was killed still blocks its run or sweep. Only one driver at a time may work on
-    it."""
+    """Seconds after which another driver may take over the run or sweep of a driver that was killed. Only one driver at
+    a time may work on a run or sweep."""
     max_failures: Advanced[Annotated[int, Field(ge=-1)]] = 3
     """Number of worker failures from which the run recovers before it ends with an error; -1 for any number."""
     max_preemption_failures: Advanced[Annotated[int, Field(ge=-1)]] = -1
@@ -128,17 +129,17 @@ class ScalingConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """When checkpoints are saved, and which ones are kept."""
+    """When checkpoints are saved, and which of them are kept."""
 
     every_steps: PositiveInt = 500
     """Steps between checkpoints. The last step always saves one."""
     keep_last: Advanced[PositiveInt] = 2
     """Number of newest checkpoints to keep."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """Number of checkpoints with the lowest validation loss to keep in addition. The run is then validated before each
-    checkpoint."""
+    """Number of checkpoints with the lowest validation loss to keep in addition. If set, the run is validated before
+    each checkpoint."""
     keep_every_hours: Advanced[Annotated[float, Field(gt=0)] | None] = None
-    """Hours between checkpoints to keep in addition, the first one included."""
+    """Hours between checkpoints to keep in addition, starting with the first one."""
 
 
 class TrackingConfig(Settings):
@@ -155,5 +156,5 @@ class TrackingConfig(Settings):
     """Steps between probes of the model on eight fixed held-out samples: pictures of reconstructions, attention and
     layers, and metrics by layer (coding rate, share of zeros, Gini index). null for none."""
     deliver_seconds: Advanced[Annotated[float, Field(ge=0)]] = 120.0
-    """Seconds that a finished run waits until MLflow has received everything. The rest is kept on disk, and sent when
-    the same job is started again."""
+    """Seconds that a finished run waits until MLflow has received everything. Records that remain are kept on disk, and
+    sent when the same job is started again."""

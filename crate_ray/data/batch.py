@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from crate_ray.config import DataConfig, ImageModelConfig
 from crate_ray.data.decode.nvjpeg import check_nvjpeg, decode_batch_cuda
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import LARGEST_SMALL_SIDE, CropRule
-from crate_ray.data.device import DeviceFeed
+from crate_ray.data.device import DeviceFeed, Sent
 from crate_ray.data.format.samples import Sample
 from crate_ray.data.order.dataset_order import Draw
 from crate_ray.data.order.hashing import Int64
@@ -27,12 +26,12 @@ from crate_ray.data.read.mixture import MixtureReader
 from crate_ray.data.read.shard_reader import Unreadable
 from crate_ray.errors import UserError
 
-_CHUNK = 32  # samples per decoding task: long enough to hide the cost of a task, short enough to split a batch
-_SMALL_CHUNK = 128  # the least for small images, which are decoded and resized together
-_SMALL_PIXELS = 2**20  # the most for small images, in pixels
+_CHUNK = 32  # samples per decoding task: enough to hide the cost of a task, and few enough to split a batch
+_SMALL_CHUNK = 128  # smallest task for small images, which are decoded and resized together
+_SMALL_PIXELS = 2**20  # largest task for small images, in pixels
 
 Replacements = Callable[[int, int, int], Iterator[int]]
-"""From (step, slot, sample number) of a bad sample to the numbers of samples to try instead."""
+"""Maps (step, slot, sample number) of a bad sample to the numbers of samples to try instead."""
 
 
 @dataclass
@@ -68,23 +67,28 @@ class PendingBatch:
     usable: NDArray[np.bool_]
     """(n,) false for bad samples that were not replaced."""
     tasks: list[Future[None]]
-    is_sent: bool = False
+    sent: Sent | None = None
+    """Set once its copy to the device has started."""
 
     @property
     def is_ready(self) -> bool:
         """Whether all of its samples are decoded."""
         return all(task.done() and not task.cancelled() and task.exception() is None for task in self.tasks)
 
-    def finish(self, feed: DeviceFeed) -> Batch:
-        """Wait for the batch and start its copy to the device. Raises what the decode threads raised."""
+    def send(self, feed: DeviceFeed) -> Sent:
+        """Wait until the batch is decoded, and start its copy to the device. Raises what the decode threads raised."""
         for task in self.tasks:
             task.result()
-        if not self.is_sent:
+        if self.sent is None:
             if not self.usable.all():
                 with feed.queue():
                     self.batch = self.batch.select(self.usable)
-            self.batch.images = feed.send(self.batch.images)
-            self.is_sent = True
+            self.sent = feed.send(self.batch.images)
+        return self.sent
+
+    def finish(self, feed: DeviceFeed) -> Batch:
+        """The batch, ready for work that is queued on the caller's stream. Raises as `send` does."""
+        self.batch.images = feed.hand_over(self.send(feed))
         return self.batch
 
 
@@ -99,7 +103,7 @@ class BatchDecoder:
         feed: the device that batches go to.
         slots: the half-open range of the global batch's slots that this worker computes.
         make_crops: crop rule of drawn samples.
-        replacements: what to try in place of a bad sample; if None, bad samples are left out of their batch.
+        replacements: samples to try in place of a bad sample. If None, bad samples are left out of their batch.
         bad: counts bad samples.
     """
 
@@ -124,7 +128,8 @@ class BatchDecoder:
             check_nvjpeg(feed.device)
         self._suffixes = [dataset.manifest.image_suffixes for dataset in mixture.datasets]
         self._label_use: LabelUse = "ignored" if mixture.num_classes is None else "required"
-        self.num_threads = data.decode_threads or len(os.sched_getaffinity(0))
+        # Not the CPUs of the machine: a Ray worker has a share of them, which is torch's number of threads.
+        self.num_threads = data.decode_threads or torch.get_num_threads()
         """Decode threads to use."""
         self._chunk = self._chunk_size(data.prefetch_batches)
 
@@ -141,12 +146,10 @@ class BatchDecoder:
         self, pool: ThreadPoolExecutor, step: int, draw: Draw, samples: list[Sample | Unreadable]
     ) -> PendingBatch:
         """Start decoding a step's samples in the pool."""
-        dtype = torch.float32 if self._mixture.kind == "grid" else torch.uint8
-        memory = {"device": self._feed.device} if self._on_device else {"pin_memory": self._feed.device.type == "cuda"}
         batch = Batch(
             step=step,
             epochs=draw.epochs,
-            images=torch.empty((len(samples), *self._image_shape), dtype=dtype, **memory),
+            images=self._empty(len(samples)),
             samples=draw.samples,
             keys=[s.key for s in samples],
             labels=None if self._label_use == "ignored" else np.full(len(samples), NO_LABEL, np.int64),
@@ -156,6 +159,15 @@ class BatchDecoder:
         starts = range(0, len(samples), self._chunk)
         chunks = [slice(start, min(start + self._chunk, len(samples))) for start in starts]
         return PendingBatch(batch, usable, [pool.submit(self._decode, batch, usable, samples, c) for c in chunks])
+
+    def _empty(self, count: int) -> Tensor:
+        """Memory for a batch: on the device if it is decoded there, else on the host."""
+        shape = (count, *self._image_shape)
+        dtype = torch.float32 if self._mixture.kind == "grid" else torch.uint8
+        if not self._on_device:
+            return torch.empty(shape, dtype=dtype, pin_memory=self._feed.device.type == "cuda")
+        with self._feed.queue():  # the stream that writes it: it may be memory whose last use there is still queued
+            return torch.empty(shape, dtype=dtype, device=self._feed.device)
 
     def _decode(self, batch: Batch, usable: NDArray[np.bool_], samples: list[Sample | Unreadable], rows: slice) -> None:
         """In a thread: fill these rows of a batch, and replace bad samples or mark them as not usable."""
@@ -177,7 +189,7 @@ class BatchDecoder:
         errors = []
         for sample, error, decode_error in zip(samples, contents.errors, found, strict=True):
             if decode_error is not None:
-                # Its traceback refers to itself, and so would keep the samples in memory until garbage collection.
+                # The traceback refers to itself. It would keep the samples in memory until garbage collection.
                 decode_error.__traceback__ = decode_error.__context__ = decode_error.__cause__ = None
                 error = error or SampleError.of_decode_error(sample.key, decode_error)
             errors.append(error)
@@ -204,6 +216,6 @@ class BatchDecoder:
             if self._try(batch, slice(row, row + 1), [sample])[0] is None:
                 return True
         raise UserError(
-            f"sample {bad_key!r} of {self._mixture.uri} is unusable, and so are all that were tried in its place; "
+            f"sample {bad_key!r} of {self._mixture.uri} is unusable, and so are all replacements that were tried; "
             "pack the good samples again with `crate-ray prepare`"
         )

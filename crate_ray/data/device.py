@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         values = values.pin_memory()  # copies from pageable memory are synchronous
     return values.to(device, non_blocking=True)
+
+
+class Sent(NamedTuple):
+    """A batch on its way to the device."""
+
+    images: Tensor
+    ready: torch.cuda.Event | None
+    """Passed when the batch has arrived; None on devices whose copies are synchronous."""
 
 
 class DeviceFeed:
@@ -37,19 +46,20 @@ class DeviceFeed:
         """Whether copies overlap computation, so that it pays to send a batch before it is needed."""
         return self._stream is not None
 
-    def send(self, images: Tensor) -> Tensor:
-        """Start the copy of a batch. Call `hand_over` on the result before using it.
+    def send(self, images: Tensor) -> Sent:
+        """Start the copy of a batch.
 
         Args:
-            images: in pinned memory, or filled within `queue`.
+            images: in pinned memory, or allocated and filled within `queue`.
         """
         with self.queue():
-            return images.to(self.device, non_blocking=True)
+            images = images.to(self.device, non_blocking=True)
+            return Sent(images, self._stream.record_event() if self._stream else None)
 
-    def hand_over(self, images: Tensor) -> Tensor:
-        """Make the caller's stream wait for a batch that was sent. The calling thread does not wait."""
-        if self._stream is not None:
+    def hand_over(self, sent: Sent) -> Tensor:
+        """Make the caller's stream wait for a batch, but not for later ones. The calling thread does not wait."""
+        if sent.ready is not None:
             current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._stream)
-            images.record_stream(current)  # do not reuse its memory before the caller's stream is done with it
-        return images
+            current.wait_event(sent.ready)
+            sent.images.record_stream(current)  # do not reuse its memory before the caller's stream is done with it
+        return sent.images

@@ -31,10 +31,10 @@ from crate_ray.data.read.resident import ResidentSource
 from crate_ray.data.read.streamed import StreamedSource
 from crate_ray.errors import UserError
 
-_WINDOWS_AHEAD = 8  # bounds the planning; what is read ahead is bounded by buffer_bytes
+_WINDOWS_AHEAD = 8  # limits only the planning; buffer_bytes limits the bytes that are read ahead
 _CPU = torch.device("cpu")
 _REPLACEMENTS_TRIED = 64
-_CLOSING_SECONDS = 1.0  # a storage that does not answer can hold the planning thread for longer
+_CLOSING_SECONDS = 1.0  # do not wait longer, because a storage that does not answer can block the planning thread
 
 
 class LoaderState(TypedDict):
@@ -45,7 +45,7 @@ class LoaderState(TypedDict):
     dataset: str
     """Digest of the dataset."""
     order: dict[str, object]
-    """What the order of the samples depends on: seed, batch size, blocks."""
+    """Everything that the order of the samples depends on: seed, batch size, blocks."""
 
 
 class Loader:
@@ -120,7 +120,6 @@ class Loader:
                 raise item
             batch = item.finish(self._feed)
             self._step = batch.step + 1
-            batch.images = self._feed.hand_over(batch.images)
             if self._feed.copies_ahead:
                 self._send_next()
             yield batch
@@ -130,7 +129,7 @@ class Loader:
         with self._ready.mutex:
             item = self._ready.queue[0] if self._ready.queue else None
         if isinstance(item, PendingBatch) and item.is_ready:
-            item.finish(self._feed)
+            item.send(self._feed)
 
     def __enter__(self) -> Loader:
         return self
@@ -165,7 +164,7 @@ class Loader:
         """Stop the threads."""
         self._closed.set()
         self._source.close()
-        with suppress(Empty):  # makes room for what the planning thread is about to put
+        with suppress(Empty):  # make room for the item that the planning thread may be about to put
             while True:
                 self._ready.get_nowait()
         # If a thread is inside torch when the interpreter exits, the process aborts.
@@ -191,7 +190,7 @@ class Loader:
             return False
 
         def request(first: int, step: int) -> int:
-            """Request steps from `first` on while `step` is the next to be taken. Returns the first not requested."""
+            """Request steps from `first` on. `step` is the next one to take. Returns the first step not requested."""
             for ahead in range(max(first, step), min(step + self._lookahead, self._stop)):
                 if not source.request(ahead):
                     return ahead
@@ -201,7 +200,7 @@ class Loader:
         try:
             requested = request(self._step, self._step)
             for step in range(self._step, self._stop):
-                # Do not bind the samples to a name: their bytes are to be freed as soon as they are decoded.
+                # Do not bind the samples to a name, so that their bytes are freed as soon as they are decoded.
                 pending = self._decoder.start(pool, step, *source.take(step))
                 requested = request(requested, step + 1)
                 if not put(pending):
@@ -212,7 +211,7 @@ class Loader:
 
 
 def _differences(saved: object, here: object, name: str = "") -> list[str]:
-    """Differences between two pieces of plain data, by name."""
+    """Describe the differences between two pieces of plain data, by name."""
     if isinstance(saved, dict) and isinstance(here, dict):
         pairs = [(f"{name}.{key}".lstrip("."), saved.get(key), here.get(key)) for key in {**saved, **here}]
     elif isinstance(saved, list | tuple) and isinstance(here, list) and len(saved) == len(here):
@@ -236,7 +235,7 @@ def training_loader(
 ) -> Loader:
     """Augmented batches for one worker: slots [rank·B/W, (rank+1)·B/W) of every global batch.
 
-    Works under any launcher: it needs no more than rank and world size.
+    Works with any launcher, because it needs only rank and world size.
 
     Args:
         mixture, order: the datasets and the order of their samples.

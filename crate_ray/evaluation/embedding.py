@@ -15,6 +15,7 @@ import ray
 import ray.data
 import ray.exceptions
 import safetensors.torch
+import torch
 from numpy.typing import NDArray
 
 from crate_ray.config import EmbedConfig, Feature, S3Config
@@ -38,7 +39,7 @@ from crate_ray.evaluation.features import compute_device
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import ModelDescription
 from crate_ray.progress import CountDisplay
-from crate_ray.ray_cluster import start_ray
+from crate_ray.ray_cluster import start_ray, task_cpus
 from crate_ray.serving import FeatureExtractor, load_images
 from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.storage.lease import Lease
@@ -47,12 +48,12 @@ _MAX_PARTS = 10_000
 
 
 def embed_dataset(config: EmbedConfig, model: MaskedAutoencoder, description: ModelDescription) -> EmbeddingRecord:
-    """Embed every sample of a dataset once and write Parquet files; if they are complete already, do nothing.
+    """Embed every sample of a dataset once and write Parquet files. If they are already complete, do nothing.
 
     Rows: `key` of the sample, `sample` (its number in the dataset), `label` (if every sample has a class), `embedding`
     (dim × float32). Bad samples are skipped and listed in the record. Starts Ray, or uses the one that is running.
 
-    Raises UserError if the data does not fit the model, the output holds anything else or is in use, or too many
+    Raises UserError if the data does not fit the model, if the output holds other data or is in use, or if too many
     samples are bad.
     """
     shards, output = load_dataset(open_storage(config.data, config.s3)), open_storage(config.output, config.s3)
@@ -103,7 +104,7 @@ def _compute(
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=config.workers),
-        num_cpus=1,
+        num_cpus=task_cpus(config.workers, config.gpu),
         num_gpus=1 if config.gpu else 0,
         fn_constructor_args=(job,),
     )
@@ -122,7 +123,7 @@ def _compute(
 
 
 class _Job(NamedTuple):
-    """What all encoders share."""
+    """Data that all encoders share."""
 
     data: str
     output: str
@@ -137,14 +138,14 @@ class _Job(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """A part that was written, and the samples that are not in it."""
+    """A part that was written, and the bad samples that are missing in it."""
 
     part: Part
     errors: list[SampleError]
 
 
 def _results(written: ray.data.Dataset) -> Iterator[_Result]:
-    """Results of the encoders as they come. Raises UserError if an encoder did, or if Ray lost it."""
+    """Results of the encoders, in the order of completion. Raises UserError if an encoder raised it or Ray lost one."""
     try:
         for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in table.to_pylist():
@@ -203,11 +204,13 @@ class _Encoder:
         return _Result(part, errors)
 
     def _embed(self, first: int, samples: list[Sample | Unreadable]) -> tuple[pa.Table, list[SampleError]]:
-        """Embeddings of the good ones among samples first, first + 1, …; and the errors of the others."""
+        """Embeddings of the good samples, and errors of the bad ones. The samples are numbered first, first + 1, …."""
         manifest = self._reader.shards.manifest
         labelled = manifest.num_classes is not None
         contents = sample_contents(samples, manifest.image_suffixes, "required" if labelled else "ignored")
-        images, decode_errors = load_images(contents.encoded, self._extractor.description)
+        images, decode_errors = load_images(
+            contents.encoded, self._extractor.description, threads=torch.get_num_threads()
+        )
         keys = [sample.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for sample in samples]
         good, errors = [], []
         for i, (error, decode_error) in enumerate(zip(contents.errors, decode_errors, strict=True)):
@@ -241,4 +244,4 @@ _RESULT = pa.schema(
         "messages": pa.list_(pa.string()),
     }
 )
-"""What an encoder returns for each part."""
+"""Schema of an encoder's result for each part."""

@@ -29,21 +29,21 @@ from crate_ray.evaluation.feature_cache import UNUSABLE, FeatureCache, FeatureSe
 from crate_ray.evaluation.features import compute_device, pixel_features, spread
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription
-from crate_ray.ray_cluster import start_ray
+from crate_ray.ray_cluster import start_ray, task_cpus
 from crate_ray.serving import FeatureExtractor, FeaturePoint, load_images
 from crate_ray.storage.interface import open_storage
 
 _BATCH = 128
 _MAX_BAD_FRACTION = 0.01
-_VERSION = 1  # of what features are; a new number makes older cache entries unused
+_VERSION = 1  # version of the features; increase it so that older cache entries are not used
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """How features are computed and cached."""
+    """Computes features in Ray tasks and caches them."""
 
     cache: FeatureCache
-    """Features that are in it are not computed."""
+    """Cached features are not computed again."""
     s3: S3Config
     """Object storage."""
     workers: int | None = None
@@ -79,7 +79,7 @@ class Extraction:
         found = self.cache.get(key)
         if found is None:
             raise UserError(
-                f"features {key} were removed from the cache during the evaluation; use a --features-dir of its own"
+                f"features {key} were removed from the cache during the evaluation; use a separate --features-dir"
             )
         return found
 
@@ -97,8 +97,9 @@ class Extraction:
         resources = ray.cluster_resources()
         gpu = resources.get("GPU", 0) >= 1 if self.gpu is None else self.gpu
         workers = self.workers or max(1, int(resources.get("GPU" if gpu else "CPU", 1)))
+        cpus = task_cpus(workers, gpu)
         rows = len(spread(shards.manifest.num_samples, max_samples))
-        encode = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(_encode)
+        encode = ray.remote(num_cpus=cpus, num_gpus=1 if gpu else 0)(_encode)
         job = ray.put(
             _Job(shards.storage.uri, self.s3, max_samples, description.model_dump_json(), points, ray.put(weights), gpu)
         )
@@ -119,7 +120,7 @@ class Extraction:
 
 
 class _Job(NamedTuple):
-    """What all tasks share."""
+    """Data that all tasks share."""
 
     uri: str
     s3: S3Config
@@ -134,7 +135,7 @@ class _Job(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What a task returns."""
+    """Result of a task."""
 
     rows: NDArray[np.int64]
     samples: NDArray[np.int64]
@@ -142,7 +143,7 @@ class _Block(NamedTuple):
     """(n, sum of the points' dims)"""
     labels: NDArray[np.int64]
     errors: list[SampleError]
-    """Of the bad samples."""
+    """Errors of the bad samples."""
 
 
 def _result(task: Any) -> _Block:
@@ -164,10 +165,10 @@ def _encode(job: _Job, first: int) -> _Block:
     contents = sample_contents(samples, manifest.image_suffixes, "optional")
     labels, errors = np.array(contents.labels, np.int64), []
     description = ModelDescription.model_validate_json(job.description_json)
-    images, decode_errors = load_images(contents.encoded, description)
+    images, decode_errors = load_images(contents.encoded, description, threads=torch.get_num_threads())
     for i, (error, decode_error) in enumerate(zip(contents.errors, decode_errors, strict=True)):
         if decode_error is not None:
-            images[i] = 0  # undefined until now
+            images[i] = 0  # the slot of a bad sample is undefined
             labels[i] = UNUSABLE
             errors.append(error or SampleError.of_decode_error(samples[i].key, decode_error))
     if job.points is None:
@@ -185,7 +186,7 @@ def _encode(job: _Job, first: int) -> _Block:
 
 @lru_cache(maxsize=1)
 def _extractor(description_json: str, weights: Any, gpu: bool) -> FeatureExtractor:
-    """The encoder, cached in the worker process from task to task."""
+    """The encoder. Each worker process caches it for later tasks."""
     description = ModelDescription.model_validate_json(description_json)
     model = build_model(description.model)
     model.load_state_dict(safetensors.torch.load(ray.get(weights)))

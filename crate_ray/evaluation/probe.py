@@ -34,7 +34,7 @@ _ITERATIONS = 150
 _COMPARED_STRENGTHS, _COMPARED_ITERATIONS = (1e-3, 1e-2, 1e-1, 1.0), 50  # enough to compare layers
 _HELD_OUT = 0.2
 _IN_MEMORY_BYTES = 2**30
-_SMALL_BYTES = 2**25  # of features; their products are so short that several threads would be slower than one
+_SMALL_BYTES = 2**25  # with fewer bytes of features, products are so short that one thread is faster than several
 
 
 class ProbeScore(Settings):
@@ -66,7 +66,7 @@ def split_rows(labels: NDArray[np.int64], seed: int) -> Split:
 
 
 def choose_solver(wanted: Literal["auto", "sklearn", "torch"], features: NDArray[np.float32]) -> Solver:
-    """For 'auto': scikit-learn for features of up to 1 GiB, which it copies several times, else torch."""
+    """Choose the solver for 'auto': scikit-learn, which copies the features several times, up to 1 GiB, else torch."""
     if wanted != "auto":
         return wanted
     return "sklearn" if features.nbytes <= _IN_MEMORY_BYTES else "torch"
@@ -173,6 +173,7 @@ def _predictions(
     with threadpool_limits(1 if small else None), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # expected for weak penalties
         if solver == "torch":
+            device = "cpu" if small else device  # its many short steps would wait for a GPU longer than they compute
             path = fit_path(
                 train_x,
                 train_y,

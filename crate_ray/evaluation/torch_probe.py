@@ -65,6 +65,7 @@ def fit_path(
     """
     rows_M = _numbers(x_ND, rows_M)
     mean_D, std_D = (value.to(device) for value in _statistics(x_ND, rows_M))
+    batches = _DeviceBatches(x_ND, y_N, rows_M, mean_D, std_D)
     weight_CD = torch.zeros(num_classes, x_ND.shape[1], device=device, requires_grad=True)
     bias_C = torch.zeros(num_classes, device=device, requires_grad=True)
     count = len(rows_M)
@@ -82,15 +83,46 @@ def fit_path(
             total = weight_CD.square().sum() / (2 * strength * count)
             total.backward()
             total = total.detach()
-            for part, rows in _batches(x_ND, rows_M):
-                logits = F.linear((part.to(device) - mean_D) / std_D, weight_CD, bias_C)
-                loss = F.cross_entropy(logits, torch.from_numpy(y_N[rows]).to(device), reduction="sum") / count
+            for part_BD, labels_B in batches:
+                logits = F.linear(part_BD, weight_CD, bias_C)
+                loss = F.cross_entropy(logits, labels_B, reduction="sum") / count
                 loss.backward()
                 total += loss.detach()
             return total
 
         optimizer.step(objective)
         yield LinearProbe(weight_CD.detach().clone(), bias_C.detach().clone(), mean_D, std_D)
+
+
+class _DeviceBatches:
+    """Batches of standardised features with their labels, on a device.
+
+    They stay there if they fit into half of a GPU's free memory. Otherwise each iteration computes them again.
+    """
+
+    def __init__(
+        self,
+        x_ND: NDArray[np.float32],
+        y_N: NDArray[np.int64],
+        rows_M: NDArray[np.int64],
+        mean_D: Tensor,
+        std_D: Tensor,
+    ) -> None:
+        self._x_ND, self._y_N, self._rows_M = x_ND, y_N, rows_M
+        self._mean_D, self._std_D = mean_D, std_D
+        self._resident: list[tuple[Tensor, Tensor]] | None = None
+        if mean_D.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(mean_D.device)
+            if 4 * len(rows_M) * x_ND.shape[1] <= free // 2:
+                self._resident = list(self)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._resident is not None:
+            yield from self._resident
+            return
+        device = self._mean_D.device
+        for part, rows in _batches(self._x_ND, self._rows_M):
+            yield (part.to(device) - self._mean_D) / self._std_D, torch.from_numpy(self._y_N[rows]).to(device)
 
 
 def _numbers(x_ND: NDArray[np.float32], rows_M: NDArray[np.int64] | None) -> NDArray[np.int64]:

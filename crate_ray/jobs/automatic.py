@@ -1,6 +1,6 @@
-"""`crate-ray pretrain --data PATH`: make a dataset of what is there, choose settings for it, and report them.
+"""`crate-ray pretrain --data PATH`: makes a dataset from the files at a path, chooses settings for it, and prints them.
 
-The facts are gathered here; `crate_ray.config.automatic` chooses by them.
+This module gathers facts about the data and the machine. `crate_ray.config.automatic` chooses the settings.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from crate_ray.errors import UserError
 from crate_ray.storage.interface import Storage, open_storage
 
 DATASETS_FOLDER = "datasets"
-"""Folder, beside the runs, of the datasets that are made here."""
+"""Folder for the datasets that this module makes, next to the runs."""
 
 _MEASURED = 64
 _SHORTEST_SIDE = 480 / 224
-"""Larger images are packed with a shortest side of the model's image size times this, which crops to a fifth need."""
+"""Larger images are packed with a shortest side of the model's image size times this.
+
+This is enough for random crops of a fifth of the area."""
 _UNKNOWN_GPU_BYTES = 16 * GIB
 _VALIDATION_FOLDERS = ("validation", "val", "valid", "test")
 
@@ -37,13 +39,13 @@ class PreparedData:
     train: str
     validation: str | None
     origin: str
-    """How they came about, for the user."""
+    """How the datasets were made, in words for the user."""
 
 
 def complete(values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Settings of a pretraining on the data at `path`, with those that the user gave.
+    """Complete the user's settings for a pretraining on the data at `path`.
 
-    A run that exists keeps the settings that were chosen when it started. Prints what was chosen and why.
+    An existing run keeps the settings of its first start. Prints the choices and the reasons.
 
     Args:
         values: settings that the user gave, nested and not validated.
@@ -54,7 +56,7 @@ def complete(values: dict[str, Any], path: str) -> dict[str, Any]:
     """
     given_data = values.get("data") or {}
     if given_data.get("train") is not None:
-        raise UserError("data.train is given beside --data; give one of them")
+        raise UserError("data.train and --data are both given; give only one of them")
     s3 = validate(S3Config, values.get("s3") or {})
     source = open_storage(path, s3)
     name = str(values.get("name") or run_name(path))
@@ -71,7 +73,7 @@ def complete(values: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def describe(prepared: PreparedData, facts: DataFacts, choice: Choice, *, resumes: bool) -> list[str]:
-    """Five lines on what was chosen and why."""
+    """Lines for the user: what was chosen, and why."""
     held_out = f", {facts.num_held_out:,} held out for validation" if facts.num_held_out else ""
     noun = "images" if facts.kind == "image" else "grids"
     about = {"data": f"{facts.num_samples:,} {noun}{held_out}: {prepared.origin}", **choice.reasons}
@@ -81,7 +83,7 @@ def describe(prepared: PreparedData, facts: DataFacts, choice: Choice, *, resume
 
 
 def run_name(path: str) -> str:
-    """Name of a run by its data: the folder's."""
+    """Default name of a run: the name of its data's folder."""
     name = re.sub(r"[^\w.-]+", "-", PurePosixPath(os.path.abspath(path) if "://" not in path else path).name)  # noqa: PTH100
     return name.strip(".-") or str(PretrainConfig.model_fields["name"].default)
 
@@ -90,10 +92,10 @@ def run_name(path: str) -> str:
 
 
 def prepare_data(source: Storage, folder: Storage, values: dict[str, Any]) -> PreparedData:
-    """Datasets of what a folder holds. Nothing is written into that folder.
+    """Make datasets from the files of a folder. Nothing is written into that folder.
 
-    A folder with a manifest is used as it is; images and grids are packed, and tar shards are indexed, into a
-    sub-folder of `folder` that is named by names, sizes and times of the files, so that this happens once.
+    A folder with a manifest is used as it is. Otherwise images and grids are packed, or tar shards are indexed, into a
+    sub-folder of `folder`. Its name is a digest of the names, sizes and times of the files, so this happens only once.
 
     Raises:
         UserError: the folder holds nothing to train on.
@@ -120,7 +122,7 @@ def prepare_data(source: Storage, folder: Storage, values: dict[str, Any]) -> Pr
 def _packed(
     train: Storage, validation: Storage | None, target: Storage, image_size: int, *, split: bool, given: str | None
 ) -> PreparedData:
-    """Pack a folder of images or grids, and hold out some of them with `split`."""
+    """Pack a folder of images or grids. With `split`, some of them are held out."""
     from crate_ray.data.format.manifest import MANIFEST_NAME
     from crate_ray.data.prepare.packing import pack
     from crate_ray.data.prepare.sources import open_source
@@ -152,7 +154,7 @@ def _packed(
 
 
 def _indexed(train: Storage, validation: Storage | None, target: Storage, given: str | None) -> PreparedData:
-    """Index tar shards where they are."""
+    """Index tar shards without copying them."""
     from crate_ray.data.format.manifest import MANIFEST_NAME
     from crate_ray.data.prepare.indexing import index_existing
     from crate_ray.data.prepare.sources import list_shards
@@ -193,7 +195,7 @@ def _image_size(values: dict[str, Any]) -> int:
 
 
 def gather_data_facts(prepared: PreparedData, s3: S3Config) -> DataFacts:
-    """Number, kind and size of the samples; if sizes differ, the medians of a few samples that are spread evenly."""
+    """Number, kind and size of the samples. If sizes differ, the size is the median of some evenly spaced samples."""
     from crate_ray.data.format.dataset import load_dataset
 
     shards = load_dataset(open_storage(prepared.train, s3))
@@ -242,7 +244,7 @@ def _median_size(shards: Any) -> tuple[int, int]:
 
 
 def gather_machine_facts() -> MachineFacts:
-    """The cluster that RAY_ADDRESS names, or else this machine."""
+    """Facts about the cluster that RAY_ADDRESS names, or else about this machine."""
     import psutil
     import torch
 
@@ -251,17 +253,18 @@ def gather_machine_facts() -> MachineFacts:
     if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
         import ray
 
-        from crate_ray.ray_cluster import start_ray
+        from crate_ray.ray_cluster import cluster_nodes, start_ray
 
         start_ray()
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+        nodes = cluster_nodes()
+        memory = [node["Resources"].get("memory") for node in ray.nodes() if node["Alive"]]
+        gpus = sum(node.gpus for node in nodes)
         return MachineFacts(
             gpus=gpus,
             gpu_bytes=(gpu_bytes or _UNKNOWN_GPU_BYTES) if gpus else 0,
-            cpus=sum(int(node.get("CPU", 0)) for node in nodes),
-            memory_bytes=int(min((node["memory"] for node in nodes if node.get("memory")), default=4 * GIB)),
-            nodes=max(1, sum(node.get("CPU", 0) >= 1 for node in nodes)),
+            cpus=sum(node.cpus for node in nodes),
+            memory_bytes=int(min(filter(None, memory), default=4 * GIB)),
+            nodes=max(1, sum(node.cpus >= 1 for node in nodes)),
         )
     return MachineFacts(
         gpus=len(devices),
@@ -272,7 +275,7 @@ def gather_machine_facts() -> MachineFacts:
 
 
 def _settings_of_run(run: Storage) -> dict[str, Any] | None:
-    """What a run that exists was started with, as far as it decides what the run computes."""
+    """Settings of an existing run, without name, storage and data addresses. None if there is no such run."""
     from crate_ray.runs.record import read_record
 
     record = read_record(run)

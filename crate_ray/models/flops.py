@@ -21,20 +21,31 @@ from crate_ray.models import build_model
 from crate_ray.models.reference import ReferenceCrateMAE
 
 GPU_PEAK_FLOPS: dict[str, float] = {
+    "GB300": 2500e12,
+    "B300": 2250e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "GH200": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "MI300X": 1307e12,
     "A100": 312e12,
+    "A800": 312e12,
     "L40S": 362e12,
     "L40": 181e12,
+    "L20": 119.5e12,
     "L4": 121e12,
     "A40": 150e12,
     "A30": 165e12,
     "A10G": 70e12,
     "A10": 125e12,
+    "RTX PRO 6000": 504e12,
+    "RTX 5090": 209.5e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
     "V100": 125e12,
@@ -45,8 +56,13 @@ The keys are words of the name that torch.cuda.get_device_name returns; the firs
 
 
 def gpu_peak_flops(name: str) -> float | None:
-    """Peak FLOP/s in bf16 of a GPU by its name, as its vendor states it; None if the GPU is not listed."""
+    """Peak FLOP/s in bf16 of a GPU by its name, as its vendor states it; None if the GPU is not listed.
+
+    None too for a part of a GPU (MIG), whose name is that of the whole one with its profile.
+    """
     words = f" {name.replace('-', ' ')} "
+    if " MIG " in words:
+        return None
     return next((peak for part, peak in GPU_PEAK_FLOPS.items() if f" {part} " in words), None)
 
 
@@ -58,12 +74,12 @@ def training_flops(config: ModelConfig, batch_size: int) -> int:
 
 @lru_cache(maxsize=256)
 def reference_training_flops(config: CrateMAEConfig, batch_size: int) -> int:
-    """The same for `ReferenceCrateMAE`, whose ISTA takes three products."""
+    """FLOPs of one forward and backward pass of `ReferenceCrateMAE`, whose ISTA takes three products."""
     return _count(ReferenceCrateMAE, config, batch_size)
 
 
 def _count(build: Callable[[Any], nn.Module], config: ModelConfig, batch_size: int) -> int:
-    """Count small models and extrapolate: the layers of a stack are alike, and each layer takes time to count."""
+    """Count models with few layers and extrapolate. All layers of a stack are equal, and counting each takes time."""
     assert config.decoder_depth is not None  # set by the config's validation
 
     def count(depth: int, decoder_depth: int) -> int:

@@ -1,7 +1,7 @@
-"""The training loop without Ray, checkpoints and MLflow, in this process or in those that torchrun has started.
+"""The training loop without Ray, checkpoints and MLflow, in this process or in processes that torchrun has started.
 
-A Ray Train job is compared with it, in time and bit by bit, and it trains on a machine that has torch alone. Under
-torchrun:
+Benchmarks and tests compare Ray Train jobs with it, in time and bit by bit. It also trains on machines that have only
+torch. With torchrun:
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m crate_ray.training.bare_loop RUN TIMES
 
@@ -37,14 +37,14 @@ from crate_ray.training.worker import StartFacts, StepDecision, Worker
 
 
 class Trained(NamedTuple):
-    """What training leaves."""
+    """Result of a training."""
 
     weights: dict[str, Tensor]
-    """Of the model, after the last step, on the CPU."""
+    """Weights of the model after the last step, on the CPU."""
     seconds: list[float]
     """Duration of each whole interval of tracking.log_every steps."""
     held_out: dict[str, float]
-    """Metrics on the held-out data after the last step; empty if there is none."""
+    """Metrics on the held-out data after the last step; empty without held-out data."""
 
 
 def train(
@@ -56,10 +56,10 @@ def train(
     weights: Mapping[str, Tensor] | None = None,
     listeners: Sequence[Listener] = (),
 ) -> Trained:
-    """Train all steps of a run, as one process of the process group if there is one.
+    """Train all steps of a run. If there is a process group, this process trains its part.
 
-    Starts from `weights` if they are given. If the record has no number of threads, each process uses all cores.
-    Listeners of rank 0 follow the run. No pictures are made.
+    Starts from `weights` if they are given. If the record has no number of threads, each process uses all cores. Only
+    rank 0's listeners receive events. No pictures are made.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     record = record.model_copy(update={"threads": record.threads or len(os.sched_getaffinity(0))})
@@ -69,7 +69,7 @@ def train(
         worker = Worker(
             rank=rank,
             world_size=world_size,
-            device=torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu"),
+            device=_local_device(),
             scratch=Path(scratch),
             reporter=reporter,
             control=_NoControl(),
@@ -86,9 +86,18 @@ def train(
     return Trained(state, seconds, reporter.held_out)
 
 
+def _local_device() -> torch.device:
+    """The GPU of this process among those of its machine, as torchrun numbers them, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
 @dataclass
 class _LocalReporter:
-    """Passes on to listeners in this process, and keeps what `train` returns."""
+    """Passes events on to listeners in this process, and stores the metrics that `train` returns."""
 
     listeners: Sequence[Listener]
     logged: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -127,7 +136,7 @@ class _LocalReporter:
 
 
 class _NoControl:
-    """No driver asks for anything."""
+    """A control without a driver: the run is never asked to stop."""
 
     def decide(self, step: int) -> StepDecision:
         return StepDecision(stop=False, check_preemption=False)
@@ -141,7 +150,7 @@ class _NoControl:
 
 @dataclass
 class _NoCheckpoints:
-    """Saves nothing; starts from the given weights, or from those of the seed."""
+    """Saves nothing. Training starts from the given weights, or else from the seed's random weights."""
 
     weights: Mapping[str, Tensor] | None
 
@@ -161,8 +170,9 @@ class _NoCheckpoints:
 
 
 def main(settings: Path, times: Path) -> None:
-    """Join the process group that torchrun describes, train, and let the first process write its times."""
+    """Join torchrun's process group and train. Rank 0 writes its times."""
     given = json.loads(settings.read_text())
+    _local_device()  # before NCCL chooses one
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     config, record = PretrainConfig.model_validate(given["config"]), RunRecord.model_validate(given["record"])
     seconds = train(PretrainTask, config, record, given["total_steps"]).seconds

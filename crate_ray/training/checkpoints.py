@@ -1,4 +1,4 @@
-"""A worker's side of its run's checkpoints: what it starts from, and what it saves while it trains."""
+"""Checkpoints on a worker: restores the state that training starts from, and saves checkpoints while it trains."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from crate_ray.training.task import Assembled
 
 logger = logging.getLogger(__name__)
 
-_RETRY_SECONDS = (1.0, 5.0, 25.0)  # pauses before an upload is tried again, after the storage's own retries
+_RETRY_SECONDS = (1.0, 5.0, 25.0)  # pauses between retries of an upload, in addition to the storage's own retries
 _UPLOAD_TIMEOUT = 3600.0
 
 
@@ -46,19 +46,19 @@ class UploadFailed(OSError):  # noqa: N818 - named for what happened
 
 
 class SaveEvents(Protocol):
-    """Who hears of a save in the background. All calls come from another thread."""
+    """Receives the events of a save in the background. All calls come from another thread."""
 
     def flush(self) -> None:
-        """Called before a rank's part counts as uploaded: waits until everything the rank reported has arrived."""
+        """Wait until all reports of this rank have arrived. Called before the rank's part counts as uploaded."""
 
     def wait_until_recorded(self) -> None:
-        """Called on rank 0 before the checkpoint is committed: waits until what all ranks reported up to it is stored.
+        """Wait until the reports of all ranks are recorded. Called on rank 0 before the checkpoint is committed.
 
-        A run that goes on from this checkpoint does not report it again.
+        A run that resumes from this checkpoint does not send these reports again.
         """
 
     def checkpoint(self, step: int, seconds: float) -> None:
-        """Called on rank 0 after the commit: how long the save took in the background."""
+        """Report how long the save took in the background. Called on rank 0 after the commit."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Peers:
     """This worker among the workers of a run."""
 
     group: str
-    """Id of the workers that were started together; no other start of the run has it."""
+    """Unique id of the workers that were started together."""
     rank: int
     world_size: int
     is_first_of_node: bool
@@ -82,23 +82,31 @@ class Peers:
 class WorkerCheckpoints:
     """Checkpoints of one worker. All workers make the same calls; `restore` and `save` are collective.
 
-    A worker holds at most one checkpoint's part in memory, and once more on its local disk.
+    A worker holds its part of at most one checkpoint, once in memory and once on its local disk.
 
     Args:
         run: the run's folder.
-        attempt: folder under it for the checkpoints of this start of the driver.
+        attempt: folder in it for the checkpoints of this start of the driver.
         record: the run's record.
         config: which checkpoints to keep.
         peers: this worker among the others.
-        events: who hears of a save.
+        events: receives the events of a save.
+        device: the device that trains.
     """
 
     def __init__(
-        self, run: Storage, attempt: str, record: RunRecord, config: CheckpointConfig, peers: Peers, events: SaveEvents
+        self,
+        run: Storage,
+        attempt: str,
+        record: RunRecord,
+        config: CheckpointConfig,
+        peers: Peers,
+        events: SaveEvents,
+        device: torch.device,
     ) -> None:
         self._run, self._attempt, self._record, self._config = run, attempt, record, config
         self._peers, self._events = peers, events
-        cuda = torch.cuda.is_available()
+        cuda = device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
@@ -108,9 +116,9 @@ class WorkerCheckpoints:
         self._upload: Future[None] | None = None
 
     def restore(self, assembled: Assembled) -> int:
-        """Load the newest valid checkpoint, else the weights that the run starts from, if any; returns its step.
+        """Load the newest valid checkpoint, else the run's initial weights, if any. Returns the step to start at.
 
-        Raises UserError when the checkpoint was computed in another way (see checkpoint_files.check_arithmetic).
+        Raises UserError if the workers compute differently from the checkpoint (see checkpoint_files.check_arithmetic).
         """
         model = assembled.task.model
         commit = self._newest_commit()
@@ -125,9 +133,9 @@ class WorkerCheckpoints:
         return state.step
 
     def save(self, step: int, assembled: Assembled, validation_loss: float | None = None) -> None:
-        """Copy the state and return; write, upload and commit the copy in the background.
+        """Copy the state and return. The copy is written, uploaded and committed in the background.
 
-        Waits for the previous save. Raises UploadFailed when that one has failed.
+        Waits for the previous save. Raises UploadFailed if that save has failed.
         """
         self._wait()
         tensors = checkpoint_tensors(assembled.task.model, assembled.optimizer)
@@ -143,18 +151,18 @@ class WorkerCheckpoints:
         self._upload = self._thread.submit(self._upload_and_commit, part, state, validation_loss)
 
     def raise_failure(self) -> None:
-        """Raise UploadFailed when the save in the background has failed."""
+        """Raise UploadFailed if the save in the background has failed."""
         if self._upload is not None and self._upload.done():
             self._wait()
 
     def finish(self) -> None:
-        """Wait until everything is uploaded. Raises UploadFailed when that has failed."""
+        """Wait until everything is uploaded. Raises UploadFailed if the upload has failed."""
         self._wait()
         self._thread.shutdown()
         self._stager.close()
 
     def _newest_commit(self) -> Commit | None:
-        """The newest valid checkpoint, which rank 0 finds by fetching it; the same on every rank."""
+        """The newest valid checkpoint. Rank 0 finds and fetches it, and broadcasts it to all ranks."""
         commit = None
         if self._peers.rank == 0:
             delete_unfinished(self._run)
@@ -164,7 +172,7 @@ class WorkerCheckpoints:
 
     @contextmanager
     def _fetched(self, commit: Commit | None) -> Iterator[Path]:
-        """Inside, a local folder with a checkpoint's files, or those of the initial weights, once per node."""
+        """Fetch a checkpoint's files, or those of the initial weights, to a temporary local folder, once per node."""
         peers, folder = self._peers, self._peers.node_scratch / "restore"
         if commit is None:
             if peers.is_first_of_node:
@@ -184,7 +192,7 @@ class WorkerCheckpoints:
         try:
             self._upload.result(_UPLOAD_TIMEOUT)
         except TimeoutError:
-            if self._upload.done():  # it is the upload's own
+            if self._upload.done():  # the upload itself raised this error
                 raise
             raise TimeoutError(
                 f"the upload of a checkpoint to {self._run.uri} takes more than {_UPLOAD_TIMEOUT:.0f} s"
@@ -194,7 +202,7 @@ class WorkerCheckpoints:
         self, part: dict[str, Tensor], state: CheckpointState, validation_loss: float | None
     ) -> None:
         began, rank = time.perf_counter(), self._peers.rank
-        name = f"step-{state.step:08d}-{self._peers.group}"  # a group saves a step once
+        name = f"step-{state.step:08d}-{self._peers.group}"  # unique, because a group saves a step only once
         directory, local = f"{self._attempt}/{name}", self._peers.scratch / name
         try:
             self._events.flush()
@@ -229,7 +237,7 @@ class WorkerCheckpoints:
 
 
 def _retry(action: Callable[[], None], directory: str) -> None:
-    """Call a function that fails while a disk is full or the storage is away, and retry a few times.
+    """Call a function, and retry a few times if it fails, for example while a disk is full or storage is unavailable.
 
     Raises UploadFailed after the last retry, and TimeoutError at once.
     """

@@ -1,8 +1,8 @@
-"""What happens between the driver and the workers beside training: heartbeats, stopping, notices of preemption.
+"""Control messages between the driver and the workers: heartbeats, requests to stop, notices of preemption.
 
-Each worker has a thread that shows the driver where the worker is. Rank 0's thread also asks the driver whether to
-stop. Before each step all ranks agree on what rank 0 knows, by a collective that was started one step earlier, so that
-no rank waits for it.
+Each worker has a thread that sends the worker's position to the driver. Rank 0's thread also asks the driver whether to
+stop. Before each step, an all-reduce shares rank 0's answer with all ranks. It was started one step earlier, so that no
+rank waits for it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _PACKAGE = Path(__file__).parents[1].as_posix()
 
 
 def heartbeat_seconds(hang_seconds: float) -> float:
-    """Time between two heartbeats. It is short enough that some may be late."""
+    """Time between two heartbeats. It is short enough that several may be late before a run counts as hanging."""
     return min(10.0, hang_seconds / 6)
 
 
 class WorkerControl:
-    """A worker's side. Use it as a context manager around everything that the worker does.
+    """The worker's side. Use it as a context manager around all of the worker's work.
 
     Args:
         group: id of the worker group.
-        rank, world_size: of this worker.
-        send: sends the driver a heartbeat; called from a thread.
+        rank, world_size: this worker, and the number of workers.
+        send: sends a heartbeat to the driver; called from a thread.
         stop_requested: whether the driver wants the run to stop; called from rank 0's thread.
         heartbeat_seconds: time between two heartbeats.
         preemption_seconds: time between two checks for a notice of preemption; None for no checks.
@@ -62,7 +62,7 @@ class WorkerControl:
     ) -> None:
         self._group_id, self._rank, self._send, self._stop_requested = group, rank, send, stop_requested
         self._heartbeat_seconds, self._preemption_seconds = heartbeat_seconds, preemption_seconds
-        # Gloo on any device: no GPU waits for it.
+        # Gloo on every device, so that no GPU waits for it.
         self._process_group = dist.new_group(backend="gloo") if world_size > 1 else None
         self._step, self._phase = 0, START
         self._stop = False
@@ -84,13 +84,13 @@ class WorkerControl:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside, this worker is doing what `name` says."""
+        """Context manager that sets the phase in this worker's heartbeats."""
         before, self._phase = self._phase, name
         yield
         self._phase = before
 
     def decide(self, step: int) -> StepDecision:
-        """What all ranks do before a step. All ranks call it before each step."""
+        """Decide what all ranks do before a step. All ranks call it before each step."""
         self._step, self._phase = step, "step"
         check = self._preemption_seconds is not None and time.monotonic() - self._checked >= self._preemption_seconds
         if check:
@@ -107,7 +107,7 @@ class WorkerControl:
         return StepDecision(*map(bool, agreed.tolist()))
 
     def finish(self) -> None:
-        """Wait for the last decision: all ranks have called `decide` equally often."""
+        """Wait for the last all-reduce. All ranks have called `decide` the same number of times."""
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None
@@ -133,7 +133,7 @@ class WorkerControl:
 
 @dataclass
 class Watchdog:
-    """The driver's side: finds out whether the workers hang, and which of them."""
+    """The driver's side: detects whether the workers hang, and which of them."""
 
     hang_seconds: float
     """A run hangs when it makes no step for this long."""
@@ -141,10 +141,10 @@ class Watchdog:
     _heartbeats: dict[int, tuple[float, Heartbeat]] = field(default_factory=dict)
     _furthest: int = -1
     _progress: float = 0.0
-    """When the furthest step was first seen."""
+    """Time at which the furthest step was first reported."""
 
     def seen(self, heartbeat: Heartbeat, now: float) -> None:
-        """Record a heartbeat, and the time by the driver's clock."""
+        """Record a heartbeat and the time on the driver's clock."""
         if heartbeat.group != self._group:  # the workers were restarted, perhaps with another number
             self._group, self._heartbeats, self._furthest, self._progress = heartbeat.group, {}, -1, now
         self._heartbeats[heartbeat.rank] = (now, heartbeat)
@@ -161,11 +161,12 @@ class Watchdog:
         return now - max((seen for seen, _ in self._heartbeats.values()), default=-math.inf)
 
     def check(self, now: float) -> None:
-        """Raise UserError, naming the rank, when nothing has moved for too long.
+        """Raise UserError, with the rank to blame, if no step was made for too long.
 
-        Heartbeats come from threads of their own: if none comes, there is no worker that could hang, and Ray Train
-        waits for a node. Before the first step only silence counts, as restoring and compiling take their time. After
-        the last step nothing counts: the workers upload, and leave one by one.
+        Heartbeats come from separate threads. If there are none at all, there are no workers, and Ray Train waits for
+        a node: this is not a hang. Before the first step, only a rank without heartbeats counts as hanging, because
+        restoring and compiling take long. After the last step nothing counts as hanging, because the workers upload
+        their last checkpoint and end one by one.
         """
         if now - self._progress < self.hang_seconds or self.silence(now) > 3 * heartbeat_seconds(self.hang_seconds):
             return

@@ -1,4 +1,4 @@
-"""A run on the screen: a live line in a terminal, plain lines in a log."""
+"""Shows the progress of a run: a live line in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ProgressDisplay(Listener):
             self._print_summary()
 
     def started(self, step: int, facts: dict[str, Any]) -> None:
-        """Print on what the run trains, or at which step it resumes."""
+        """Print the device, model and data of a run, and the step at which it resumes, if it does."""
         self._starts, self._started_at = self._starts + 1, step
         count = facts["workers"]
         workers = f"{count} worker{'s' if count > 1 else ''}"
@@ -89,7 +89,7 @@ class ProgressDisplay(Listener):
             self._print(f"resuming at step {step:,}")
 
     def first_step(self, step: int, loss: float, seconds: float) -> None:
-        """Show a first loss at once. The first step warms up; the second one tells how long the run takes."""
+        """Show the first losses at once. The second step gives the remaining time, because the first one warms up."""
         left = self._left(step, seconds) if step > self._started_at + 1 else ""
         if self._live:
             self._live.update(self._task, completed=step, values=f"loss {loss:.4f}", left=left)
@@ -122,7 +122,7 @@ class ProgressDisplay(Listener):
         self._print(f"step {step:,}: unusable {split} samples ({counts}), such as {next(iter(causes))!r}")
 
     def note(self, step: int, text: str) -> None:
-        """Print what happened."""
+        """Print the event."""
         self._print(f"step {step:,}: {text}")
 
     def _left(self, step: int, step_seconds: float) -> str:
@@ -141,7 +141,7 @@ class ProgressDisplay(Listener):
 
 
 def loss_curve(losses: list[float], width: int = _CURVE_WIDTH) -> str:
-    """A curve of one line: the mean of each part of the losses, as a bar between the least and the largest mean."""
+    """A curve in one line of text: one bar for the mean of each part of the losses, scaled from lowest to highest."""
     width = min(width, len(losses))
     parts = [losses[i * len(losses) // width : (i + 1) * len(losses) // width] for i in range(width)]
     means = [sum(part) / len(part) for part in parts]

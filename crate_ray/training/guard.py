@@ -1,4 +1,4 @@
-"""Checks the losses of past steps: which steps were skipped because they were not finite, and where the loss jumped."""
+"""Checks past steps: which of them were skipped because they were not finite, and where the loss jumped."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _LEAST_RISE = 0.05
 
 
 class GuardReport(NamedTuple):
-    """What the guard found in some steps."""
+    """Result of checking some steps."""
 
     loss: float | None
     """Mean over the finite steps; None if there was none."""
     gradient_norm: float | None
-    """Of the last finite step."""
+    """Gradient norm of the last finite step."""
     skipped: list[int]
-    """Steps that changed nothing."""
+    """Steps that were skipped, so that they did not change the model."""
     spikes: dict[int, float]
-    """Steps whose loss jumped, and the usual loss before."""
+    """Steps whose loss jumped, with the median of the losses before."""
 
     def metrics(self) -> dict[str, float]:
         """The report as metrics. Loss and norm are left out if no step was finite."""
@@ -39,7 +39,7 @@ class GuardReport(NamedTuple):
         return values
 
     def notes(self) -> Iterator[str]:
-        """The report as sentences for people; none if nothing happened."""
+        """The report as sentences for the user; none if nothing happened."""
         if self.skipped:
             steps = ", ".join(map(str, self.skipped))
             yield f"skipped because the loss or the gradient was not finite: step {steps}"
@@ -48,7 +48,7 @@ class GuardReport(NamedTuple):
 
 
 class Guard:
-    """Checks steps by their global losses and gradient norms. Workers that are given the same find the same.
+    """Checks steps by their global losses and gradient norms. All workers get the same values, so their results agree.
 
     A loss is a spike when it is more than 8 robust standard deviations (median absolute deviation × 1.4826) and 5 %
     above the median of the 50 finite losses before it.
@@ -62,7 +62,7 @@ class Guard:
         self._losses: deque[float] = deque(maxlen=_HISTORY)
 
     def check(self, first: int, losses: Sequence[float], norms: Sequence[float]) -> GuardReport:
-        """Check consecutive steps, the first of which has the number `first`.
+        """Check consecutive steps. `first` is the number of the first one.
 
         Raises:
             UserError: too many steps in a row were not finite.
@@ -91,7 +91,7 @@ class Guard:
         return GuardReport(statistics.fmean(finite) if finite else None, norm, skipped, spikes)
 
     def _usual_below(self, loss: float) -> float | None:
-        """The usual loss if this one is far above it, else None."""
+        """The median of the losses before if this loss is far above it, else None."""
         if len(self._losses) < _LEAST_HISTORY:
             return None
         median = statistics.median(self._losses)

@@ -1,4 +1,4 @@
-"""The message with which a worker shows that it is alive. It imports nothing, so that the mailbox starts at once."""
+"""The message that shows that a worker is alive. This module imports nothing heavy, so the mailbox starts at once."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ class Heartbeat(NamedTuple):
     phase: str
     """What the worker is doing: 'data', 'step', 'checkpoint', 'validation', 'start' or 'end'."""
     line: str
-    """Line of this package that the worker's main thread is at."""
+    """Line of this package that the worker's main thread executes."""

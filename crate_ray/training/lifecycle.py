@@ -1,4 +1,4 @@
-"""The lifecycle of a training run on Ray, once for every job: lease, open, track, start Ray, train, publish."""
+"""The lifecycle of a training run on Ray, shared by all jobs: lease, open, track, start Ray, train, publish."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Finished(Generic[_ResultT]):
     run: Run
     """The run as it was opened."""
     result: _ResultT | None
-    """What `finish` returned; None if the run was complete before."""
+    """The result of `finish`; None if the run was already complete."""
     mlflow_run: str
-    """Id and address of the run in MLflow; empty if the run was complete before."""
+    """Id and address of the run in MLflow; empty if the run was already complete."""
 
 
 def run_training(
@@ -43,16 +43,17 @@ def run_training(
     tags: Mapping[str, str] | None = None,
     show_progress: bool = True,
 ) -> Finished[_ResultT]:
-    """Start or resume a run and train it to its last step, unless it is complete: finished, and its model published.
+    """Start or resume a run and train it to its last step. Does nothing if it is finished and its model is published.
 
-    Only one driver at a time works on a run: the lease is held from before the run is opened until tracking has ended.
+    Only one driver at a time works on a run. It holds the run's lease from before the run is opened until tracking has
+    ended.
 
     Args:
         config: settings of the run.
         task_class: what the workers train.
         open_run: opens the run; called with the lease held.
         finish: called after the last step, while the run is still tracked; usually tracking.pretraining.publish.
-        listeners: receive the run's events, beside MLflow and the progress display.
+        listeners: receive the run's events, in addition to MLflow and the progress display.
         tags: additional MLflow tags.
         show_progress: show a progress display on the terminal.
 

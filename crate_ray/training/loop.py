@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import torch
@@ -25,14 +26,16 @@ from crate_ray.runs import metrics
 from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import open_storage
 from crate_ray.training.guard import Guard
+from crate_ray.training.optimizer import learning_rate
 from crate_ray.training.parallel import is_sharded, settle
+from crate_ray.training.probe_batch import ProbeResult
 from crate_ray.training.profiling import StepProfile
-from crate_ray.training.step import autocast_dtype, learning_rate, prepare_cpu, train_step
+from crate_ray.training.step import autocast_dtype, prepare_cpu, train_step
 from crate_ray.training.task import Task, WorkerContext, assemble
 from crate_ray.training.telemetry import KEYS_DIGEST_RANGE, StepLog, Stopwatch, keys_digest, used_memory
 from crate_ray.training.worker import StartFacts, Worker
 
-_FIRST_STEPS = 2  # the first one warms up, the second one tells how long steps take
+_FIRST_STEPS = 2  # the first one warms up, the second one shows how long steps take
 
 
 class TrainingLoop:
@@ -46,7 +49,7 @@ class TrainingLoop:
         worker: this process among the workers.
 
     Raises:
-        UserError: the data changed since the run was opened. Calls raise it for other mistakes in settings or data.
+        UserError: the data changed since the run was opened. Methods raise it for other mistakes in settings or data.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class TrainingLoop:
 
         self.step = self.start = self.logged = self.saved = 0
         self.rescued = False
-        """Whether a checkpoint was saved for a notice of preemption."""
+        """Whether a checkpoint was saved because of a notice of preemption or a request to stop."""
         self.lr = 0.0
         self.stopwatch = Stopwatch(device)
         self.step_log = StepLog(config.tracking.log_every, device)
@@ -96,6 +99,9 @@ class TrainingLoop:
         )
         self.reported_bad: dict[str, set[str]] = {"training": set(), "validation": set()}
         self.bad_validation: dict[str, str] = {}
+        self.picture_thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self.pictures: Future[None] | None = None
+        """The last probe, until it is reported."""
 
     def train(self) -> None:
         """Resume, make the remaining steps, finish."""
@@ -145,11 +151,11 @@ class TrainingLoop:
     # --- Steps ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Make the steps that are left, and the periodic work after each; ends early when the driver asks to stop."""
+        """Make the remaining steps, with the periodic work after each. Ends early if the driver asks to stop."""
         profiled = self.config.training.profile_steps if self.worker.rank == 0 else None
-        profile = StepProfile(profiled, self.worker.run, self.worker.scratch)
+        profile = StepProfile(profiled, self.worker.run, self.worker.scratch, self.worker.device)
         with self.loader, profile, ExitStack() as at_the_end:
-            at_the_end.callback(self._report_bad_samples)  # too many of them are a reason why a run stops
+            at_the_end.callback(self._report_bad_samples)  # also after an error, which may be too many bad samples
             if self.step < self.total_steps:
                 settle(self.assembled.trained, *self.task.blank(1))
             self.stopwatch.start()
@@ -164,9 +170,9 @@ class TrainingLoop:
             self.worker.control.finish()
 
     def _stop_or_rescue(self) -> bool:
-        """Save a checkpoint if the driver asks to stop or a node is about to be taken away; whether to stop.
+        """Save a checkpoint if the driver asks to stop or a node is about to be preempted. Returns whether to stop.
 
-        After a notice of preemption, training goes on: Ray Train restarts the workers when the node is gone.
+        After a notice of preemption, training continues. Ray Train restarts the workers when the node is gone.
         """
         self.worker.checkpoints.raise_failure()
         decision = self.worker.control.decide(self.step)
@@ -206,7 +212,7 @@ class TrainingLoop:
     # --- Periodic work ----------------------------------------------------------------------------------------------
 
     def _periodic_work(self, batch: Batch) -> None:
-        """What a step is followed by: log, validate, probe, save; all of them after the last step."""
+        """After a step: log, validate, probe and save, if they are due. After the last step all of them are due."""
         last = self.step == self.total_steps
         if last or self.step % self.config.tracking.log_every == 0:
             self._log(batch)
@@ -254,7 +260,8 @@ class TrainingLoop:
 
     def _mfu(self, images_per_second: float) -> dict[str, float]:
         device, flops = self.worker.device, self.task.flops_per_image
-        peak = gpu_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        in_bf16 = device.type == "cuda" and self.autocast == torch.bfloat16  # the peak is that of bf16
+        peak = gpu_peak_flops(torch.cuda.get_device_name(device)) if in_bf16 else None
         if not peak or not flops:
             return {}
         return {metrics.MFU: flops * images_per_second / (peak * self.worker.world_size)}
@@ -267,14 +274,27 @@ class TrainingLoop:
         return values.get(metrics.VALIDATION_LOSS)
 
     def _probe(self) -> None:
-        """Report pictures and measures by layer on the task's probe batch."""
-        if self.probes and (result := self.task.probe(self.step)) is not None:
-            self.worker.reporter.metrics(self.step, result.metrics)
-            for name, png in result.pictures.items():
-                self.worker.reporter.picture(self.step, name, png)
+        """Run the model on the task's probe batch. A thread draws the pictures and reports them."""
+        self._wait_for_pictures()
+        if self.probes and (draw := self.task.probe(self.step)) is not None:
+            self.pictures = self.picture_thread.submit(self._report_probe, self.step, draw)
+
+    def _report_probe(self, step: int, draw: Callable[[], ProbeResult]) -> None:
+        """In a thread: report pictures and measures by layer."""
+        result = draw()
+        self.worker.reporter.metrics(step, result.metrics)
+        for name, png in result.pictures.items():
+            self.worker.reporter.picture(step, name, png)
+
+    def _wait_for_pictures(self) -> None:
+        """Wait until the last probe is reported. Raises the error if drawing it has failed."""
+        if self.pictures is not None:
+            self.pictures.result()
+            self.pictures = None
 
     def _save(self, validation_loss: float | None) -> None:
-        """Save a checkpoint. A run that goes on from it does not meet the bad samples before it again."""
+        """Report the probe and bad samples, then save a checkpoint. A run that resumes from it does not repeat them."""
+        self._wait_for_pictures()
         self._report_bad_samples()
         with self.worker.control.phase("checkpoint"):
             self.worker.checkpoints.save(self.step, self.assembled, validation_loss)
@@ -292,7 +312,7 @@ class TrainingLoop:
             self.worker.reporter.bad_samples(self.step, new, split)
 
     def _summed(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all workers, in place. A collective call."""
+        """Sum a tensor over all workers, in place. A collective call."""
         if self.worker.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -300,7 +320,9 @@ class TrainingLoop:
     # --- Finish -----------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Wait until checkpoints and reports have arrived, and let go of the parallel model."""
+        """Wait until checkpoints and reports have arrived, then release the parallel model."""
+        self._wait_for_pictures()
+        self.picture_thread.shutdown()
         self.worker.checkpoints.finish()
         self.worker.reporter.flush()
         if self.worker.world_size > 1:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -26,26 +26,27 @@ def parallelize(
     device: torch.device,
     autocast: torch.dtype | None = None,
 ) -> nn.Module:
-    """The module that all workers train together: the model itself if there is one worker. A collective call.
+    """Make a model parallel. Returns the module that all workers train together. A collective call.
 
-    FSDP2 shards the model in place, layer by layer; build the optimizer after it. DDP wraps the model; load weights
-    before or after. In both cases gradients are means over the workers.
+    With one worker, this is the model itself. FSDP2 shards the model in place, layer by layer; build the optimizer
+    afterwards. DDP wraps the model; weights may be loaded before or after. Both average gradients over the workers.
     """
     if world_size == 1:
         return model
     if strategy == "fsdp":
         return _shard(model, layers, world_size, device, autocast)
     # Every parameter has a gradient in every step (see CrateMAE), so the graph is always the same.
-    return DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
+    # Buffers are constants, so they are not sent.
+    return DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def settle(trained: nn.Module, images_BCHW: Tensor, given: Any) -> None:
     """Let DDP build its final buckets before the first real step of a new or resumed run. A collective call.
 
-    DDP with a static graph records the graph in its first backward pass, records the order of the gradients in its
-    second, and orders its buckets by it before its third forward pass. With three or more workers the order of
-    summation depends on the buckets: without this call, a resumed run would differ in its last bits. Layers are not
-    compiled for these inputs, which have fewer samples than a step.
+    DDP with a static graph records the graph in its first backward pass and the order of the gradients in its second.
+    It orders its buckets by them before its third forward pass. With three or more workers, the order of summation
+    depends on the buckets, so without this call a resumed run would differ in its last bits. Layers are not compiled
+    for these inputs, which have fewer samples than a step.
     """
     if isinstance(trained, DistributedDataParallel):
         with torch.compiler.set_stance("force_eager"):
@@ -61,8 +62,8 @@ def is_sharded(model: nn.Module) -> bool:
 def micro_steps_of(training: TrainingConfig, model: nn.Module, world_size: int) -> int:
     """Forward passes per optimizer step of a model that `parallelize` returned.
 
-    A worker may have one sample less than another. With DDP it then skips a forward pass that does not synchronise.
-    With FSDP2 no worker can skip one, so one of its micro-batches may have a sample more than micro_batch_size.
+    A worker may have one sample fewer than another. With DDP it can skip a forward pass that does not synchronise. With
+    FSDP2 no worker can skip one, so a micro-batch may have one sample more than micro_batch_size.
     """
     steps = num_micro_steps(training, world_size)
     return min(steps, training.batch_size // world_size) if is_sharded(model) else steps
@@ -76,8 +77,8 @@ def _shard(
     autocast: torch.dtype | None,
 ) -> nn.Module:
     mesh = init_device_mesh(device.type, (world_size,))
-    # Weights are gathered in the dtype of the computation, at half the traffic. Not on the CPU, whose layer norm does
-    # not take bf16 weights with fp32 tokens: there autocast rounds after gathering, to the same numbers.
+    # Gather weights in the dtype of the computation, which halves the traffic. Not on the CPU, because its layer norm
+    # does not accept bf16 weights with fp32 tokens. There autocast rounds after gathering, to the same numbers.
     gathered = autocast if device.type == "cuda" else None
     reduced = torch.float32 if gathered else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
@@ -90,17 +91,7 @@ def _shard(
     return model
 
 
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, every worker holds all parameters of a sharded model (FSDP2), so that they can be read outside its
-    forward pass. A collective call for a sharded model; other models are not changed."""
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a sharded model (FSDP2) in fp32, on rank 0's CPU; empty on other ranks. A collective call."""
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast(dict[str, Tensor], whole)

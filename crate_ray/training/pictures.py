@@ -14,7 +14,6 @@ from torch import Tensor
 
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import Normalizer
-from crate_ray.structure.attention import patch_maps
 
 _GAP = 4
 _LEAST_TILE = 96
@@ -23,9 +22,9 @@ _MOST_HEADS = 6
 
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Masked and reconstructed images: the masked patches are grey (0) in the first, and predicted in the second.
+    """Masked images, with masked patches in grey (0), and reconstructed images, with predictions in their place.
 
-    Both are (B, channels, H, W) on the scale of the normalised input; visible patches are the original's.
+    Both are (B, channels, H, W) on the scale of the normalised input. Visible patches are those of the original.
     """
     output = model(images_BCHW, noise_BN)
     removed = model.unpatchify(output.mask[:, :, None].expand_as(output.prediction).to(images_BCHW.dtype))
@@ -33,31 +32,29 @@ def reconstruct(model: MaskedAutoencoder, images_BCHW: Tensor, noise_BN: Tensor)
     return images_BCHW * (1 - removed), images_BCHW * (1 - removed) + predicted * removed
 
 
-def reconstruction_picture(
-    model: MaskedAutoencoder,
-    normalizer: Normalizer,
-    images_BCHW: Tensor,
-    noise_BN: Tensor,
-    value_range: tuple[float, float],
-) -> bytes:
-    """PNG with a column per sample: original, masked, reconstructed. Takes loaded (not normalised) images.
-
-    value_range holds the values of black and white. Grids with neither 1 nor 3 channels show their first channel.
-    """
+def reconstruction_rows(
+    model: MaskedAutoencoder, normalizer: Normalizer, images_BCHW: Tensor, noise_BN: Tensor
+) -> list[Tensor]:
+    """Original, masked and reconstructed images, (B, channels, H, W) each, on the CPU. Takes loaded (not normalised)
+    images."""
     normalised = normalizer(images_BCHW)
-    rows = [normalised, *reconstruct(model, normalised, noise_BN)]
-    return _tiled([_colours(normalizer.undo(row), value_range) for row in rows])
+    return [normalizer.undo(row).float().cpu() for row in (normalised, *reconstruct(model, normalised, noise_BN))]
 
 
-def attention_picture(
-    model: MaskedAutoencoder, normalizer: Normalizer, images_BCHW: Tensor, value_range: tuple[float, float]
-) -> bytes:
-    """PNG with a column per sample: the image, then the attention of the last layer's CLS token: the mean over the
-    heads, then up to six heads. Brighter is more, each map on its own scale. Takes loaded (not normalised) images.
+def reconstruction_picture(rows: Sequence[Tensor], value_range: tuple[float, float]) -> bytes:
+    """PNG with a column per sample, of `reconstruction_rows`.
+
+    value_range holds the values of black and white. Of grids with neither 1 nor 3 channels, only the first is shown.
     """
-    from matplotlib import colormaps  # takes a third of a second, which not every worker needs
+    return _tiled([_colours(row, value_range) for row in rows])
 
-    maps_BKhw = patch_maps(model, normalizer(images_BCHW)).attention[:, -1]
+
+def attention_picture(images_BCHW: Tensor, maps_BKhw: Tensor, value_range: tuple[float, float]) -> bytes:
+    """PNG with a column per sample: the image, then the attention of one layer's CLS token: the mean over the heads,
+    then up to six heads. Brighter is more, each map on its own scale. Takes loaded (not normalised) images.
+    """
+    from matplotlib import colormaps  # imported here, because it takes a third of a second and few workers need it
+
     shown = [maps_BKhw.mean(1), *maps_BKhw[:, :_MOST_HEADS].unbind(1)]
     rows = [_colours(images_BCHW.float() / (255 if images_BCHW.dtype == torch.uint8 else 1), value_range)]
     height, width = images_BCHW.shape[2:]

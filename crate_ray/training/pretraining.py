@@ -1,8 +1,9 @@
-"""Pretraining as a task: masked images in, masked loss out, and a probe on a few fixed samples now and then."""
+"""The pretraining task: trains a masked autoencoder on masked images, and regularly probes it on fixed samples."""
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,15 @@ from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import training_flops
 from crate_ray.runs.metrics import VALIDATION_LOSS
-from crate_ray.training.parallel import is_sharded
+from crate_ray.training.optimizer import build_optimizer
+from crate_ray.training.parallel import is_sharded, whole_weights
 from crate_ray.training.probe_batch import ProbeBatch, ProbeResult
-from crate_ray.training.step import build_optimizer, largest_micro_batch, mask_noise, probe_noise
+from crate_ray.training.step import largest_micro_batch, mask_noise, probe_noise
 from crate_ray.training.task import Task, WorkerContext
 
 
 class PretrainTask(Task):
-    """A masked autoencoder on images and mask noise."""
+    """Trains a masked autoencoder on images and mask noise."""
 
     config_class = PretrainConfig
     model: MaskedAutoencoder
@@ -51,7 +53,7 @@ class PretrainTask(Task):
         return self._context.normalizer(batch.images), to_device(noise, self._context.device)
 
     def blank(self, count: int) -> tuple[Tensor, Tensor]:
-        """Black images, and noise that hides the last patches."""
+        """Images of zeros, and noise that masks the last patches."""
         model, device = self._config.model, self._context.device
         images = torch.zeros(count, model.channels, *model.image_hw, device=device)
         return images, torch.zeros(count, model.num_patches, device=device)
@@ -72,9 +74,22 @@ class PretrainTask(Task):
         )
         return {VALIDATION_LOSS: loss}
 
-    def probe(self, step: int) -> ProbeResult:
+    def probe(self, step: int) -> Callable[[], ProbeResult] | None:
         """Measures by layer and pictures."""
-        return self._probe_batch.run(self.model, step)
+        model = self.model
+        if is_sharded(model):
+            weights = whole_weights(model)
+            if self._context.rank != 0:
+                return None
+            model = self._replica
+            model.load_state_dict(weights)
+        return partial(self._probe_batch.draw, self._probe_batch.observe(model, step))
+
+    @cached_property
+    def _replica(self) -> MaskedAutoencoder:
+        """A model on this device alone, for the weights of a sharded one."""
+        with torch.random.fork_rng(devices=[]):
+            return build_model(self._config.model).to(self._context.device)
 
     @cached_property
     def _probe_batch(self) -> ProbeBatch:
@@ -95,7 +110,7 @@ def validation_loss(
     world_size: int = 1,
     bad: dict[str, str] | None = None,
 ) -> float:
-    """Mean masked loss over every usable held-out sample exactly once, each with one fixed mask. A collective call.
+    """Mean masked loss over all usable held-out samples, each with one fixed mask. A collective call.
 
     Adds unusable samples to `bad`: cause by key.
     """

@@ -7,6 +7,7 @@ import logging
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from crate_ray.config import DataConfig, ModelConfig
 from crate_ray.data.format.dataset import ShardSet
@@ -16,9 +17,14 @@ from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import Normalizer
 from crate_ray.runs.metrics import layer_measure
 from crate_ray.storage.interface import NotFound, Storage
+from crate_ray.structure.attention import patch_maps
 from crate_ray.structure.layerwise import measure_layers
-from crate_ray.training.parallel import gathered
-from crate_ray.training.pictures import attention_picture, layers_picture, reconstruction_picture
+from crate_ray.training.pictures import (
+    attention_picture,
+    layers_picture,
+    reconstruction_picture,
+    reconstruction_rows,
+)
 from crate_ray.training.step import probe_noise
 
 logger = logging.getLogger(__name__)
@@ -39,12 +45,24 @@ in the picture."""
 
 
 class ProbeResult(NamedTuple):
-    """What the probe found after a step."""
+    """Result of a probe after a step."""
 
     metrics: dict[str, float]
     """Measures by layer, means over the samples; for the names see runs.metrics.layer_measure."""
     pictures: dict[str, bytes]
     """PNGs by name: reconstruction, attention, layers."""
+
+
+class Observation(NamedTuple):
+    """Outputs of a model for the probe batch after a step. Tensors are on the CPU."""
+
+    step: int
+    rows: list[Tensor]
+    """See pictures.reconstruction_rows."""
+    attention: Tensor
+    """(B, K, h, w) attention of the last layer's CLS token, by head."""
+    measures: _Measures
+    """Means over the samples by layer, by name."""
 
 
 class ProbeBatch:
@@ -54,7 +72,7 @@ class ProbeBatch:
         shards: the dataset, held out if possible.
         model, data: settings of the run.
         normalizer: of the run.
-        run: the run's folder, which keeps the measures of earlier steps for the layers picture; None for none.
+        run: the run's folder, which stores the measures of earlier steps for the layers picture. None: do not store.
     """
 
     def __init__(
@@ -65,39 +83,45 @@ class ProbeBatch:
         normalizer: Normalizer,
         run: Storage | None = None,
     ) -> None:
-        data = data.model_copy(update={"memory_bytes": 1})  # a few samples: read their block, not the dataset
+        data = data.model_copy(update={"memory_bytes": 1})  # read only the blocks of the few samples, not all data
         with evaluation_loader(shards, model, data, batch_size=_SAMPLES) as loader:
             batch = next(iter(loader))
         device = normalizer.mean.device
         is_grid = shards.manifest.kind == "grid"
         self._range = (batch.images.min().item(), batch.images.max().item()) if is_grid else (0.0, 1.0)
-        self.images = batch.images.to(device)
+        self.images = batch.images
+        """Loaded, not normalised, on the CPU."""
+        self._device_images = batch.images.to(device)
         self._noise = probe_noise(batch.samples, model.num_patches).to(device)
         self._normalizer, self._run = normalizer, run
         self._measures = _read_measures(run)
 
     @torch.no_grad()
-    def run(self, model: MaskedAutoencoder, step: int) -> ProbeResult:
-        """Probe the model after so many steps. A collective call if the model is sharded."""
+    def observe(self, model: MaskedAutoencoder, step: int) -> Observation:
+        """Run the model, which has fp32 weights, on the samples after so many steps. `draw` does the rest."""
         was_training = model.training
         model.eval()
-        with gathered(model):
-            pictures = {
-                "reconstruction": reconstruction_picture(
-                    model, self._normalizer, self.images, self._noise, self._range
-                ),
-                "attention": attention_picture(model, self._normalizer, self.images, self._range),
-            }
-            means = measure_layers(model, self._normalizer(self.images)).means()
+        images = self._device_images
+        rows = reconstruction_rows(model, self._normalizer, images, self._noise)
+        attention = patch_maps(model, self._normalizer(images)).attention[:, -1]
+        means = measure_layers(model, self._normalizer(images)).means()
         model.train(was_training)
-        earlier = {known: values for known, values in self._measures.items() if known < step}
-        self._measures = earlier | {step: {name: means[field] for name, (field, _) in LAYER_METRICS.items()}}
+        return Observation(step, rows, attention, {name: means[field] for name, (field, _) in LAYER_METRICS.items()})
+
+    def draw(self, seen: Observation) -> ProbeResult:
+        """Draw an observation. It needs neither model nor device, so training can go on meanwhile."""
+        earlier = {known: values for known, values in self._measures.items() if known < seen.step}
+        self._measures = earlier | {seen.step: seen.measures}
         _write_measures(self._run, self._measures)
         titles = {name: title for name, (_, title) in LAYER_METRICS.items()}
-        pictures["layers"] = layers_picture(self._measures, titles)
+        pictures = {
+            "reconstruction": reconstruction_picture(seen.rows, self._range),
+            "attention": attention_picture(self.images, seen.attention, self._range),
+            "layers": layers_picture(self._measures, titles),
+        }
         metrics = {
             layer_measure(name, layer): value
-            for name, values in self._measures[step].items()
+            for name, values in seen.measures.items()
             for layer, value in enumerate(values, 1)
         }
         return ProbeResult(metrics, pictures)
@@ -118,7 +142,7 @@ def _read_measures(run: Storage | None) -> dict[int, _Measures]:
 
 
 def _write_measures(run: Storage | None, measures: dict[int, _Measures]) -> None:
-    """Store the measures; a failure costs nothing but lines of a later picture."""
+    """Store the measures. If this fails, only a later picture lacks some lines, so the error is only logged."""
     if run is None:
         return
     try:

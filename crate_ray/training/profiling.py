@@ -24,10 +24,12 @@ class StepProfile:
         steps: first and last step; None for no profile.
         run: the run's folder; None for no profile.
         scratch: a local folder.
+        device: the device that trains.
     """
 
-    def __init__(self, steps: tuple[int, int] | None, run: Storage | None, scratch: Path) -> None:
+    def __init__(self, steps: tuple[int, int] | None, run: Storage | None, scratch: Path, device: torch.device) -> None:
         self._steps, self._run, self._scratch = steps if run else None, run, scratch
+        self._on_gpu = device.type == "cuda"
         self._profile: profile | None = None
 
     def __enter__(self) -> Self:
@@ -42,7 +44,7 @@ class StepProfile:
     def before(self, step: int) -> None:
         """Call before each step, with its number."""
         if self._steps is not None and step == self._steps[0]:
-            cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            cuda = [ProfilerActivity.CUDA] if self._on_gpu else []
             self._profile = profile(activities=[ProfilerActivity.CPU, *cuda], profile_memory=True)
             self._profile.start()
 
@@ -50,13 +52,13 @@ class StepProfile:
         """Call after each step, with its number. Returns where the profile was written, after its last step."""
         if self._profile is None or self._steps is None or self._run is None or step < self._steps[1]:
             return None
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.synchronize()
         self._profile.stop()
         name = f"steps-{self._steps[0]}-{self._steps[1]}-rank-0"
         trace, table = self._scratch / f"{name}.json.gz", self._scratch / f"{name}.txt"
         self._profile.export_chrome_trace(trace.as_posix())
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        by = "self_cuda_time_total" if self._on_gpu else "self_cpu_time_total"
         table.write_text(self._profile.key_averages().table(sort_by=by, row_limit=_ROWS))
         self._profile = None
         for path in (trace, table):

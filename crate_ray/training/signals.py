@@ -19,7 +19,7 @@ class StopRequest:
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by a signal, after it has saved a checkpoint.
+    """A signal has stopped a run, after it has saved a checkpoint.
 
     Args:
         number: of the signal.
@@ -34,7 +34,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Inside, the first SIGTERM or SIGINT is recorded instead of ending the process; a second one is KeyboardInterrupt.
+    """Context manager that records the first SIGTERM or SIGINT. A second one raises KeyboardInterrupt.
 
     Enter it after ray.init, which sets handlers of its own. It does nothing outside the main thread, where Python
     receives no signals.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -15,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from crate_ray.config import OptimConfig, TrainingConfig
+from crate_ray.config import TrainingConfig
 from crate_ray.data.order.hashing import STREAM_MASK, STREAM_PROBE, Int64, uniform
-
-logger = logging.getLogger(__name__)
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -39,127 +35,15 @@ def autocast_dtype(precision: Literal["auto", "bf16", "fp32"], device: torch.dev
 def prepare_cpu() -> None:
     """Change settings of this process that make steps on the CPU faster. Call it first: new threads inherit them.
 
-    Denormal numbers are flushed to zero: softmax produces many of them when tokens are far apart, and is several times
-    slower with them. With glibc, freed memory is kept for the next step: returning it to the system and requesting it
-    again, page by page, takes a tenth of a step.
+    Denormal numbers are flushed to zero. Softmax produces many of them when tokens are far apart, and is several times
+    slower with them. With glibc, freed memory is kept for the next step. Returning it to the system and requesting it
+    again, page by page, would take a tenth of a step.
     """
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def should_compile(choice: Literal["auto", "layers", "off"], device: torch.device) -> bool:
-    """Whether to compile layers on a device, for a value of training.compile."""
-    return choice == "layers" or (choice == "auto" and device.type == "cuda")
-
-
-def compile_layers(
-    model: nn.Module, layers: Sequence[nn.Module], inputs: tuple[Tensor, Any], autocast: torch.dtype | None = None
-) -> bool:
-    """Compile layers of a model in place; returns whether that worked. If not, a warning is logged and the model is as
-    before.
-
-    Layers of one kind share one program. It is compiled here, by a discarded step on the inputs, which have as many
-    samples as the largest micro-batch. Another number of samples is compiled when it first occurs; a layer for which
-    that fails continues uncompiled. Passes without gradients, as in validation, stay uncompiled. Call this before the
-    model is wrapped or sharded. The names of parameters do not change.
-    """
-    # Otherwise the backward half is compiled in the first backward pass, when a failure can no longer be replaced.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
-    compilation = _Compilation()
-    for layer in layers:
-        _compile_in_training(layer, compilation)
-    try:
-        discard_step(model, *inputs, autocast)
-    except Exception as error:  # of any kind: no compiler, out of memory, an error in the compiler
-        for layer in layers:
-            del layer.forward
-        model.zero_grad(set_to_none=True)
-        logger.warning("layers cannot be compiled, training continues without it (%s)", _described(error))
-        return False
-    compilation.has_worked = True
-    return True
-
-
-@dataclass
-class _Compilation:
-    """State that the compiled layers of a model share."""
-
-    has_worked: bool = False
-    """Compiling has worked for the first number of samples."""
-    has_failed: bool = False
-    """Compiling has failed for another number, and a warning was logged."""
-
-
-def _compile_in_training(layer: nn.Module, compilation: _Compilation) -> None:
-    eager = layer.forward
-    compiled = torch.compile(eager, dynamic=False)
-
-    def forward(*inputs: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return eager(*inputs)
-        try:
-            return compiled(*inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:  # of compiling: nothing was computed yet
-            if not compilation.has_worked:
-                raise
-            if not compilation.has_failed:
-                shape, compilation.has_failed = list(inputs[0].shape), True
-                logger.warning(
-                    "layers cannot be compiled for tokens of shape %s, training continues with them uncompiled (%s)",
-                    shape,
-                    _described(error),
-                )
-        # This layer only: with activation checkpointing, the layers before it are computed again in this pass, and have
-        # to be computed in the same way.
-        del layer.forward
-        return eager(*inputs)
-
-    # Not the layer as a whole, so that hooks, such as FSDP's, stay outside.
-    layer.forward = forward
-
-
-def _described(error: Exception) -> str:
-    cause = getattr(error, "inner_exception", error)  # the compiler's exception inside Dynamo's
-    reason = str(cause).strip().partition("\n")[0]
-    return f"{type(cause).__name__}: {reason}"
-
-
-def peak_learning_rate(optim: OptimConfig, batch_size: int) -> float:
-    """optim.lr, or base_lr × batch / 256 (the linear scaling rule of MAE)."""
-    return optim.lr if optim.lr is not None else optim.base_lr * batch_size / 256
-
-
-def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
-    """Length of the warm-up in steps: optim.warmup if it is at least 1, else that share of the run."""
-    return int(optim.warmup) if optim.warmup >= 1 else round(optim.warmup * total_steps)
-
-
-def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: int) -> float:
-    """Learning rate of step 0, 1, …: linear warm-up to the peak, then a half cosine to min_lr at the last step
-    (MAE)."""
-    peak, warmup = peak_learning_rate(optim, batch_size), warmup_steps(optim, total_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(total_steps - 1 - warmup, 1)
-    return optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; no weight decay on biases, norms (one dimension) and tokens (`*_token`)."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim > 1 and not name.endswith("_token")
-        (decayed if plain else free).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": optim.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def mask_noise(seed: int, epochs: Int64, samples: Int64, num_patches: int) -> Tensor:
@@ -212,8 +96,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradient of the mean loss over the global batch, and make one optimizer step with it.
 
-    Each sample weighs 1 / batch_size, however many samples a worker has. If the loss or the gradient of any worker is
-    not finite, the optimizer changes nothing, its step counts included (an optimizer that is not fused cannot do that).
+    Each sample weighs 1 / batch_size, regardless of how many samples a worker has. If the loss or the gradient of any
+    worker is not finite, the optimizer changes nothing, not even its step counts. This needs a fused optimizer.
 
     Args:
         model: returns `sample_loss`; wrapped in DistributedDataParallel, or sharded, if world_size > 1.
@@ -229,7 +113,7 @@ def train_step(
 
     Returns:
         Two scalars on the device, without waiting for it: this worker's sum of sample losses, and the norm of the
-        global gradient before clipping, which is not finite on any worker if it is not finite on one.
+        global gradient before clipping. If the norm is not finite on one worker, it is not finite on all workers.
     """
     device_type = images_BCHW.device.type
     loss_sum = torch.zeros((), device=images_BCHW.device)
@@ -245,8 +129,8 @@ def train_step(
             with torch.autocast(device_type, dtype=autocast, enabled=autocast is not None):
                 sample_loss = model(images, given[part]).sample_loss
             part_sum = sample_loss.float().sum()
-            # DistributedDataParallel averages over the workers; times world_size makes that the global sum. A loss
-            # that is not finite may have a finite gradient: the weight NaN passes it on to all workers.
+            # DistributedDataParallel averages over the workers. Multiplying by world_size gives the global sum. A loss
+            # that is not finite may have a finite gradient, so the weight NaN passes it on to all workers.
             weight = torch.where(part_sum.detach().isfinite(), world_size / batch_size, math.nan)
             (part_sum * weight).backward()
         loss_sum += part_sum.detach()
@@ -256,7 +140,7 @@ def train_step(
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    fused: Any = optimizer  # skips a step in the way that torch.amp.GradScaler uses
+    fused: Any = optimizer  # a step is skipped with the attributes that torch.amp.GradScaler uses
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         fused.found_inf = (~norm.isfinite()).float()
     for group in optimizer.param_groups:
@@ -268,9 +152,8 @@ def train_step(
 def discard_step(model: nn.Module, images_BCHW: Tensor, given: Any, autocast: torch.dtype | None = None) -> None:
     """One forward and one backward pass whose gradients are discarded.
 
-    DistributedDataParallel rebuilds its buckets after the first backward pass, and with three or more workers the order
-    of summation changes with them. Doing this before the first real step of a new run and of a resumed one keeps the
-    two bitwise equal.
+    DistributedDataParallel rebuilds its buckets after the first backward pass. With three or more workers, this changes
+    the order of summation. Calling this before the first real step, in new and resumed runs, keeps both bitwise equal.
     """
     with torch.autocast(images_BCHW.device.type, dtype=autocast, enabled=autocast is not None):
         sample_loss = model(images_BCHW, given).sample_loss

@@ -1,9 +1,9 @@
-"""A task: what a run trains and how that is measured. Pretraining and fine-tuning differ in their tasks alone."""
+"""A task defines what a run trains and how it is measured. Pretraining and fine-tuning differ only in their tasks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,14 +18,15 @@ from crate_ray.data.order.mixture import Mixture
 from crate_ray.models.exported import Normalizer
 from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import Storage
+from crate_ray.training.compilation import compile_layers, should_compile
 from crate_ray.training.parallel import micro_steps_of, parallelize
 from crate_ray.training.probe_batch import ProbeResult
-from crate_ray.training.step import compile_layers, largest_micro_batch, should_compile
+from crate_ray.training.step import largest_micro_batch
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a task knows of the worker and the run that it belongs to."""
+    """The worker and the run that a task belongs to."""
 
     record: RunRecord
     """The run's record."""
@@ -40,22 +41,22 @@ class WorkerContext:
     autocast: torch.dtype | None
     """Dtype of autocast in forward passes; None for no autocast."""
     normalizer: Normalizer
-    """On the device."""
+    """Normalisation of the input, on the device."""
     run: Storage | None = None
-    """The run's folder; None if the run keeps nothing."""
+    """The run's folder; None if the run stores nothing."""
 
 
 class Task(ABC):
-    """One worker's model, its inputs and its measurements. The rest is training.loop's, the same for every task."""
+    """One worker's model, its inputs and its measurements. The rest is in training.loop, the same for all tasks."""
 
     config_class: ClassVar[type[PretrainConfig] | type[FinetuneConfig]]
-    """Settings of its runs."""
+    """Class of the settings of its runs."""
     model: nn.Module
-    """What is trained, on the device."""
+    """The model to train, on the device."""
     layers: Sequence[nn.Module]
-    """Its layers, which are compiled, and sharded with FSDP2, one by one."""
+    """Layers of the model. Each is compiled by itself and, with FSDP2, sharded by itself."""
     image_model: ImageModelConfig
-    """The images that it takes."""
+    """Size and channels of the model's images."""
     together: int = 1
     """Number of consecutive samples of a global batch that stay on one worker."""
     flops_per_image: float | None = None
@@ -65,52 +66,58 @@ class Task(ABC):
 
     @abstractmethod
     def __init__(self, config: Any, context: WorkerContext) -> None:
-        """Build the model with the initial weights of the config's seed; config is of config_class."""
+        """Build the model with initial weights from the config's seed. `config` is an instance of config_class."""
 
     @abstractmethod
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """A fused optimizer; called after the model was compiled and made parallel."""
+        """Build a fused optimizer. Called after the model was compiled and made parallel."""
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Arguments of the model: normalised images, and a second argument that can be sliced as a tensor."""
+        """Arguments of the model: normalised images, and a second argument that can be sliced like a tensor."""
 
     @abstractmethod
     def blank(self, count: int) -> tuple[Tensor, Any]:
-        """Inputs of zeros for so many samples."""
+        """Placeholder inputs for `count` samples."""
 
     @abstractmethod
     def validate(self, bad: dict[str, str] | None = None) -> dict[str, float]:
-        """Metrics on the held-out data, by their names in runs.metrics, VALIDATION_LOSS among them. A collective call.
+        """Metrics on the held-out data, by name (see runs.metrics), including VALIDATION_LOSS. A collective call.
 
-        Adds this worker's unusable held-out samples to `bad`: cause by key.
+        Adds the cause of each unusable held-out sample of this worker to `bad`, by key.
         """
 
-    def probe(self, step: int) -> ProbeResult | None:
-        """Pictures and measures by layer. A collective call if the model is sharded, else for rank 0 alone."""
+    def probe(self, step: int) -> Callable[[], ProbeResult] | None:
+        """Run the model on fixed samples. A collective call if the model is sharded; otherwise only rank 0 calls it.
+
+        Returns on rank 0 a function that gives pictures and measures by layer. It may be called in another thread, one
+        at a time, while training goes on.
+        """
         return None
 
 
 class Assembled(NamedTuple):
-    """A task, ready to train."""
+    """A task that is ready to train."""
 
     task: Task
     trained: nn.Module
-    """The module that steps call: the model, wrapped or sharded if several workers train."""
+    """The module that training steps call: the model, wrapped or sharded if there are several workers."""
     optimizer: torch.optim.Optimizer
     micro_steps: int
     """Forward passes per optimizer step."""
     arithmetic: tuple[str, ...]
-    """How the layers compute, which decides how they round: one entry if all workers are alike."""
+    """How the layers are computed (eager or compiled, dtype), which affects rounding. One entry if all workers agree.
+    """
 
 
 def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, context: WorkerContext) -> Assembled:
     """Build a task's model, compile its layers and make it parallel, as configured. A collective call."""
     task, training = task_class(config, context), config.training
     compiled = should_compile(training.compile, context.device)
-    if compiled:
-        blank = task.blank(largest_micro_batch(training, context.world_size))
-        compiled = compile_layers(task.model, task.layers, blank, context.autocast)
+    sharded = config.scaling.strategy == "fsdp" and context.world_size > 1
+    images = largest_micro_batch(training, context.world_size)
+    if compiled and not sharded:
+        compiled = compile_layers(task.model, task.layers, task.blank(images), context.autocast)
     trained = parallelize(
         task.model,
         task.layers,
@@ -119,6 +126,8 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, co
         device=context.device,
         autocast=context.autocast,
     )
+    if compiled and sharded:  # programs for whole weights would not be used
+        compile_layers(trained, task.layers, task.blank(images), context.autocast, required=True)
     micro_steps = micro_steps_of(training, task.model, context.world_size)
     return Assembled(task, trained, task.build_optimizer(), micro_steps, _arithmetic(compiled, context))
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from crate_ray.memory import peak_memory
 from crate_ray.runs import metrics
 
-KEYS_DIGEST_RANGE = 2**48  # metrics are floats, which hold these integers exactly
+KEYS_DIGEST_RANGE = 2**48  # metrics are floats, which represent these integers exactly
 
 
 def keys_digest(keys: Sequence[str], first_slot: int) -> int:
-    """A worker's part of the digest of a global batch: which sample is in which slot.
+    """A worker's part of the digest of a global batch, which depends on the sample in each slot.
 
     The sum of all workers' parts, modulo KEYS_DIGEST_RANGE, is the same for every number of workers.
     """
@@ -47,14 +47,14 @@ class Stopwatch:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside, the worker waits for data."""
+        """Context manager for the time in which the worker waits for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Inside, the worker logs; a lap may be taken there."""
+        """Context manager for the time in which the worker logs. A lap may be taken inside."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._logging_since = time.perf_counter()

@@ -1,5 +1,4 @@
-"""What the training loop needs from the process that it runs in. training/ray provides it on a cluster, bare_loop
-without one."""
+"""Interfaces that the training loop needs from its process. training/ray implements them on Ray, bare_loop without."""
 
 from __future__ import annotations
 
@@ -18,16 +17,16 @@ if TYPE_CHECKING:
 
 
 class StepDecision(NamedTuple):
-    """What all workers do before the next step."""
+    """Actions of all workers before the next step."""
 
     stop: bool
     """Save a checkpoint and return."""
     check_preemption: bool
-    """Ask, all together, whether a node is about to be taken away."""
+    """Check, in a collective call, whether a node is about to be preempted."""
 
 
 class StartFacts(NamedTuple):
-    """What people want to know when a run starts."""
+    """Facts that are shown to the user when a run starts."""
 
     device: str
     """Name of the hardware that rank 0 trains on."""
@@ -43,54 +42,57 @@ class StartFacts(NamedTuple):
 
 
 class Reporter(Protocol):
-    """Sends what a worker reports to those who follow the run. No method waits for them, except `flush`."""
+    """Sends a worker's reports to the run's listeners. Only `flush` waits for them.
+
+    Only rank 0's reports are sent, except for bad samples.
+    """
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Report metrics after a number of steps; only rank 0's count."""
+        """Report metrics after `step` steps."""
 
     def picture(self, step: int, name: str, png: bytes) -> None:
-        """Report a picture; only rank 0's count."""
+        """Report a picture."""
 
     def started(self, step: int, facts: StartFacts) -> None:
-        """Report that training starts, after so many steps; only rank 0's counts."""
+        """Report that training starts, after `step` steps."""
 
     def first_step(self, step: int, loss: float, seconds: float) -> None:
-        """Report one of the first steps after a start and how long it took; only rank 0's count."""
+        """Report loss and duration of one of the first steps after a start."""
 
     def note(self, step: int, text: str) -> None:
-        """Report an event as a sentence for people; only rank 0's count."""
+        """Report an event as a sentence for the user."""
 
     def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
-        """Report unusable samples of this rank: cause by key."""
+        """Report unusable samples of this rank: their causes by key."""
 
     def flush(self) -> None:
         """Wait until everything reported so far has reached the driver."""
 
 
 class Control(Protocol):
-    """Shows the driver what the worker is doing, and passes on its requests."""
+    """Reports to the driver what the worker is doing, and passes on the driver's requests."""
 
     def decide(self, step: int) -> StepDecision:
-        """What all workers do before a step. A collective call, before every step."""
+        """Decide what all workers do before a step. A collective call before every step."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Inside, the worker is doing what `name` says."""
+        """Context manager that names what the worker is doing, for the driver."""
 
     def finish(self) -> None:
-        """Wait for the last decision; all workers have called `decide` equally often."""
+        """Wait for the last decision. All workers have called `decide` the same number of times."""
 
 
 class Checkpoints(Protocol):
     """Saves and restores the state of a run. `restore` and `save` are collective calls."""
 
     def restore(self, assembled: Assembled) -> int:
-        """Load the state to start from, if there is one; returns the number of steps that it has done."""
+        """Load the state to start from, if there is one. Returns the number of steps that are done."""
 
     def save(self, step: int, assembled: Assembled, validation_loss: float | None = None) -> None:
         """Copy the state and save the copy in the background."""
 
     def raise_failure(self) -> None:
-        """Raise what the save in the background has failed with, if it has."""
+        """Raise the error of the save in the background, if it has failed."""
 
     def finish(self) -> None:
         """Wait until everything is saved."""
@@ -109,6 +111,6 @@ class Worker:
     control: Control
     checkpoints: Checkpoints
     preemption_notice: Callable[[], bool]
-    """Whether a node of the run is about to be taken away. A collective call."""
+    """Whether a node of the run is about to be preempted. A collective call."""
     run: Storage | None = None
-    """The run's folder; None if the run keeps nothing."""
+    """The run's folder; None if the run stores nothing."""

@@ -1,5 +1,5 @@
-"""Fine-tuning on Ray Train: a run that loses a worker recovers and learns; its classifier is registered, and predicts
-wherever it is loaded as it does where it was trained."""
+"""Fine-tuning on Ray Train: a run that loses a worker recovers and learns. Its classifier is registered, and gives the
+same predictions everywhere."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from crate_ray.storage.interface import open_storage
 from crate_ray.tracking.pretraining import is_published, publish, track
 from crate_ray.tracking.registry import register
 from crate_ray.training.bare_loop import train
+from crate_ray.training.optimizer import build_optimizer
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.ray.driver import train_on_ray
-from crate_ray.training.step import build_optimizer
 from tests.checkpoints import save
 from tests.jobs import RayCluster
 

@@ -26,8 +26,9 @@ from crate_ray.runs.checkpoint_files import (
 )
 from crate_ray.runs.commits import commit_checkpoint, committed, fetch_newest, upload_part
 from crate_ray.storage.local import LocalStorage
+from crate_ray.training.optimizer import build_optimizer, learning_rate
 from crate_ray.training.parallel import micro_steps_of, parallelize, settle
-from crate_ray.training.step import build_optimizer, learning_rate, train_step
+from crate_ray.training.step import train_step
 from tests.jobs import forkserver
 from tests.unit.test_checkpoint import RECORD
 

@@ -1,5 +1,5 @@
-"""`pretrain --data PATH`: what is chosen for any data and machine is valid and fits, and what the user gives wins. From
-folders to datasets with real files."""
+"""`pretrain --data PATH`: the chosen settings are valid for any data and machine, and the user's settings win. Also
+makes datasets from folders of real files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from crate_ray.jobs.automatic import complete, prepare_data, run_name
 from crate_ray.runs.pretraining import open_pretraining
 from crate_ray.runs.record import write_record
 from crate_ray.storage.interface import open_storage
-from crate_ray.training.step import peak_learning_rate
+from crate_ray.training.optimizer import peak_learning_rate
 
 CPU = MachineFacts(gpus=0, gpu_bytes=0, cpus=8, memory_bytes=16 * GIB)
 H100 = MachineFacts(gpus=8, gpu_bytes=80 * GIB, cpus=96, memory_bytes=1024 * GIB)
@@ -273,5 +273,5 @@ def test_nothing_to_train_on_is_one_sentence(tmp_path: Path, monkeypatch: pytest
     Path("text/a.txt").write_text("x")
     with pytest.raises(UserError, match=r"text holds no images"):
         parse("--data", "text")
-    with pytest.raises(UserError, match=r"data.train is given beside --data; give one of them"):
+    with pytest.raises(UserError, match=r"data.train and --data are both given; give only one of them"):
         parse("--data", "text", "--data.train", "x")

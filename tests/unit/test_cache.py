@@ -132,7 +132,7 @@ def test_an_index_is_downloaded_once_and_leftovers_are_removed(tmp_path: Path, t
 
 
 def test_a_copy_that_is_damaged_or_vanishes_is_downloaded_again(tmp_path: Path, temporary: Path) -> None:
-    """Whatever somebody removes and whenever: before, or between the steps of fetching."""
+    """Also if another process removes files or folders, before fetching or between its steps."""
     storage, base = LocalStorage(tmp_path / "data"), temporary / f"crate-ray-node-{os.getuid()}"
     storage.write("a", b"content")
 

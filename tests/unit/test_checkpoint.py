@@ -1,5 +1,5 @@
-"""Checkpoints and exported models: a restored run goes on bitwise as if nothing had happened, damaged files are passed
-over for older ones, and no file is ever unpickled."""
+"""Checkpoints and exported models: a restored run continues bitwise as an uninterrupted one, damaged checkpoints are
+skipped for older ones, and no file is ever unpickled."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ from crate_ray.runs.commits import (
 from crate_ray.runs.record import RUN_FILE, RunRecord, read_record, write_record
 from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
 from crate_ray.storage.local import LocalStorage
+from crate_ray.training.optimizer import build_optimizer, learning_rate
 from crate_ray.training.pretraining import PretrainTask
-from crate_ray.training.step import build_optimizer, learning_rate, train_step
+from crate_ray.training.step import train_step
 from crate_ray.training.task import WorkerContext, assemble
 from tests.checkpoints import save, upload
 

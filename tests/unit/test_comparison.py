@@ -1,4 +1,4 @@
-"""The models of a comparison are what they are said to be, and its intervals hold what they should."""
+"""The models of a comparison have the documented sizes and settings, and its intervals are correct."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ def test_runs_differ_in_their_model_and_seed_alone(tmp_path: Path) -> None:
             r"no pretraining setting 'training.stepz', did you mean 'training.steps'",
         ),
         ({"variants": {"a": {"model.dimm": 1}}}, r"no pretraining setting 'model.dimm', did you mean 'model.dim'"),
-        ({"variants": {"vit-mae": {}}}, "'vit-mae' is the name of one that compare makes itself"),
+        ({"variants": {"vit-mae": {}}}, "'vit-mae' is the name of a variant that compare makes itself"),
         ({"variants": {"odd": {"model.dim": 30}}}, "variant 'odd': .*dim 30 is not divisible by 4"),
         ({"settings": {"data.validation": None}}, "compare needs held-out data"),
         ({"variants": {"begun": {"init_from": "runs/other"}}}, "every model from random weights: leave init_from out"),
-        ({"settings": {"model.architecture": "vit_mae"}}, "num_subspaces|compare starts from a CRATE-MAE"),
+        ({"settings": {"model.architecture": "vit_mae"}}, "num_subspaces|give a CRATE-MAE"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_trained(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:

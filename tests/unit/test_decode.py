@@ -1,5 +1,5 @@
-"""From encoded bytes to model input: every format as Pillow reads it, whichever part of it the crop needs. What is not
-an honest image or grid is refused by cause, disturbs no other sample, and nothing in it runs."""
+"""From encoded bytes to model input: every format decodes as with Pillow, for every crop. Bytes that are not a valid
+image or grid are refused with a cause, do not affect other samples, and are never executed."""
 
 from __future__ import annotations
 
@@ -646,7 +646,7 @@ def test_a_named_library_that_does_not_serve_is_an_error_of_the_user(
     for path in (str(text), "libm.so.6"):
         monkeypatch.setenv(LIBRARY_VARIABLE, path)
         find_turbojpeg.cache_clear()
-        with pytest.raises(UserError, match=rf"{LIBRARY_VARIABLE} names {path}, which is no libturbojpeg"):
+        with pytest.raises(UserError, match=rf"{LIBRARY_VARIABLE} names {path}, which is not libturbojpeg"):
             refusal(JPEG)
     find_turbojpeg.cache_clear()
 

@@ -1,5 +1,5 @@
-"""What a person sees of a run: its start, its first steps, a resumption, a stop, its end; and no line of a library
-that nobody can act on."""
+"""The terminal output of a run: its start, first steps, resumption, stop and end, without messages of libraries that
+the user cannot act on."""
 
 from __future__ import annotations
 

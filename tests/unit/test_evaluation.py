@@ -164,7 +164,7 @@ def test_knn_is_the_weighted_vote_of_scikit_learn() -> None:
 
 
 class Told:
-    """A source of features that was told them: of a training set, and of any other."""
+    """A source that returns given features: some for the training set, and others for any other dataset."""
 
     def __init__(self, shards: ShardSet, train: list[FeatureSet], test: list[FeatureSet]) -> None:
         self.shards, self.train, self.test = shards, train, test
@@ -179,13 +179,13 @@ class Told:
 
 
 def noise(seed: int) -> list[FeatureSet]:
-    """Features of six points that say nothing of the labels."""
+    """Random features of six points, independent of the labels."""
     random, labels = np.random.default_rng(seed), np.arange(60) % 3
     return [FeatureSet(random.normal(size=(60, 8)).astype(np.float32), labels, np.arange(60)) for _ in range(6)]
 
 
 def test_test_samples_choose_neither_feature_nor_strength(shapes: ShardSet) -> None:
-    # On noise, other labels of the test samples make another feature, layer and strength the best on them.
+    # On noise, the best feature, layer and strength on the test samples would change with their labels.
     probe, who, held_out = ProbeConfig(train="", test=""), evaluated(shapes), without_masks(shapes)
     config = EvaluateConfig(model="m", probe=probe)
     train, test = noise(0), noise(1)
@@ -423,7 +423,7 @@ def test_an_image_chooses_heads_and_components_or_is_measured_but_never_both(
     loaded = masks.load_masked(shapes, who.description, 8)
 
     def measured(changed: int | None) -> tuple[list[object], Estimate]:
-        """What was chosen, and the Jaccard index of something that is not, with one image's mask turned around."""
+        """The choices, and a Jaccard index that does not depend on them, after one image's mask is inverted."""
         turned = loaded.masks.copy()
         if changed is not None:
             turned[changed] = ~turned[changed]

@@ -1,5 +1,5 @@
-"""Fine-tuning: rates by layer, drop path, mixing and augmentation as their papers say, whoever computes them; a resumed
-run goes on bitwise; what a run starts from is looked up once, and what does not fit is refused in one sentence."""
+"""Fine-tuning: rates by layer, drop path, mixing and augmentation follow their papers, for any number of workers. A
+resumed run continues bitwise. A run's start weights are looked up once, and unsuitable ones give an error."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ from crate_ray.runs.planning import Run
 from crate_ray.runs.record import write_record
 from crate_ray.serving import Predictor
 from crate_ray.storage.interface import open_storage
-from crate_ray.training.step import learning_rate, train_step
+from crate_ray.training.optimizer import learning_rate
+from crate_ray.training.step import train_step
 from tests.checkpoints import save
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,8 @@ from crate_ray.errors import UserError
 from crate_ray.models import build_model
 from crate_ray.runs import metrics
 from crate_ray.training.guard import Guard
-from crate_ray.training.step import build_optimizer, mask_noise, train_step
+from crate_ray.training.optimizer import build_optimizer
+from crate_ray.training.step import mask_noise, train_step
 from crate_ray.training.telemetry import StepLog, Stopwatch
 
 CONFIG = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=1)

@@ -187,7 +187,8 @@ pretraining.start_from(pretraining.open_run(config))
 def test_a_start_killed_between_weights_and_record_leaves_no_record_of_other_weights(
     data: str, earlier: dict[int, Trainer], tmp_path: Path
 ) -> None:
-    """Before the first checkpoint, other settings begin the run anew; killed there, the first ones do so again."""
+    """Before the first checkpoint, a start with other settings begins the run anew. Here that start is killed halfway,
+    then the first settings begin the run anew."""
     first, run = new_run(data, tmp_path, f"{tmp_path / 'earlier'}@4")
     assert same(started(first, run, tmp_path / "first"), earlier[4].model)
     other, _ = new_run(data, tmp_path, f"{tmp_path / 'earlier'}@2")

@@ -34,7 +34,7 @@ from crate_ray.data import loader as loader_module
 from crate_ray.data.batch import Batch
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import CROP_UNIFORMS, random_crops
-from crate_ray.data.device import DeviceFeed
+from crate_ray.data.device import DeviceFeed, Sent
 from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.loader import Loader, evaluation_loader, training_loader
@@ -482,7 +482,7 @@ class CountingStorage(LocalStorage):
 def test_encoded_bytes_in_memory_never_exceed_the_buffer(
     shards: ShardSet, block: int, window: int, lanes: int, batch_size: int, world: int, room: float
 ) -> None:
-    """Those of batches that wait for a slow decoder included, in every order; and the batches stay what they are."""
+    """This includes bytes of batches that wait for a slow decoder. The batches do not change."""
     order, storage = sample_order(block, window, lanes, batch_size), CountingStorage(shards.storage.root)  # type: ignore[attr-defined]
     steps, dataset = range(min(order.batches_per_epoch + 3, 20)), load_dataset(storage)
     slots, reader = worker_slots(batch_size, world - 1, world), ShardReader(dataset)
@@ -564,22 +564,22 @@ def test_a_slow_consumer_bounds_what_is_prepared(shards: ShardSet, monkeypatch: 
 
 
 class RecordingFeed(DeviceFeed):
-    """One of a device to which copies go on while the caller computes."""
+    """The feed of a device whose copies overlap with computation."""
 
     copies_ahead = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self.sent: list[Tensor] = []
+        self.sent: list[Sent] = []
         self.handed_over: list[Tensor] = []
 
-    def send(self, images: Tensor) -> Tensor:
+    def send(self, images: Tensor) -> Sent:
         self.sent.append(super().send(images))
         return self.sent[-1]
 
-    def hand_over(self, images: Tensor) -> Tensor:
-        self.handed_over.append(super().hand_over(images))
-        return images
+    def hand_over(self, sent: Sent) -> Tensor:
+        self.handed_over.append(super().hand_over(sent))
+        return self.handed_over[-1]
 
 
 def test_the_next_batch_is_sent_before_this_one_is_used_if_it_is_ready(
@@ -609,7 +609,7 @@ def test_the_next_batch_is_sent_before_this_one_is_used_if_it_is_ready(
         may_decode.release(3)
         found += steps
     assert_same(found, expected)
-    assert [id(images) for images in feed.sent] == [id(images) for images in feed.handed_over]
+    assert [id(sent.images) for sent in feed.sent] == [id(images) for images in feed.handed_over]
     assert_no_threads()
 
 
@@ -737,14 +737,14 @@ def test_evaluation_leaves_bad_samples_out(with_bad: ShardSet, streamed: bool) -
 
 def test_bad_samples_are_not_kept_in_memory_by_their_errors(with_bad: ShardSet) -> None:
     order = sample_order(16, 1, 2, 16, num_samples=80)
-    gc.disable()  # which would find them in the end
+    gc.disable()  # it would free them in the end
     try:
         with train_on(with_bad, order, MODEL, config(True, max_bad_fraction=0.2), steps=range(15)) as loader:
             assert len(list(loader)) == 15 and loader.bad.causes
         source, deadline = loader._source, time.monotonic() + 10
         assert isinstance(source, StreamedSource)
         while source._count_freed(0.1) or (source._passed and time.monotonic() < deadline):
-            pass  # a decoding thread may still be letting go of its last task
+            pass  # a decoding thread may still hold its last task
         assert source._passed == 0
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""Folders on a node's disk: what may be removed is removed, nothing else is, and no other user can plant files."""
+"""Folders on a node's disk: only unused entries are removed, and no other user can plant files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def dataset(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.timeout(120)
 def test_processes_come_and_go_while_others_open_a_dataset(temporary: Path, dataset: tuple[str, str]) -> None:
-    """The index is shared: nobody who starts removes it, and nobody who opens the dataset takes it for damaged."""
+    """The index is shared: a new process does not remove it, and a process that opens the dataset can read it."""
     starts = (
         "import sys, time; from itertools import count; from pathlib import Path\n"
         "from crate_ray.storage.node_folders import process_folder\n"

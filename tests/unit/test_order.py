@@ -198,7 +198,7 @@ def test_blocks_that_begin_between_index_entries_are_large_enough(shard_samples:
         return plan_order(found, settings, batch_size=1024, seed=0, workers=workers).datasets[0]
 
     def samples_read(order: DatasetOrder, first: int) -> int:
-        """Samples that are read for the block that begins at one, in whole entries of each of its shards."""
+        """Number of samples that are read for the block at `first`, in whole index entries of its shards."""
         count, stop = 0, min(first + order.block_samples, order.num_samples)
         while first < stop:
             begin = first // shard_samples * shard_samples

@@ -121,9 +121,9 @@ def test_resumed_packing_gives_the_same_files_and_repeats_no_finished_shard(
             pack(source, LocalStorage(folder), config())
         except ConnectionError:
             assert not (folder / MANIFEST_NAME).exists()
-            with pytest.raises(UserError, match=r"was not finished, with other samples .*--overwrite"):
+            with pytest.raises(UserError, match=r"unfinished dataset with other samples .*--overwrite"):
                 pack(source, LocalStorage(folder), config(shard_samples=11))
-            with pytest.raises(UserError, match="was not finished|no shards named"):
+            with pytest.raises(UserError, match="unfinished dataset|no shards named"):
                 index_existing(LocalStorage(folder))
         repeated = {sample for shard in done for sample in order[10 * shard : 10 * shard + 10]} & set(loads)
         assert repeated <= {order[0]}, "whose content decides between images and grids"
@@ -308,9 +308,9 @@ def test_packing_with_validation_goes_on_where_it_was_stopped(tmp_path: Path) ->
         else:
             with pytest.raises(ConnectionError):
                 pack_split(source, storage, config(**settings))
-            with pytest.raises(UserError, match="was not finished, with other samples"):
+            with pytest.raises(UserError, match="unfinished dataset with other samples"):
                 pack_split(source, storage, config(validation=0.3))
-            with pytest.raises(UserError, match="was not finished, with other samples"):
+            with pytest.raises(UserError, match="unfinished dataset with other samples"):
                 pack(source, storage, config())
         for path, time in finished.items():
             assert (tmp_path / "resumed" / path).stat().st_mtime_ns == time, "not made again"

@@ -19,7 +19,7 @@ from crate_ray.runs.metrics import layer_measure
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.local import LocalStorage
 from crate_ray.structure.layerwise import measure_layers
-from crate_ray.training.probe_batch import MEASURES_FILE, ProbeBatch
+from crate_ray.training.probe_batch import MEASURES_FILE, ProbeBatch, ProbeResult
 from crate_ray.training.profiling import StepProfile
 
 
@@ -44,8 +44,11 @@ def test_a_probe_measures_each_layer_and_leaves_the_model_as_it_was(config: Mode
     def open_probe() -> ProbeBatch:
         return ProbeBatch(shards, config, DataConfig(train="unused"), normalizer, run)
 
+    def run_at(step: int, probe: ProbeBatch) -> ProbeResult:
+        return probe.draw(probe.observe(model, step))
+
     probe = open_probe()
-    first, second = probe.run(model, 0), probe.run(model, 10)
+    first, second = run_at(0, probe), run_at(10, probe)
     assert first.metrics == second.metrics and model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     means = measure_layers(model, normalizer(probe.images)).means()
@@ -59,16 +62,16 @@ def test_a_probe_measures_each_layer_and_leaves_the_model_as_it_was(config: Mode
     assert second.pictures["reconstruction"] == first.pictures["reconstruction"]
     assert second.pictures["layers"] != first.pictures["layers"]  # one more line
     # A resumed run draws the steps before it, but not those that it makes again.
-    assert open_probe().run(model, 10).pictures["layers"] == second.pictures["layers"]
+    assert run_at(10, open_probe()).pictures["layers"] == second.pictures["layers"]
     run.write(MEASURES_FILE, b"{")
-    assert open_probe().run(model, 10).pictures["layers"] != second.pictures["layers"]
+    assert run_at(10, open_probe()).pictures["layers"] != second.pictures["layers"]
 
 
 def test_steps_are_profiled_once(tmp_path: Path) -> None:
     run = LocalStorage(tmp_path / "run")
     (tmp_path / "space").mkdir()
     written = []
-    with StepProfile((2, 3), run, tmp_path / "space") as profile:
+    with StepProfile((2, 3), run, tmp_path / "space", torch.device("cpu")) as profile:
         for step in range(1, 6):
             profile.before(step)
             torch.ones(4, 4).logdet()

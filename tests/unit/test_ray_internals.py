@@ -1,5 +1,5 @@
-"""The private names of Ray that training uses are still there, and do what they are used for. When a new version of Ray
-fails here, crate_ray/training/ray/internals.py says what each one is for."""
+"""The private names of Ray that training uses exist and still work. If a new version of Ray fails here,
+crate_ray/training/ray/internals.py explains the use of each name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_the_controller_sends_its_handle_and_can_be_aborted() -> None:
     hook = inspect.signature(ControllerCallback.after_controller_start)
     assert list(hook.parameters) == ["self", "train_run_context"]
     assert inspect.iscoroutinefunction(TrainController.abort)
-    assert list(inspect.signature(TrainController.abort).parameters) == ["self"]
+    # Ray adds a parameter of its own to the methods of a class that it has made an actor of.
+    parameters = inspect.signature(TrainController.abort).parameters
+    assert [name for name in parameters if not name.startswith("_")] == ["self"]
 
 
 def test_a_worker_group_whose_start_failed_can_be_released() -> None:

@@ -1,4 +1,4 @@
-"""Whoever wrote a shard, ranges of it hold exactly the samples that stock tarfile and webdataset read from it."""
+"""For shards of any origin, ranges hold exactly the samples that stock tarfile and webdataset read from the shard."""
 
 from __future__ import annotations
 

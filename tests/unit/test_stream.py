@@ -1,4 +1,4 @@
-"""The loader for other people's loops works without Ray and MLflow, and its position moves between worker counts."""
+"""The loader for other training loops works without Ray and MLflow, and can resume with another number of workers."""
 
 from __future__ import annotations
 

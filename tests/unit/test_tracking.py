@@ -421,7 +421,7 @@ def test_a_record_that_is_refused_blocks_no_other(uri: str, tmp_path: Path, capl
         and "many/1199" in run.data.metrics
     )
     assert artifact(uri, run, "a/step-00000003.png", tmp_path) == b"3"
-    assert "MLflow refuses a record of run run refused, which is skipped" in caplog.text
+    assert "skipping a record of run run refused that MLflow refuses" in caplog.text
 
 
 def test_a_file_that_vanishes_from_the_spool_is_reported(
@@ -434,7 +434,7 @@ def test_a_file_that_vanishes_from_the_spool_is_reported(
     (gone,) = spool(tmp_path, "vanished").glob("files/*/step-00000001.png")
     gone.unlink()
     assert tracker(uri, "vanished").finish("FINISHED", timeout=60) is True
-    assert f"{gone} was deleted before MLflow had it, and is skipped" in caplog.text
+    assert f"skipping {gone}, which was deleted before it was sent to MLflow" in caplog.text
     assert artifact(uri, find(uri, "vanished"), "a/step-00000002.png", tmp_path) == b"2"
 
 

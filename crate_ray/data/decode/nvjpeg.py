@@ -6,6 +6,7 @@ Images that nvJPEG cannot read, or might read differently, are decoded on the CP
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def decode_batch_cuda(
     on_device = np.flatnonzero(plain)
     try:
         pictures = _nvjpeg(out, [encoded[i] for i in on_device.tolist()]) if len(on_device) else []
-    except RuntimeError:  # one of them is damaged, but not known which
+    except RuntimeError:  # one of them is damaged, but it is not known which one
         pictures, on_device, plain = [], on_device[:0], np.zeros_like(plain)
     for i, picture in zip(on_device.tolist(), pictures, strict=True):
         top, left, height, width, flip = (column[i].item() for column in crops)
@@ -69,12 +70,28 @@ def _through_cpu(
 
 
 def _nvjpeg(out: Tensor, contents: Sequence[bytes | memoryview]) -> list[Tensor]:
-    """Decoded pictures on out's device, (C, height, width) uint8 each."""
+    """Decoded pictures on out's device, (C, height, width) uint8 each, for use on the current stream.
+
+    torchvision takes memory for the pictures from the pool of the current stream, and writes it on a stream of its own,
+    without waiting for work that is queued on the current one. So the pictures have a stream, and a pool of memory, to
+    themselves. The allocator reuses a picture's memory only when its last reader has finished (`record_stream`).
+    """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     mode = ImageReadMode.GRAY if out.shape[1] == 1 else ImageReadMode.RGB
     tensors = [torch.from_numpy(np.frombuffer(content, np.uint8).copy()) for content in contents]
-    return list(decode_jpeg(tensors, mode=mode, device=out.device))
+    reader, pictures_only = torch.cuda.current_stream(out.device), _picture_stream(out.device)
+    with torch.cuda.stream(pictures_only):
+        pictures = list(decode_jpeg(tensors, mode=mode, device=out.device))
+    reader.wait_stream(pictures_only)
+    for picture in pictures:
+        picture.record_stream(reader)
+    return pictures
+
+
+@lru_cache
+def _picture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def check_nvjpeg(device: torch.device) -> None:

@@ -15,9 +15,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crate_ray.config import PretrainConfig
 from crate_ray.errors import UserError
+from crate_ray.ray_cluster import cluster_nodes, worker_resources
 from crate_ray.runs.commits import newest_complete
 from crate_ray.runs.listener import Listener
-from crate_ray.runs.planning import Run, RunConfig
+from crate_ray.runs.planning import Run
 from crate_ray.runs.record import write_record
 from crate_ray.storage.interface import Storage
 from crate_ray.storage.lease import Lease
@@ -31,26 +32,26 @@ from crate_ray.training.task import Task
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
-_SILENT_SECONDS = 30.0  # without a heartbeat for so long, there is no worker that could save a checkpoint
+_SILENT_SECONDS = 30.0  # after this time without heartbeats, no worker is left that could save a checkpoint
 
 
 def train_on_ray(run: Run, lease: Lease, task_class: type[Task], listeners: Sequence[Listener]) -> None:
     """Train to the last step on `scaling.workers` Ray Train workers.
 
-    Recovers from up to `scaling.max_failures` failures. An elastic run resumes from its newest checkpoint when it gets
-    another number of workers. Returns at once when the run is already finished.
+    Recovers from up to `scaling.max_failures` failures. If the number of workers of an elastic run changes, the run
+    resumes from its newest checkpoint. Returns at once if the run is already finished.
 
-    Needs Ray as ray_cluster.start_ray sets it up, and the run's lease, entered (see planning.driver_lease). Listeners
-    are called in this thread. Raises UserError for mistakes that a worker found in the user's input, Stopped when
-    SIGTERM or Ctrl-C has stopped the run, and LeaseLost when another driver has taken it over.
+    Needs Ray, as ray_cluster.start_ray sets it up, and the run's entered lease (see planning.driver_lease). Listeners
+    are called in this thread. Raises UserError for mistakes that a worker found in the user's input, Stopped if SIGTERM
+    or Ctrl-C has stopped the run, and LeaseLost if another driver has taken it over.
     """
     if run.is_finished:
         return
     config = run.config
     wants_weights = isinstance(config, PretrainConfig) and config.init_from is not None
     if wants_weights and not run.first_step and run.record.initial_weights is None:
-        raise ValueError("the run starts from weights that it has not been given; call runs.pretraining.start_from")
-    resources, use_gpu = _worker_resources(config)
+        raise ValueError("the run's initial weights are not stored yet; call runs.pretraining.start_from first")
+    resources, use_gpu = worker_resources(config.scaling, cluster_nodes())
     threads = run.record.threads or int(resources["CPU"])
     if config.scaling.cpus_per_worker not in (None, threads):
         raise UserError(
@@ -114,7 +115,7 @@ def _follow(
     lease: Lease,
     request: StopRequest,
 ) -> None:
-    """Deliver the workers' events to the listeners, and pass on a request to stop, until the workers are done."""
+    """Until the workers are done, deliver their events to the listeners, and pass on a request to stop."""
     watchdog, stopping = Watchdog(hang_seconds), False
     while not done.wait(_POLL_SECONDS):
         _deliver(mailbox, listeners, watchdog)
@@ -142,7 +143,7 @@ def _deliver(mailbox: Any, listeners: Sequence[Listener], watchdog: Watchdog) ->
 
 
 def _fixable_failure(error: BaseException) -> str | None:
-    """An error message for a failure that the user can fix: a full disk, or a storage that is away; else None."""
+    """Message for a failure that the user can fix, such as a full disk or an unavailable storage; else None."""
     for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
         message = str(failure).strip().rsplit("\n", 1)[-1]  # the end of a traceback
         kind, _, rest = message.partition(": ")
@@ -155,26 +156,3 @@ def _fixable_failure(error: BaseException) -> str | None:
             "newest checkpoint"
         )
     return None
-
-
-def _worker_resources(config: RunConfig) -> tuple[dict[str, float], bool]:
-    """CPUs and GPUs of each worker, and whether it has a GPU: as configured, or an equal share of the cluster's nodes.
-
-    If the number of workers is a range, the share is for as many as the cluster has room for now.
-    """
-    scaling = config.scaling
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    use_gpu = scaling.gpu if scaling.gpu is not None else gpus >= scaling.min_workers
-    cpus = scaling.cpus_per_worker
-    if cpus is None:
-        counts = [int(node.get("CPU", 0)) for node in nodes]
-        most = min(scaling.max_workers, gpus) if use_gpu and gpus >= scaling.min_workers else scaling.max_workers
-        workers = min(most, sum(counts))
-        if workers < scaling.min_workers:
-            raise UserError(
-                f"{scaling.min_workers} workers need a CPU each, the cluster has {sum(counts)}; lower scaling.workers, "
-                "add nodes, or set scaling.cpus_per_worker if an autoscaler will add them"
-            )
-        cpus = max(c for c in range(1, max(counts) + 1) if sum(n // c for n in counts) >= workers)
-    return ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}), use_gpu

@@ -1,4 +1,4 @@
-"""Runs Ray Train in a thread, so that the driver can follow the run meanwhile, and end it."""
+"""Runs Ray Train in a thread, so that the driver can follow the run at the same time, and end it."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def fit(
     """Train until the workers are done. Raises ray.train.TrainingFailedError when they fail too often.
 
     Args:
-        loop: what every worker runs.
-        payload: what `loop` is called with; `attempt` names this start, `mailbox` is the driver's.
+        loop: function that every worker runs.
+        payload: argument of `loop`. Its `attempt` names this start, and its `mailbox` is the driver's.
         scaling: workers and their resources.
         failures: how often the workers are restarted.
-        follow: called in this thread, with an event that is set when the workers are done. An exception that it raises
-            ends them.
+        follow: called in this thread, with an event that is set when the workers are done. If it raises an exception,
+            the workers are ended.
     """
     install_release_failed_start()
-    # Ray Train's own record of the run, which nobody reads, stays on this node: in the run's storage, a connection that
-    # breaks while the controller writes the record would end the run.
+    # Ray Train's own record of the run is not used, so it stays on this node. In the run's storage, a broken connection
+    # while the controller writes the record would end the run.
     with process_folder(f"driver-{uuid.uuid4().hex[:12]}") as folder:
         trainer = TorchTrainer(
             _run_loop,
-            # By reference: workers fetch what is large to import after they have started.
+            # By reference, so that workers import large modules only after they have started.
             train_loop_config={"loop": [ray.put(loop)], "payload": payload},
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
@@ -93,7 +93,7 @@ def fit(
 
 
 class _Fitting(threading.Thread):
-    """TorchTrainer.fit in a thread. Off the main thread Ray Train installs no handler for SIGINT."""
+    """Runs TorchTrainer.fit in a thread. Outside the main thread, Ray Train does not install a handler for SIGINT."""
 
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(name="ray train", daemon=True)
@@ -116,7 +116,7 @@ def _run_loop(given: dict[str, Any]) -> None:
 
 
 def _end(training: _Fitting, mailbox: Any) -> None:
-    """End Ray Train's controller, and with it the workers: in good order, or by force when that takes too long."""
+    """End Ray Train's controller and its workers. If they do not end in time, kill the controller."""
     deadline = time.monotonic() + _ABORT_SECONDS
     while not (controller := ray.get(mailbox.controller.remote())):
         if training.done.wait(_POLL_SECONDS) or time.monotonic() > deadline:
@@ -124,9 +124,9 @@ def _end(training: _Fitting, mailbox: Any) -> None:
     controller[0].abort.remote()
     if not training.done.wait(deadline - time.monotonic()):
         ray.kill(controller[0])
-        training.done.wait(_ABORT_SECONDS)  # what it still writes would be in the way of removing its folder
+        training.done.wait(_ABORT_SECONDS)  # it may still write files, and its folder is removed next
 
 
 def _in_driver() -> bool:
-    """Whether this is the driver of a Ray job, which outlives all that it has started, and not a trial of a sweep."""
+    """Whether this process is the driver of a Ray job, and not a trial of a sweep. A driver outlives all it started."""
     return ray.get_runtime_context().get_actor_id() is None

@@ -1,7 +1,7 @@
-"""All that training uses of Ray beyond its documented interface.
+"""Everything that training uses of Ray's private interface.
 
-Ray Train passes objects in RunConfig(callbacks=...) on to its controller, but their base classes are private. The names
-used here are checked by tests/unit/test_ray_internals.py, which says what breaks without them.
+Ray Train passes objects in RunConfig(callbacks=...) on to its controller, but their base classes are private.
+tests/unit/test_ray_internals.py checks that the names used here exist.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class SendController(ControllerCallback):
 class ReleaseFailedStart(WorkerGroupCallback):
     """Releases the resources of a worker group whose start has failed.
 
-    When a worker dies while the process group is set up, Ray Train (2.60) forgets the worker group but not its
-    placement group. That one moves to the next node that joins, and if there is no other room, no later worker group
-    ever starts.
+    If a worker dies while the process group is set up, Ray Train (2.60) drops the worker group without removing its
+    placement group. The placement group then takes the resources of the next node that joins. Without other resources,
+    no later worker group can start.
     """
 
     def __init__(self) -> None:
@@ -61,8 +61,8 @@ class ReleaseFailedStart(WorkerGroupCallback):
 def install_release_failed_start() -> None:
     """Let Ray Train create a ReleaseFailedStart for every run of this process.
 
-    Callbacks of this environment variable come before Ray Train's own, one of which sets up the process group. Those of
-    RunConfig come after them, too late to hear of a worker group whose set-up fails.
+    Callbacks in this environment variable run before Ray Train's own callbacks, one of which sets up the process group.
+    Callbacks in RunConfig run after them, which is too late to see a worker group whose set-up fails.
     """
     name = f"{ReleaseFailedStart.__module__}.{ReleaseFailedStart.__qualname__}"
     names = [known for known in os.environ.get(_CALLBACKS_ENV, "").split(",") if known]
@@ -71,7 +71,7 @@ def install_release_failed_start() -> None:
 
 
 def remove_placement_groups(groups: set[str]) -> None:
-    """Remove placement groups of this job, given by their ids in hex. Those of other jobs are left alone."""
+    """Remove placement groups of this job, given by their hexadecimal ids. Those of other jobs are not removed."""
     job = ray.get_runtime_context().get_job_id()
     for group in groups:
         if group.endswith(job):  # a placement group's id ends with its job's

@@ -1,6 +1,6 @@
-"""An actor on the driver's node: workers put their events into it, the driver takes them out and leaves its requests.
+"""An actor on the driver's node. Workers put events into it, and the driver takes them out and puts requests in.
 
-It imports nothing that training needs, so that its process starts at once.
+This module imports nothing that training needs, so its process starts at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Mailbox:
-    """Events of the workers until the driver takes them, the driver's request to stop, and Ray Train's controller."""
+    """Holds the workers' events for the driver, the driver's request to stop, and Ray Train's controller."""
 
     def __init__(self) -> None:
         self._events: list[tuple[Any, ...]] = []
@@ -39,7 +39,7 @@ class Mailbox:
         self._put += 1
 
     def drain(self) -> list[tuple[Any, ...]]:
-        """All events since the last call. The driver has handled those of the last call before it calls again."""
+        """All events since the last call. When the driver calls this, it has handled the events of the last call."""
         self._handled = self._put - len(self._events)
         events, self._events = self._events, []
         return events

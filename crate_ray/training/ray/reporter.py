@@ -1,4 +1,4 @@
-"""Sends what a worker reports to the driver's mailbox."""
+"""Sends a worker's reports to the driver's mailbox."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from crate_ray.runs.metrics import CHECKPOINT_BACKGROUND_SECONDS
 from crate_ray.training.heartbeat import Heartbeat
 from crate_ray.training.worker import StartFacts
 
-_RECORDED_SECONDS = 10.0  # a driver that is held up for longer does not hold up a checkpoint
+_RECORDED_SECONDS = 10.0  # a checkpoint does not wait longer than this for a slow driver
 _POLL_SECONDS = 0.1
 
 
 class RayReporter:
-    """See worker.Reporter and checkpoints.SaveEvents.
+    """Implements worker.Reporter and checkpoints.SaveEvents.
 
     Args:
-        mailbox: the driver's.
-        rank: of this worker.
+        mailbox: the driver's mailbox.
+        rank: rank of this worker.
     """
 
     def __init__(self, mailbox: Any, rank: int) -> None:
@@ -43,7 +43,7 @@ class RayReporter:
         self._send("first_step", step, loss, seconds)
 
     def note(self, step: int, text: str) -> None:
-        """Send a sentence for people."""
+        """Send a sentence for the user."""
         self._send("note", step, text)
 
     def bad_samples(self, step: int, causes: dict[str, str], split: str) -> None:
@@ -70,7 +70,7 @@ class RayReporter:
             time.sleep(_POLL_SECONDS)
 
     def checkpoint(self, step: int, seconds: float) -> None:
-        """Send how long rank 0's save took in the background, and wait until that has arrived."""
+        """Send how long rank 0's save took in the background, and wait until the message has arrived."""
         values = {CHECKPOINT_BACKGROUND_SECONDS: seconds}
         ray.get(self._mailbox.put.remote(("metrics", step, values, int(time.time() * 1000))))
 

@@ -1,4 +1,4 @@
-"""A Ray Train worker: it gives the training loop what that needs of the process, and reports errors to the driver."""
+"""A Ray Train worker: provides the training loop with what it needs from Ray, and reports errors to the driver."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from crate_ray.training.worker import Worker
 def run_worker(payload: dict[str, Any], task_class: type[Task]) -> None:
     """Train this worker's share of a run. Errors that the user can fix go to the driver at once.
 
-    The payload is the driver's: `config` and `record` as plain data, `total_steps`, the folder `attempt` of this
-    start's checkpoints, and its `mailbox`.
+    The payload comes from the driver: `config` and `record` as plain data, `total_steps`, the folder `attempt` for the
+    checkpoints of this start, and the driver's `mailbox`.
     """
     try:
         _run_worker(payload, task_class)
@@ -41,7 +41,7 @@ def _run_worker(payload: dict[str, Any], task_class: type[Task]) -> None:
     config = task_class.config_class.model_validate(payload["config"])
     record = RunRecord.model_validate(payload["record"])
     logging.getLogger().setLevel(logging.WARNING)
-    # A token parameter has dimensions of size 1, whose strides mean nothing.
+    # A token parameter has dimensions of size 1, whose strides have no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
     context = ray.train.get_context()
@@ -69,14 +69,15 @@ def _run_worker(payload: dict[str, Any], task_class: type[Task]) -> None:
             barrier=barrier,
             broadcast=broadcast_from_rank_zero,
         )
+        device = ray.train.torch.get_device()
         worker = Worker(
             rank=rank,
             world_size=world_size,
-            device=ray.train.torch.get_device(),
+            device=device,
             scratch=scratch,
             reporter=reporter,
             control=control,
-            checkpoints=WorkerCheckpoints(run, payload["attempt"], record, config.checkpoint, peers, reporter),
+            checkpoints=WorkerCheckpoints(run, payload["attempt"], record, config.checkpoint, peers, reporter, device),
             preemption_notice=lambda: ray.train.get_preemption_info() is not None,
             run=run,
         )

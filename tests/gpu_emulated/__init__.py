@@ -1,0 +1,1 @@
+"""GPU paths on an emulated CUDA device; see device.py."""
