@@ -80,8 +80,11 @@ def _operations(share: float) -> list[Operation | None]:
         None,
         lambda images, sign_B: normalize_min_max(images),  # auto contrast
         lambda images, sign_B: equalize(images),
-        lambda images, sign_B: posterize(images, int(8 - 4 * share)),  # bits
-        lambda images, sign_B: solarize(images, 1 - share),  # invert what is above the threshold
+        # Constants as tensors that are filled on the device: copying a number from the host would wait for the device.
+        lambda images, sign_B: posterize(
+            images, torch.full_like(sign_B, int(8 - 4 * share), dtype=torch.int64)
+        ),  # bits
+        lambda images, sign_B: solarize(images, torch.full_like(sign_B, 1 - share)),  # invert what is above it
         lambda images, sign_B: rotate(images, sign_B * 30 * share),  # degrees
         lambda images, sign_B: _shear(images, sign_B * 0.3 * share, None),
         lambda images, sign_B: _shear(images, None, sign_B * 0.3 * share),
@@ -98,7 +101,8 @@ def _operations(share: float) -> list[Operation | None]:
 def _shear(images_BCHW: Tensor, ratio_x_B: Tensor | None, ratio_y_B: Tensor | None) -> Tensor:
     """Shear about the centre by ratios of width to height, or of height to width."""
     height, width = images_BCHW.shape[2:]
-    centre = images_BCHW.new_tensor([(width - 1) / 2, (height - 1) / 2]).expand(len(images_BCHW), 2)
+    count = len(images_BCHW)
+    centre = torch.stack([images_BCHW.new_full((count,), (side - 1) / 2) for side in (width, height)], 1)
     angles = [None if ratio is None else torch.atan(ratio) for ratio in (ratio_x_B, ratio_y_B)]
     return warp_affine(images_BCHW, get_shear_matrix2d(centre, *angles)[:, :2], (height, width))
 

@@ -231,6 +231,13 @@ def _replace_functions(library: ctypes.CDLL) -> None:
     for name, function in functions.items():
         setattr(torch.cuda, name, function)
     torch.Tensor.record_stream = record_stream  # type: ignore[method-assign]
+    resize = torch.UntypedStorage.resize_
+
+    def resize_storage(storage: Any, size: int) -> Any:
+        """FSDP frees gathered weights in this way; here they stay."""
+        return storage if storage.device.type == "cuda" else resize(storage, size)
+
+    torch.UntypedStorage.resize_ = resize_storage  # type: ignore[method-assign]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.accelerator.is_available = lambda *_: True
     torch.accelerator.synchronize = waiting("torch.accelerator.synchronize")
