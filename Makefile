@@ -3,13 +3,14 @@
 # make quick   lint and the fast tests, about three minutes
 # make daily   all tests, including those that take minutes and rarely fail
 # make lint    ruff and mypy
+# make gpu-check   on a machine with a GPU: check and measure everything in nine minutes (docs/performance.md)
 # make clean   remove the environment and the demo's results
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick daily lint format clean
+.PHONY: demo test quick daily lint format gpu-check clean
 .DELETE_ON_ERROR:
 
 # Install pinned versions. If $(VENV) already has a torch build of the pinned version, it is not replaced. Then compile
@@ -52,6 +53,10 @@ lint: $(READY)
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# Without $(READY): that machine has a torch with CUDA, and the packages of the bundle.
+gpu-check:
+	$(PYTHON) -m tests.gpu.check --minutes 9 --out gpu-check $(if $(BUNDLE),--bundle $(BUNDLE))
 
 clean:
 	rm -rf $(VENV) demo

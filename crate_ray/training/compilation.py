@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch._dynamo.exc
-import torch._functorch.config
 from torch import Tensor, nn
 
 from crate_ray.errors import UserError
@@ -44,6 +42,10 @@ def compile_layers(
     compiled. Call this before the model is wrapped in DDP. A sharded model (FSDP2) is compiled after it was sharded.
     It cannot be restored after a failure, so compiling is required then. The names of parameters do not change.
     """
+    # Here, because they take a second and most processes do not compile.
+    import torch._dynamo.exc
+    import torch._functorch.config
+
     # Otherwise the backward half is compiled in the first backward pass, when it is too late to fall back to eager.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     compilation = _Compilation()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -35,9 +36,11 @@ def parallelize(
         return model
     if strategy == "fsdp":
         return _shard(model, layers, world_size, device, autocast)
+    # Buffers are constants, so they are not sent before each step. torch 2.13 has a new name for the argument.
+    known = inspect.signature(DistributedDataParallel).parameters
+    resend = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     # Every parameter has a gradient in every step (see CrateMAE), so the graph is always the same.
-    # Buffers are constants, so they are not sent.
-    return DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True, **resend)
 
 
 def settle(trained: nn.Module, images_BCHW: Tensor, given: Any) -> None:

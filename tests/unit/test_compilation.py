@@ -23,9 +23,15 @@ from tests.unit.test_step import CONFIG, batch64, close, gradients, model64
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FRESH = """
+from functools import partial
 import torch
-import crate_ray.training.compilation
-assert torch._functorch.config.force_non_lazy_backward_lowering is False
+from crate_ray.config import CrateMAEConfig
+from crate_ray.models import build_model
+from crate_ray.training.compilation import compile_layers
+torch.compile = partial(torch.compile, backend="eager")
+model = build_model(CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=1))
+assert compile_layers(model, model.encoder, (torch.randn(2, 3, 8, 8), torch.rand(2, 16)))
+assert torch._functorch.config.force_non_lazy_backward_lowering
 assert issubclass(torch._dynamo.exc.TorchDynamoException, RuntimeError)
 """
 
