@@ -32,7 +32,7 @@ from crate_ray.config import (
 )
 from crate_ray.errors import UserError
 from crate_ray.memory import peak_memory, resident_memory
-from crate_ray.models import build_model
+from crate_ray.models import CrateMAE, build_model
 from crate_ray.models.flops import gpu_peak_flops, reference_training_flops, training_flops
 from crate_ray.models.reference import ReferenceCrateMAE
 from crate_ray.training.compilation import compile_layers, should_compile
@@ -133,6 +133,8 @@ def measure(case: Case) -> Measurement:
     else:
         trained = build_model(config).to(device)
         trained.checkpoint_layers = case.activation_checkpointing
+        if device.type == "cuda" and autocast and isinstance(trained, CrateMAE):
+            trained.choose_kernels(case.batch_size, autocast)
         if case.compile:
             layers = [*trained.encoder, *trained.decoder]
             compiled = compile_layers(trained, layers, (torch.zeros_like(images), torch.zeros_like(noise)), autocast)

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from crate_ray.config import CrateMAEConfig
 from crate_ray.models.autoencoder import MaskedAutoencoder, initialize_weights
-from crate_ray.models.kernels.attention import attention_maps, merge_heads, self_attention, split_heads
+from crate_ray.models.kernels.attention import (
+    attention_maps,
+    choose_self_attention,
+    merge_heads,
+    self_attention,
+    split_heads,
+)
 from crate_ray.models.kernels.ista import gradient_step, relu
 from crate_ray.models.kernels.linear import linear
 
@@ -278,6 +284,19 @@ class CrateMAE(MaskedAutoencoder):
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
         """A published size ('tiny', 'small', 'base' or 'large') with fresh weights. Overrides are config fields."""
         return cls(CrateMAEConfig.model_validate({"preset": preset, **overrides}))
+
+    def choose_kernels(self, batch_size: int, dtype: torch.dtype) -> list[str]:
+        """Measure the kernels of attention on the current GPU for batches of this size, and use the fastest.
+
+        Returns a sentence for each shape of the model, for the log.
+        """
+        if self.config.attention == "linear" or dtype == torch.float32:
+            return []
+        heads, dim = self.config.num_subspaces, self.config.subspace_dim
+        assert dim is not None  # set by the config's validation
+        encoder_tokens = self.num_visible if self.visible_only else self.num_patches
+        shapes = sorted({encoder_tokens + 1, self.num_patches + 1})
+        return [choose_self_attention(batch_size, heads, tokens, dim, dtype) for tokens in shapes]
 
     def decoder_layer(self, index: int, y: Tensor) -> Tensor:
         """Tokens after decoder layer `index`, which uses the mirrored encoder layer's maps if they are tied."""

@@ -115,6 +115,8 @@ class TrainingLoop:
         """Restore the newest checkpoint, and open the data at its step."""
         self.step = self.start = self.logged = self.saved = self.worker.checkpoints.restore(self.assembled)
         self.worker.reporter.started(self.step, self._start_facts())
+        for note in self.assembled.notes:
+            self.worker.reporter.note(self.step, note)
         if self.step == 0:
             self._probe()
         self.loader = self._open_loader()

@@ -38,7 +38,7 @@ def parallelize(
         return _shard(model, layers, world_size, device, autocast)
     # Buffers are constants, so they are not sent before each step. torch 2.13 has a new name for the argument.
     known = inspect.signature(DistributedDataParallel).parameters
-    resend = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    resend: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     # Every parameter has a gradient in every step (see CrateMAE), so the graph is always the same.
     return DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True, **resend)
 

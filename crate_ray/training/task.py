@@ -15,6 +15,7 @@ from crate_ray.config import FinetuneConfig, ImageModelConfig, PretrainConfig
 from crate_ray.data.batch import Batch
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.order.mixture import Mixture
+from crate_ray.models import CrateMAE
 from crate_ray.models.exported import Normalizer
 from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import Storage
@@ -108,6 +109,8 @@ class Assembled(NamedTuple):
     arithmetic: tuple[str, ...]
     """How the layers are computed (eager or compiled, dtype), which affects rounding. One entry if all workers agree.
     """
+    notes: tuple[str, ...] = ()
+    """Sentences about choices that were made, for the log."""
 
 
 def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, context: WorkerContext) -> Assembled:
@@ -116,6 +119,9 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, co
     compiled = should_compile(training.compile, context.device)
     sharded = config.scaling.strategy == "fsdp" and context.world_size > 1
     images = largest_micro_batch(training, context.world_size)
+    notes: tuple[str, ...] = ()
+    if context.device.type == "cuda" and isinstance(task.model, CrateMAE) and context.autocast:
+        notes = tuple(task.model.choose_kernels(images, context.autocast))
     if compiled and not sharded:
         compiled = compile_layers(task.model, task.layers, task.blank(images), context.autocast)
     trained = parallelize(
@@ -129,7 +135,7 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, co
     if compiled and sharded:  # programs for whole weights would not be used
         compile_layers(trained, task.layers, task.blank(images), context.autocast, required=True)
     micro_steps = micro_steps_of(training, task.model, context.world_size)
-    return Assembled(task, trained, task.build_optimizer(), micro_steps, _arithmetic(compiled, context))
+    return Assembled(task, trained, task.build_optimizer(), micro_steps, _arithmetic(compiled, context), notes)
 
 
 def _arithmetic(compiled: bool, context: WorkerContext) -> tuple[str, ...]:

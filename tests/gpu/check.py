@@ -26,7 +26,7 @@ Results = dict[str, Any]
 SECONDS = {
     "machine": 20, "ceilings": 30, "parity": 40, "no_waiting": 40, "not_finite": 20, "ddp": 40, "checkpoint": 40,
     "compiled": 150, "loop": 90, "train_tiny": 90, "train_small": 90, "train_base": 100, "train_large": 150,
-    "attention": 40, "small_batches": 90, "profile": 90, "decode": 30, "cifar": 120,
+    "attention": 40, "mssa": 60, "small_batches": 90, "profile": 90, "decode": 30, "cifar": 120,
 }  # fmt: skip
 """Time limit of each part, in the order in which they run."""
 _LEFT_FOR_CIFAR = 15.0

@@ -408,6 +408,15 @@ def train(preset: str) -> Results:
     return found
 
 
+def mssa() -> Results:
+    """The Triton kernel of self-attention against PyTorch's: right, and faster? It is used where it is."""
+    from crate_ray.models.kernels.attention import choose_self_attention
+
+    shapes = {"dry": (1, 2, 17, 16)} if DRY else {"base": (256, 12, 197, 64), "large": (256, 16, 197, 64)}
+    shapes |= {} if DRY else {"small": (256, 12, 197, 48), "CIFAR": (512, 8, 65, 32), "448 px": (32, 12, 785, 64)}
+    return {name: choose_self_attention(*shape, BF16) for name, shape in shapes.items()}
+
+
 def small_batches() -> Results:
     """Steps at small local batches, where launching kernels may take longer than running them."""
     from crate_ray.benchmarks.training import Case, measure
@@ -528,6 +537,7 @@ PARTS: dict[str, Callable[[], Results]] = {
     "loop": loop,
     **{f"train_{preset}": partial(train, preset) for preset in PRESETS},
     "attention": attention,
+    "mssa": mssa,
     "small_batches": small_batches,
     "profile": profile,
     "decode": decode,

@@ -5,6 +5,8 @@ In CRATE a head is a subspace of the codebook.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,4 +52,67 @@ def self_attention(x: Tensor) -> Tensor:
     """
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_exporting():
         return cpu_attention.self_attention(x.flatten(0, 1).contiguous()).unflatten(0, x.shape[:2])
+    if x.device.type == "cuda" and (x.shape[-2], x.shape[-1], x.dtype) in _fused_is_faster:
+        from crate_ray.models.kernels import gpu_attention
+
+        return gpu_attention.self_attention(x)
     return F.scaled_dot_product_attention(x, x, x)
+
+
+_fused_is_faster: set[tuple[int, int, torch.dtype]] = set()
+"""Tokens, dimension and dtype for which `choose_self_attention` has found the Triton kernel to be faster."""
+
+
+def choose_self_attention(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> str:
+    """Measure self-attention of this shape on the current GPU, and use what is faster from now on.
+
+    The Triton kernel is used only if it gives the same numbers as PyTorch's kernel, up to rounding, and takes less
+    time, forward and backward. Returns a sentence with the outcome, for the log.
+    """
+    try:
+        from crate_ray.models.kernels import gpu_attention
+
+        x = torch.randn(batch, tokens, heads * dim, device="cuda", dtype=dtype)
+        theirs, their_gradient, their_seconds = _measure(lambda w: F.scaled_dot_product_attention(w, w, w), x, heads)
+        ours, our_gradient, our_seconds = _measure(gpu_attention.self_attention, x, heads)
+    except Exception as error:  # no Triton, or its kernel does not compile on this GPU: it is only an option
+        return f"attention by PyTorch's kernel; the Triton kernel failed ({str(error).strip().partition(chr(10))[0]})"
+    differences = [
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in ((ours, theirs), (our_gradient, their_gradient))
+    ]
+    ratio = their_seconds / our_seconds
+    if max(differences) > _ROUNDING[dtype]:
+        return f"attention by PyTorch's kernel; the Triton kernel differs by {max(differences):.2g}"
+    if ratio <= 1:
+        return f"attention by PyTorch's kernel; the Triton kernel has {ratio:.2f} times its speed"
+    _fused_is_faster.add((tokens, dim, dtype))
+    return f"attention by the Triton kernel, {ratio:.2f} times as fast as PyTorch's"
+
+
+_ROUNDING = {torch.bfloat16: 0.03, torch.float16: 0.01}
+"""Largest relative difference of two kernels that are both right."""
+
+
+def _measure(kernel: Callable[[Tensor], Tensor], x_BTC: Tensor, num_heads: int) -> tuple[Tensor, Tensor, float]:
+    """Output, gradient, and seconds of a forward and backward pass."""
+    x_BTC = x_BTC.clone().requires_grad_()
+
+    def both() -> Tensor:
+        x_BTC.grad = None
+        out_BTC = merge_heads(kernel(split_heads(x_BTC, num_heads)))
+        out_BTC.backward(x_BTC.detach())
+        return out_BTC
+
+    for _ in range(3):
+        out_BTC = both()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(_MEASURED_PASSES):
+        both()
+    end.record()
+    end.synchronize()
+    assert x_BTC.grad is not None
+    return out_BTC.detach(), x_BTC.grad, start.elapsed_time(end) / 1e3 / _MEASURED_PASSES
+
+
+_MEASURED_PASSES = 10
