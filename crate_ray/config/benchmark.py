@@ -112,6 +112,29 @@ class BenchmarkScalingConfig(Settings):
     """JSON file to write all results to."""
 
 
+class BenchmarkRooflineConfig(Settings):
+    """Estimate the least time of a training step on a GPU from the FLOPs and bytes of its operations.
+
+    Needs a CUDA device to record a step; `python -m tests.gpu_emulated.roofline` uses an emulated one. The defaults
+    describe an H200.
+    """
+
+    presets: Annotated[tuple[PresetName, ...], Field(min_length=1)] = ("tiny", "small", "base", "large")
+    """Sizes of CRATE-MAE."""
+    image_size: PositiveInt = 224
+    """Side of the images in pixels; a multiple of 16."""
+    batch_size: PositiveInt = 256
+    """Images per step."""
+    peak_flops: Annotated[float, Field(gt=0)] = 989e12
+    """Peak of the GPU in FLOP/s, bf16 without sparsity. The MFU is a share of it."""
+    bytes_per_second: Annotated[float, Field(gt=0)] = 4.8e12
+    """Peak rate of the GPU's memory."""
+    reached: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of both peaks that good kernels reach; 1 for the limit that the peaks themselves set."""
+    json_file: Annotated[str | None, Field(alias="json")] = None
+    """JSON file to write all results to."""
+
+
 class BenchmarkOverheadConfig(Settings):
     """Measure the overhead of a Ray Train job, compared with the same loop under torchrun."""
 

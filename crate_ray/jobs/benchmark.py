@@ -17,6 +17,7 @@ from crate_ray.config import (
     BenchmarkDataConfig,
     BenchmarkOrderConfig,
     BenchmarkOverheadConfig,
+    BenchmarkRooflineConfig,
     BenchmarkScalingConfig,
     BenchmarkTrainConfig,
 )
@@ -188,6 +189,31 @@ def overhead(config: BenchmarkOverheadConfig) -> None:
     console().print(table)
 
 
+def roofline(config: BenchmarkRooflineConfig) -> None:
+    """Estimate the least time of a training step by what takes it, and print it as a table."""
+    from crate_ray.benchmarks.roofline import FORMS, estimate_presets
+
+    _check_writable(config.json_file)
+    report = estimate_presets(config)
+    _write_json(config.json_file, report)
+    table = Table(
+        title=f"A training step of {config.batch_size} images at {config.image_size} px, bf16: estimated, not measured",
+        caption=f"{config.reached:.0%} of {config.peak_flops / 1e12:,.0f} TFLOP/s and of "
+        f"{config.bytes_per_second / 1e12:.2f} TB/s; MFU of {config.peak_flops / 1e12:,.0f} TFLOP/s",
+    )
+    table.add_column("size")
+    table.add_column("form")
+    for heading in ("TFLOP", "GB", "ms", "MFU", "products", "attention", "the rest"):
+        table.add_column(heading, justify="right")
+    for preset, forms in report["presets"].items():
+        for form in FORMS:
+            found = forms[form]
+            parts = [f"{1e3 * found[part]:.1f} ms" for part in ("products", "attention", "rest")]
+            figures = (f"{found['flops'] / 1e12:.1f}", f"{found['bytes'] / 1e9:,.0f}", f"{1e3 * found['seconds']:.1f}")
+            table.add_row(preset if form == FORMS[0] else "", form, *figures, f"{found['mfu']:.0%}", *parts)
+    console().print(table)
+
+
 def scaling(config: BenchmarkScalingConfig) -> None:
     """Estimate step times on many GPUs, and print them as a table."""
     from crate_ray.benchmarks.scaling import estimate
@@ -238,6 +264,7 @@ def run() -> NoReturn:
             "order": (BenchmarkOrderConfig, order),
             "train": (BenchmarkTrainConfig, train),
             "overhead": (BenchmarkOverheadConfig, overhead),
+            "roofline": (BenchmarkRooflineConfig, roofline),
             "scaling": (BenchmarkScalingConfig, scaling),
         }
     )

@@ -27,6 +27,7 @@ JOBS: dict[str, tuple[type[config.Settings], ...]] = {
     "benchmark order": (config.BenchmarkOrderConfig,),
     "benchmark train": (config.BenchmarkTrainConfig,),
     "benchmark overhead": (config.BenchmarkOverheadConfig,),
+    "benchmark roofline": (config.BenchmarkRooflineConfig,),
     "benchmark scaling": (config.BenchmarkScalingConfig,),
 }
 """Settings of every command, in the order of docs/configuration.md."""

@@ -8,6 +8,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/unfold_native.h>
@@ -408,10 +409,34 @@ Tensor& set_tensor(Tensor& self, const Tensor& source) {
 
 void record_stream(Tensor& self, at::Stream) {}
 
-// The plain kernel of scaled_dot_product_attention; fused ones need a GPU.
+// As on a GPU: the flash kernel in half precision; in fp32 the plain one.
 int64_t fused_sdp_choice(
-    const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, std::optional<double>, bool) {
-  return 0;
+    const Tensor& query, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, std::optional<double>,
+    bool) {
+  bool half = query.scalar_type() == at::kBFloat16 || query.scalar_type() == at::kHalf;
+  return half ? 1 : 0;  // sdp::SDPBackend
+}
+
+using FlashOutput =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor>;
+
+FlashOutput flash_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, double dropout, bool causal, bool,
+    std::optional<double> scale) {
+  auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
+      as_cpu(query), as_cpu(key), as_cpu(value), dropout, causal, std::nullopt, scale);
+  auto none = [] { return as_cuda(at::empty({0})); };
+  return {as_cuda(out), as_cuda(sums), none(), none(), query.size(2), key.size(2), none(), none(), none()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(
+    const Tensor& gradient, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out,
+    const Tensor& sums, const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, double dropout, bool causal,
+    const Tensor&, const Tensor&, std::optional<double> scale) {
+  auto [of_query, of_key, of_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+      as_cpu(gradient), as_cpu(query), as_cpu(key), as_cpu(value), as_cpu(out), as_cpu(sums), dropout, causal,
+      std::nullopt, scale);
+  return {as_cuda(of_query), as_cuda(of_key), as_cuda(of_value)};
 }
 
 // As nn.Conv2d calls it on a GPU; the CPU has no kernel of this name.
@@ -427,6 +452,10 @@ Tensor conv_depthwise2d(
 
 namespace at {
 C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
+}
+
+namespace at::native {
+REGISTER_CUDA_DISPATCH(_fused_sdp_choice_stub, &fused_sdp_choice)
 }
 
 extern "C" {
@@ -452,6 +481,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage", TORCH_FN(set_storage));
   library.impl("set_.source_Tensor", TORCH_FN(set_tensor));
   library.impl("record_stream", TORCH_FN(record_stream));
-  library.impl("_fused_sdp_choice", TORCH_FN(fused_sdp_choice));
+  library.impl("_scaled_dot_product_flash_attention", TORCH_FN(flash_attention));
+  library.impl("_scaled_dot_product_flash_attention_backward", TORCH_FN(flash_attention_backward));
   library.impl("_conv_depthwise2d", TORCH_FN(conv_depthwise2d));
 }
