@@ -21,6 +21,7 @@ from crate_ray.cli import parse_config, run_job
 from crate_ray.config import (
     BenchmarkDataConfig,
     BenchmarkOrderConfig,
+    BenchmarkRooflineConfig,
     BenchmarkScalingConfig,
     BenchmarkTrainConfig,
     CompareConfig,
@@ -448,6 +449,7 @@ def test_examples_are_listed_shown_and_copied(
 SHIPPED: dict[str, type[Settings]] = {
     "benchmark-data": BenchmarkDataConfig,
     "benchmark-order": BenchmarkOrderConfig,
+    "benchmark-roofline": BenchmarkRooflineConfig,
     "benchmark-scaling": BenchmarkScalingConfig,
     "benchmark-train": BenchmarkTrainConfig,
     "cifar10": PretrainConfig,

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,41 +15,54 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from crate_ray.config import CrateMAEConfig, TrainingConfig
+from crate_ray.config import CrateMAEConfig, PrepareConfig, PretrainConfig, TrainingConfig
+from crate_ray.data.prepare.builtin import shapes_source
+from crate_ray.data.prepare.packing import pack
 from crate_ray.models import build_model
+from crate_ray.storage.interface import open_storage
 from crate_ray.training.compilation import compile_layers, should_compile
 from crate_ray.training.parallel import settle
 from tests.unit.test_step import CONFIG, batch64, close, gradients, model64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FRESH = """
-from functools import partial
-import torch
-from crate_ray.config import CrateMAEConfig
-from crate_ray.models import build_model
-from crate_ray.training.compilation import compile_layers
-torch.compile = partial(torch.compile, backend="eager")
-model = build_model(CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=1))
-assert compile_layers(model, model.encoder, (torch.randn(2, 3, 8, 8), torch.rand(2, 16)))
-assert torch._functorch.config.force_non_lazy_backward_lowering
-assert issubclass(torch._dynamo.exc.TorchDynamoException, RuntimeError)
+COMPILED = CrateMAEConfig(image_size=16, patch_size=2, dim=16, num_subspaces=2, depth=2, sparsity_lambda=0.1)
+BATCH = 4
+
+JOB = """
+import logging
+import sys
+from crate_ray.config import PretrainConfig
+from crate_ray.runs.pretraining import open_run
+from crate_ray.training.bare_loop import train
+from crate_ray.training.pretraining import PretrainTask
+
+logging.basicConfig(level=logging.WARNING)
+run = open_run(PretrainConfig.model_validate_json(sys.argv[1]))
+train(PretrainTask, run.config, run.record.model_copy(update={"threads": 1}), run.total_steps)
+print("trained", run.total_steps)
 """
 
 
-def test_the_private_names_of_the_compiler_are_there_in_a_fresh_process() -> None:
-    """In other tests, something else may have imported them. tests/integration/test_demo.py trains compiled layers."""
-    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_a_job_compiles_its_layers_in_a_process_that_has_imported_nothing_before(tmp_path: Path) -> None:
+    """On GPUs every job does. In other tests, something else may have imported parts of torch's compiler."""
+    prepared = PrepareConfig(source="shapes", output=str(tmp_path / "shapes"))
+    pack(shapes_source("all", 20, 16, 0), open_storage(prepared.output, prepared.s3), prepared)
+    training = {"steps": 2, "batch_size": BATCH, "compile": "layers", "precision": "fp32"}
+    values = {"storage": str(tmp_path), "data": {"train": prepared.output}, "training": training}
+    config = PretrainConfig.model_validate(values | {"model": COMPILED.model_dump()})
+    command = [sys.executable, "-c", JOB, config.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("trained 2\n"), done.stderr
+    assert "cannot be compiled" not in done.stderr
 
 
 def test_compiled_layers_compute_the_same_and_evaluation_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     torch._dynamo.reset()
-    config = CrateMAEConfig(image_size=16, patch_size=2, dim=16, num_subspaces=2, depth=2, sparsity_lambda=0.1)
     torch.manual_seed(0)
-    model, noise = build_model(config), torch.rand(4, config.num_patches)
-    images = torch.randn(4, 3, 16, 16)
+    model, noise = build_model(COMPILED), torch.rand(BATCH, COMPILED.num_patches)
+    images = torch.randn(BATCH, 3, 16, 16)
     results: list[list[Tensor]] = []
     names = list(model.state_dict())
     for compiled in (False, True):

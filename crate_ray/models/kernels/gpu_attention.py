@@ -107,32 +107,32 @@ def _backward_kernel(
     )
 
 
-def forward(x_BKTP: Tensor) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(x xᵀ / √P) x of (B, K, T, P), and log2 of the rows' sums of exp, (B, K, T) float32.
 
     The last dimension must be contiguous. Of the output, tokens are contiguous over all heads, (B, T, K·P).
     """
-    batch, heads, tokens, dim = x_BKTP.shape
-    assert x_BKTP.stride(3) == 1
-    out = torch.empty(batch, tokens, heads, dim, device=x_BKTP.device, dtype=x_BKTP.dtype).transpose(1, 2)
-    lse = torch.empty(batch, heads, tokens, device=x_BKTP.device, dtype=torch.float32)
+    batch, heads, tokens, dim = x.shape
+    assert x.stride(3) == 1
+    out = torch.empty(batch, tokens, heads, dim, device=x.device, dtype=x.dtype).transpose(1, 2)
+    lse = torch.empty(batch, heads, tokens, device=x.device, dtype=torch.float32)
     _forward_kernel[triton.cdiv(tokens, _ROWS), batch * heads](
-        x_BKTP, out, lse, *x_BKTP.stride()[:3], *out.stride()[:3], heads, dim**-0.5,
+        x, out, lse, *x.stride()[:3], *out.stride()[:3], heads, dim**-0.5,
         T=tokens, P=dim, PADDED=_padded(dim), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
     )  # fmt: skip
     return out, lse
 
 
-def backward(gradient_BKTP: Tensor, x_BKTP: Tensor, out_BKTP: Tensor, lse_BKT: Tensor) -> Tensor:
+def backward(gradient: Tensor, x: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """Gradient of x, (B, K, T, P), from that of `forward`'s output."""
-    batch, heads, tokens, dim = x_BKTP.shape
-    if gradient_BKTP.stride(3) != 1:
-        gradient_BKTP = gradient_BKTP.contiguous()
-    delta = (gradient_BKTP.float() * out_BKTP.float()).sum(-1).contiguous()
-    x_gradient = torch.empty(batch, tokens, heads, dim, device=x_BKTP.device, dtype=x_BKTP.dtype).transpose(1, 2)
+    batch, heads, tokens, dim = x.shape
+    if gradient.stride(3) != 1:
+        gradient = gradient.contiguous()
+    delta = (gradient.float() * out.float()).sum(-1).contiguous()
+    x_gradient = torch.empty(batch, tokens, heads, dim, device=x.device, dtype=x.dtype).transpose(1, 2)
     _backward_kernel[triton.cdiv(tokens, _ROWS), batch * heads](
-        x_BKTP, gradient_BKTP, lse_BKT, delta, x_gradient,
-        *x_BKTP.stride()[:3], *gradient_BKTP.stride()[:3], *x_gradient.stride()[:3], heads, dim**-0.5,
+        x, gradient, lse, delta, x_gradient,
+        *x.stride()[:3], *gradient.stride()[:3], *x_gradient.stride()[:3], heads, dim**-0.5,
         T=tokens, P=dim, PADDED=_padded(dim), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
     )  # fmt: skip
     return x_gradient
