@@ -99,7 +99,8 @@ class BenchmarkScalingConfig(Settings):
     peak_flops: Annotated[float, Field(gt=0)] = 989e12
     """Peak of one GPU in FLOP/s, bf16 without sparsity (H100 SXM)."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the peak FLOP/s that computation reaches; `crate-ray benchmark train` measures it."""
+    """Share of the peak FLOP/s that computation reaches. The default is assumed, not measured; measure yours with
+    `crate-ray benchmark train`."""
     gpus_per_node: PositiveInt = 8
     """GPUs per node."""
     gpu_bytes_per_second: Annotated[float, Field(gt=0)] = 450e9

@@ -54,10 +54,17 @@ def cluster(local_cluster: LocalCluster) -> Iterator[LocalCluster]:
 
 
 @pytest.fixture(scope="module")
-def trained(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a finished run, which was stopped by `ray job stop` in the middle, and submitted again."""
+def trained(cluster: LocalCluster) -> str:
+    """Folder of a finished run, which was submitted as a job."""
+    done = subprocess.run(pretraining("digits"), capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return "s3://runs/digits"
+
+
+def pretraining(name: str) -> list[str]:
+    """`ray job submit` with a run of this name."""
     config = {
-        "name": "digits",
+        "name": name,
         "storage": "s3://runs",
         "model": MODEL,
         "data": {"train": "s3://data/digits-train", "validation": "s3://data/digits-test", "flip": False},
@@ -65,14 +72,21 @@ def trained(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> 
         "optim": {"lr": 0.003},
         "scaling": {"workers": 2, "cpus_per_worker": 1},
         "checkpoint": {"every_steps": EVERY},
-        "tracking": {"experiment": "it", "picture_every": 30},
+        "tracking": {"experiment": "it" if name == "digits" else name, "picture_every": 30},
     }
-    entrypoint = ["--", "python", "jobs/pretrain.py", *(f"--{name}={value}" for name, value in flat(config).items())]
-    run = open_storage("s3://runs/digits", S3Config())
-    stop_job([*ray_job_submit(), *entrypoint], cluster, run, tmp_path_factory.mktemp("stopped") / "log")
-    again = subprocess.run([*ray_job_submit(), *entrypoint], capture_output=True, text=True, timeout=500, check=False)
+    settings = [f"--{setting}={value}" for setting, value in flat(config).items()]
+    return [*ray_job_submit(), "--", "python", "jobs/pretrain.py", *settings]
+
+
+@pytest.mark.daily
+def test_ray_job_stop_saves_a_checkpoint_and_the_same_job_resumes(cluster: LocalCluster, tmp_path: Path) -> None:
+    """`ray job stop` is a SIGTERM; what the driver does on it, tests/faults/test_stop.py checks on each CI run."""
+    run = open_storage("s3://runs/stopped", S3Config())
+    stop_job(pretraining("stopped"), cluster, run, tmp_path / "log")
+    stopped_at = newest_commit(run)
+    again = subprocess.run(pretraining("stopped"), capture_output=True, text=True, timeout=500, check=False)
     assert again.returncode == 0, (again.stdout + again.stderr)[-4000:]
-    return "s3://runs/digits"
+    assert f"resuming at step {stopped_at}" in again.stdout
 
 
 def stop_job(command: list[str], cluster: LocalCluster, run: Storage, log: Path) -> None:

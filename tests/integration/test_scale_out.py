@@ -86,6 +86,7 @@ def follow(config: PretrainConfig) -> tuple[Run, Follower]:
     return run, follower
 
 
+@pytest.mark.daily  # tests/integration/test_resharding.py trains with FSDP on each CI run
 def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(
     driver_here: RayCluster, digits: str, tmp_path: Path
 ) -> None:

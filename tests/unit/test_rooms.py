@@ -30,7 +30,10 @@ ROOMS = (
     ("jobs",),
 )
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
-TORCH_ALONE = ("models", "structure", "data.decode.samples", "data.loader", "data.stream", "training.step")
+TORCH_ALONE = (
+    "models", "structure", "data.decode.samples", "data.loader", "data.stream", "training.step", "training.bare_loop",
+    "comparison.alone", "benchmarks.training", "jobs.compare", "jobs.benchmark",
+)  # fmt: skip
 
 
 def _imports(path: Path) -> set[str]:
