@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -99,6 +100,7 @@ def _compute(
         gpu=config.gpu,
     )
     ray.data.DataContext.get_current().enable_progress_bars = False  # CountDisplay shows samples instead of blocks
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # "Starting execution of Dataset", and the like
     written = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map_batches(
         _Encoder,
         batch_size=1,
