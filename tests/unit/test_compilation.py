@@ -62,6 +62,7 @@ print("trained", run.total_steps)
 """
 
 
+@pytest.mark.slow
 def test_a_job_compiles_its_layers_in_a_fresh_process(tmp_path: Path) -> None:
     """As every job does on a GPU."""
     prepared = PrepareConfig(source="shapes", output=str(tmp_path / "shapes"))
@@ -75,6 +76,7 @@ def test_a_job_compiles_its_layers_in_a_fresh_process(tmp_path: Path) -> None:
     assert "cannot be compiled" not in done.stderr
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same_and_evaluation_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     torch._dynamo.reset()
