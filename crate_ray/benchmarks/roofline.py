@@ -16,13 +16,12 @@ those of the device; the emulated one of tests/gpu_emulated will do.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -35,6 +34,7 @@ from crate_ray.models.flops import training_flops
 Form = Literal["eager", "compiled", "fused"]
 FORMS: tuple[Form, ...] = ("eager", "compiled", "fused")
 
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _ATTENTION = ("scaled_dot_product", "_flash_attention", "_efficient_attention")
 _FREE = ("empty", "detach", "_unsafe_view", "new_empty", "lift_fresh", "_local_scalar_dense", "is_nonzero")
 
@@ -87,7 +87,7 @@ class Kernel:
 class Estimate:
     """A training step in one form."""
 
-    kernels: list[Kernel] = field(default_factory=list)
+    kernels: list[Kernel]
 
     @property
     def flops(self) -> int:
@@ -149,24 +149,16 @@ def _size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def record_step(config: ModelConfig, batch: int, precision: Literal["bf16", "fp32"] = "bf16") -> list[Operation]:
-    """Record the forward and backward pass of a model over a batch of images on the CUDA device."""
+def record_step(config: ModelConfig, batch: int) -> list[Operation]:
+    """Record a forward and backward pass with bf16 autocast over a batch of images, on the CUDA device."""
     model = build_model(config).to("cuda")
     images = torch.zeros(batch, config.channels, *config.image_hw, device="cuda")
     noise = torch.zeros(batch, config.num_patches, device="cuda")
 
-    def step() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
+    with Recorder() as recorder:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(images, noise).sample_loss.sum()
         loss.backward()
-
-    return _recorded(model, step)
-
-
-def _recorded(model: nn.Module, step: Callable[[], None]) -> list[Operation]:
-    with Recorder() as recorder:
-        step()
-    model.zero_grad(set_to_none=True)
     return recorder.operations
 
 
@@ -269,7 +261,6 @@ class StepEstimate:
     """The least time of a training step, and what takes it."""
 
     seconds: float
-    flops: float
     bytes: float
     parts: dict[str, float]
     """Seconds by kind of kernel, the longest first."""
@@ -295,16 +286,15 @@ def estimate_steps(config: ModelConfig, batch: int, device: Device) -> dict[Form
         smallest, encoder, decoder = (
             scaled(estimate(few, form), estimate(more, form), small, small + 1, batch) for few, more in records
         )
-        weights = {id(smallest): 1 - (config.depth - 1) - (config.decoder_depth - 1)}
-        weights |= {id(encoder): config.depth - 1, id(decoder): config.decoder_depth - 1}
+        more_encoder, more_decoder = config.depth - 1, config.decoder_depth - 1
+        weighted = ((smallest, 1 - more_encoder - more_decoder), (encoder, more_encoder), (decoder, more_decoder))
         parts: dict[str, float] = defaultdict(float, optimizer=optimizer.seconds(device))
-        for estimated in (smallest, encoder, decoder):
+        for estimated, weight in weighted:
             for name, seconds in estimated.by_name(device).items():
-                parts[name] += weights[id(estimated)] * seconds
+                parts[name] += weight * seconds
         found[form] = StepEstimate(
             seconds=sum(parts.values()),
-            flops=sum(weights[id(e)] * e.flops for e in (smallest, encoder, decoder)),
-            bytes=optimizer.bytes + sum(weights[id(e)] * e.bytes for e in (smallest, encoder, decoder)),
+            bytes=optimizer.bytes + sum(weight * estimated.bytes for estimated, weight in weighted),
             parts=dict(sorted(parts.items(), key=lambda part: -part[1])),
         )
     return found
@@ -341,6 +331,3 @@ def estimate_presets(config: BenchmarkRooflineConfig) -> dict[str, Any]:
                 "parts": step.parts,
             }
     return {"presets": presets, "settings": config.model_dump(mode="json", exclude={"json_file"})}
-
-
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")

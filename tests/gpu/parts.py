@@ -315,12 +315,13 @@ def cifar() -> Results:
     """CIFAR-10: pretraining for the time that is left, then a linear probe on the mean of the last tokens."""
     from crate_ray.config import PretrainConfig
     from crate_ray.data.format.dataset import load_dataset
-    from crate_ray.evaluation.features import iterate_dataset
+    from crate_ray.evaluation.evaluated_model import EvaluatedModel
+    from crate_ray.evaluation.feature_source import InProcess
     from crate_ray.evaluation.torch_probe import fit_path
     from crate_ray.models.exported import ModelDescription
     from crate_ray.runs.export import describe
     from crate_ray.runs.pretraining import open_run
-    from crate_ray.serving import FeatureExtractor, FeaturePoint
+    from crate_ray.serving import FeaturePoint
     from crate_ray.storage.interface import open_storage
     from crate_ray.training.bare_loop import train as train_loop
     from crate_ray.training.pretraining import PretrainTask
@@ -357,20 +358,11 @@ def cifar() -> Results:
             model = build_model(opened.config.model)
             if weights is not None:
                 model.load_state_dict(weights)
-            extract = FeatureExtractor(model, description, device=CUDA)
-            features, labels = [], []
-            for part in shards:
-                batches = list(iterate_dataset(part, opened.config.model))
-                pooled = [extract.pooled(b.images, [FeaturePoint()])[0] for b in batches]
-                features.append(torch.cat(pooled).numpy())
-                labels.append([label for b in batches for label in (b.labels if b.labels is not None else [])])
-            import numpy as np
-
-            y = [np.array(of_part, np.int64) for of_part in labels]
-            best = 0.0
-            for probe in fit_path(features[0], y[0], (1e-3, 1e-2, 1e-1, 1.0), num_classes=10, device=CUDA):
-                best = max(best, float((probe.predict(features[1]) == y[1]).mean()))
-            found[name] = best
+            evaluated = EvaluatedModel(name, model, description)
+            (train,), (test,) = (InProcess().encoder(evaluated, part, [FeaturePoint()], None) for part in shards)
+            # One strength: none is chosen on the images that are reported.
+            (probe,) = fit_path(train.features, train.labels, (1e-2,), num_classes=10, device=CUDA)
+            found[name] = float((probe.predict(test.features) == test.labels).mean())
     return found
 
 

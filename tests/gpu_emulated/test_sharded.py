@@ -4,7 +4,6 @@ mean nothing here; dtypes, devices and the number of programs do."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from crate_ray.training.optimizer import build_optimizer
 from crate_ray.training.parallel import is_sharded, parallelize, whole_weights
 from crate_ray.training.step import train_step
 from tests.gpu_emulated.device import recorded, syncs
+from tests.programs import recorded_programs
 
 BATCH = 4
 CONFIG = CrateMAEConfig(image_size=16, patch_size=4, dim=32, depth=3, num_subspaces=4)
@@ -71,14 +71,7 @@ def test_a_probe_runs_on_whole_weights_in_fp32(two_workers: None) -> None:
 
 
 def test_sharded_layers_are_compiled_once_for_each_kind(two_workers: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        programs.append(graph.code)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    torch._dynamo.reset()
+    programs = recorded_programs(monkeypatch)
     model = sharded()
     layers = [*model.encoder, *model.decoder]
     assert compile_layers(model, layers, inputs(), torch.bfloat16, required=True)

@@ -22,6 +22,7 @@ from crate_ray.models import build_model
 from crate_ray.storage.interface import open_storage
 from crate_ray.training.compilation import compile_layers, should_compile
 from crate_ray.training.parallel import settle
+from tests.programs import recorded_programs
 from tests.unit.test_step import CONFIG, batch64, close, gradients, model64
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,14 +165,7 @@ def test_a_layer_that_cannot_be_compiled_for_another_number_of_samples_goes_on_w
 
 
 def test_settling_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    programs: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        programs.append(graph.code)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    torch._dynamo.reset()
+    programs = recorded_programs(monkeypatch)
     model = model64()
     layers = [*model.encoder, *model.decoder]
     assert compile_layers(model, layers, batch64(4)) and len(programs) == 2

@@ -102,4 +102,6 @@ def test_peaks_of_gpus() -> None:
     assert gpu_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert gpu_peak_flops("Tesla T4") == 65e12
     assert gpu_peak_flops("NVIDIA L40S") == 362e12
+    assert gpu_peak_flops("NVIDIA H200 NVL") == 835e12 and gpu_peak_flops("AMD Instinct MI300X") == 1307e12
+    assert gpu_peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None  # a part of one
     assert gpu_peak_flops("Some other card") is None

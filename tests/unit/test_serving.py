@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from crate_ray.config import ClassifierConfig, CrateMAEConfig
 from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
 from crate_ray.models.exported import ModelDescription, export_model
-from crate_ray.serving import FeatureExtractor, Predictor
+from crate_ray.serving import FeatureExtractor, Predictor, load_images
 from crate_ray.tracking.flavor import log_model
 
 MODEL = CrateMAEConfig(image_size=16, patch_size=4, dim=16, num_subspaces=2, depth=2)
@@ -102,6 +103,23 @@ def serve(python: str, folder: Path, images: Path, blocked: tuple[str, ...]) -> 
         assert found.shape == (5, columns) and np.abs(found - expected).max() < 1e-6
         assert np.ptp(expected, axis=0).max() > 0
         (images / f"{kind}.npy").unlink()
+
+
+def test_threads_decode_the_same_images_and_find_the_same_errors() -> None:
+    random = np.random.default_rng(0)
+    items: list[bytes] = []
+    for _ in range(7):
+        file = io.BytesIO()
+        Image.fromarray(random.integers(0, 255, (20, 24, 3), np.uint8)).save(file, "PNG")
+        items.append(file.getvalue())
+    items[4] = b"no picture"
+    model = CrateMAEConfig(image_size=16, patch_size=4, dim=16, depth=1, num_subspaces=2)
+    description = ModelDescription(model=model, mean=(0.5,) * 3, std=(0.2,) * 3, kind="image", step=1, dataset="d")
+    images, errors = load_images(items, description)
+    threaded, found = load_images(items, description, threads=3)
+    good = [i for i in range(7) if i != 4]
+    assert torch.equal(images[good], threaded[good])
+    assert [error is None for error in errors] == [error is None for error in found] == [i != 4 for i in range(7)]
 
 
 def test_a_served_model_imports_nothing_of_the_data_stack(logged: tuple[Path, Path]) -> None:
