@@ -149,9 +149,10 @@ def _size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def record_step(config: ModelConfig, batch: int) -> list[Operation]:
+def record_step(config: ModelConfig, batch: int, *, bf16_tokens: bool = False) -> list[Operation]:
     """Record a forward and backward pass with bf16 autocast over a batch of images, on the CUDA device."""
     model = build_model(config).to("cuda")
+    model.bf16_tokens = bf16_tokens
     images = torch.zeros(batch, config.channels, *config.image_hw, device="cuda")
     noise = torch.zeros(batch, config.num_patches, device="cuda")
 
@@ -266,14 +267,20 @@ class StepEstimate:
     """Seconds by kind of kernel, the longest first."""
 
 
-def estimate_steps(config: ModelConfig, batch: int, device: Device) -> dict[Form, StepEstimate]:
+def estimate_steps(
+    config: ModelConfig, batch: int, device: Device, *, bf16_tokens: bool = False
+) -> dict[Form, StepEstimate]:
     """Estimate a training step with bf16 autocast in each form. Layers are alike, so few of them are recorded."""
     assert config.decoder_depth is not None  # set by the config's validation
     depths = ((1, 1), (2, 1), (1, 2))
     small = config.dim // (config.num_patches + 1) + 2  # ISTA takes its one product for more tokens than dimensions
     records = [
         [
-            record_step(config.model_copy(update={"depth": depth, "decoder_depth": decoder_depth}), images)
+            record_step(
+                config.model_copy(update={"depth": depth, "decoder_depth": decoder_depth}),
+                images,
+                bf16_tokens=bf16_tokens,
+            )
             for images in (small, small + 1)
         ]
         for depth, decoder_depth in depths
@@ -317,7 +324,7 @@ def estimate_presets(config: BenchmarkRooflineConfig) -> dict[str, Any]:
         model = CrateMAEConfig(preset=preset, image_size=config.image_size)
         flops = training_flops(model, config.batch_size)  # without what kernels compute twice
         presets[preset] = {}
-        for form, step in estimate_steps(model, config.batch_size, device).items():
+        for form, step in estimate_steps(model, config.batch_size, device, bf16_tokens=config.bf16_tokens).items():
             attention = sum(seconds for name, seconds in step.parts.items() if any(part in name for part in _ATTENTION))
             products = sum(seconds for name, seconds in step.parts.items() if name in _PRODUCTS)
             presets[preset][form] = {

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from crate_ray.models import CrateMAE, build_model
 from crate_ray.models.flops import gpu_peak_flops, reference_training_flops, training_flops
 from crate_ray.models.reference import ReferenceCrateMAE
 from crate_ray.training.compilation import compile_layers, should_compile
+from crate_ray.training.cuda_graph import GraphedStep, Step
 from crate_ray.training.optimizer import build_optimizer
 from crate_ray.training.step import prepare_cpu, train_step
 
@@ -67,6 +69,10 @@ class Case(Settings):
     """Compile the layers."""
     activation_checkpointing: bool
     """Recompute layers in the backward pass instead of storing their activations."""
+    bf16_tokens: bool = False
+    """Keep tokens between encoder layers in bf16."""
+    cuda_graph: bool = False
+    """Capture the step in a CUDA graph."""
     device: Literal["cpu", "cuda"]
     """Device to train on."""
 
@@ -133,6 +139,7 @@ def measure(case: Case) -> Measurement:
     else:
         trained = build_model(config).to(device)
         trained.checkpoint_layers = case.activation_checkpointing
+        trained.bf16_tokens = case.bf16_tokens
         if device.type == "cuda" and autocast and isinstance(trained, CrateMAE):
             trained.choose_kernels(case.batch_size, autocast)
         if case.compile:
@@ -141,13 +148,17 @@ def measure(case: Case) -> Measurement:
         model = trained
         optimizer = build_optimizer(model, OptimConfig())
 
+    step: Step = partial(
+        train_step, model, optimizer,
+        batch_size=case.batch_size, clip_norm=OptimConfig().clip_norm, autocast=autocast,
+    )  # fmt: skip
+    if case.cuda_graph and device.type == "cuda" and not plain:
+        step = GraphedStep(step, optimizer)
+
     def steps(count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
-            train_step(
-                model, optimizer, images, noise,
-                batch_size=case.batch_size, lr=1e-4, clip_norm=OptimConfig().clip_norm, autocast=autocast,
-            )  # fmt: skip
+            step(images, noise, lr=1e-4)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -227,7 +238,8 @@ def compare(config: BenchmarkTrainConfig) -> dict[str, Any]:
         case = Case(
             contestant=contestant, preset=preset, precision=precision, image_size=side, batch_size=batch,
             seconds=config.seconds, compile=should_compile(config.compile, torch.device(device)), device=device,
-            activation_checkpointing=config.activation_checkpointing,
+            activation_checkpointing=config.activation_checkpointing, bf16_tokens=config.bf16_tokens,
+            cuda_graph=config.cuda_graph,
         )  # fmt: skip
         found = _in_fresh_process(case)
         if "failed" in found:

@@ -126,6 +126,8 @@ class BenchmarkRooflineConfig(Settings):
     """Side of the images in pixels; a multiple of 16."""
     batch_size: PositiveInt = 256
     """Images per step."""
+    bf16_tokens: bool = False
+    """Estimate steps with training.bf16_tokens."""
     peak_flops: Annotated[float, Field(gt=0)] = 989e12
     """Peak of the GPU in FLOP/s, bf16 without sparsity. The MFU is a share of it."""
     bytes_per_second: Annotated[float, Field(gt=0)] = 4.8e12
@@ -203,6 +205,10 @@ class BenchmarkTrainConfig(Settings):
     """training.compile for all models except 'plain'."""
     activation_checkpointing: bool = False
     """Train all models except 'plain' with training.activation_checkpointing."""
+    bf16_tokens: bool = False
+    """Train all models except 'plain' with training.bf16_tokens."""
+    cuda_graph: bool = False
+    """Train all models except 'plain' with training.cuda_graph, on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; 'auto' is a GPU if there is one."""
     peak_flops: Advanced[Annotated[float, Field(gt=0)] | None] = None

@@ -45,10 +45,16 @@ class TrainingConfig(Settings):
     hold together."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast: 'auto' is bf16 if the device supports it natively, else fp32."""
+    bf16_tokens: Advanced[bool] = False
+    """With bf16, also keep the tokens between the encoder's layers in bf16 instead of fp32. This halves the memory
+    traffic between products on a GPU. docs/performance.md has its effect on the loss."""
     compile: Advanced[Literal["auto", "layers", "off"]] = "auto"
     """Compile the model's 'layers' with torch.compile: faster steps, up to a minute longer to start. On the CPU it
     needs a C++ compiler and gains little; 'auto' compiles on a GPU only. If compiling fails, training continues without
     it and logs a warning."""
+    cuda_graph: Advanced[bool] = False
+    """Capture the whole training step in a CUDA graph, and launch it at once. This helps where launching kernels takes
+    longer than running them: small models, small local batches. For one worker on a GPU; otherwise it has no effect."""
     activation_checkpointing: Advanced[bool] = False
     """Keep only the input of each layer for the backward pass, and compute the layer again. This takes a fraction of
     the memory and a third more time. The results do not change."""

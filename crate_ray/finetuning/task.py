@@ -30,6 +30,7 @@ class FinetuneTask(Task):
         self._config, self._context = config, context
         self.model = new_classifier(context.record, config.seed).to(context.device)
         self.model.autoencoder.checkpoint_layers = config.training.activation_checkpointing
+        self.model.autoencoder.bf16_tokens = config.training.bf16_tokens
         self.layers = list(self.model.encoder)
         self.image_model = context.record.finetune.encoder
         self.together = PAIR if config.mixes else 1

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crate_ray.config import ImageModelConfig
 from crate_ray.errors import UserError
+from crate_ray.models.kernels.linear import product_dtype
 from crate_ray.models.patches import (
     Masking,
     patch_statistics,
@@ -138,6 +139,8 @@ class MaskedAutoencoder(nn.Module):
         self.visible_only = encoder_tokens == "visible"
         self.checkpoint_layers = False
         """Activation checkpointing: keep only each layer's input, and recompute the layer in the backward pass."""
+        self.bf16_tokens = False
+        """Under autocast, give the encoder's layers tokens in autocast's dtype; their outputs then have it as well."""
 
         self.patch_embed = nn.Conv2d(config.channels, dim, kernel_size=config.patch_hw, stride=config.patch_hw)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
@@ -301,7 +304,8 @@ class MaskedAutoencoder(nn.Module):
         x_BND = x_BND + self.positions
         if masking is not None and self.visible_only:
             x_BND = take_tokens(x_BND, masking.visible)
-        return torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1), masking
+        z_BTD = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
+        return z_BTD.to(product_dtype(z_BTD)) if self.bf16_tokens else z_BTD, masking
 
     def _encode(
         self,

@@ -165,6 +165,14 @@ class ISTA(nn.Module):
 # --- Layers ---------------------------------------------------------------------------------------------------------
 
 
+class TokenNorm(nn.LayerNorm):
+    """LayerNorm of tokens (B, T, D) whose result has the dtype of its input. Under autocast CUDA's has fp32."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Normalised tokens."""
+        return super().forward(z).to(z.dtype)
+
+
 class EncoderLayer(nn.Module):
     """Z½ = Z + MSSA(LN(Z));  Z' = ISTA(LN(Z½))    (7)
 
@@ -176,9 +184,9 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
-        self.mssa_norm = nn.LayerNorm(config.dim)
+        self.mssa_norm = TokenNorm(config.dim)
         self.mssa = _build_mssa(config)
-        self.ista_norm = nn.LayerNorm(config.dim)
+        self.ista_norm = TokenNorm(config.dim)
         self.ista = ISTA(config.dim, step_size=config.step_size, sparsity_lambda=config.sparsity_lambda)
 
     def compress(self, z: Tensor) -> Tensor:
@@ -193,7 +201,7 @@ class EncoderLayer(nn.Module):
         """Tokens (B, T, D) after this layer. `scale` (B, 1) multiplies the compression step (drop path)."""
         if scale is None:
             return self.sparsify(self.compress(z))
-        return self.sparsify(z + scale[:, :1, None] * self.mssa(self.mssa_norm(z)))
+        return self.sparsify(z + scale[:, :1, None].to(z.dtype) * self.mssa(self.mssa_norm(z)))
 
     def attention(self, z: Tensor) -> Tensor:
         """Attention maps (B, K, T, T) of this layer for its input tokens."""
@@ -215,9 +223,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
         own = config.decoder_maps == "free"
-        self.expansion_norm = nn.LayerNorm(config.dim)
+        self.expansion_norm = TokenNorm(config.dim)
         self.expansion = nn.Parameter(torch.empty(config.dim, config.dim)) if own else None
-        self.mssa_norm = nn.LayerNorm(config.dim)
+        self.mssa_norm = TokenNorm(config.dim)
         self.mssa = _build_mssa(config, own_subspaces=own)
 
     def reset_parameters(self) -> None:

@@ -37,9 +37,9 @@ class TransformerLayer(nn.Module):
     def forward(self, z: Tensor, scale: Tensor | None = None) -> Tensor:
         """Tokens (B, T, D) after this layer. `scale` (B, 2) multiplies attention and MLP (drop path)."""
         attended_BTD = self.attention_branch(z)
-        z_half_BTD = z + (attended_BTD if scale is None else scale[:, :1, None] * attended_BTD)
+        z_half_BTD = z + (attended_BTD if scale is None else scale[:, :1, None].to(z.dtype) * attended_BTD)
         mapped_BTD = self.mlp_branch(z_half_BTD)
-        return z_half_BTD + (mapped_BTD if scale is None else scale[:, 1:, None] * mapped_BTD)
+        return z_half_BTD + (mapped_BTD if scale is None else scale[:, 1:, None].to(z.dtype) * mapped_BTD)
 
     def attention_branch(self, z: Tensor) -> Tensor:
         """Attention(LN(z)), (B, T, D)."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from crate_ray.models.flops import gpu_peak_flops
 from crate_ray.runs import metrics
 from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import open_storage
+from crate_ray.training.cuda_graph import GraphedStep, Step
 from crate_ray.training.guard import Guard
 from crate_ray.training.optimizer import learning_rate
 from crate_ray.training.parallel import is_sharded, settle
@@ -85,6 +87,7 @@ class TrainingLoop:
         )
         self.assembled = assemble(task_class, config, self.context)
         self.task = self.assembled.task
+        self.optimizer_step = self._make_step()
         self.probes = self.task.probe_every is not None and (worker.rank == 0 or is_sharded(self.task.model))
 
         self.step = self.start = self.logged = self.saved = 0
@@ -102,6 +105,20 @@ class TrainingLoop:
         self.picture_thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self.pictures: Future[None] | None = None
         """The last probe, until it is reported."""
+
+    def _make_step(self) -> Step:
+        step = partial(
+            train_step,
+            self.assembled.trained,
+            self.assembled.optimizer,
+            batch_size=self.config.training.batch_size,
+            world_size=self.worker.world_size,
+            micro_steps=self.assembled.micro_steps,
+            clip_norm=self.config.optim.clip_norm,
+            autocast=self.autocast,
+        )
+        captured = self.config.training.cuda_graph and self.worker.device.type == "cuda" and self.worker.world_size == 1
+        return GraphedStep(step, self.assembled.optimizer) if captured else step
 
     def train(self) -> None:
         """Resume, make the remaining steps, finish."""
@@ -192,18 +209,7 @@ class TrainingLoop:
             batch = next(batches)
         images, inputs = self.task.inputs(batch)
         self.lr = learning_rate(self.step, self.total_steps, self.config.optim, training.batch_size)
-        loss_sum, gradient_norm = train_step(
-            self.assembled.trained,
-            self.assembled.optimizer,
-            images,
-            inputs,
-            batch_size=training.batch_size,
-            world_size=self.worker.world_size,
-            micro_steps=self.assembled.micro_steps,
-            lr=self.lr,
-            clip_norm=self.config.optim.clip_norm,
-            autocast=self.autocast,
-        )
+        loss_sum, gradient_norm = self.optimizer_step(images, inputs, lr=self.lr)
         self.step_log.add(loss_sum, gradient_norm)
         self.step += 1
         if self.step - self.start <= _FIRST_STEPS:
@@ -330,4 +336,5 @@ class TrainingLoop:
         if self.worker.world_size > 1:
             # Otherwise gloo can deadlock when the process group is destroyed.
             self.assembled = self.assembled._replace(trained=self.task.model)
+            del self.optimizer_step
             gc.collect()

@@ -36,6 +36,7 @@ class PretrainTask(Task):
         torch.manual_seed(config.seed)
         self.model = build_model(config.model).to(context.device)
         self.model.checkpoint_layers = config.training.activation_checkpointing
+        self.model.bf16_tokens = config.training.bf16_tokens
         self.layers = [*self.model.encoder, *self.model.decoder]
         self.image_model = config.model
         images = largest_micro_batch(config.training, context.world_size)

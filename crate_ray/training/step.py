@@ -90,7 +90,7 @@ def train_step(
     batch_size: int,
     world_size: int = 1,
     micro_steps: int = 1,
-    lr: float,
+    lr: float | Tensor,
     clip_norm: float | None = None,
     autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def train_step(
         batch_size: size of the global batch.
         world_size: number of workers.
         micro_steps: forward passes.
-        lr: learning rate of this step.
+        lr: learning rate of this step; in a CUDA graph, a scalar tensor.
         clip_norm: largest norm of the global gradient; None for no clipping.
         autocast: dtype of autocast; None for no autocast.
 

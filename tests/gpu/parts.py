@@ -28,6 +28,7 @@ from crate_ray.config import CrateMAEConfig, ModelConfig, OptimConfig, ViTMAECon
 from crate_ray.models import build_model  # noqa: E402
 from crate_ray.models.reference import ReferenceCrateMAE  # noqa: E402
 from crate_ray.training.compilation import compile_layers  # noqa: E402
+from crate_ray.training.cuda_graph import GraphedStep  # noqa: E402
 from crate_ray.training.optimizer import build_optimizer  # noqa: E402
 from crate_ray.training.step import train_step  # noqa: E402
 
@@ -200,6 +201,28 @@ def not_finite() -> Results:
     train_step(model, optimizer, images, noise, batch_size=4, lr=1.0, autocast=BF16)
     changed = any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     return {"unchanged": unchanged, "next_step_works": changed}
+
+
+def graphed() -> Results:
+    """Steps in a CUDA graph give the losses and weights of plain steps, with new inputs and learning rates."""
+    found: Results = {}
+    for name, config in switches().items():
+        results = []
+        for captured in (False, True):
+            model = new_model(config)
+            optimizer = build_optimizer(model, OptimConfig(eps=1e-2))
+            step: Any = partial(train_step, model, optimizer, batch_size=4, clip_norm=CLIP, autocast=BF16)
+            step = GraphedStep(step, optimizer) if captured else step
+            images, noise = inputs(config, 4)
+            losses = [step(images * scale, noise.roll(i, 1), lr=1e-3 / (i + 1))[0] for i, scale in enumerate((1, 2, 3))]
+            results.append((torch.stack(losses), torch.cat([p.flatten() for p in model.parameters()])))
+        (losses, weights), (their_losses, their_weights) = results
+        found[name] = {
+            "captured": step.is_captured,
+            "losses": relative(their_losses, losses),
+            "weights": relative(their_weights, weights),
+        }
+    return found
 
 
 def ddp() -> Results:
@@ -376,14 +399,17 @@ def train(preset: str) -> Results:
 
     peak = gpu_peak_flops(torch.cuda.get_device_name(0))
     found: Results = {}
-    cases = [("crate_mae", True), ("crate_mae", False), ("plain", False), ("vit_mae", True)]
-    for contestant, compiles in cases:
-        name = f"{contestant} {'compiled' if compiles else 'eager'}"
+    cases: list[tuple[str, bool, bool]] = [
+        ("crate_mae", True, False), ("crate_mae", True, True), ("crate_mae", False, False),
+        ("plain", False, False), ("vit_mae", True, False),
+    ]  # fmt: skip
+    for contestant, compiles, bf16_tokens in cases:
+        name = f"{contestant} {'compiled' if compiles else 'eager'}{', bf16 tokens' if bf16_tokens else ''}"
         case = Case.model_validate(
             {
                 "contestant": contestant, "preset": preset, "precision": "bf16", "image_size": SIDE,
                 "batch_size": BATCH, "seconds": 0.1 if DRY else 4, "compile": compiles,
-                "activation_checkpointing": False, "device": "cuda",
+                "activation_checkpointing": False, "bf16_tokens": bf16_tokens, "device": "cuda",
             }
         )  # fmt: skip
         try:
@@ -422,7 +448,9 @@ def small_batches() -> Results:
                 "activation_checkpointing": False, "device": "cuda",
             }
         )  # fmt: skip
-        found[f"{preset}, {batch} images of {side}"] = measure(case).model_dump()
+        for graph in (False, True):
+            name = f"{preset}, {batch} images of {side}{', CUDA graph' if graph else ''}"
+            found[name] = measure(case.model_copy(update={"cuda_graph": graph})).model_dump()
     return found
 
 
@@ -523,6 +551,7 @@ PARTS: dict[str, Callable[[], Results]] = {
     "parity": parity,
     "no_waiting": no_waiting,
     "not_finite": not_finite,
+    "graphed": graphed,
     "ddp": ddp,
     "checkpoint": checkpoint,
     "compiled": compiled,

@@ -119,6 +119,11 @@ def _replace_functions(library: ctypes.CDLL) -> None:
     """Stand in for the functions of torch.cuda that need a driver."""
     import torch
 
+    from tests.gpu_emulated.graphs import Capture, CUDAGraph
+
+    Capture.waits_since = staticmethod(lambda first: syncs(since(first)))  # type: ignore[assignment]
+    Capture.position = staticmethod(position)  # type: ignore[assignment]
+
     class Stream(torch.Stream):
         """Remembers its name; the streams of all tests are told apart by it."""
 
@@ -197,7 +202,20 @@ def _replace_functions(library: ctypes.CDLL) -> None:
     _DEFAULT = Stream()
     runtime = SimpleNamespace(cudaHostRegister=host_register, cudaHostUnregister=host_unregister)
     properties = SimpleNamespace(
-        name=NAME, major=9, minor=0, multi_processor_count=132, total_memory=140 * 2**30, gcnArchName=""
+        name=NAME,
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        total_memory=140 * 2**30,
+        gcnArchName="",
+        # Inductor chooses blocks by these.
+        warp_size=32,
+        max_threads_per_block=1024,
+        max_threads_per_multi_processor=2048,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block=48 * 2**10,
+        shared_memory_per_block_optin=227 * 2**10,
+        shared_memory_per_multiprocessor=228 * 2**10,
     )
     functions: dict[str, Any] = {
         "Stream": Stream,
@@ -208,13 +226,17 @@ def _replace_functions(library: ctypes.CDLL) -> None:
         "synchronize": waiting("torch.cuda.synchronize"),
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: Capture.running,
+        "CUDAGraph": CUDAGraph,
+        "graph": Capture,
         "is_bf16_supported": lambda *_, **__: True,
         "_lazy_init": lambda: None,
         "cudart": lambda: runtime,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda *_: None,
+        "_exchange_device": lambda _: 0,
+        "_maybe_exchange_device": lambda _: 0,
         "get_device_name": lambda *_: NAME,
         "get_device_capability": lambda *_: (9, 0),
         "get_device_properties": lambda *_: properties,

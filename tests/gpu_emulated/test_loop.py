@@ -81,12 +81,12 @@ def train(config: PretrainConfig, listener: Any = None) -> Trained:
     return bare_loop.train(PretrainTask, config, run.record, run.total_steps, listeners=[listener or Listener()])
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize(("micro_batch", "cuda_graph"), [(None, False), (4, False), (None, True)])
 def test_the_loop_waits_at_its_first_and_log_steps_only(
-    shapes: str, tmp_path: Path, micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
+    shapes: str, tmp_path: Path, micro_batch: int | None, cuda_graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listener = Listener()
-    config = settings(shapes, tmp_path, micro_batch_size=micro_batch)
+    config = settings(shapes, tmp_path, micro_batch_size=micro_batch, cuda_graph=cuda_graph)
     done = train(config, listener)
     assert listener.values[STEPS][metrics.LOSS] < listener.values[EVERY][metrics.LOSS]
     # Step 2 shows its loss. Steps 4 and 8 log: the stopwatch waits for the steps, the rest reads their results.

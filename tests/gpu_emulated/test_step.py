@@ -30,7 +30,12 @@ MODELS: dict[str, ModelConfig] = {
 
 
 def train(
-    config: ModelConfig, device: str, precision: str = "fp32", micro_batch: int = BATCH, checkpointed: bool = False
+    config: ModelConfig,
+    device: str,
+    precision: str = "fp32",
+    micro_batch: int = BATCH,
+    checkpointed: bool = False,
+    bf16_tokens: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     """Three steps. Losses and gradient norms, weights, and where the host waited."""
     torch.manual_seed(0)
@@ -38,7 +43,7 @@ def train(
     images = torch.randn(BATCH, 3, 16, 16)
     noise = mask_noise(0, np.zeros(BATCH, np.int64), np.arange(BATCH), config.num_patches)
     model, images, noise = model.to(device), images.to(device), noise.to(device)
-    model.checkpoint_layers = checkpointed
+    model.checkpoint_layers, model.bf16_tokens = checkpointed, bf16_tokens
     optimizer = build_optimizer(model, OptimConfig(eps=1e-2))  # else it enlarges the rounding of tiny gradients
     measured: list[Tensor] = []
     with recorded() as events:
@@ -70,11 +75,12 @@ def test_steps_give_the_numbers_of_the_cpu_without_waiting(
     torch.testing.assert_close([value.cpu() for value in weights], expected_weights, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("bf16_tokens", [False, True], ids=["fp32 tokens", "bf16 tokens"])
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_steps_in_bf16_stay_near_those_in_fp32_without_waiting(config: ModelConfig) -> None:
+def test_steps_in_bf16_stay_near_those_in_fp32_without_waiting(config: ModelConfig, bf16_tokens: bool) -> None:
     assert autocast_dtype("auto", torch.device("cuda")) == torch.bfloat16
     expected, _, _ = train(config, "cpu")
-    measured, weights, waits = train(config, "cuda", "bf16")
+    measured, weights, waits = train(config, "cuda", "bf16", bf16_tokens=bf16_tokens)
     assert waits == [] and all(weight.dtype == torch.float32 for weight in weights)
     torch.testing.assert_close([value.float().cpu() for value in measured], expected, rtol=6e-2, atol=3e-2)
 

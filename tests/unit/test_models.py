@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crate_ray.config import CRATE_PRESETS, VIT_PRESETS, ImageModelConfig
+from crate_ray.config import CRATE_PRESETS, VIT_PRESETS, ClassifierConfig, ImageModelConfig
 from crate_ray.errors import UserError
 from crate_ray.models import (
     CrateMAE,
@@ -28,6 +28,7 @@ from crate_ray.models import (
     load_published,
     reference,
 )
+from crate_ray.models.classifier import Classifier, Targets
 from crate_ray.models.kernels import cpu_attention
 from crate_ray.models.kernels.attention import attention, attention_maps, self_attention
 from crate_ray.models.kernels.ista import gradient_step, relu
@@ -521,6 +522,29 @@ def test_activation_checkpointing_gives_the_same_bits(
         results.append([loss, *(parameter.grad for parameter in model.parameters())])
     assert kept[1] < kept[0] / 2
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_tokens_in_bf16_stay_in_bf16_between_encoder_layers(config: CrateMAEConfig | ViTMAEConfig) -> None:
+    model, images, noise = build_model(config), images_for(config), noise_for(config)
+    plain = model(images, noise, return_layers=True)
+    model.bf16_tokens = True
+    without_autocast = model(images, noise, return_layers=True)
+    assert torch.equal(without_autocast.loss, plain.loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(images, noise, return_layers=True)
+    assert found.encoder_layers and {layer.dtype for layer in found.encoder_layers} == {torch.bfloat16}
+    torch.testing.assert_close(found.sample_loss.float(), plain.sample_loss, rtol=2e-2, atol=0)
+
+    classifier = Classifier(config, ClassifierConfig(num_classes=3))
+    classifier.autoencoder.bf16_tokens = True
+    dtypes = []
+    for layer in classifier.encoder:
+        layer.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    scales = torch.ones(len(images), sum(classifier.branches))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        classifier(images, Targets(torch.ones(len(images), 3) / 3, scales))
+    assert dtypes == [torch.bfloat16] * config.depth
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -18,16 +18,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     `weight` is a parameter or the transpose of one.
     """
-    dtype = _product_dtype(weight)
+    dtype = product_dtype(weight)
     return F.linear(x, weight, bias) if dtype == weight.dtype else _CastLinear.apply(x.to(dtype), weight, bias)
 
 
 def gram(weight: Tensor) -> Tensor:
     """weightᵀ weight, (I, I), of a parameter (O, I), with one product instead of two in the backward pass."""
-    return _Gram.apply(weight, _product_dtype(weight))
+    return _Gram.apply(weight, product_dtype(weight))
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype in which products with an fp32 tensor are computed here: that of autocast, if it is on."""
     device_type = weight.device.type
     # Autocast does not cast float64, and FSDP may have cast the weight already. The meta device has no autocast.
     if weight.dtype == torch.float32 and not weight.is_meta and torch.is_autocast_enabled(device_type):
