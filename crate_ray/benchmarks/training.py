@@ -31,10 +31,12 @@ from crate_ray.config import (
     Settings,
     ViTMAEConfig,
 )
+from crate_ray.config.training import Compile
 from crate_ray.errors import UserError
 from crate_ray.memory import peak_memory, resident_memory
 from crate_ray.models import CrateMAE, build_model
 from crate_ray.models.flops import gpu_peak_flops, reference_training_flops, training_flops
+from crate_ray.models.kernels.float8 import supports_float8, use_float8
 from crate_ray.models.reference import ReferenceCrateMAE
 from crate_ray.training.compilation import compile_layers, should_compile
 from crate_ray.training.cuda_graph import GraphedStep, Step
@@ -65,12 +67,14 @@ class Case(Settings):
     """Images per step."""
     seconds: float
     """Duration after the warm-up."""
-    compile: bool
-    """Compile the layers."""
+    compile: Compile
+    """training.compile."""
     activation_checkpointing: bool
     """Recompute layers in the backward pass instead of storing their activations."""
     bf16_tokens: bool = False
     """Keep tokens between encoder layers in bf16."""
+    float8: bool = False
+    """Compute products of layers in float8."""
     cuda_graph: bool = False
     """Capture the step in a CUDA graph."""
     device: Literal["cpu", "cuda"]
@@ -140,11 +144,14 @@ def measure(case: Case) -> Measurement:
         trained = build_model(config).to(device)
         trained.checkpoint_layers = case.activation_checkpointing
         trained.bf16_tokens = case.bf16_tokens
+        if case.float8 and supports_float8(device):
+            use_float8([*trained.encoder, *trained.decoder])
         if device.type == "cuda" and autocast and isinstance(trained, CrateMAE):
             trained.choose_kernels(case.batch_size, autocast)
-        if case.compile:
+        if should_compile(case.compile, device):
             layers = [*trained.encoder, *trained.decoder]
-            compiled = compile_layers(trained, layers, (torch.zeros_like(images), torch.zeros_like(noise)), autocast)
+            blank = (torch.zeros_like(images), torch.zeros_like(noise))
+            compiled = compile_layers(trained, layers, blank, autocast, autotune=case.compile == "autotune")
         model = trained
         optimizer = build_optimizer(model, OptimConfig())
 
@@ -237,9 +244,9 @@ def compare(config: BenchmarkTrainConfig) -> dict[str, Any]:
     ) -> Any:
         case = Case(
             contestant=contestant, preset=preset, precision=precision, image_size=side, batch_size=batch,
-            seconds=config.seconds, compile=should_compile(config.compile, torch.device(device)), device=device,
+            seconds=config.seconds, compile=config.compile, device=device,
             activation_checkpointing=config.activation_checkpointing, bf16_tokens=config.bf16_tokens,
-            cuda_graph=config.cuda_graph,
+            cuda_graph=config.cuda_graph, float8=config.float8,
         )  # fmt: skip
         found = _in_fresh_process(case)
         if "failed" in found:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from crate_ray.config.base import Advanced, PositiveInt, Settings
 from crate_ray.config.models import CrateMAEConfig, ModelConfig, PresetName
 from crate_ray.config.storage import S3Config
+from crate_ray.config.training import Compile
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
@@ -201,12 +202,14 @@ class BenchmarkTrainConfig(Settings):
     """Seconds of each measurement, after two warm-up steps; at least three steps."""
     repeats: PositiveInt = 1
     """Measurements of each model, in turns; the fastest is reported."""
-    compile: Literal["auto", "layers", "off"] = "auto"
+    compile: Compile = "auto"
     """training.compile for all models except 'plain'."""
     activation_checkpointing: bool = False
     """Train all models except 'plain' with training.activation_checkpointing."""
     bf16_tokens: bool = False
     """Train all models except 'plain' with training.bf16_tokens."""
+    float8: bool = False
+    """Train all models except 'plain' with training.float8, where the GPU supports it."""
     cuda_graph: bool = False
     """Train all models except 'plain' with training.cuda_graph, on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

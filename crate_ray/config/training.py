@@ -30,6 +30,10 @@ class OptimConfig(Settings):
     """Largest norm of the gradient of all parameters together; null for no clipping."""
 
 
+Compile = Literal["auto", "layers", "autotune", "off"]
+"""Values of training.compile."""
+
+
 class TrainingConfig(Settings):
     """Length, batch and precision of training."""
 
@@ -48,10 +52,15 @@ class TrainingConfig(Settings):
     bf16_tokens: Advanced[bool] = False
     """With bf16, also keep the tokens between the encoder's layers in bf16 instead of fp32. This halves the memory
     traffic between products on a GPU. docs/performance.md has its effect on the loss."""
-    compile: Advanced[Literal["auto", "layers", "off"]] = "auto"
-    """Compile the model's 'layers' with torch.compile: faster steps, up to a minute longer to start. On the CPU it
-    needs a C++ compiler and gains little; 'auto' compiles on a GPU only. If compiling fails, training continues without
-    it and logs a warning."""
+    float8: Advanced[bool] = False
+    """With bf16, compute the layers' matrix products in float8 with torchao, scaled by row; gradients of weights stay
+    in bf16. Needs an H100 or newer, and torchao."""
+    compile: Advanced[Compile] = "auto"
+    """Compile the model's 'layers' with torch.compile: faster steps, up to a minute longer to start. 'autotune'
+    also measures several kernels for each matrix product, some of which do the operations after it, such as ReLU,
+    before writing the result; it may take minutes longer to start. On the CPU compiling needs a C++ compiler and
+    gains little; 'auto' compiles on a GPU only. If compiling fails, training continues without it and logs a
+    warning."""
     cuda_graph: Advanced[bool] = False
     """Capture the whole training step in a CUDA graph, and launch it at once. This helps where launching kernels takes
     longer than running them: small models, small local batches. For one worker on a GPU; otherwise it has no effect."""

@@ -46,11 +46,13 @@ class FinetuneTask(Task):
         """Augment, mix and normalise a batch. Returns the images and their targets."""
         return self._make_inputs(batch)
 
-    def blank(self, count: int) -> tuple[Tensor, Tensor]:
-        """Images and targets of zeros, for `count` samples."""
+    def blank(self, count: int) -> tuple[Tensor, Targets]:
+        """Images and targets of zeros, for `count` samples; with drop path if training has it."""
         encoder, device = self.image_model, self._context.device
         images = torch.zeros(count, encoder.channels, *encoder.image_hw, device=device)
-        return images, torch.zeros(count, self._num_classes, device=device)
+        # Layers with drop path are other programs for the compiler.
+        scales = torch.ones(count, sum(self.model.branches), device=device) if self._config.drop_path else None
+        return images, Targets(torch.zeros(count, self._num_classes, device=device), scales)
 
     def validate(self, bad: dict[str, str] | None = None) -> dict[str, float]:
         """Cross entropy, top-1 and top-5 accuracy on the held-out samples."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crate_ray.config import CrateMAEConfig
@@ -25,7 +26,7 @@ from crate_ray.models.kernels.attention import (
     split_heads,
 )
 from crate_ray.models.kernels.ista import gradient_step, relu
-from crate_ray.models.kernels.linear import linear
+from crate_ray.models.kernels.linear import Product, linear
 
 # --- Compression: a step that lowers the coding rate R^c(Z | U_[K]) --------------------------------------------------
 
@@ -93,6 +94,8 @@ class MSSA(nn.Module):
         self.linear_attention = attention == "linear"
         self.subspaces = nn.Parameter(torch.empty(rows, dim)) if own_subspaces else None
         self.output = nn.Linear(rows, dim) if output_map == "learned" else None
+        self.product: Product = linear
+        """Computes products of tokens and weights."""
 
     def reset_parameters(self) -> None:
         """Draw the codebook Xavier-uniform, as the linear map that it is in the published code."""
@@ -105,12 +108,12 @@ class MSSA(nn.Module):
         `subspaces` is the codebook (C, D) with the rows U_1ᵀ … U_Kᵀ, for a layer without its own.
         """
         codebook_CD = self._codebook(subspaces)
-        w_BKTP = split_heads(linear(z, codebook_CD), self.num_subspaces)
+        w_BKTP = split_heads(self.product(z, codebook_CD), self.num_subspaces)
         o_BKTP = linear_subspace_attention(w_BKTP) if self.linear_attention else subspace_attention(w_BKTP)
         o_BTC = merge_heads(o_BKTP)
         if self.output is None:
-            return linear(o_BTC, codebook_CD.t())
-        return linear(o_BTC, self.output.weight, self.output.bias)
+            return self.product(o_BTC, codebook_CD.t())
+        return self.product(o_BTC, self.output.weight, self.output.bias)
 
     def keys(self, z: Tensor, subspaces: Tensor | None = None) -> Tensor:
         """Coordinates U_kᵀz of every token in all subspaces, (B, T, K·P)."""
@@ -152,6 +155,8 @@ class ISTA(nn.Module):
         self.step_size = step_size
         self.sparsity_lambda = sparsity_lambda
         self.dictionary = nn.Parameter(torch.empty(dim, dim))
+        self.product: Product = F.linear
+        """Computes the product of many tokens with Dᵀ − DᵀD."""
 
     def reset_parameters(self) -> None:
         """Draw D Kaiming-uniform, as published."""
@@ -159,7 +164,9 @@ class ISTA(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Sparser, non-negative codes (B, T, D) of normalised tokens (B, T, D)."""
-        return relu(gradient_step(z, self.dictionary, self.step_size) - self.step_size * self.sparsity_lambda)
+        return relu(
+            gradient_step(z, self.dictionary, self.step_size, self.product) - self.step_size * self.sparsity_lambda
+        )
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------
@@ -227,6 +234,8 @@ class DecoderLayer(nn.Module):
         self.expansion = nn.Parameter(torch.empty(config.dim, config.dim)) if own else None
         self.mssa_norm = TokenNorm(config.dim)
         self.mssa = _build_mssa(config, own_subspaces=own)
+        self.product: Product = linear
+        """Computes the product of tokens and E."""
 
     def reset_parameters(self) -> None:
         """Draw E Kaiming-uniform, as published."""
@@ -237,7 +246,7 @@ class DecoderLayer(nn.Module):
         """Tokens (B, T, D) after this layer. E (D, D) and the codebook (C, D) are given if the layer has none."""
         expansion_DD = self.expansion if expansion is None else expansion
         assert expansion_DD is not None, "a tied decoder layer needs the encoder's maps"
-        y_half_BTD = linear(self.expansion_norm(y), expansion_DD)
+        y_half_BTD = self.product(self.expansion_norm(y), expansion_DD)
         return y_half_BTD - self.mssa(self.mssa_norm(y_half_BTD), subspaces)
 
 

@@ -152,8 +152,8 @@ def check_arithmetic(state: CheckpointState, now: tuple[str, ...], world_size: i
     sentence = f"the checkpoint of step {state.step} was computed with {then}, the workers now use {' and '.join(now)}"
     if device.type == "cpu" and world_size == state.world_size and len(state.arithmetic) == 1:
         raise UserError(
-            f"{sentence}, which rounds differently; set training.compile and training.precision as before, on machines "
-            "that support them, or start a new run from these weights with another --name and --init-from"
+            f"{sentence}, which rounds differently; set training.compile, precision and bf16_tokens as before, on "
+            "machines that support them, or start a new run from these weights with another --name and --init-from"
         )
     logger.warning("%s, which rounds differently", sentence)
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from crate_ray.config.training import Compile
 from crate_ray.errors import UserError
 from crate_ray.training.step import discard_step
 
 logger = logging.getLogger(__name__)
 
 
-def should_compile(choice: Literal["auto", "layers", "off"], device: torch.device) -> bool:
+def should_compile(choice: Compile, device: torch.device) -> bool:
     """Whether to compile layers on a device, for a value of training.compile."""
-    return choice == "layers" or (choice == "auto" and device.type == "cuda")
+    return choice in ("layers", "autotune") or (choice == "auto" and device.type == "cuda")
 
 
 def compile_layers(
@@ -31,8 +32,12 @@ def compile_layers(
     autocast: torch.dtype | None = None,
     *,
     required: bool = False,
+    autotune: bool = False,
 ) -> bool:
     """Compile layers of a model in place. Returns whether this worked.
+
+    With `autotune`, Inductor measures several kernels for each matrix product. Kernels of its own do the operations
+    after the product before they write the result.
 
     If it fails, a warning is logged and the model does not change, or UserError is raised if compiling is `required`.
 
@@ -50,7 +55,7 @@ def compile_layers(
     torch._functorch.config.force_non_lazy_backward_lowering = True
     compilation = _Compilation()
     for layer in layers:
-        _compile_in_training(layer, compilation)
+        _compile_in_training(layer, compilation, "max-autotune-no-cudagraphs" if autotune else None)
     try:
         discard_step(model, *inputs, autocast)
     except Exception as error:  # of any kind: no compiler, out of memory, an error in the compiler
@@ -75,9 +80,9 @@ class _Compilation:
     """Compiling has failed for another number, and a warning was logged."""
 
 
-def _compile_in_training(layer: nn.Module, compilation: _Compilation) -> None:
+def _compile_in_training(layer: nn.Module, compilation: _Compilation, mode: str | None) -> None:
     eager = layer.forward
-    compiled = torch.compile(eager, dynamic=False)
+    compiled = torch.compile(eager, dynamic=False, mode=mode)
 
     def forward(*inputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from crate_ray.config import FinetuneConfig, ImageModelConfig, PretrainConfig
+from crate_ray.config import FinetuneConfig, ImageModelConfig, PretrainConfig, TrainingConfig
 from crate_ray.data.batch import Batch
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.order.mixture import Mixture
+from crate_ray.errors import UserError
 from crate_ray.models import CrateMAE
 from crate_ray.models.exported import Normalizer
+from crate_ray.models.kernels.float8 import supports_float8, use_float8
 from crate_ray.runs.record import RunRecord
 from crate_ray.storage.interface import Storage
 from crate_ray.training.compilation import compile_layers, should_compile
@@ -120,10 +122,19 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, co
     sharded = config.scaling.strategy == "fsdp" and context.world_size > 1
     images = largest_micro_batch(training, context.world_size)
     notes: tuple[str, ...] = ()
+    if training.float8:
+        if not (supports_float8(context.device) and context.autocast == torch.bfloat16):
+            raise UserError(
+                "training.float8 needs training.precision bf16 and an NVIDIA GPU since Hopper (H100), and this worker "
+                f"trains on {context.device.type} in {context.autocast or torch.float32}; set training.float8 to false"
+            )
+        use_float8(task.layers)
     if context.device.type == "cuda" and isinstance(task.model, CrateMAE) and context.autocast:
         notes = tuple(task.model.choose_kernels(images, context.autocast))
     if compiled and not sharded:
-        compiled = compile_layers(task.model, task.layers, task.blank(images), context.autocast)
+        compiled = compile_layers(
+            task.model, task.layers, task.blank(images), context.autocast, autotune=training.compile == "autotune"
+        )
     trained = parallelize(
         task.model,
         task.layers,
@@ -133,13 +144,24 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, co
         autocast=context.autocast,
     )
     if compiled and sharded:  # programs for whole weights would not be used
-        compile_layers(trained, task.layers, task.blank(images), context.autocast, required=True)
+        compile_layers(
+            trained,
+            task.layers,
+            task.blank(images),
+            context.autocast,
+            required=True,
+            autotune=training.compile == "autotune",
+        )
     micro_steps = micro_steps_of(training, task.model, context.world_size)
-    return Assembled(task, trained, task.build_optimizer(), micro_steps, _arithmetic(compiled, context), notes)
+    return Assembled(
+        task, trained, task.build_optimizer(), micro_steps, _arithmetic(compiled, training, context), notes
+    )
 
 
-def _arithmetic(compiled: bool, context: WorkerContext) -> tuple[str, ...]:
-    kinds = [f"{layers} layers in {dtype}" for layers in ("eager", "compiled") for dtype in ("float32", "bfloat16")]
+def _arithmetic(compiled: bool, training: TrainingConfig, context: WorkerContext) -> tuple[str, ...]:
+    bf16 = "float8" if training.float8 else "bfloat16"
+    bf16 += ", tokens in bfloat16" if training.bf16_tokens else ""
+    kinds = [f"{layers} layers in {dtype}" for layers in ("eager", "compiled") for dtype in ("float32", bf16)]
     workers = torch.zeros(len(kinds), dtype=torch.int64, device=context.device)
     workers[2 * compiled + (context.autocast is not None)] = 1
     if context.world_size > 1:

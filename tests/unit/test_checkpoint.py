@@ -162,9 +162,12 @@ def test_arithmetic_is_what_it_turned_out_to_be(tmp_path: Path, monkeypatch: pyt
         (torch.bfloat16, True, "compiled layers in bfloat16"),
         (torch.bfloat16, False, "eager layers in bfloat16"),
     ):
-        monkeypatch.setattr("crate_ray.training.task.compile_layers", lambda *given, works=works: works)
+        monkeypatch.setattr("crate_ray.training.task.compile_layers", lambda *_, works=works, **__: works)
         context = WorkerContext(RECORD, mixture, None, 0, 1, cpu, autocast, Normalizer.of((0.0,), (1.0,), cpu))
         assert assemble(PretrainTask, config, context).arithmetic == (expected,)
+    training = config.training.model_copy(update={"float8": True})
+    with pytest.raises(UserError, match="training.float8 needs training.precision bf16 and an NVIDIA GPU"):
+        assemble(PretrainTask, config.model_copy(update={"training": training}), context)
 
 
 def test_a_restored_run_goes_on_bitwise_the_same(run: LocalStorage, tmp_path: Path) -> None:

@@ -6,20 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crate_ray.models.kernels.linear import gram, linear
+from crate_ray.models.kernels.linear import Product, gram, linear
 
 
-def gradient_step(z: Tensor, dictionary: Tensor, step_size: float) -> Tensor:
+def gradient_step(z: Tensor, dictionary: Tensor, step_size: float, product: Product = F.linear) -> Tensor:
     """z + η Dᵀ(z − D z) of tokens (…, d), for a dictionary D (d, d) and step size η.
 
     The published code computes Dᵀz − Dᵀ(D z) with three products of the tokens. Two products, Dᵀ(z − D z), give the
     same up to rounding. So does one product, (Dᵀ − DᵀD) z, after computing Dᵀ − DᵀD. That costs as much as one product
-    of d tokens, so one product is used for more than d tokens.
+    of d tokens, so one product, computed by `product`, is used for more than d tokens.
     """
     # An exported program has to work for any number of tokens, so it cannot choose by this number.
     if not torch.compiler.is_exporting() and z.shape[:-1].numel() > z.shape[-1]:
         step = step_size * (dictionary.t() - gram(dictionary))
-        return z + F.linear(z, step)
+        return z + product(z, step)
     residual = z - linear(z, dictionary)
     return z + step_size * linear(residual, dictionary.t())
 

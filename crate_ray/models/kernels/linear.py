@@ -6,11 +6,15 @@ large part of the memory. Casting again in the backward pass costs less than 1 %
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Product = Callable[..., Tensor]
+"""A function with the arguments and the result of `linear`."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
