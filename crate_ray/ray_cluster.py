@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import ray
@@ -12,7 +14,6 @@ import ray
 from crate_ray.config import ScalingConfig
 from crate_ray.errors import UserError
 from crate_ray.quiet import quiet_driver
-from crate_ray.storage.arrow import ARROW_ENV
 
 SETUP_HOOK = "crate_ray.quiet.set_up_ray_process"
 """Function that runs first in every process that Ray starts for a job."""
@@ -26,7 +27,6 @@ def start_ray(*, dashboard: bool = False) -> None:
 
     Raises UserError when RAY_ADDRESS is set but no cluster answers there, or when the cluster refuses the token.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in ARROW_ENV.items()})
     quiet_driver()
     if ray.is_initialized():
         return
@@ -36,12 +36,34 @@ def start_ray(*, dashboard: bool = False) -> None:
             f"RAY_ADDRESS is {address}, which is for submitting: ray job submit --working-dir . -- python jobs/…; "
             "to run the job here on a Ray of its own, set RAY_ADDRESS=local"
         )
-    runtime_env = {"env_vars": ARROW_ENV, "worker_process_setup_hook": SETUP_HOOK}
+    runtime_env = {"worker_process_setup_hook": SETUP_HOOK}
     try:
-        ray.init(include_dashboard=dashboard, runtime_env=runtime_env, logging_level=logging.WARNING)
+        with _private_token():
+            ray.init(include_dashboard=dashboard, runtime_env=runtime_env, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray"
         raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _private_token() -> Iterator[None]:
+    """Let nobody else read the token that a local Ray writes to ~/.ray: others can then not run code as this user.
+
+    Ray writes the file with the permissions that the umask leaves, so the folder is closed before, and the file after.
+    A token that the environment names is left alone.
+    """
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or os.environ.get("RAY_AUTH_MODE") == "disabled":
+        yield
+        return
+    folder = Path("~/.ray").expanduser()
+    with suppress(OSError):  # a home that cannot be written to, where Ray cannot write either
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / "auth_token").chmod(0o600)
 
 
 class Node(NamedTuple):

@@ -19,6 +19,7 @@ from crate_ray.training.ray.internals import (
     install_release_failed_start,
     remove_placement_groups,
 )
+from crate_ray.training.ray.process_group import ClosedTorchConfig
 
 _ABORT_SECONDS = 10.0
 _POLL_SECONDS = 0.1
@@ -68,6 +69,7 @@ def fit(
             _run_loop,
             # By reference, so that workers import large modules only after they have started.
             train_loop_config={"loop": [ray.put(loop)], "payload": payload},
+            torch_config=ClosedTorchConfig(),
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name=payload["attempt"],
