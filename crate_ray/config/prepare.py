@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field
 
+from crate_ray.bounded import MAX_LEASE_SECONDS
 from crate_ray.config.base import Advanced, PositiveInt, Settings
 from crate_ray.config.storage import S3Config
 
@@ -48,7 +49,7 @@ class PrepareConfig(Settings):
     """Quality of JPEGs and WebPs that max_side re-encodes, 1 to 100. PNGs stay PNGs."""
     overwrite: bool = False
     """Replace a dataset, or an unfinished one, that is already at output."""
-    lease_seconds: Advanced[Annotated[float, Field(ge=1)]] = 30.0
+    lease_seconds: Advanced[Annotated[float, Field(ge=1, le=MAX_LEASE_SECONDS)]] = 30.0
     """Only one process at a time may write to an output. After it is killed, the output stays reserved for this many
     seconds. Make it longer than any pause of the machine or the store."""
     s3: S3Config = S3Config()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from crate_ray.bounded import MAX_LEASE_SECONDS
 from crate_ray.config.base import Advanced, Fraction, PositiveInt, Settings
 
 
@@ -107,7 +108,7 @@ class ScalingConfig(Settings):
     preemption_seconds: Advanced[Annotated[float, Field(gt=0)] | None] = 10.0
     """Seconds between checks for a notice that a node is about to be preempted. After a notice, a checkpoint is saved.
     null for no checks."""
-    lease_seconds: Advanced[Annotated[float, Field(ge=1)]] = 15.0
+    lease_seconds: Advanced[Annotated[float, Field(ge=1, le=MAX_LEASE_SECONDS)]] = 15.0
     """Seconds after which another driver may take over the run or sweep of a driver that was killed. Only one driver at
     a time may work on a run or sweep."""
     max_failures: Advanced[Annotated[int, Field(ge=-1)]] = 3

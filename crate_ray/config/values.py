@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -10,6 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from crate_ray.bounded import MAX_YAML_BYTES, MAX_YAML_VALUES, read_small
 from crate_ray.config.base import Settings
 from crate_ray.errors import UserError
 
@@ -19,19 +21,57 @@ _ALTERNATIVES = {"steps": "epochs", "epochs": "steps", "lr": "base_lr", "base_lr
 """Pairs of alternative settings in one group. The one that is set last replaces the other."""
 
 
+_MAX_DIGITS = 40  # of a number in YAML
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 200
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read the settings of a YAML file. Raises UserError if it cannot be read or holds no mapping."""
+    """Read the settings of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is too large, or holds no mapping.
+    """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _parse_yaml(read_small(path, MAX_YAML_BYTES).decode())
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
+    except Exception as error:  # for values such as `!!bool x`, PyYAML raises anything
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not settings by name")
     return values
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML document. Its size is checked before values are made."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > MAX_YAML_VALUES:
+            raise ValueError(f"it holds more than {MAX_YAML_VALUES} values, those that aliases repeat included")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Number of values in a node. An aliased node counts again at each alias. A node within itself has too many."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MAX_DIGITS:
+            raise ValueError(f"it holds a number of {len(node.value)} digits")
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MAX_YAML_VALUES + 1
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        counted[id(node)] = 1 + sum(_count_values(part, counted) for part in inner)
+    return counted[id(node)]
 
 
 def nested(dotted: dict[str, Any]) -> dict[str, Any]:
@@ -143,11 +183,11 @@ def _explain(config_class: type[BaseModel], where: str, problem: Any) -> str:
         return f"there is no setting {where!r}{hint}"
     if problem["type"] == "union_tag_invalid":
         known = problem["ctx"]["expected_tags"].replace(", ", " or ")
-        return f"setting {where!r} is {problem['ctx']['tag']!r}: input should be {known}"
+        return f"setting {where!r} is {_shorten.repr(problem['ctx']['tag'])}: input should be {known}"
     if problem["type"] == "missing" and isinstance(problem["loc"][-1], int):
         return f"setting {where!r} has too few values; give {problem['loc'][-1] + 1}"
     if problem["type"] == "missing":
         return f"setting {where!r} is required; give --{kebab(where)} or put it into the --config file"
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"setting {where!r} is {problem['input']!r}: {message[0].lower() + message[1:]}"
+    return f"setting {where!r} is {_shorten.repr(problem['input'])}: {message[0].lower() + message[1:]}"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from crate_ray.bounded import MAX_JSON_BYTES
 from crate_ray.config import S3Config
 from crate_ray.errors import UserError
 
@@ -27,6 +28,10 @@ class Replaced(UserError):  # noqa: N818
 
 
 @dataclass(frozen=True)
+class TooLarge(UserError):  # noqa: N818
+    """The object is larger than it can be if nobody has tampered with it."""
+
+
 class ObjectInfo:
     """One entry of a listing."""
 
@@ -58,6 +63,18 @@ class Storage(ABC):
 
     @abstractmethod
     def read_version(self, key: str, start: int, length: int) -> tuple[bytes, str]:
+    def read_small(self, key: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """Read an object that has at most `limit` bytes.
+
+        Raises:
+            NotFound, Replaced: as `read`.
+            TooLarge: it has more.
+        """
+        data = self.read(key, 0, limit + 1)
+        if len(data) > limit:
+            raise TooLarge(f"{self.uri}/{key} has more than {limit} bytes, so it is damaged; restore or delete it")
+        return data
+
         """Read bytes start .. start + length of an object, fewer if it ends earlier; returns them and its ETag.
 
         The ETag (as in ObjectInfo) is that of the version that was read. If it differs between two reads, the object

@@ -18,8 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Annotated, Self
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from crate_ray.bounded import MAX_LEASE_SECONDS
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import AlreadyExists, NotFound, Replaced, Storage
 
@@ -30,6 +33,9 @@ _POLLS = 4  # reads of another process's lease between two of its heartbeats
 _LARGEST = 2**16  # bytes; a record has a few hundred
 
 
+_Text = Annotated[str, Field(max_length=300)]
+
+
 class LeaseLost(UserError):  # noqa: N818 - named for what happened
     """Another process has taken over the lease, because this process sent no heartbeat for too long."""
 
@@ -38,14 +44,14 @@ class LeaseLost(UserError):  # noqa: N818 - named for what happened
 class _Record:
     """Content of the object. The heartbeat counter makes the ETags of all versions differ."""
 
-    id: str
-    host: str
-    pid: int
-    since: str
-    what: str
-    seconds: float
+    id: _Text
+    host: _Text
+    pid: Annotated[int, Field(ge=0, lt=2**63)]
+    since: _Text
+    what: Annotated[str, Field(max_length=5000)]
+    seconds: Annotated[float, Field(gt=0, le=MAX_LEASE_SECONDS)]
     """Seconds without a heartbeat after which other processes may take over the lease."""
-    beat: int
+    beat: Annotated[int, Field(ge=0, lt=2**63)]
 
     def to_json(self) -> bytes:
         return (json.dumps(self.__dict__, indent=2) + "\n").encode()
@@ -53,9 +59,12 @@ class _Record:
     @classmethod
     def parse(cls, data: bytes) -> _Record | None:
         try:
-            return cls(**json.loads(data))
-        except (ValueError, TypeError):
+            return _RECORD.validate_json(data)
+        except ValidationError:
             return None
+
+
+_RECORD = TypeAdapter(_Record)
 
 
 class Lease:

@@ -11,7 +11,7 @@ import crate_ray
 
 ROOT = Path(crate_ray.__file__).parent
 ROOMS = (
-    ("errors", "memory", "progress", "quiet"),
+    ("errors", "bounded", "memory", "progress", "quiet"),
     ("config",),
     ("cli", "__main__"),  # names jobs by text, and imports the one that is asked for
     ("storage",),
