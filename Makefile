@@ -4,13 +4,14 @@
 # make daily   all tests, including those that take minutes and rarely fail
 # make lint    ruff and mypy
 # make gpu-check   on a machine with a GPU: check and measure everything in nine minutes (docs/performance.md)
+# make gpu-check-ray   the same for what needs Ray: train, SIGTERM, resume, in six minutes
 # make clean   remove the environment and the demo's results
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick daily lint format gpu-check clean
+.PHONY: demo test quick daily lint format gpu-check gpu-check-ray clean
 .DELETE_ON_ERROR:
 
 # Install pinned versions. If $(VENV) already has a torch build of the pinned version, it is not replaced. Then compile
@@ -57,6 +58,9 @@ format: $(READY)
 # Without $(READY): that machine has a torch with CUDA, and the packages of the bundle.
 gpu-check:
 	$(PYTHON) -m tests.gpu.check --minutes 9 --out gpu-check $(if $(BUNDLE),--bundle $(BUNDLE))
+
+gpu-check-ray:
+	$(PYTHON) -m tests.gpu.check --ray --minutes 6 --out gpu-check/ray $(if $(BUNDLE),--bundle $(BUNDLE))
 
 clean:
 	rm -rf $(VENV) demo

@@ -2,10 +2,12 @@
 
     python -m tests.gpu.check --minutes 9 --out results            # make gpu-check
     python -m tests.gpu.check --dry-run --out results              # rehearse on the emulated device, without a GPU
+    python -m tests.gpu.check --ray --minutes 6 --out results-ray  # the second call: a run on Ray, SIGTERM, resume
 
 Each part runs in a process of its own with a time limit, and writes its results to OUT/<part>.json. At the end there is
-one table with a verdict for each goal, OUT/check.md, and all results in OUT/check.json. The machine needs torch with
-CUDA, and the packages that `python -m tests.gpu.bundle` collects for it.
+one table with a verdict for each goal, OUT/check.md, and all results in OUT/check.json, from which `python -m
+tests.gpu.report` makes the section in docs/performance.md. The machine needs torch with CUDA, and the packages that
+`python -m tests.gpu.bundle` collects for it. With --ray they are others, and a rehearsal uses the CPU.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.gpu.bundle import site_of
 
 ROOT = Path(__file__).parents[2]
 Results = dict[str, Any]
@@ -29,6 +35,8 @@ SECONDS = {
     "train_large": 180, "attention": 40, "mssa": 60, "small_batches": 120, "profile": 90, "decode": 30, "cifar": 120,
 }  # fmt: skip
 """Time limit of each part, in the order in which they run."""
+RAY_SECONDS = {"ray_whole": 120, "ray_stopped": 90, "ray_resumed": 150, "ray_usual": 150}
+"""The same for the parts of the call with --ray."""
 _LEFT_FOR_CIFAR = 15.0
 
 
@@ -94,20 +102,50 @@ GOALS = (
         lambda r: r["trained"] - r["untrained"],
         lambda v: v > 0,
     ),
+    Goal(
+        "on Ray: a run trains to its last step",
+        "ray_whole",
+        lambda r: r["finished"] and r["last_loss"] < r["first_loss"],
+        bool,
+    ),
+    Goal(
+        "on Ray: SIGTERM saves a checkpoint and ends the driver with 143",
+        "ray_stopped",
+        lambda r: r["exit_code"] == 143 and r["asked_at"] <= r["saved_at"] < r["steps"],
+        bool,
+    ),
+    Goal(
+        "on Ray: the same command resumes at the saved step and finishes",
+        "ray_resumed",
+        lambda r: r["resumed_at"] == r["saved_at"] > 0 and r["finished"],
+        bool,
+    ),
+    Goal(
+        "on Ray: the resumed run has the weights of the whole run, bit by bit (deterministic algorithms)",
+        "ray_resumed",
+        lambda r: r["difference"],
+        lambda v: v == 0,
+    ),
+    Goal(
+        "on Ray: losses fall with the usual settings",
+        "ray_usual",
+        lambda r: r["last_loss"] / r["first_loss"],
+        lambda v: v < 1,
+    ),
 )
 
 
 def run_part(name: str, out: Path, seconds: float, env: dict[str, str]) -> Results:
     """Run one part in a process of its own; its results, or the reason why there are none."""
-    command = [sys.executable, "-m", "tests.gpu.parts", name]
+    command = [sys.executable, "-m", f"tests.gpu.{'on_ray' if name in RAY_SECONDS else 'parts'}", name]
     began = time.monotonic()
     with (out / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        )
         try:
             printed, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
             found: Results = {"failed": f"took longer than {seconds:.0f} s"}
         else:
             lines = printed.strip().splitlines()
@@ -116,15 +154,22 @@ def run_part(name: str, out: Path, seconds: float, env: dict[str, str]) -> Resul
             else:
                 said = (out / f"{name}.log").read_text().strip().splitlines()
                 found = {"failed": said[-1] if said else f"exit code {process.returncode}"}
+        finally:
+            if process.poll() is None:  # end it with the processes that it has started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
     found["seconds"] = round(time.monotonic() - began, 1)
     (out / f"{name}.json").write_text(json.dumps(found, indent=1))
     return found
 
 
 def verdicts(results: dict[str, Results]) -> list[tuple[str, str, str]]:
-    """Goal, value and verdict of each goal."""
+    """Goal, value and verdict of each goal of the calls that the results are from."""
+    calls = [parts for parts in (SECONDS, RAY_SECONDS) if parts.keys() & results.keys() - {"machine"}]
     rows = []
     for goal in GOALS:
+        if not any(goal.part in parts for parts in calls):
+            continue
         found = {key: value for key, value in results.get(goal.part, {}).items() if key != "seconds"}
         if "failed" in found or "skipped" in found or not found:
             reason = str(found.get("failed") or found.get("skipped") or "")
@@ -142,10 +187,10 @@ def report(results: dict[str, Results], *, dry: bool) -> str:
     machine = results.get("machine", {})
     lines = [f"{machine.get('device')}, torch {machine.get('torch')}, CUDA {machine.get('cuda')}", ""]
     if dry:
-        lines = ["Rehearsal on an emulated device: speeds and MFU mean nothing.", ""]
+        lines = ["Rehearsal without a GPU: speeds and MFU mean nothing.", ""]
     lines += ["| goal | value | |", "| --- | --- | --- |"]
     lines += [f"| {goal} | {value} | {verdict} |" for goal, value, verdict in verdicts(results)]
-    lines += ["", "| model | images/s | MFU | memory | start |", "| --- | --- | --- | --- | --- |"]
+    speeds = ["", "| model | images/s | MFU | memory | start |", "| --- | --- | --- | --- | --- |"]
     for name, found in results.items():
         if not name.startswith(("train_", "small_batches")):
             continue
@@ -154,10 +199,11 @@ def report(results: dict[str, Results], *, dry: bool) -> str:
                 memory = (figures["peak_memory_bytes"] or 0) / 2**30
                 mfu = f"{figures['mfu']:.1%}" if "mfu" in figures else ""
                 size = name.removeprefix("train_").replace("small_batches", "")
-                lines.append(
+                speeds.append(
                     f"| {size} {model} | {figures['images_per_second']:,.0f} | {mfu} | {memory:.1f} GiB | "
                     f"{figures['start_seconds']:.0f} s |"
                 )
+    lines += speeds if len(speeds) > 3 else []
     lines += ["", "| part | seconds | |", "| --- | --- | --- |"]
     for name, found in results.items():
         lines.append(f"| {name} | {found['seconds']} | {found.get('failed', found.get('skipped', ''))} |")
@@ -169,30 +215,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.check", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--parts", nargs="*", choices=SECONDS, default=list(SECONDS), help="parts to run")
+    parser.add_argument("--parts", nargs="*", choices=[*SECONDS, *RAY_SECONDS], help="parts to run")
+    parser.add_argument("--ray", action="store_true", help="run the parts that need Ray instead of the others")
     parser.add_argument("--bundle", type=Path, help="folder that tests.gpu.bundle has made")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the emulated device")
     given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as work:
+        return _check(given, Path(work))
+
+
+def _check(given: argparse.Namespace, work: Path) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * given.minutes
-    env = {**os.environ, "OUT": given.out.resolve().as_posix()}
+    seconds = {"machine": SECONDS["machine"]} | RAY_SECONDS if given.ray else SECONDS
+    rehearsal_skips = ("machine",) if given.ray else ("train_small", "train_base", "train_large")
+    env = {**os.environ, "OUT": given.out.resolve().as_posix(), "CRATE_RAY_GPU_WORK": work.as_posix()}
     if given.dry_run:
         env["CRATE_RAY_GPU_CHECK"] = "dry"
     if given.bundle:
-        env["PYTHONPATH"] = os.pathsep.join([(given.bundle / "site").resolve().as_posix(), env.get("PYTHONPATH", "")])
+        site = site_of(given.bundle, work).resolve().as_posix()
+        env["PYTHONPATH"] = os.pathsep.join([site, env.get("PYTHONPATH", "")])
         env["CRATE_RAY_GPU_CIFAR"] = (given.bundle / "cifar10").resolve().as_posix()
     results: dict[str, Results] = {}
-    for name in given.parts:
+    for name in given.parts or seconds:
         left = deadline - time.monotonic()
-        if given.dry_run and name in ("train_small", "train_base", "train_large"):
+        if given.dry_run and name in rehearsal_skips:
             continue
         if left < 5:
             results[name] = {"failed": "no time was left", "seconds": 0.0}
             continue
         env["CRATE_RAY_GPU_SECONDS"] = str(max(10.0, (left - _LEFT_FOR_CIFAR) * 0.6))
-        results[name] = run_part(name, given.out, min(SECONDS[name] if name != "cifar" else left, left), env)
+        limit = left if name == "cifar" else min((SECONDS | RAY_SECONDS)[name], left)
+        results[name] = run_part(name, given.out, limit, env)
         print(f"{name}: {results[name].get('failed', 'done')} ({results[name]['seconds']} s)", flush=True)
-    (given.out / "check.json").write_text(json.dumps(results, indent=1))
+    command = f"python -m tests.gpu.check{' --ray' * given.ray} --minutes {given.minutes:g}"
+    measured = {"command": command, "dry_run": given.dry_run, "parts": results}
+    (given.out / "check.json").write_text(json.dumps(measured, indent=1))
     text = report(results, dry=given.dry_run)
     (given.out / "check.md").write_text(text)
     print(text)

@@ -9,19 +9,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.check import SECONDS, report, verdicts
+from tests.gpu.check import RAY_SECONDS, SECONDS, Results, report, verdicts
 from tests.jobs import ROOT
+
+
+def rehearse(out: Path, *options: str) -> tuple[Results, str]:
+    """Results of a rehearsal in which no part has failed, and what it has printed."""
+    command = [sys.executable, "-m", "tests.gpu.check", "--dry-run", "--minutes", "9", "--out", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    results: Results = json.loads((out / "check.json").read_text())["parts"]
+    assert done.returncode == 0, {name: found["failed"] for name, found in results.items() if "failed" in found}
+    return results, done.stdout
 
 
 @pytest.mark.daily
 def test_the_gpu_check_runs_from_start_to_end(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.gpu.check", "--dry-run", "--minutes", "9", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    results = json.loads((tmp_path / "check.json").read_text())
-    assert done.returncode == 0, {name: found["failed"] for name, found in results.items() if "failed" in found}
+    results, printed = rehearse(tmp_path)
     assert set(SECONDS) - set(results) == {"train_small", "train_base", "train_large"}
-    assert all(verdict != "FAILED" for _, _, verdict in verdicts(results)), done.stdout
-    assert done.stdout.endswith((tmp_path / "check.md").read_text() + "\n")
+    assert all(verdict != "FAILED" for _, _, verdict in verdicts(results)), printed
+    assert printed.endswith((tmp_path / "check.md").read_text() + "\n")
+
+
+@pytest.mark.daily
+@pytest.mark.ray
+def test_the_second_call_trains_on_ray_stops_and_resumes(tmp_path: Path) -> None:
+    results, printed = rehearse(tmp_path, "--ray")
+    assert set(results) == set(RAY_SECONDS)
+    assert {verdict for _, _, verdict in verdicts(results)} == {"reached"}, printed
 
 
 def test_a_part_that_failed_fails_its_goals() -> None:
