@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
 import time
 import uuid
 from typing import Any
@@ -10,25 +12,22 @@ from typing import Any
 import yaml
 from mlflow import MlflowClient
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from crate_ray.config import SweepConfig
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.runs.mlflow_lookup import find_run, tracking_uri
 from crate_ray.runs.pretraining import open_run
-from crate_ray.storage.arrow import arrow_filesystem
 from crate_ray.storage.interface import NotFound, Storage, open_storage
 from crate_ray.storage.lease import Lease
 from crate_ray.sweeps.report import best_trial, picture, results_table
-from crate_ray.sweeps.space import shared_values, trial_config, tune_space
-from crate_ray.sweeps.trial import RECORDS, TrialRecord, run_trial
+from crate_ray.sweeps.search import TrialSearch, early_stopping
+from crate_ray.sweeps.space import shared_values, trial_config
+from crate_ray.sweeps.trial import TrialRecord, read_records, run_trial, write_record
 from crate_ray.tracking.pretraining import source_tags
 from crate_ray.tracking.run_tracker import RunTracker, flatten
 
 RECORD_FILE, BEST_FILE, RESULTS_FILE = "sweep.json", "best.yaml", "results.csv"
-_TUNE_FOLDER = "tune"
 # A trial reserves no CPUs, because its workers need them. Ray Tune refuses trials that reserve nothing.
 _TRIAL_RESOURCES = {"memory": 2**20}
 
@@ -76,10 +75,15 @@ def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> l
     tracker = RunTracker(sweep.tracking, key, sweep.name, params, source_tags("sweep"))
     status = "FAILED"
     try:
-        grid = _tuner(sweep, shared, folder, tracker.wait_for_run()).fit()
-        records = _records(folder, grid)
-        _report(sweep, shared, folder, records, tracker)
+        _run_trials(sweep, shared, folder, tracker.wait_for_run())
+        records = read_records(folder)
+        if records:
+            _report(sweep, shared, folder, records, tracker)
         _end_stopped_runs(sweep, records)
+        ended = sum(record.status != "running" for record in records)
+        if ended < sweep.trials:  # Ray Tune returns when it is interrupted
+            print(f"stopped after {ended} of {sweep.trials} trials; the same command continues the sweep")
+            raise KeyboardInterrupt
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -133,58 +137,54 @@ def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     return str(then["key"])
 
 
-def _tuner(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, parent_run: str) -> tune.Tuner:
+def _run_trials(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, parent_run: str) -> None:
+    """Run the trials that remain; each writes its record. Ray Tune's own state is temporary."""
+    records = read_records(folder)
+    remaining = sweep.trials - sum(record.status != "running" for record in records)
+    if remaining <= 0:
+        return
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, sweep=sweep.model_dump(mode="json"), shared=shared, parent_run=parent_run),
         _TRIAL_RESOURCES,
     )
-    filesystem, path = arrow_filesystem(folder.uri, sweep.s3)
-    if tune.Tuner.can_restore(f"{path}/{_TUNE_FOLDER}", storage_filesystem=filesystem):
-        return tune.Tuner.restore(f"{path}/{_TUNE_FOLDER}", trainable, storage_filesystem=filesystem)
-    scheduler = None
-    if sweep.grace_steps:
-        total_steps = open_run(trial_config(sweep, shared, {}, "check")).total_steps
-        scheduler = ASHAScheduler(
-            time_attr="step",
-            max_t=total_steps,
-            grace_period=min(sweep.grace_steps, total_steps),
-            reduction_factor=sweep.reduction_factor,
+    for name in ("tune", "analysis.experiment_analysis"):  # they advise to restore Ray Tune's state
+        logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
+    total_steps = open_run(trial_config(sweep, shared, {}, "check")).total_steps
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                num_samples=remaining,
+                max_concurrent_trials=sweep.max_concurrent,
+                search_alg=TrialSearch(sweep, records),
+                scheduler=early_stopping(sweep, total_steps, records),
+            ),
+            run_config=tune.RunConfig(name=sweep.name, storage_path=temporary, verbose=1),
         )
-    return tune.Tuner(
-        trainable,
-        param_space=tune_space(sweep.search),
-        tune_config=tune.TuneConfig(
-            metric="objective",
-            mode="min" if sweep.objective == "validation_loss" else "max",
-            num_samples=sweep.trials,
-            max_concurrent_trials=sweep.max_concurrent,
-            search_alg=OptunaSearch(seed=sweep.seed),
-            scheduler=scheduler,
-        ),
-        run_config=tune.RunConfig(name=_TUNE_FOLDER, storage_path=path, storage_filesystem=filesystem, verbose=1),
-    )
+        _record_ends(folder, tuner.fit())
 
 
-def _records(folder: Storage, grid: tune.ResultGrid) -> list[TrialRecord]:
-    """The trials' own records. Ray Tune adds which trials it stopped early, and which trials' processes died."""
-    errors = {str(result.path): result.error for result in grid if result.error}
-    records = []
-    for info in folder.list(RECORDS):
-        record = TrialRecord.model_validate_json(folder.read(info.key))
-        if record.status == "running":
-            cause = next(
-                (str(error).strip().splitlines()[-1] for path, error in errors.items() if record.trial in path), ""
-            )
-            record = record.model_copy(update={"status": "failed" if cause else "stopped early", "cause": cause})
-            folder.write(info.key, record.model_dump_json().encode())
-        records.append(record)
-    return records
+def _record_ends(folder: Storage, grid: tune.ResultGrid) -> None:
+    """Add to the records which trials Ray Tune stopped early, and which trials' processes died."""
+    records = {record.trial: record for record in read_records(folder)}
+    for result in grid:
+        if not result.config:
+            continue
+        # A process that died at its start has written no record.
+        record = records.get(result.config["trial"]) or TrialRecord.model_validate(result.config)
+        if record.status != "running":
+            continue
+        if result.error is not None:
+            cause = str(result.error).strip().splitlines()[-1]
+            write_record(folder, record.model_copy(update={"status": "failed", "cause": cause}))
+        elif (result.metrics or {}).get("done"):  # else the sweep was interrupted
+            write_record(folder, record.model_copy(update={"status": "stopped early"}))
 
 
 def _end_stopped_runs(sweep: SweepConfig, records: list[TrialRecord]) -> None:
     """Set the MLflow status of trials that could not set it themselves, because Ray Tune ended their process."""
     client = MlflowClient(sweep.tracking.uri)
-    ends = {"stopped early": "KILLED", "failed": "FAILED"}
+    ends = {"stopped early": "KILLED", "failed": "FAILED", "running": "KILLED"}
     for record in records:
         run_id = find_run(client, record.run_key) if record.status in ends and record.run_key else None
         if run_id:

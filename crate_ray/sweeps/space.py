@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-
 from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
 from crate_ray.config.values import dotted_names, load_yaml, merge, nested, suggest, validate
 from crate_ray.errors import UserError
@@ -64,18 +62,3 @@ def candidates(space: SearchSpace) -> list[Any]:
     values = space.choice or space.integers or space.uniform or space.loguniform
     assert values is not None
     return list(values)
-
-
-def tune_space(search: dict[str, SearchSpace]) -> dict[str, Any]:
-    """Convert a search space to Ray Tune's."""
-    out: dict[str, Any] = {}
-    for name, space in search.items():
-        if space.choice is not None:
-            out[name] = tune.choice(list(space.choice))
-        elif space.integers is not None:
-            out[name] = tune.randint(space.integers[0], space.integers[1] + 1)
-        elif space.uniform is not None:
-            out[name] = tune.uniform(*space.uniform)
-        elif space.loguniform is not None:
-            out[name] = tune.loguniform(*space.loguniform)
-    return out

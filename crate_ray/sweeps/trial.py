@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from ray import tune
 
 from crate_ray.config import PretrainConfig, Settings, SweepConfig
@@ -30,32 +31,32 @@ RECORDS = "results/"
 class TrialRecord(Settings):
     """State of a trial, stored in <sweep>/results/<trial>.json."""
 
-    trial: str
-    """Ray Tune's id of the trial."""
+    trial: Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
+    """Id of the trial."""
     values: dict[str, Any]
     """Sampled settings, dotted."""
     status: str = "running"
-    """'running', 'finished', 'stopped early' or 'failed'."""
+    """'running', 'finished', 'stopped early' or 'failed'. 'running' at the start of a sweep means interrupted."""
     objective: float | None = None
     """The last known objective."""
     step: int = 0
     """Optimizer steps done at that time."""
+    losses: dict[int, float] = Field(default_factory=dict)
+    """Validation losses by step, as reported for early stopping."""
     cause: str = ""
     """Why it failed; empty otherwise."""
     run_key: str = ""
     """Key of its training run in MLflow."""
 
 
-def run_trial(values: dict[str, Any], sweep: dict[str, Any], shared: dict[str, Any], parent_run: str) -> None:
-    """Train with sampled values, and report validation losses and the objective. Ray Tune calls this."""
+def run_trial(suggested: dict[str, Any], sweep: dict[str, Any], shared: dict[str, Any], parent_run: str) -> None:
+    """Train with sampled values, and report validation losses and the objective. Ray Tune calls this.
+
+    `suggested` comes from search.TrialSearch. The run of an interrupted trial resumes from its newest checkpoint.
+    """
     settings = SweepConfig.model_validate(sweep)
-    trial = str(tune.get_context().get_trial_id())
-    folder = open_storage(settings.storage, settings.s3).under(settings.name)
-    if (done := _finished(folder, trial)) is not None:
-        # The driver was killed before Ray Tune had saved the result.
-        tune.report({"objective": done.objective, "step": done.step})
-        return
-    record = _Record(folder, trial, values)
+    trial, values = suggested["trial"], suggested["values"]
+    record = _Record(open_storage(settings.storage, settings.s3).under(settings.name), trial, values)
     try:
         config = trial_config(settings, shared, values, f"trial-{trial}")
         reporter = _Reporter(record, settings.objective == "validation_loss")
@@ -84,23 +85,34 @@ def run_trial(values: dict[str, Any], sweep: dict[str, Any], shared: dict[str, A
     tune.report({"objective": objective, "step": step})
 
 
-def _finished(sweep: Storage, trial: str) -> TrialRecord | None:
-    name = f"{RECORDS}{trial}.json"
-    record = TrialRecord.model_validate_json(sweep.read(name)) if sweep.exists(name) else None
-    return record if record and record.status == "finished" else None
+def read_records(sweep: Storage) -> list[TrialRecord]:
+    """The records of all trials in a sweep's folder, by id."""
+    records = [TrialRecord.model_validate_json(sweep.read(info.key)) for info in sweep.list(RECORDS)]
+    return sorted(records, key=lambda record: record.trial)
+
+
+def write_record(sweep: Storage, record: TrialRecord) -> None:
+    """Write a trial's record to a sweep's folder."""
+    sweep.write(f"{RECORDS}{record.trial}.json", record.model_dump_json().encode())
 
 
 class _Record:
-    """The trial's record, written to storage at every change."""
+    """The trial's record, written to storage at every change. That of an interrupted trial is continued."""
 
     def __init__(self, sweep: Storage, trial: str, values: dict[str, Any]) -> None:
-        self._sweep, self._record = sweep, TrialRecord(trial=trial, values=values)
+        self._sweep = sweep
+        interrupted = next((record for record in read_records(sweep) if record.trial == trial), None)
+        self._record = interrupted or TrialRecord(trial=trial, values=values)
         self.update()
 
     def update(self, **changes: Any) -> None:
         """Change fields and write the record."""
         self._record = self._record.model_copy(update=changes)
-        self._sweep.write(f"{RECORDS}{self._record.trial}.json", self._record.model_dump_json().encode())
+        write_record(self._sweep, self._record)
+
+    def add_loss(self, step: int, loss: float) -> None:
+        """Add a validation loss."""
+        self.update(objective=loss, step=step, losses=self._record.losses | {step: loss})
 
 
 class _Reporter(Listener):
@@ -117,7 +129,7 @@ class _Reporter(Listener):
             self.last_loss = values[VALIDATION_LOSS]
             # Any report may end the trial's process. So run_trial reports the last loss, after the workers have ended.
             if self._report and step < self.total_steps:
-                self._record.update(objective=self.last_loss, step=step)
+                self._record.add_loss(step, self.last_loss)
                 tune.report({"objective": self.last_loss, "step": step})
 
 

@@ -17,6 +17,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -29,7 +30,6 @@ from crate_ray.evaluation.features import iterate_dataset
 from crate_ray.runs import metrics
 from crate_ray.runs.references import load_encoder
 from crate_ray.serving import FeatureExtractor
-from crate_ray.storage.arrow import arrow_filesystem
 from crate_ray.storage.interface import Storage, open_storage
 from tests.integration.conftest import LocalCluster
 from tests.jobs import RAY, ROOT, call, job, newest_commit
@@ -207,8 +207,9 @@ def test_registry_gate_and_embeddings(cluster: LocalCluster, trained: str, tmp_p
         "python", "jobs/embed.py", "--data", "s3://data/digits-test", "--output", "s3://runs/embedded"
     )
     assert result.returncode == 0, result.stdout[-4000:]
-    filesystem, path = arrow_filesystem("s3://runs/embedded", S3Config())
-    table = pq.read_table(path, filesystem=filesystem).sort_by("sample")
+    written = open_storage("s3://runs/embedded", S3Config())
+    parts = [io.BytesIO(written.read(info.key)) for info in written.list() if info.key.endswith(".parquet")]
+    table = pa.concat_tables([pq.read_table(part) for part in parts]).sort_by("sample")
     assert table["sample"].to_pylist() == list(range(shards.manifest.num_samples))
     vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
     assert np.abs(vectors[: len(expected)] - expected).max() < 1e-6

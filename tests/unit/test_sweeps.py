@@ -16,9 +16,10 @@ from crate_ray.errors import UserError
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.lease import Lease
 from crate_ray.sweeps.report import best_trial, picture, results_table
-from crate_ray.sweeps.run import RECORD_FILE, best_yaml, run_sweep
+from crate_ray.sweeps.run import RECORD_FILE, _run_trials, best_yaml, run_sweep
+from crate_ray.sweeps.search import TrialSearch, early_stopping
 from crate_ray.sweeps.space import shared_values, trial_config
-from crate_ray.sweeps.trial import TrialRecord
+from crate_ray.sweeps.trial import TrialRecord, read_records, write_record
 
 BASE = {
     "model": {"image_size": 8, "patch_size": 2, "dim": 64, "depth": 2, "num_subspaces": 4},
@@ -55,7 +56,7 @@ def test_a_sweeps_lease_lasts_as_long_as_that_of_its_runs(tmp_path: Path, monkey
     config = sweep(tmp_path, {"model.num_subspaces": {"choice": [2]}}, storage=str(tmp_path / "runs"))
     config = config.model_copy(update={"settings": {"scaling.lease_seconds": 7}})
     monkeypatch.setattr("crate_ray.sweeps.run._run_sweep", lambda sweep, shared, folder: folder.read("sweep.lease"))
-    assert json.loads(run_sweep(config, shared_values(config)))["seconds"] == 7  # type: ignore[arg-type]
+    assert json.loads(run_sweep(config, shared_values(config)))["seconds"] == 7
 
 
 @pytest.mark.parametrize(
@@ -123,3 +124,73 @@ def test_only_finished_trials_can_be_best(tmp_path: Path) -> None:
     assert again.model.subspace_dim == 16
     with Image.open(io.BytesIO(picture(records(), config))) as image:
         assert image.size[0] > image.size[1]
+
+
+SEARCH: dict[str, Any] = {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "model.num_subspaces": {"choice": [2, 4]}}
+
+
+def test_a_continued_search_resumes_interrupted_trials_and_does_not_repeat_the_others(tmp_path: Path) -> None:
+    config = sweep(tmp_path, SEARCH, trials=6)
+    first = TrialSearch(config, [])
+    suggested = [first.suggest(f"a-{i}") for i in range(4)]
+    assert [one["trial"] for one in suggested if one] == ["a-0", "a-1", "a-2", "a-3"]
+    values = [one["values"] for one in suggested if one]
+    folder = open_storage(str(tmp_path / "sweep"), S3Config())
+    for i, (status, objective) in enumerate((("finished", 0.5), ("running", 0.7), ("failed", None), ("running", None))):
+        write_record(folder, TrialRecord(trial=f"a-{i}", values=values[i], status=status, objective=objective))
+    stored = read_records(folder)
+
+    again = TrialSearch(config, stored)
+    assert again.suggest("b-0") == {"values": values[1], "trial": "a-1"}
+    assert again.suggest("b-0") == {"values": values[1], "trial": "a-1"}
+    assert again.suggest("b-1") == {"values": values[3], "trial": "a-3"}
+    new = again.suggest("b-2")
+    assert new is not None and new["trial"] == "b-2" and new["values"] not in values
+
+
+def test_a_continued_search_learns_from_the_records(tmp_path: Path) -> None:
+    """After many results that favour one choice, TPE suggests it most of the time."""
+    config = sweep(tmp_path, {"model.num_subspaces": {"choice": [2, 4]}, "optim.lr": SEARCH["optim.lr"]}, trials=99)
+    told = [
+        TrialRecord(
+            trial=f"t{i}",
+            values={"model.num_subspaces": 2 + 2 * (i % 2), "optim.lr": 1e-4 * (1 + i)},
+            status="finished",
+            objective=0.1 if i % 2 else 0.9,
+        )
+        for i in range(40)
+    ]
+    search = TrialSearch(config, told)
+    chosen = [one["values"]["model.num_subspaces"] for i in range(20) if (one := search.suggest(f"n{i}"))]
+    assert chosen.count(4) >= 15
+
+
+def test_continued_early_stopping_knows_the_losses_of_the_records(tmp_path: Path) -> None:
+    config = sweep(tmp_path, SEARCH, grace_steps=2)
+    told = [TrialRecord(trial=f"t{i}", values={}, losses={2: 0.1 * i, 4: 0.05 * i}) for i in range(1, 5)]
+    new: Any = type("Trial", (), {"trial_id": "new"})
+    for records_, loss, expected in ((told, 0.39, "STOP"), (told, 0.05, "CONTINUE"), ([], 0.39, "CONTINUE")):
+        scheduler = early_stopping(config, 8, records_)
+        assert scheduler is not None
+        scheduler.on_trial_add(None, new)
+        assert scheduler.on_trial_result(None, new, {"step": 2, "objective": loss}) == expected
+    assert early_stopping(sweep(tmp_path, SEARCH), 8, told) is None
+
+
+@pytest.mark.parametrize("trial", ["../../victim", "/etc/passwd", "", "a b", "x" * 65])
+def test_ids_of_stored_trials_are_no_paths(tmp_path: Path, trial: str) -> None:
+    folder = open_storage(str(tmp_path / "sweep"), S3Config())
+    folder.write("results/a.json", json.dumps({"trial": trial, "values": {}}).encode())
+    with pytest.raises(ValueError, match="trial"):
+        read_records(folder)
+
+
+def test_a_folder_of_ray_tune_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Tune restores its state by unpickling; a sweep's folder may be written by others."""
+    monkeypatch.setattr("ray.tune.Tuner.fit", lambda self: pytest.fail("there is nothing to run"))
+    folder = open_storage(str(tmp_path / "sweep"), S3Config())
+    folder.write("tune/tuner.pkl", b"cos\nsystem\n(S'false'\ntR.")
+    for record in records():
+        write_record(folder, record)
+    config = sweep(tmp_path, SEARCH, trials=len(records()))
+    _run_trials(config, shared_values(config), folder, "")
