@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crate_ray.comparison.table import PretrainFigures, settled_speed
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
-from crate_ray.errors import UserError
+from crate_ray.config.identifiers import Count
+from crate_ray.errors import UserError, invalid_value
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.finetuning.run import open_finetuning
@@ -70,7 +71,13 @@ class _Follower(Listener):
         self._folder, self._name = folder, name
         self._kept = _Followed()
         if folder.exists(name):
-            self._kept = _Followed.model_validate_json(folder.read(name))
+            try:
+                self._kept = _Followed.model_validate_json(folder.read(name))
+            except ValidationError as error:
+                raise UserError(
+                    f"{folder.uri}/{name} cannot be read ({invalid_value(error)}); delete it and the run's folder to "
+                    "train the run again"
+                ) from None
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         kept = self._kept
@@ -105,6 +112,8 @@ class _Follower(Listener):
 
 
 class _Followed(BaseModel):
-    images_per_second: dict[int, float] = {}
+    model_config = ConfigDict(extra="forbid")
+
+    images_per_second: dict[Count, float] = {}
     memory_bytes: float = 0.0
-    held_out: dict[str, dict[int, float]] = {}
+    held_out: dict[str, dict[Count, float]] = {}

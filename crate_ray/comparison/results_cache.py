@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import Storage
@@ -14,6 +14,8 @@ _ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
 class _Kept(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     measured_with: dict[str, Any]
     """Settings by group, and digests of the data."""
     figures: dict[str, Any]
@@ -41,7 +43,10 @@ def once(
     """Return the stored result of this name if its settings and data are the same. Otherwise measure and store it."""
     kept = _read(folder, name)
     if kept is not None and kept.measured_with == measured_with:
-        return kind.model_validate(kept.figures)
+        try:
+            return kind.model_validate(kept.figures)
+        except ValidationError:
+            raise _unreadable(folder, name) from None
     found = measure()
     kept = _Kept(measured_with=measured_with, figures=found.model_dump(mode="json"))
     folder.write(_path(name), kept.model_dump_json(indent=1).encode())
@@ -58,9 +63,11 @@ def _read(folder: Storage, name: str) -> _Kept | None:
     try:
         return _Kept.model_validate_json(folder.read(_path(name)))
     except ValidationError:
-        raise UserError(
-            f"{folder.uri}/{_path(name)} cannot be read as a stored result; delete it, or choose another name"
-        ) from None
+        raise _unreadable(folder, name) from None
+
+
+def _unreadable(folder: Storage, name: str) -> UserError:
+    return UserError(f"{folder.uri}/{_path(name)} cannot be read as a stored result; delete it, or choose another name")
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

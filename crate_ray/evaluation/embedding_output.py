@@ -6,35 +6,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from pydantic import Field, ValidationError
 
-from crate_ray.config import Feature, Settings
+from crate_ray.config import Feature, PositiveInt, Settings
+from crate_ray.config.identifiers import Count, Sha256
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import NotFound, Storage
 
 RECORD_FILE = "_embeddings.json"
 LEASE_FILE = "_embeddings.lease"
+_PART = re.compile(r"part-[0-9]{12,}-[0-9]{12,}\.parquet")  # see part_name
 
 
 class EmbeddingRecord(Settings):
     """Record of an output's content. Written before the first part, and again once all parts exist."""
 
-    model: str
+    model: Sha256
     """SHA-256 of the weights."""
-    dataset: str
+    dataset: Sha256
     """Digest of the dataset's manifest."""
     feature: Feature
     """Which feature."""
-    num_samples: int
+    num_samples: Count
     """Samples in the dataset."""
-    dim: int
+    dim: PositiveInt
     """Numbers per embedding."""
     complete: bool = False
     """Whether all parts exist."""
-    skipped: dict[str, int] = Field(default_factory=dict)
+    skipped: dict[str, Count] = Field(default_factory=dict)
     """Number of bad samples, which have no row, by cause."""
     skipped_keys: dict[str, str] = Field(default_factory=dict)
     """Causes of the first 10,000 bad samples, by key."""
@@ -66,12 +69,14 @@ def find_complete(output: Storage, wanted: EmbeddingRecord) -> EmbeddingRecord |
     embedding job wrote.
     """
     record = _read_record(output)
-    if record is None:
-        if any(_is_part(info.key) for info in output.list()):
+    if record is None or not record.complete:
+        named = _PART if record else None
+        if foreign := [i.key for i in output.list() if _is_parquet(i.key) and not (named and named.fullmatch(i.key))]:
             raise UserError(
-                f"{output.uri} holds Parquet files that are not from an embedding job; choose an empty folder for "
-                "--output"
+                f"{output.uri} holds Parquet files that are not from an embedding job, such as {foreign[0]}; choose "
+                "an empty folder for --output"
             )
+    if record is None:
         return None
     for name in ("model", "dataset", "feature"):
         if (was := getattr(record, name)) != (now := getattr(wanted, name)):
@@ -110,9 +115,14 @@ def publish(output: Storage, record: EmbeddingRecord, parts: Iterable[Part]) -> 
     return complete
 
 
-def _is_part(key: str) -> bool:
+def _is_parquet(key: str) -> bool:
     """Whether a file is a Parquet file at the top of the output. Sub-folders are ignored."""
     return "/" not in key and key.endswith(".parquet")
+
+
+def _is_part(key: str) -> bool:
+    """Whether an embedding job wrote a file. Only such files are deleted."""
+    return _PART.fullmatch(key) is not None
 
 
 def _read_record(output: Storage) -> EmbeddingRecord | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -22,11 +23,12 @@ from numpy.typing import NDArray
 
 from crate_ray.data.format import npy
 from crate_ray.errors import UserError
-from crate_ray.storage.node_folders import chosen_folder, evict, temporary_folder
+from crate_ray.storage.node_folders import chosen_folder, evict, private_subfolder, temporary_folder
 
 _FEATURES, _LABELS, _SAMPLES = "features.npy", "labels.npy", "samples.npy"
 _PARTIAL = ".partial"
 _ADVICE = "choose another features_dir"
+_ENTRY = re.compile(r"[0-9a-f]{64}")
 
 UNUSABLE = -2
 """Label of a row whose sample could not be read; readers leave it out."""
@@ -86,15 +88,16 @@ class FeatureCache:
         Raises:
             UserError: the folder belongs to another user, or the entries cannot be written.
         """
-        chosen_folder(self._folder, _ADVICE)
-        with temporary_folder(self._folder / _PARTIAL, uuid.uuid4().hex) as folder:
+        partial = private_subfolder(chosen_folder(self._folder, _ADVICE), _PARTIAL, _ADVICE)
+        with temporary_folder(partial, uuid.uuid4().hex) as folder:
             writer = Writer.create(folder, keys, rows, dims)
             yield writer
             writer.flush()
             for key in keys:
                 self._publish(folder / key, self._folder / key)
         needed = {self._folder / key for key in keys}
-        evict((entry for entry in self._folder.iterdir() if entry.name != _PARTIAL), self._max_bytes, keep=needed)
+        # The user may have chosen a folder that also holds files of theirs.
+        evict((e for e in self._folder.iterdir() if _ENTRY.fullmatch(e.name)), self._max_bytes, keep=needed)
 
     def _publish(self, written: Path, target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)  # an existing entry is damaged, or it would have been used

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
+from pydantic import FiniteFloat, ValidationError
 from torch import Tensor
 
 from crate_ray.config import ClassifierConfig, Kind, ModelConfig, Settings
-from crate_ray.errors import UserError
+from crate_ray.config.identifiers import Count, RunKey, Sha256
+from crate_ray.errors import UserError, invalid_value
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.classifier import Classifier
 
@@ -25,17 +26,17 @@ class ModelDescription(Settings):
     """Config of the model; for a classifier, of its encoder."""
     classifier: ClassifierConfig | None = None
     """Config of the head, for a fine-tuned classifier."""
-    mean: tuple[float, ...]
+    mean: tuple[FiniteFloat, ...]
     """Mean of each channel, subtracted from the input (images are on the scale 0 to 1)."""
-    std: tuple[float, ...]
+    std: tuple[FiniteFloat, ...]
     """Standard deviation of each channel; the input is divided by it."""
     kind: Kind
     """'image': the input is encoded or uint8 images; 'grid': float arrays."""
-    dataset: str | None = None
+    dataset: Sha256 | None = None
     """Digest of the manifest of the training data."""
-    run_key: str | None = None
+    run_key: RunKey | None = None
     """Key of the run that trained the model."""
-    step: int = 0
+    step: Count = 0
     """Number of optimiser steps that the weights were trained for."""
 
 
@@ -70,6 +71,17 @@ def export_model(folder: Path, weights: dict[str, Tensor], description: ModelDes
     (folder / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=2))
 
 
+def read_description(folder: Path) -> ModelDescription:
+    """Read a model's description from a local folder. Raises UserError if it is missing or damaged."""
+    try:
+        return ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
+    except OSError as error:
+        cause = str(error)
+    except ValidationError as error:
+        cause = invalid_value(error)
+    raise UserError(f"{folder} does not hold a model that this version can read: {cause}")
+
+
 def load_exported(folder: Path) -> tuple[MaskedAutoencoder, ModelDescription]:
     """Load a masked autoencoder, in evaluation mode, and its description from a local folder.
 
@@ -88,15 +100,15 @@ def load_any(folder: Path) -> tuple[MaskedAutoencoder | Classifier, ModelDescrip
 
     Raises UserError if the files are missing or do not match.
     """
+    description = read_description(folder)
     try:
-        description = ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
         model: MaskedAutoencoder | Classifier
         if description.classifier is None:
             model = build_model(description.model)
         else:
             model = Classifier(description.model, description.classifier)
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
-    except (OSError, ValidationError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         cause = str(error).splitlines()[0]
         raise UserError(f"{folder} does not hold a model that this version can read: {cause}") from None
     return model.eval(), description

@@ -17,14 +17,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from crate_ray.config import Settings
-from crate_ray.errors import UserError
+from crate_ray.config import PositiveInt, Settings
+from crate_ray.config.identifiers import Count
+from crate_ray.errors import UserError, invalid_value
 from crate_ray.runs.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -40,11 +42,11 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 class CheckpointState(Settings):
     """Content of a checkpoint that is not a tensor."""
 
-    step: int
+    step: Count
     """Number of optimizer steps done. This is also the position in the data."""
     run: RunRecord
     """The run that wrote it."""
-    world_size: int
+    world_size: PositiveInt
     """Number of workers that wrote it."""
     torch_version: str
     """torch.__version__"""
@@ -108,8 +110,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_state(folder: Path) -> CheckpointState:
-    """Read the part of a checkpoint that is not tensors from a local folder."""
-    return CheckpointState.model_validate_json((folder / STATE_FILE).read_bytes())
+    """Read the part of a checkpoint that is not tensors from a local folder. Raises UserError if it is damaged."""
+    try:
+        return CheckpointState.model_validate_json((folder / STATE_FILE).read_bytes())
+    except ValidationError as error:
+        raise UserError(
+            f"the checkpoint's {STATE_FILE} cannot be read ({invalid_value(error)}); delete this checkpoint, or give "
+            "an older one"
+        ) from None
 
 
 def restore_weights(folder: Path, model: nn.Module) -> None:

@@ -16,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationError
+from pydantic import FiniteFloat, StringConstraints, ValidationError
 from torch import Tensor
 
 from crate_ray.config import Settings
-from crate_ray.errors import UserError
+from crate_ray.config.identifiers import Count, FileName, Sha256
+from crate_ray.errors import UserError, invalid_value
 from crate_ray.runs.checkpoint_files import (
     MODEL_PART,
     OPTIMIZER_PART,
@@ -35,6 +36,9 @@ from crate_ray.storage.interface import NotFound, Storage
 from crate_ray.storage.node_folders import file_digest
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT_FOLDER = r"attempt-[0-9]+/step-[0-9]+[0-9A-Za-z_.-]*"
+"""Form of a checkpoint's folder in its run."""
 
 _COMMITS = "commits/"
 
@@ -50,22 +54,22 @@ class DamagedCheckpoint(UserError):  # noqa: N818 - named for what it reports
 class FileRecord(Settings):
     """Expected size and digest of a file."""
 
-    size: int
+    size: Count
     """Bytes."""
-    sha256: str
+    sha256: Sha256
     """SHA-256 of its content."""
 
 
 class Commit(Settings):
     """The record that makes a checkpoint valid."""
 
-    step: int
+    step: Count
     """Optimizer steps done."""
-    directory: str
+    directory: Annotated[str, StringConstraints(pattern=f"^{CHECKPOINT_FOLDER}$")]
     """Folder of the checkpoint, relative to the run."""
-    files: dict[str, FileRecord]
+    files: dict[FileName, FileRecord]
     """Its files by name."""
-    time: float
+    time: FiniteFloat
     """Time of the commit in seconds since 1970."""
     validation_loss: float | None = None
     """Validation loss at its step, if it was measured."""
@@ -74,7 +78,7 @@ class Commit(Settings):
 class _Uploaded(Settings):
     """Record of one worker's uploaded files. Written after the files themselves."""
 
-    files: dict[str, FileRecord]
+    files: dict[FileName, FileRecord]
 
 
 # --- Write ----------------------------------------------------------------------------------------------------------
@@ -144,9 +148,15 @@ def committed(run: Storage) -> list[Commit]:
     found = []
     for info in run.list(_COMMITS):
         try:
-            found.append(Commit.model_validate_json(run.read(info.key)))
+            commit = Commit.model_validate_json(run.read(info.key))
         except (ValidationError, NotFound) as error:
-            logger.warning("skipping %s/%s, which is not a readable commit record: %s", run.uri, info.key, error)
+            cause = invalid_value(error) if isinstance(error, ValidationError) else error
+            logger.warning("skipping %s/%s, which is not a readable commit record: %s", run.uri, info.key, cause)
+            continue
+        if info.key != record_name(commit):  # or deleting this record would delete another one
+            logger.warning("skipping %s/%s, the commit record of %s", run.uri, info.key, commit.directory)
+            continue
+        found.append(commit)
     return sorted(found, key=lambda c: (c.step, c.directory), reverse=True)
 
 

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crate_ray.config import S3Config, TrackingConfig
+from crate_ray.config import S3Config, TrackingConfig, check_name
+from crate_ray.config.identifiers import check_address
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import Storage, open_storage
 
@@ -89,6 +90,11 @@ def run_storage(run_id: str, tracking: TrackingConfig, s3: S3Config) -> Storage:
         raise UserError(f"MLflow at {where} cannot find the run {run_id!r}: {first_line(error)}") from None
     if not {"storage", "name"} <= params.keys():
         raise UserError(f"the run {run_id!r} in MLflow at {where} is neither a pretraining nor a fine-tuning run")
+    try:
+        check_address(params["storage"])
+        check_name(params["name"])
+    except ValueError as error:
+        raise UserError(f"the run {run_id!r} in MLflow at {where} names no folder of a run: {error}") from None
     return open_storage(params["storage"], s3).under(params["name"])
 
 

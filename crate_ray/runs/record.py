@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
+from pydantic import FiniteFloat, ValidationError
 
 from crate_ray.config import (
     ClassifierConfig,
@@ -14,8 +14,9 @@ from crate_ray.config import (
     Settings,
     ViTMAEConfig,
 )
+from crate_ray.config.identifiers import Count, RunKey, Sha256
 from crate_ray.data.order.sequence import SampleOrder
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, invalid_value
 from crate_ray.storage.interface import NotFound, Storage
 
 RUN_FILE = "run.json"
@@ -26,11 +27,11 @@ class Parent(Settings):
 
     reference: str
     """The model reference given in the settings."""
-    run_key: str | None = None
+    run_key: RunKey | None = None
     """Key of the run that trained it, if known."""
-    dataset: str | None = None
+    dataset: Sha256 | None = None
     """Digest of its training data."""
-    step: int = 0
+    step: Count = 0
     """Number of optimizer steps it was trained for."""
 
 
@@ -48,25 +49,25 @@ class FinetuneStart(Settings):
 class RunRecord(Settings):
     """Everything that is fixed when a run first starts. Every resume must agree with it."""
 
-    run_key: str
+    run_key: RunKey
     """Random key that identifies the run in MLflow, independent of its name."""
     config: PretrainConfig | FinetuneConfig
     """Settings of the first start."""
     finetune: FinetuneStart | None = None
     """Encoder and classifier of a fine-tuning run; None for a pretraining run."""
-    dataset: str
+    dataset: Sha256
     """Digest of the training data's manifest."""
     order: SampleOrder
     """Order of the training data."""
     kind: Kind
     """Kind of the samples."""
-    mean: tuple[float, ...]
+    mean: tuple[FiniteFloat, ...]
     """Mean per channel, subtracted from the input."""
-    std: tuple[float, ...]
+    std: tuple[FiniteFloat, ...]
     """Standard deviation per channel. The input is divided by it."""
-    threads: int
+    threads: Count
     """Torch threads of each worker. A different number changes the rounding."""
-    initial_weights: str | None = None
+    initial_weights: Sha256 | None = None
     """SHA-256 of the weights the run starts from; None for random weights."""
 
     @property
@@ -90,7 +91,7 @@ def read_record(run: Storage) -> RunRecord | None:
         return None
     except ValidationError as error:
         raise UserError(
-            f"{run.uri}/{RUN_FILE} cannot be read ({str(error).splitlines()[0]}); restore it, or choose another --name"
+            f"{run.uri}/{RUN_FILE} cannot be read ({invalid_value(error)}); restore it, or choose another --name"
         ) from None
 
 

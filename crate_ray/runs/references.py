@@ -32,8 +32,9 @@ from crate_ray.models.exported import (
     export_model,
     load_any,
     load_exported,
+    read_description,
 )
-from crate_ray.runs.commits import BEST, Which
+from crate_ray.runs.commits import BEST, CHECKPOINT_FOLDER, Which
 from crate_ray.runs.export import export_run
 from crate_ray.runs.mlflow_lookup import download_registered, run_storage
 from crate_ray.runs.record import RUN_FILE
@@ -51,7 +52,7 @@ _PUBLISHED = "published:"
 _REGISTERED, _MLFLOW_RUN = "models:/", "runs:/"
 _MLFLOW_ID = re.compile(r"[0-9a-f]{32}")
 _AT = re.compile(r"(.+)@(\d+|best)")
-_CHECKPOINT = re.compile(r"(?:(.*)/)?(attempt-\d+/step-\d+[^/]*)/?")
+_CHECKPOINT = re.compile(f"(?:(.*)/)?({CHECKPOINT_FOLDER})/?")
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -148,7 +149,7 @@ def fetch(text: str, folder: Path, tracking: TrackingConfig, s3: S3Config) -> Mo
     else:
         for name in files:
             located.storage.download(name, folder / name)
-    return ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
+    return read_description(folder)
 
 
 def load(text: str, tracking: TrackingConfig, s3: S3Config) -> tuple[MaskedAutoencoder | Classifier, ModelDescription]:

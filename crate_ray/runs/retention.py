@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 
 from crate_ray.config import CheckpointConfig
-from crate_ray.runs.commits import Commit, by_validation_loss, committed, record_name
+from crate_ray.runs.commits import CHECKPOINT_FOLDER, Commit, by_validation_loss, committed, record_name
 from crate_ray.storage.interface import Storage
 
-_DIRECTORY = re.compile(r"(attempt-\d+/step-\d+[^/]*)/")
+_DIRECTORY = re.compile(f"({CHECKPOINT_FOLDER})/")
 
 
 def kept_checkpoints(commits: Sequence[Commit], config: CheckpointConfig) -> list[Commit]:

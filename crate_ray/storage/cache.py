@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +25,7 @@ _PARTIAL_SECONDS = 3600  # a download that has written nothing for this long is 
 _ATTEMPTS = 5
 _KEEP = 0.9  # evict down to this share of the limit, so that eviction runs rarely
 _ADVICE = "choose another data.cache_dir"
+_ENTRY = re.compile(r"[0-9a-f]{64}")
 
 
 class WrongDigest(UserError):  # noqa: N818 - named for what happened
@@ -168,7 +170,10 @@ class PartCache:
                 temporary.unlink(missing_ok=True)
 
     def _entries(self) -> Iterator[Path]:
-        return self.folder.glob("??/*")
+        """The stored parts. The user chose the folder, so it may also hold files of theirs, which are left alone."""
+        for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
+            if folder.is_dir() and not folder.is_symlink():
+                yield from (path for path in folder.glob(f"{folder.name}*") if _ENTRY.fullmatch(path.name))
 
     @contextmanager
     def _usage(self) -> Iterator[list[int]]:

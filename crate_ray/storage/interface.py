@@ -12,6 +12,7 @@ from pathlib import Path
 
 from crate_ray.bounded import MAX_JSON_BYTES
 from crate_ray.config import S3Config
+from crate_ray.config.identifiers import leads_out
 from crate_ray.errors import UserError
 
 
@@ -27,11 +28,11 @@ class Replaced(UserError):  # noqa: N818
     """The object was replaced by another one, or is gone."""
 
 
-@dataclass(frozen=True)
 class TooLarge(UserError):  # noqa: N818
     """The object is larger than it can be if nobody has tampered with it."""
 
 
+@dataclass(frozen=True)
 class ObjectInfo:
     """One entry of a listing."""
 
@@ -46,7 +47,8 @@ class ObjectInfo:
 class Storage(ABC):
     """Objects under one prefix. Picklable, and safe to use from several threads.
 
-    Keys are names relative to the prefix, with '/' between folders.
+    Keys are names relative to the prefix, with '/' between folders. A key that is absolute or contains '..' is a
+    UserError. Listings leave such keys out, with a warning.
     """
 
     uri: str
@@ -61,8 +63,6 @@ class Storage(ABC):
             Replaced: it was overwritten during the read.
         """
 
-    @abstractmethod
-    def read_version(self, key: str, start: int, length: int) -> tuple[bytes, str]:
     def read_small(self, key: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """Read an object that has at most `limit` bytes.
 
@@ -75,6 +75,8 @@ class Storage(ABC):
             raise TooLarge(f"{self.uri}/{key} has more than {limit} bytes, so it is damaged; restore or delete it")
         return data
 
+    @abstractmethod
+    def read_version(self, key: str, start: int, length: int) -> tuple[bytes, str]:
         """Read bytes start .. start + length of an object, fewer if it ends earlier; returns them and its ETag.
 
         The ETag (as in ObjectInfo) is that of the version that was read. If it differs between two reads, the object
@@ -137,6 +139,13 @@ class Storage(ABC):
     def local_path(self, key: str) -> Path | None:
         """Return the path of the object's local file, for memory mapping; None if the storage is S3."""
         return None
+
+
+def check_key(uri: str, key: str) -> str:
+    """The key, if it stays in the storage at `uri`. Raises UserError if it does not."""
+    if leads_out(key):
+        raise UserError(f"name {key!r} leads out of {uri}; use relative names without '..'")
+    return key
 
 
 def open_storage(uri: str, s3: S3Config) -> Storage:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from crate_ray.bounded import open_regular
 from crate_ray.config import S3Config
-from crate_ray.errors import UserError
-from crate_ray.storage.interface import AlreadyExists, NotFound, ObjectInfo, Replaced, Storage, open_storage
-from crate_ray.storage.node_folders import file_lock
+from crate_ray.errors import UserError, first_few
+from crate_ray.storage.interface import AlreadyExists, NotFound, ObjectInfo, Replaced, Storage, check_key, open_storage
+
+logger = logging.getLogger(__name__)
 
 _TEMPORARY_PREFIX = ".tmp-"
 
 
 class LocalStorage(Storage):
     """A local folder. Writes go to a temporary file that is then renamed.
+
+    The folder itself may be a symbolic link. In it, reads follow links, so a dataset may consist of links to files.
+    Writes and deletions never follow links: they replace or remove a link itself, and a link in the place of a folder
+    is an error. So they stay in the folder that was opened, whatever links somebody has put there. Storages of
+    sub-folders keep this promise for the folder that was opened first.
 
     Args:
         root: the folder; created at the first write.
@@ -29,27 +40,30 @@ class LocalStorage(Storage):
     def __init__(self, root: Path, s3: S3Config | None = None) -> None:
         self.root = Path(root).absolute()
         self.uri = str(self.root)
+        self._opened, self._below = self.root, ""  # the folder that was opened, and the path from there to the root
         self._s3_config = s3 or S3Config()
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        with self._errors("read", key), self.local_path(key).open("rb") as file:
+        with self._errors("read", key), open_regular(self.local_path(key)) as file:
+            left = os.fstat(file.fileno()).st_size - start  # Python takes memory for all bytes that are asked for
             file.seek(start)
-            return file.read() if length is None else file.read(length)
+            return file.read() if length is None else file.read(max(0, min(length, left)))
 
     def read_version(self, key: str, start: int, length: int) -> tuple[bytes, str]:
-        with self._errors("read", key), self.local_path(key).open("rb") as file:
+        with self._errors("read", key), open_regular(self.local_path(key)) as file:
+            left = os.fstat(file.fileno()).st_size - start
             file.seek(start)
-            data = file.read(length)
+            data = file.read(max(0, min(length, left)))
             status = os.fstat(file.fileno())  # of the open file, because its name may already belong to another file
             return data, f"{status.st_mtime_ns}-{status.st_size}"
 
     def write(self, key: str, data: bytes | Path, *, if_absent: bool = False, if_match: str | None = None) -> None:
-        path = self.local_path(key)
-        temporary = path.with_name(f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-        with self._errors("write", key):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        name, temporary = key.rpartition("/")[2], f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        with self._errors("write", key), self._folder_of(key, create=True) as folder:
+            at: Any = {"src_dir_fd": folder, "dst_dir_fd": folder}
             try:
-                with temporary.open("wb") as file:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                with open(os.open(temporary, flags, 0o666, dir_fd=folder), "wb") as file:  # noqa: PTH123
                     if isinstance(data, Path):
                         with data.open("rb") as source:
                             shutil.copyfileobj(source, file, 2**20)
@@ -58,26 +72,26 @@ class LocalStorage(Storage):
                     file.flush()
                     os.fsync(file.fileno())
                 if if_absent:
-                    path.hardlink_to(temporary)
-                elif if_match is not None:
-                    with file_lock(path.parent):
-                        status = path.stat() if path.exists() else None
-                        if status is None or f"{status.st_mtime_ns}-{status.st_size}" != if_match:
-                            raise Replaced(f"{self.uri}/{key} was changed by another process")
-                        temporary.replace(path)
-                else:
-                    temporary.replace(path)
+                    os.link(temporary, name, **at)
+                    return
+                if if_match is not None:
+                    fcntl.flock(folder, fcntl.LOCK_EX)  # until the folder is closed
+                    if _version_at(name, folder) != if_match:
+                        raise Replaced(f"{self.uri}/{key} was changed by another process")
+                os.replace(temporary, name, **at)  # noqa: PTH105 - Path takes no descriptor
             finally:
-                temporary.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=folder)
 
     def download(self, key: str, path: Path) -> None:
-        with self._errors("read", key), self.local_path(key).open("rb") as source:  # noqa: SIM117 - errors of source and target differ
+        with self._errors("read", key), open_regular(self.local_path(key)) as source:  # noqa: SIM117 - errors of source and target differ
             with arriving(path) as file, local_errors(path):
                 shutil.copyfileobj(source, file, 2**20)
                 file.flush()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = []
+        irregular = []
         with self._errors("list", prefix):
             for folder, folders, names in os.walk(self.root):
                 base = Path(folder).relative_to(self.root).as_posix()
@@ -91,7 +105,12 @@ class LocalStorage(Storage):
                             status = os.stat(os.path.join(folder, name))  # noqa: PTH116, PTH118 - a million files
                         except FileNotFoundError:  # just deleted
                             continue
+                        if not stat.S_ISREG(status.st_mode):
+                            irregular.append(base + name)
+                            continue
                         found.append(ObjectInfo(base + name, status.st_size, f"{status.st_mtime_ns}-{status.st_size}"))
+        if irregular:
+            logger.warning("%s: skipped what is not a regular file: %s", self.uri, first_few(sorted(irregular)))
         found.sort(key=lambda info: info.key)
         yield from found
 
@@ -100,19 +119,50 @@ class LocalStorage(Storage):
             return self.local_path(key).is_file()
 
     def delete(self, key: str) -> None:
-        with self._errors("delete", key):
-            self.local_path(key).unlink(missing_ok=True)
+        with self._errors("delete", key), suppress(FileNotFoundError), self._folder_of(key) as folder:
+            os.unlink(key.rpartition("/")[2], dir_fd=folder)
 
     def under(self, prefix: str) -> LocalStorage:
-        return LocalStorage(self.local_path(prefix), self._s3_config)
+        sub = LocalStorage(self.local_path(prefix), self._s3_config)
+        sub._opened, sub._below = self._opened, f"{self._below}/{prefix}"
+        return sub
 
     def at(self, uri: str) -> Storage:
         return open_storage(uri, self._s3_config)
 
     def local_path(self, key: str) -> Path:
-        if key.startswith("/") or ".." in key.split("/"):
-            raise UserError(f"name {key!r} leads out of {self.uri}; use relative names without '..'")
-        return self.root / key
+        return self.root / check_key(self.uri, key)
+
+    @contextmanager
+    def _folder_of(self, key: str, *, create: bool = False) -> Iterator[int]:
+        """A descriptor of an object's folder, reached from the opened folder without following links."""
+        check_key(self.uri, key)
+        if create:
+            self._opened.mkdir(parents=True, exist_ok=True)
+        path = self._opened
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for name in f"{self._below}/{key}".split("/")[:-1]:
+                if name in ("", "."):
+                    continue
+                path = path / name
+                if create:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, dir_fd=folder)
+                try:
+                    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                except OSError as error:
+                    if error.errno in (errno.ENOTDIR, errno.ELOOP) and path.is_symlink():
+                        raise UserError(
+                            f"{path} is a symbolic link, and crate-ray neither writes nor deletes behind links in a "
+                            "folder; put a folder in its place, or give the address that it links to"
+                        ) from None
+                    raise
+                os.close(folder)
+                folder = inner
+            yield folder
+        finally:
+            os.close(folder)
 
     @contextmanager
     def _errors(self, action: str, key: str) -> Iterator[None]:
@@ -125,6 +175,14 @@ class LocalStorage(Storage):
             raise AlreadyExists(f"{path} already exists") from None
         except OSError as error:
             raise UserError(f"cannot {action} {path}: {error.strerror or error}") from None
+
+
+def _version_at(name: str, folder: int) -> str | None:
+    try:
+        status = os.stat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    return f"{status.st_mtime_ns}-{status.st_size}"
 
 
 @contextmanager

@@ -12,16 +12,22 @@
     <data.cache_dir>/               parts of shards (cache.PartCache); least recently used ones are evicted
 
 TMPDIR (/tmp by default) is for files that may take gigabytes, must be on the node's own disk, and are not needed after
-a reboot: checkpoints that are being uploaded, and memory-mapped indexes. XDG_CACHE_HOME (~/.cache by default) is for
-files that should survive a reboot. Both folders are private to one user. A folder that belongs to another user, or that
-others can write to, is refused, because they could replace the files in it.
+a reboot: checkpoints that are being uploaded, and memory-mapped indexes. XDG_RUNTIME_DIR is too small for them: it is
+in memory. XDG_CACHE_HOME (~/.cache by default) is for files that should survive a reboot; it may be on a network disk.
+
+The first two folders are private to one user. Their names can be guessed, so another user could make them first, or
+make one of their parents. Each component of their paths is checked without following links. A component that another
+user could have made, or could replace, is refused. `data.cache_dir` is where the user wants it, so only the folder
+itself is checked. What is removed from it has a name that the cache gave, and is not reached through a link.
 """
 
 from __future__ import annotations
 
 import fcntl
+import grp
 import hashlib
 import os
+import pwd
 import shutil
 import stat
 import tempfile
@@ -30,9 +36,14 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from crate_ray.config.identifiers import RunKey
 from crate_ray.errors import UserError
 
 _LOCK = "lock"
+_MOST_LINKS = 40  # in one path, as in Linux
+_RUN_KEY = TypeAdapter(RunKey)
 
 # --- Folders --------------------------------------------------------------------------------------------------------
 
@@ -50,9 +61,12 @@ def feature_folder() -> Path:
 def spool_folder(run_key: str) -> Path:
     """Folder of a run's undelivered MLflow records. Its parent is created if missing, the folder itself is not.
 
-    Raises UserError as `private_folder`.
+    Raises UserError as `private_folder`, or if the key does not have a key's form.
     """
-    return _cache_folder("spool") / run_key
+    try:
+        return _cache_folder("spool") / _RUN_KEY.validate_python(run_key)
+    except ValidationError:
+        raise UserError(f"{run_key!r} is not a run's key, which has 32 hexadecimal digits; restore run.json") from None
 
 
 @contextmanager
@@ -69,13 +83,12 @@ def process_folder(name: str) -> Iterator[Path]:
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """An empty folder below `parent`, removed at the end or, if this process dies, by the next caller.
 
-    `parent` is created if missing, and may hold nothing except such folders. The process that made a folder holds a
+    `parent` is a private folder, and may hold nothing except such folders. The process that made a folder holds a
     lock in it. All folders whose lock is not held are removed.
     """
-    parent.mkdir(mode=0o700, exist_ok=True)
     with file_lock(parent / _LOCK):  # so that no other process sees a folder before its lock is held
         for folder in parent.iterdir():
-            if folder.is_dir() and not _in_use(folder):
+            if folder.is_dir() and not folder.is_symlink() and not _in_use(folder):
                 shutil.rmtree(folder, ignore_errors=True)
         own = parent / name
         own.mkdir(mode=0o700)
@@ -93,25 +106,27 @@ def private_folder(path: Path, advice: str) -> Path:
     If other users may read the folder, their access is removed.
 
     Args:
-        path: the folder; missing parents are created.
+        path: the folder; missing parents are created, also for this user alone.
         advice: what to do if it cannot be used, for the error message.
 
     Raises:
         UserError: it cannot be created, is a symbolic link or a file, belongs to another user, or others may write to
-            it.
+            it. Or another user could replace one of its parents.
     """
+    path = path.absolute()
     try:
-        with suppress(FileExistsError):
-            path.mkdir(mode=0o700, parents=True)
-        found = path.lstat()
-        problem = _problem(found)
-        if problem is None and found.st_mode & 0o077:
-            path.chmod(0o700)
+        _check_parents(path, advice)
+        return _own_folder(path, advice)
     except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror}; {advice}") from None
-    if problem is not None:
-        raise UserError(f"the folder {path} {problem}; remove it, or {advice}")
-    return path
+        raise _not_created(path, error, advice) from None
+
+
+def private_subfolder(folder: Path, name: str, advice: str) -> Path:
+    """Create a private folder in one that was checked before, or check the existing one. Raises as `private_folder`."""
+    try:
+        return _own_folder(folder / name, advice)
+    except OSError as error:
+        raise _not_created(folder / name, error, advice) from None
 
 
 def chosen_folder(path: Path, advice: str) -> Path:
@@ -122,38 +137,103 @@ def chosen_folder(path: Path, advice: str) -> Path:
         advice: what to do if it cannot be used, for the error message.
 
     Raises:
-        UserError: it cannot be created, or belongs to another user.
+        UserError: it cannot be created, belongs to another user, or others may write to it.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = path.stat().st_uid
+        problem = _problem(path.stat(), {os.getuid()})
     except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror}; {advice}") from None
-    if owner != os.getuid():
-        raise UserError(f"the folder {path} belongs to another user; {advice}")
+        raise _not_created(path, error, advice) from None
+    if problem is not None:
+        raise UserError(f"the folder {path} {problem}; {advice}")
     return path
+
+
+def _not_created(path: Path, error: OSError, advice: str) -> UserError:
+    return UserError(f"cannot create the folder {path}: {error.strerror}; {advice}")
+
+
+def _own_folder(path: Path, advice: str) -> Path:
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    problem = "is a symbolic link" if stat.S_ISLNK(found.st_mode) else _problem(found, {os.getuid()})
+    if problem is not None:
+        raise UserError(f"the folder {path} {problem}; remove it, or {advice}")
+    if found.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def _check_parents(path: Path, advice: str) -> None:
+    """Check that no other user could have made or could replace a parent of a path. Creates missing parents.
+
+    Links are followed by hand, so that the folders on their way are checked too. In a folder with the sticky bit, such
+    as /tmp, only the owner of an entry can replace it.
+    """
+    trusted = {0, os.getuid(), Path("/").stat().st_uid}  # root may have another number in a container
+    here, left, links = Path("/"), list(reversed(path.parent.parts[1:])), 0
+    while left:
+        name = left.pop()
+        if name == "..":
+            here = here.parent
+            continue
+        step = here / name
+        try:
+            found = step.lstat()
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                step.mkdir(mode=0o700)
+            found = step.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            links += 1
+            problem = None if found.st_uid in trusted else "is a symbolic link of another user"
+            problem = "is one of too many symbolic links" if links > _MOST_LINKS else problem
+        else:
+            problem = _problem(found, trusted, may_be_sticky=True)
+        if problem is not None:
+            raise UserError(f"the folder {path} is not safe from other users, because {step} {problem}; {advice}")
+        if stat.S_ISLNK(found.st_mode):
+            target = step.readlink()
+            here = Path("/") if target.is_absolute() else here
+            left += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+        else:
+            here = step
 
 
 def _node_folder(kind: str) -> Path:
     # Not crate-ray-<uid>, because earlier versions of crate-ray clean up that whole folder.
     base, advice = Path(tempfile.gettempdir()) / f"crate-ray-node-{os.getuid()}", "set TMPDIR to a folder of your own"
-    return private_folder(private_folder(base, advice) / kind, advice)
+    return private_subfolder(private_folder(base, advice), kind, advice)
 
 
 def _cache_folder(kind: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray"
     advice = "set XDG_CACHE_HOME to a folder of your own"
-    return private_folder(private_folder(base, advice) / kind, advice)
+    return private_subfolder(private_folder(base, advice), kind, advice)
 
 
-def _problem(found: os.stat_result) -> str | None:
-    if stat.S_ISLNK(found.st_mode):
-        return "is a symbolic link"
+def _problem(found: os.stat_result, owners: Container[int], *, may_be_sticky: bool = False) -> str | None:
+    """Why other users may change what is in a folder; None if they may not."""
     if not stat.S_ISDIR(found.st_mode):
         return "is not a folder"
-    if found.st_uid != os.getuid():
+    if found.st_uid not in owners:
         return "belongs to another user"
-    return "may be written to by other users" if found.st_mode & 0o022 else None
+    writers = found.st_mode & (0o002 if _is_own_group(found.st_gid) else 0o022)
+    if writers and not (may_be_sticky and found.st_mode & stat.S_ISVTX):
+        return "may be written to by other users"
+    return None
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether a group is this user's private one, as many Linux distributions make one for each user."""
+    if gid == 0:  # in containers, any user may be in it
+        return False
+    try:
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def _in_use(folder: Path) -> bool:
@@ -226,14 +306,14 @@ def evict(entries: Iterable[Path], max_bytes: int, keep: Container[Path] = ()) -
     found = []
     for entry in entries:
         with suppress(FileNotFoundError):  # other processes evict too
-            found.append((entry.stat().st_mtime_ns, _size(entry), entry))
+            found.append((entry.lstat().st_mtime_ns, _size(entry), entry))
     left = sum(size for _, size, _ in found)
     for _, size, entry in sorted(found):
         if left <= max_bytes:
             break
         if entry in keep:
             continue
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
@@ -243,8 +323,8 @@ def evict(entries: Iterable[Path], max_bytes: int, keep: Container[Path] = ()) -
 
 def _size(entry: Path) -> int:
     try:
-        if not entry.is_dir():
-            return entry.stat().st_size
+        if entry.is_symlink() or not entry.is_dir():
+            return entry.lstat().st_size
         return total_size(entry.iterdir())
     except FileNotFoundError:
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 from botocore.exceptions import ClientError, IncompleteReadError, ParamValidationError, SSLError
 
 from crate_ray.config import S3Config
-from crate_ray.errors import UserError
-from crate_ray.storage.interface import AlreadyExists, NotFound, ObjectInfo, Replaced, Storage, open_storage
+from crate_ray.config.identifiers import leads_out
+from crate_ray.errors import UserError, first_few
+from crate_ray.storage.interface import AlreadyExists, NotFound, ObjectInfo, Replaced, Storage, check_key, open_storage
 from crate_ray.storage.local import arriving, local_errors
 from crate_ray.storage.s3_client import (
     REFUSED,
@@ -32,6 +34,8 @@ from crate_ray.storage.s3_client import (
 )
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _CREDENTIAL_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile in ~/.aws or an instance role"
 _PART_BYTES = 16 * 2**20  # size of a part in downloads and multipart uploads
@@ -103,6 +107,7 @@ class S3Storage(Storage):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         base = f"{self.prefix}/" if self.prefix else ""
+        unusable: list[str] = []
         more: dict[str, str] | None = {}
         while more is not None:
 
@@ -112,9 +117,13 @@ class S3Storage(Storage):
             page = self._request("list", prefix, send)
             for entry in page.get("Contents", []):
                 key = entry["Key"].removeprefix(base)
-                if key and not key.endswith("/"):  # S3 consoles create empty objects as folders
+                if not entry["Key"].startswith(base + prefix) or leads_out(key):
+                    unusable.append(entry["Key"])
+                elif key and not key.endswith("/"):  # S3 consoles create empty objects as folders
                     yield ObjectInfo(key, entry["Size"], _etag(entry))
             more = {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
+        if unusable:
+            logger.warning("%s: left out objects with absolute names or '..': %s", self.uri, first_few(unusable))
 
     def exists(self, key: str) -> bool:
         def send(client: Any, _: Attempts) -> None:  # not a HEAD, whose errors do not state a cause
@@ -145,7 +154,7 @@ class S3Storage(Storage):
         return other
 
     def _name(self, key: str) -> str:
-        return f"{self.prefix}/{key}" if self.prefix else key
+        return f"{self.prefix}/{check_key(self.uri, key)}" if self.prefix else check_key(self.uri, key)
 
     def _fetch(self, key: str, start: int, length: int | None, etag: str = "") -> _Range:
         """Read a range of an object, or of its version with a given ETag. If the body breaks off, it is resumed."""

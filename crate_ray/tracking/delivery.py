@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG, find_run, redact, sqlite_path
 from crate_ray.tracking.flavor import log_model
-from crate_ray.tracking.spool import Event, Spool
+from crate_ray.tracking.spool import Event, FileEvent, MetricsEvent, Spool, StatusEvent
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +141,8 @@ class Delivery:
     def _send_all(self, client: MlflowClient) -> None:
         metrics: list[Metric] = []
         for event, end in self._spool.undelivered():
-            if event["kind"] == "metrics":
-                metrics += [Metric(n, v, event["time"], event["step"]) for n, v in event["values"].items()]
+            if isinstance(event, MetricsEvent):
+                metrics += [Metric(n, v, event.time, event.step) for n, v in event.values.items()]
                 if len(metrics) < _METRICS_PER_REQUEST and end < self._spool.size:
                     continue
             self._send_metrics(client, metrics)
@@ -173,18 +173,22 @@ class Delivery:
         logger.warning("skipping a record of run %s that MLflow refuses: %s", self._description.name, error)
 
     def _send(self, client: MlflowClient, event: Event) -> None:
-        if event["kind"] == "status":
-            if event["status"] == "RUNNING":
+        if isinstance(event, StatusEvent):
+            if event.status == "RUNNING":
                 client.update_run(self.run_id, status="RUNNING")
             else:
-                client.set_terminated(self.run_id, event["status"], event["time"])
+                client.set_terminated(self.run_id, event.status, event.time)
             return
-        if event["kind"] == "metrics":
+        if isinstance(event, MetricsEvent):
             return
-        path = self._spool.path_of(event)
-        if not path.exists():
-            logger.warning("skipping %s, which was deleted before it was sent to MLflow", path)
-        elif event["kind"] == "file":
-            client.log_artifact(self.run_id, path.as_posix(), event["folder"])
+        path = self._spool.content_of(event)
+        if path is None:
+            logger.warning(
+                "skipping %s/%s, which was deleted before it was sent to MLflow, or lies behind a link",
+                self._spool.folder,
+                event.path,
+            )
+        elif isinstance(event, FileEvent):
+            client.log_artifact(self.run_id, path.as_posix(), event.folder)
         else:
             log_model(self._uri, self.run_id, path)

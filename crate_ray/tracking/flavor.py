@@ -13,7 +13,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 import crate_ray
-from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
+from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, read_description
 
 MODEL_NAME = "model"
 _CODE = Path(__file__).with_name("pyfunc_model.py")
@@ -31,7 +31,7 @@ def log_model(uri: str, run_id: str, exported: Path) -> Any:
         MLflow's ModelInfo.
     """
     mlflow.set_tracking_uri(uri)
-    description = ModelDescription.model_validate_json((exported / DESCRIPTION_FILE).read_text())
+    description = read_description(exported)
     classifier = description.classifier
     columns = description.model.dim if classifier is None else classifier.num_classes
     signature = ModelSignature(

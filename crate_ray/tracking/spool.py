@@ -6,6 +6,8 @@
 
 A file is written before its event. It is deleted after `sent` says that the event was delivered. So a process may be
 killed at any moment. In the worst case an event is delivered twice.
+
+Events are checked when they are read. A file is uploaded and deleted only if it is in files/, not behind a link.
 """
 
 from __future__ import annotations
@@ -18,14 +20,61 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from crate_ray.config.identifiers import Count, RelativePath, check_relative_path
 from crate_ray.storage.node_folders import private_folder, spool_folder
 
 logger = logging.getLogger(__name__)
 
-Event = dict[str, Any]
-"""An event. `kind` is 'metrics', 'status', 'file' or 'model'; `path` is its file or folder in the spool, if any."""
+_Content = Annotated[str, StringConstraints(pattern=r"^files/[0-9a-f]{32}/[^/]+$"), AfterValidator(check_relative_path)]
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MetricsEvent(_Event):
+    """Values that were measured after `step` steps."""
+
+    kind: Literal["metrics"]
+    step: Count
+    values: dict[str, float]
+    time: Count
+    """Milliseconds since 1970."""
+
+
+class StatusEvent(_Event):
+    """A new status of the run."""
+
+    kind: Literal["status"]
+    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+    time: Count | None = None
+    """Milliseconds since 1970; None for RUNNING."""
+
+
+class FileEvent(_Event):
+    """A file that becomes an artifact."""
+
+    kind: Literal["file"]
+    path: _Content
+    """The file, in the spool's folder."""
+    folder: RelativePath | None
+    """Folder among the artifacts."""
+
+
+class ModelEvent(_Event):
+    """An exported model that becomes an MLflow model."""
+
+    kind: Literal["model"]
+    path: _Content
+    """Its folder, in the spool's folder."""
+
+
+Event = MetricsEvent | StatusEvent | FileEvent | ModelEvent
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 class Spool:
@@ -100,13 +149,18 @@ class Spool:
                     break
                 end += len(line)
                 try:
-                    yield json.loads(line), end
-                except ValueError:
-                    logger.warning("%s: skipping an incomplete line", self._events)
+                    event = _EVENT.validate_json(line)
+                except ValidationError:
+                    logger.warning("%s: skipping a line that is incomplete or not an event", self._events)
+                    continue
+                yield event, end
 
-    def path_of(self, event: Event) -> Path:
-        """Path of an event's file or folder."""
-        return self.folder / event["path"]
+    def content_of(self, event: FileEvent | ModelEvent) -> Path | None:
+        """Path of an event's file or folder; None if it is gone, or is or holds a symbolic link."""
+        path = self.folder / event.path
+        if path.exists() and not any(p.is_symlink() for p in (path.parent.parent, path.parent, path, *path.rglob("*"))):
+            return path
+        return None
 
     def mark_delivered(self, event: Event, end: int) -> None:
         """Note that MLflow has an event and all before it, then delete the event's file."""
@@ -115,8 +169,8 @@ class Spool:
             new = self._sent.with_suffix(".new")
             new.write_text(str(end))
             new.replace(self._sent)
-            if "path" in event:
-                shutil.rmtree(self.path_of(event).parent, ignore_errors=True)
+            if isinstance(event, FileEvent | ModelEvent) and not (self.folder / "files").is_symlink():
+                shutil.rmtree((self.folder / event.path).parent, ignore_errors=True)  # does not follow links
 
     def remove(self) -> None:
         """Delete everything. The folder is renamed first, so its name is free even if this process is killed now."""

@@ -7,12 +7,14 @@ import logging
 from typing import NamedTuple
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from crate_ray.config import DataConfig, ModelConfig
+from crate_ray.config.identifiers import Count
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import evaluation_loader
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, invalid_value
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import Normalizer
 from crate_ray.runs.metrics import layer_measure
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 MEASURES_FILE = "layer_measures.json"
 """In the run's folder: measures by layer, by name, by step."""
 _Measures = dict[str, list[float]]
+_MEASURES: TypeAdapter[dict[Count, _Measures]] = TypeAdapter(dict[Count, _Measures])
 _SAMPLES = 8
 
 LAYER_METRICS = {
@@ -132,12 +135,13 @@ def _read_measures(run: Storage | None) -> dict[int, _Measures]:
     if run is None:
         return {}
     try:
-        stored: dict[str, _Measures] = json.loads(run.read(MEASURES_FILE))
-        return {int(step): values for step, values in stored.items() if values.keys() == LAYER_METRICS.keys()}
+        stored = _MEASURES.validate_json(run.read(MEASURES_FILE))
+        return {step: values for step, values in stored.items() if values.keys() == LAYER_METRICS.keys()}
     except NotFound:
         return {}
-    except (OSError, UserError, ValueError, AttributeError) as error:
-        logger.warning("%s/%s: %s; the picture of the layers lacks earlier steps", run.uri, MEASURES_FILE, error)
+    except (OSError, UserError, ValidationError) as error:
+        cause = invalid_value(error) if isinstance(error, ValidationError) else error
+        logger.warning("%s/%s: %s; the picture of the layers lacks earlier steps", run.uri, MEASURES_FILE, cause)
         return {}
 
 

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     manifest = load_dataset(open_storage(str(path / "train"), S3Config())).manifest
     description = ModelDescription(
-        model=MODEL, mean=manifest.mean, std=manifest.std, kind="image", run_key="key-1", step=30
+        model=MODEL, mean=manifest.mean, std=manifest.std, kind="image", run_key="1" * 32, step=30
     )
     export_model(path / "model", build_model(MODEL).state_dict(), description)
     client = mlflow.MlflowClient(f"sqlite:///{path}/mlflow.db")

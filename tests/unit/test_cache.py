@@ -198,20 +198,21 @@ def test_a_removed_cache_folder_is_created_again(tmp_path: Path) -> None:
 def test_features_that_are_being_computed_are_not_evicted(tmp_path: Path) -> None:
     """Those of a killed process are removed; a live one's entry, older than all others, is not."""
     head = "import os; from pathlib import Path; from crate_ray.evaluation.feature_cache import FeatureCache\n"
-    dies = "with FeatureCache(Path(sys.argv[1]), 10_000).write(['dead'], 10, [4]): os._exit(3)"
-    assert started(head + dies, tmp_path).wait(60) == 3
-    assert [path.name for path in (tmp_path / ".partial").glob("*/dead")] == ["dead"]
+    dies = "with FeatureCache(Path(sys.argv[1]), 10_000).write([sys.argv[2]], 10, [4]): os._exit(3)"
+    dead, slow_key, *keys = NAMES[:5]
+    assert started(head + dies, tmp_path, dead).wait(60) == 3
+    assert [path.name for path in (tmp_path / ".partial").glob(f"*/{dead}")] == [dead]
     cache, numbers = FeatureCache(tmp_path, 10_000), np.arange(100)
 
     def fill(writer: Writer) -> None:
         writer.put(numbers, [np.ones((100, 4), np.float32)], numbers, numbers)
 
-    with cache.write(["slow"], 100, [4]) as slow:
-        assert not list((tmp_path / ".partial").glob("*/dead"))
-        for key in ("first", "second", "third"):
+    with cache.write([slow_key], 100, [4]) as slow:
+        assert not list((tmp_path / ".partial").glob(f"*/{dead}"))
+        for key in keys:
             with cache.write([key], 100, [4]) as writer:
                 fill(writer)
-        assert cache.get("first") is None and cache.get("third") is not None
+        assert cache.get(keys[0]) is None and cache.get(keys[2]) is not None
         fill(slow)
-    found = cache.get("slow")
+    found = cache.get(slow_key)
     assert found is not None and (found.features == 1).all()

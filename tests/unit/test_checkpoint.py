@@ -60,11 +60,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = CrateMAEConfig(image_size=8, patch_size=2, dim=16, num_subspaces=2, depth=2, decoder_maps="tied")
 OPTIM = OptimConfig(lr=1e-2, warmup=2, weight_decay=0.1)
 RECORD = RunRecord(
-    run_key="0123",
+    run_key="0123" * 8,
     config=PretrainConfig.model_validate(
         {"model": MODEL, "data": {"train": "unused"}, "training": {"steps": 9, "batch_size": 4}, "optim": OPTIM}
     ),
-    dataset="4567",
+    dataset="4567" * 16,
     kind="image",
     order=SampleOrder(
         batch_size=4, datasets=(DatasetOrder(num_samples=40, block_samples=1, window_blocks=8, lanes=2, seed=3),)
@@ -398,8 +398,8 @@ def test_the_newest_the_best_and_some_of_each_time_are_kept(
     alive: list[Commit] = []
     everything: list[Commit] = []
     for step, loss in enumerate(losses):
-        files = {"model": FileRecord(size=1, sha256="")}
-        commit = Commit(step=step, directory=f"a/{step}", files=files, time=step * minutes * 60.0, validation_loss=loss)
+        files, time = {"model": FileRecord(size=1, sha256="0" * 64)}, step * minutes * 60.0
+        commit = Commit(step=step, directory=f"attempt-001/step-{step}", files=files, time=time, validation_loss=loss)
         everything.insert(0, commit)
         alive = kept_checkpoints([commit, *alive], config)
     steps = {commit.step for commit in alive}
@@ -446,7 +446,13 @@ def test_the_record_of_a_run(run: LocalStorage, tmp_path: Path) -> None:
 
 def describe(config: CrateMAEConfig | ViTMAEConfig) -> ModelDescription:
     return ModelDescription(
-        model=config, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), kind="image", dataset="4567", run_key="0123", step=5
+        model=config,
+        mean=(0.1, 0.2, 0.3),
+        std=(1.0, 2.0, 3.0),
+        kind="image",
+        dataset="4567" * 16,
+        run_key="0123" * 8,
+        step=5,
     )
 
 
@@ -494,7 +500,7 @@ def test_a_pickle_in_place_of_weights_is_refused_and_not_run(run: LocalStorage, 
     commit_checkpoint(run, "attempt-001/step-1", 1, 1)
     with pytest.raises(Exception, match="(?i)header ?too ?large"):
         restored(run)
-    with pytest.raises(Exception, match="validation error for CheckpointState"):
+    with pytest.raises(Exception, match=r"state\.json cannot be read \(Invalid JSON"):
         load_weights(run)
     assert not made.exists()
 
@@ -508,5 +514,7 @@ def test_a_folder_that_holds_no_model_is_explained(tmp_path: Path) -> None:
         load_exported(folder)
     for content in (b"{}", b"\xff\xfe\x00", b""):
         (folder / "model.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"does not hold a model that this version can read: \d+ validation error"):
+        with pytest.raises(
+            UserError, match=r"does not hold a model that this version can read: (model: Field|Invalid JSON)"
+        ):
             load_exported(folder)

@@ -19,7 +19,7 @@ from crate_ray.evaluation.embedding_output import (
 )
 from crate_ray.storage.interface import Storage, open_storage
 
-WANTED = EmbeddingRecord(model="m1", dataset="d1", feature="mean", num_samples=10, dim=4)
+WANTED = EmbeddingRecord(model="a" * 64, dataset="b" * 64, feature="mean", num_samples=10, dim=4)
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def test_an_output_without_all_parts_and_rows_is_not_complete(output: Storage) -
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model": "m2"}, "embeddings of another model"),
-        ({"dataset": "d2"}, "embeddings of another dataset"),
+        ({"model": "c" * 64}, "embeddings of another model"),
+        ({"dataset": "c" * 64}, "embeddings of another dataset"),
         ({"feature": "cls"}, "embeddings of another feature"),
     ],
 )
@@ -89,7 +89,7 @@ def test_embeddings_of_something_else_are_never_touched(output: Storage, change:
 
 def test_files_that_no_embedding_job_wrote_are_never_touched(output: Storage) -> None:
     output.write("mine.parquet", b"x")
-    with pytest.raises(UserError, match="not from an embedding job; choose an empty folder"):
+    with pytest.raises(UserError, match="not from an embedding job, such as mine.parquet; choose an empty folder"):
         find_complete(output, WANTED)
     output.delete("mine.parquet")
     output.write(RECORD_FILE, b"{}")

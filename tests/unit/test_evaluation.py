@@ -249,19 +249,20 @@ def fill(cache: FeatureCache, key: str, rows: int, bad: int = 0, dim: int = 4) -
 
 
 def test_cache_holds_whole_entries_only_and_makes_room(tmp_path: Path) -> None:
+    a, b, c = (letter * 64 for letter in "abc")
     cache = FeatureCache(tmp_path, max_bytes=10_000)
-    fill(cache, "a", 10, bad=3)
-    found = cache.get("a")
+    fill(cache, a, 10, bad=3)
+    found = cache.get(a)
     assert found is not None and found.features.shape == (7, 4) and found.labels.min() == 3
-    with pytest.raises(RuntimeError, match="in the middle"), cache.write(["b"], 10, [4]):
+    with pytest.raises(RuntimeError, match="in the middle"), cache.write([b], 10, [4]):
         raise RuntimeError("in the middle")
-    assert cache.get("b") is None and sorted(path.name for path in tmp_path.iterdir()) == [".partial", "a"]
-    (tmp_path / "a" / "features.npy").write_bytes(b"\x93NUMPY")
-    assert cache.get("a") is None
-    fill(cache, "a", 10)  # a damaged entry is replaced
-    assert cache.get("a") is not None
-    fill(cache, "c", 2000)
-    assert cache.get("a") is None and cache.get("c") is not None
+    assert cache.get(b) is None and sorted(path.name for path in tmp_path.iterdir()) == [".partial", a]
+    (tmp_path / a / "features.npy").write_bytes(b"\x93NUMPY")
+    assert cache.get(a) is None
+    fill(cache, a, 10)  # a damaged entry is replaced
+    assert cache.get(a) is not None
+    fill(cache, c, 2000)
+    assert cache.get(a) is None and cache.get(c) is not None
 
 
 def test_samples_far_apart_and_near_are_the_ones_asked_for(shapes: ShardSet) -> None:

@@ -331,7 +331,7 @@ def refuse(reference: str) -> tuple[MaskedAutoencoder, ModelDescription]:
 
 def pretrained(encoder: CrateMAEConfig = CRATE) -> tuple[MaskedAutoencoder, ModelDescription]:
     torch.manual_seed(7)
-    description = ModelDescription(model=encoder, mean=(0.25,), std=(0.4,), kind="image", run_key="parent", step=12)
+    description = ModelDescription(model=encoder, mean=(0.25,), std=(0.4,), kind="image", run_key="0" * 32, step=12)
     return build_model(encoder).eval(), description
 
 
@@ -403,7 +403,7 @@ def test_a_run_starts_from_the_encoder_that_it_was_given_and_looks_it_up_once(di
     assert (run.record.mean, run.record.std) == ((0.25,), (0.4,)) and run.record.model == CRATE
     record = open_finetuning(config, refuse).record  # a start that is repeated before its first checkpoint
     assert record == run.record and record.finetune is not None and record.finetune.parent is not None
-    assert (record.finetune.parent.run_key, record.finetune.parent.step) == ("parent", 12)
+    assert (record.finetune.parent.run_key, record.finetune.parent.step) == ("0" * 32, 12)
     assert record.finetune.classifier.num_classes == 10
     stored = tmp_path / "runs" / "tuned" / "initial"
     classifier = new_classifier(record, 0)

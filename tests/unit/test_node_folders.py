@@ -129,7 +129,7 @@ def test_processes_come_and_go_while_others_open_a_dataset(temporary: Path, data
 
 
 KINDS = {"processes": lambda: process_folder("mine").__enter__(), "index": node_folders.index_folder}
-CACHES = {"features": node_folders.feature_folder, "spool": lambda: node_folders.spool_folder("key")}
+CACHES = {"features": node_folders.feature_folder, "spool": lambda: node_folders.spool_folder("0" * 32)}
 
 
 @pytest.mark.parametrize("level", ["base", "kind"])
@@ -159,7 +159,7 @@ def test_what_another_user_may_have_planted_is_refused(temporary: Path, tmp_path
         use()
     planted.unlink()
     planted.mkdir(mode=0o700)
-    planted.chmod(0o770)
+    planted.chmod(0o707)
     with pytest.raises(UserError, match="may be written to by other users"):
         use()
     if os.getuid() == 0:

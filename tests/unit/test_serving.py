@@ -114,7 +114,7 @@ def test_threads_decode_the_same_images_and_find_the_same_errors() -> None:
         items.append(file.getvalue())
     items[4] = b"no picture"
     model = CrateMAEConfig(image_size=16, patch_size=4, dim=16, depth=1, num_subspaces=2)
-    description = ModelDescription(model=model, mean=(0.5,) * 3, std=(0.2,) * 3, kind="image", step=1, dataset="d")
+    description = ModelDescription(model=model, mean=(0.5,) * 3, std=(0.2,) * 3, kind="image", step=1)
     images, errors = load_images(items, description)
     threaded, found = load_images(items, description, threads=3)
     good = [i for i in range(7) if i != 4]

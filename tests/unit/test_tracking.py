@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,17 +61,23 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
 
 
-def tracker(uri: str, key: str, **values: Any) -> RunTracker:
+def key_of(name: str) -> str:
+    """The key of a run by its name in these tests; a key is its own."""
+    return name if re.fullmatch("[0-9a-f]{32}", name) else uuid.uuid5(uuid.NAMESPACE_OID, name).hex
+
+
+def tracker(uri: str, name: str, **values: Any) -> RunTracker:
     options: dict[str, Any] = {"params": PARAMS, "tags": {"kind": "test"}, "datasets": [LINEAGE], **values}
-    return RunTracker(TrackingConfig(uri=uri, experiment="tests"), key, f"run {key}", **options)
+    return RunTracker(TrackingConfig(uri=uri, experiment="tests"), key_of(name), f"run {name}", **options)
 
 
-def spool(tmp_path: Path, key: str) -> Path:
-    return tmp_path / "cache" / "crate-ray" / "spool" / key
+def spool(tmp_path: Path, name: str) -> Path:
+    return tmp_path / "cache" / "crate-ray" / "spool" / key_of(name)
 
 
-def find(uri: str, key: str, experiment: str = "tests") -> Run:
-    """The one run of a key."""
+def find(uri: str, name: str, experiment: str = "tests") -> Run:
+    """The one run of a name or key."""
+    key = key_of(name)
     client = MlflowClient(uri)
     found = client.get_experiment_by_name(experiment)
     assert found is not None
@@ -370,7 +378,7 @@ import os, shutil, sys
 from mlflow import MlflowClient
 from crate_ray.config import TrackingConfig
 from crate_ray.tracking.run_tracker import RunTracker
-uri, moment = sys.argv[1:]
+uri, moment, key = sys.argv[1:]
 upload, terminate = MlflowClient.log_artifact, MlflowClient.set_terminated
 
 def log_artifact(*args):
@@ -381,7 +389,7 @@ def log_artifact(*args):
         os._exit(3)
 
 MlflowClient.log_artifact = log_artifact
-tracker = RunTracker(TrackingConfig(uri=uri, experiment="tests"), f"killed {moment}", "killed", {}, {})
+tracker = RunTracker(TrackingConfig(uri=uri, experiment="tests"), key, "killed", {}, {})
 tracker.metrics(1, {"loss": 0.25}, 1_700_000_000_000)
 tracker.picture(1, "reconstruction", b"the picture")
 if moment == "while all is removed":
@@ -392,9 +400,9 @@ tracker.finish("FAILED", timeout=60)
 
 @pytest.mark.parametrize("moment", ["before the upload", "after the upload", "while all is removed"])
 def test_a_process_killed_while_it_delivers_loses_nothing(uri: str, tmp_path: Path, moment: str) -> None:
-    process = subprocess.run([sys.executable, "-c", KILLED, uri, moment], cwd=ROOT, timeout=100)
+    key = key_of(f"killed {moment}")
+    process = subprocess.run([sys.executable, "-c", KILLED, uri, moment, key], cwd=ROOT, timeout=100)
     assert process.returncode == 3
-    key = f"killed {moment}"
     assert spool(tmp_path, key).exists() == (moment != "while all is removed")
     next_start = tracker(uri, key)
     next_start.metrics(2, {"loss": 0.5}, NOW)

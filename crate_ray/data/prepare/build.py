@@ -165,7 +165,7 @@ def _resume(storage: Storage, plan: Plan) -> dict[int, Finished]:
     if unfinished_plan(storage) != plan.digest:
         begin(storage, plan.digest)
         return {}
-    finished = load_records(storage, plan.digest)
+    finished = load_records(storage, plan.digest, plan.names)
     sizes = {info.key: info.size for info in storage.list()}
     return {
         number: shard

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from crate_ray.config.identifiers import Count, RelativePath, Sha256
 from crate_ray.data.format import npy
-from crate_ray.data.format.index import INDEX_DTYPE
+from crate_ray.data.format.index import INDEX_DTYPE, INDEX_STRIDE
 from crate_ray.data.format.manifest import PLAN_NAME
 from crate_ray.data.prepare.statistics import DatasetStatistics, SampleCounts
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import NotFound, Storage
 
 _FOLDER = PLAN_NAME.partition("/")[0]
+_RECORD = re.compile(rf"{re.escape(_FOLDER)}/([0-9]{{6,18}})\.json")
 _CONCURRENCY = 16
 
 
@@ -33,19 +36,19 @@ class ShardRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    plan: str
+    plan: Sha256
     """Digest of its plan."""
-    name: str
-    samples: int
-    bytes: int
-    table: int
-    sha256: str
+    name: RelativePath
+    samples: Annotated[Count, Field(lt=2**32)]
+    bytes: Annotated[Count, Field(lt=2**63)]
+    table: Annotated[Count, Field(lt=2**64)]
+    sha256: Sha256
     """The columns of its row of SHARD_DTYPE."""
     counts: SampleCounts
     measurement: DatasetStatistics
     bad: list[str]
     """Samples that cannot be decoded, with the cause."""
-    index_sha256: str
+    index_sha256: Sha256
     """Digest of the .npy file of its index entries."""
 
 
@@ -121,28 +124,37 @@ def save_record(
     return Finished(record, entries)
 
 
-def load_records(storage: Storage, plan: str) -> dict[int, Finished]:
-    """The finished shards of a plan by number, without records that are damaged or belong to another plan."""
+def load_records(storage: Storage, plan: str, names: Sequence[str]) -> dict[int, Finished]:
+    """The finished shards of a plan by number, without records that are damaged or belong to another plan.
 
-    def load(key: str) -> Finished | None:
+    Args:
+        storage: the dataset's.
+        plan: digest of the plan.
+        names: names of all of its shards.
+    """
+
+    def load(number: int, key: str) -> Finished | None:
         try:
             record = ShardRecord.model_validate_json(storage.read(key))
             data = storage.read(key.removesuffix("json") + "npy")
         except (ValidationError, NotFound):
             return None
-        if record.plan != plan or hashlib.sha256(data).hexdigest() != record.index_sha256:
+        if record.plan != plan or record.name != names[number]:
             return None
-        entries: NDArray[np.void] = npy.read(data)
-        return Finished(record, entries) if entries.dtype == INDEX_DTYPE else None
+        if hashlib.sha256(data).hexdigest() != record.index_sha256:
+            return None
+        try:
+            entries: NDArray[np.void] = npy.read(data)
+        except ValueError:
+            return None
+        whole = entries.dtype == INDEX_DTYPE and entries.shape == (-(-record.samples // INDEX_STRIDE),)
+        return Finished(record, entries) if whole else None
 
-    keys = [key for key in _keys(storage) if key.endswith(".json") and key != PLAN_NAME]
+    found = [(int(match[1]), key) for key in _keys(storage) if (match := _RECORD.fullmatch(key))]
+    known = [(number, key) for number, key in found if number < len(names)]
     with ThreadPoolExecutor(_CONCURRENCY) as pool:
-        loaded = zip(keys, pool.map(load, keys), strict=True)
-        return {
-            int(number): finished
-            for key, finished in loaded
-            if finished is not None and (number := key.removeprefix(f"{_FOLDER}/").removesuffix(".json")).isdigit()
-        }
+        loaded = pool.map(load, *zip(*known, strict=True)) if known else ()
+        return {number: shard for (number, _), shard in zip(known, loaded, strict=True) if shard is not None}
 
 
 def remove(storage: Storage) -> None:

@@ -10,13 +10,14 @@ import logging
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from crate_ray.config.identifiers import Count
 from crate_ray.data.decode.errors import DecodeError
 from crate_ray.data.decode.pillow import to_eight_bits
 from crate_ray.data.decode.samples import read_image_header
@@ -131,9 +132,9 @@ class DatasetStatistics(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    count: int = 0
+    count: Count = 0
     """Number of samples whose moments were computed."""
-    channels: list[int] = []
+    channels: list[PositiveInt] = []
     """The numbers of channels found, ascending."""
     sizes: list[tuple[int, int]] = []
     """The first two sizes found, or the only one."""
@@ -192,16 +193,16 @@ class SampleCounts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    samples: int = 0
+    samples: Count = 0
     suffixes: set[str] = set()
     images: set[str] = set()
     """Suffixes under which samples hold their image or grid."""
-    labelled: int = 0
-    max_label: int = -1
-    without_image: int = 0
+    labelled: Count = 0
+    max_label: Annotated[int, Field(ge=-1)] = -1
+    without_image: Count = 0
     without_image_names: list[str] = []
     """The first ten."""
-    num_unsafe: int = 0
+    num_unsafe: Count = 0
     unsafe_names: list[str] = []
     """As in the manifest."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from crate_ray.training.task import Task
 
 logger = logging.getLogger(__name__)
 
+_ATTEMPT = re.compile(r"attempt-([0-9]{1,9})/")
 _POLL_SECONDS = 0.25
 _SILENT_SECONDS = 30.0  # after this time without heartbeats, no worker is left that could save a checkpoint
 
@@ -98,7 +100,7 @@ def _start_mailbox() -> Any:
 
 def _new_attempt(storage: Storage) -> str:
     """A new folder for this start's checkpoints. Commit records, not folders, say which checkpoint is the newest."""
-    earlier = [int(i.key.split("/")[0].removeprefix("attempt-")) for i in storage.list("attempt-")]
+    earlier = [int(match[1]) for i in storage.list("attempt-") if (match := _ATTEMPT.match(i.key))]
     return f"attempt-{max(earlier, default=0) + 1:03d}"
 
 
