@@ -41,7 +41,14 @@ def test_a_working_directory_is_uploaded_without_data_and_credentials(tmp_path: 
         "data/photos/shard-000000.tar", "runs/mine/run.json", "demo/digits-train/index.npy", "mlflow.db", ".venv/bin/x",
         ".env", "docker/.env", "docker/.env.local", ".aws/credentials", "cluster/server.pem", "cluster/id_rsa",
         "cluster/auth_token", "photos.tar", "crate_ray/__pycache__/cli.pyc", "dist/crate_ray-0.1.0-py3-none-any.whl",
+        "prod.env", ".envrc", ".config/gcloud/credentials.db", ".docker/config.json", ".kube/config", ".ray/auth_token",
+        ".ssh/config", ".netrc", ".pgpass", ".pypirc", ".git-credentials", "jobs/credentials.json", "hub.token",
+        "my-service-account.json", "service_account_key.json", "kubeconfig.yaml", "rclone.conf", "secrets.yaml",
+        "cluster/secrets/mlflow", "server.key", "client.p12", "id_ecdsa", "id_ed25519",
     }  # fmt: skip
+    suffixes = (".py", ".yaml", ".j2", ".typed", ".toml")
+    code = {path.relative_to(ROOT).as_posix() for room in ("crate_ray", "jobs") for path in (ROOT / room).rglob("*.*")}
+    uploaded |= {name for name in code if name.endswith(suffixes)}
     tree, package = tmp_path / "tree", tmp_path / "package.zip"
     for name in uploaded | kept:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +96,12 @@ def test_aws_is_closed_to_the_internet_and_needs_a_token(aws: dict[str, Any]) ->
     assert len(starts) == 2 and all("RAY_AUTH_MODE=token ray start" in command for command in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
     assert aws["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert aws["rsync_filter"] == [".gitignore", ".rayignore"]  # neither results nor credentials go to the nodes
     assert "chmod 600 ~/.ray/auth_token" in aws["setup_commands"][0]
-    assert any("-c ~/crate-ray/constraints.txt ~/crate-ray" in command for command in aws["setup_commands"])
+    installs = [command for command in aws["setup_commands"] if "pip install" in command]
+    assert len(installs) == 3 and "--no-deps --require-hashes -r ~/crate-ray/requirements.lock" in installs[0]
+    assert "-c ~/crate-ray/constraints.txt $(grep ^torch= ~/crate-ray/constraints.txt)" in installs[1]
+    assert "--no-deps --no-build-isolation ~/crate-ray" in installs[2]
     for command in [*aws["setup_commands"], *starts]:  # Ray puts each into `( ... )` on one line
         assert subprocess.run(["bash", "-n", "-c", f"({command})"], check=False).returncode == 0, command
 
@@ -253,7 +264,10 @@ def test_dockerfile() -> None:
     base = re.search(r"^ARG BASE=(.+)$", text, re.MULTILINE)
     assert base and ":" in base[1]
     assert not re.search(r"(?i)password|secret|https?://", text)
-    assert text.count("-c constraints.txt") == 2
+    installs = [part for line in lines for part in line.split("&&") if "pip install" in part]
+    assert len(installs) == 3 and "--no-deps --require-hashes -r requirements.lock" in installs[0]
+    assert "-c constraints.txt" in installs[1] and '"$torch"' in installs[1]  # has builds that differ
+    assert "--no-deps --no-build-isolation ." in installs[2]
     copied = [
         source for line in lines if line.startswith("COPY") and "--from" not in line for source in line.split()[1:-1]
     ]
