@@ -23,6 +23,8 @@ from tests.programs import recorded_programs
 
 BATCH = 4
 CONFIG = CrateMAEConfig(image_size=16, patch_size=4, dim=32, depth=3, num_subspaces=4)
+PROGRAMS = 3
+"""For each number of samples: encoder layers, the first decoder layer, which gets tokens in fp32, and the others."""
 
 
 @pytest.fixture
@@ -40,8 +42,8 @@ def sharded() -> Any:
     return model
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(BATCH, 3, 16, 16).cuda(), torch.rand(BATCH, CONFIG.num_patches).cuda()
+def inputs(count: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(count, 3, 16, 16).cuda(), torch.rand(count, CONFIG.num_patches).cuda()
 
 
 def test_a_step_in_bf16_does_not_wait(two_workers: None) -> None:
@@ -70,8 +72,12 @@ def test_a_probe_runs_on_whole_weights_in_fp32(two_workers: None) -> None:
     assert replica(Normalizer.of((0.5,) * 3, (0.2,) * 3, "cuda")(images), noise).sample_loss.dtype == torch.float32
 
 
-def test_sharded_layers_are_compiled_once_for_each_kind(two_workers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharded_layers_are_compiled_once_for_each_kind_and_number_of_samples(
+    two_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     programs = recorded_programs(monkeypatch)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
     model = sharded()
     layers = [*model.encoder, *model.decoder]
     assert compile_layers(model, layers, inputs(), torch.bfloat16, required=True)
@@ -79,4 +85,14 @@ def test_sharded_layers_are_compiled_once_for_each_kind(two_workers: None, monke
     optimizer = build_optimizer(model, OptimConfig())
     for _ in range(3):
         train_step(model, optimizer, *inputs(), batch_size=2 * BATCH, world_size=2, lr=1e-3, autocast=torch.bfloat16)
-    assert len(programs) == at_start <= 4
+    assert len(programs) == at_start == PROGRAMS
+    for _ in range(2):
+        train_step(
+            model, optimizer, *inputs(2 * BATCH - 1),  # micro-batches of one sample fewer, and of BATCH
+            batch_size=4 * BATCH - 1, world_size=2, micro_steps=2, lr=1e-3, autocast=torch.bfloat16,
+        )  # fmt: skip
+        assert len(programs) == 2 * PROGRAMS
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):  # as in validation
+        model(*inputs(1))
+    assert len(programs) == 2 * PROGRAMS and not breaks
+    assert all("forward" in vars(layer) for layer in layers)  # none went back to uncompiled code
