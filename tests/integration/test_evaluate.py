@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_model(path / "model", build_model(MODEL).state_dict(), description)
     client = mlflow.MlflowClient(f"sqlite:///{path}/mlflow.db")
     experiment = client.create_experiment("it", artifact_location=(path / "artifacts").as_uri())
-    client.create_run(experiment, tags={RUN_KEY_TAG: "key-1"})
+    client.create_run(experiment, tags={RUN_KEY_TAG: "1" * 32})
     return path
 
 

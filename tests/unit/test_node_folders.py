@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import grp
+import hashlib
 import os
+import pwd
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -17,7 +23,9 @@ from crate_ray.config import PrepareConfig, S3Config
 from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
+from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.storage import node_folders
+from crate_ray.storage.cache import PartCache
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.node_folders import chosen_folder, evict, file_digest, process_folder, total_size
 
@@ -174,6 +182,143 @@ def test_what_another_user_may_have_planted_is_refused(temporary: Path, tmp_path
     assert planted.stat().st_mode & 0o777 == 0o700
 
 
+# --- A second user --------------------------------------------------------------------------------------------------
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+
+
+def as_user(uid: int, act: Callable[[], object]) -> str:
+    """Do something in a child process of another user. Returns the message of its UserError, if any."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status, message = 1, ""
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            act()
+            status = 0
+        except UserError as error:
+            status, message = 0, str(error)
+        except BaseException as error:
+            message = repr(error)
+        os.write(write, message.encode())
+        os._exit(status)
+    os.close(write)
+    with os.fdopen(read, "rb") as file:
+        message = file.read().decode()
+    assert os.waitpid(child, 0)[1] == 0, message
+    return message
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder that all users share, as /tmp. Each user's cache is in it, too."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o1777)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@needs_root
+@pytest.mark.parametrize("victim", [0, OTHER_USER + 1])
+@pytest.mark.parametrize("kind", [*KINDS, *CACHES])
+def test_another_user_who_is_first_gains_nothing(shared: Path, kind: str, victim: int) -> None:
+    """Root and other users meet what another user made in /tmp: they refuse it, and what it links to stays."""
+    home = shared / "home"
+    home.mkdir()
+    (home / kind).mkdir()
+    (home / kind / "precious").touch()
+    (home / "precious").touch()
+    os.chown(home, victim, victim)
+    os.chown(home / kind, victim, victim)
+    base = shared / f"crate-ray-node-{victim}" if kind in KINDS else shared / "cache" / "crate-ray"
+    use = (KINDS | CACHES)[kind]
+
+    def plant_folder_with_link() -> None:
+        base.mkdir(parents=True)
+        (base / kind).symlink_to(home)
+
+    def plant_link() -> None:
+        base.parent.mkdir(exist_ok=True)
+        base.symlink_to(home)
+
+    def plant_open_parent() -> None:
+        base.parent.mkdir(exist_ok=True)
+        base.parent.chmod(0o777)
+
+    plants = [plant_folder_with_link, plant_link] + ([plant_open_parent] if kind in CACHES else [])
+    for plant in plants:
+        as_user(OTHER_USER, plant)
+        message = as_user(victim, use)
+        setting = "TMPDIR" if kind in KINDS else "XDG_CACHE_HOME"
+        assert re.search(r"(belongs to another user|is a symbolic link)", message), message
+        assert message.endswith(f"set {setting} to a folder of your own") and "\n" not in message
+        assert (home / "precious").exists() and (home / kind / "precious").exists()
+        for planted in (base, base.parent):
+            if planted.is_symlink():
+                planted.unlink()
+            elif planted not in (shared, *shared.parents) and planted.exists():
+                shutil.rmtree(planted)
+    assert as_user(victim, use) == ""
+
+
+@needs_root
+def test_a_parent_that_another_user_can_replace_is_refused(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shared / "site" / "scratch"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    wanted = folder / NODE / "index"
+
+    def refused(problem: str) -> None:
+        with pytest.raises(UserError) as error:
+            node_folders.index_folder()
+        assert str(error.value) == (
+            f"the folder {wanted.parent} is not safe from other users, because {problem}; set TMPDIR to a folder of "
+            "your own"
+        )
+        assert not wanted.exists()
+
+    for parent in (folder, folder.parent):
+        parent.chmod(0o777)
+        refused(f"{parent} may be written to by other users")
+        parent.chmod(0o1777)
+        os.chown(parent, OTHER_USER, OTHER_USER)
+        refused(f"{parent} belongs to another user")
+        os.chown(parent, 0, 0)
+        parent.chmod(0o755)
+    link = shared / "link"
+    as_user(OTHER_USER, lambda: link.symlink_to(folder))
+    monkeypatch.setattr("tempfile.tempdir", str(link))
+    wanted = link / NODE / "index"
+    refused(f"{link} is a symbolic link of another user")
+    link.unlink()
+    link.symlink_to("site/../site/scratch")  # root's own
+    assert node_folders.index_folder() == wanted and (folder / NODE / "index").is_dir()
+    link.unlink()
+    link.symlink_to(link)
+    refused(f"{link} is one of too many symbolic links")
+
+
+@needs_root
+def test_a_group_of_the_user_alone_may_write(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many systems give each user a group and make folders that it can write to."""
+    folder = shared / "mine"
+    folder.mkdir()
+    folder.chmod(0o775)
+    os.chown(folder, OTHER_USER, OTHER_USER)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    user = pwd.struct_passwd(("me", "x", OTHER_USER, OTHER_USER, "", "/", "/bin/sh"))
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: user)
+    for name, members, private in (("me", [], True), ("me", ["me"], True), ("me", ["you"], False), ("us", [], False)):
+        group = grp.struct_group((name, "x", OTHER_USER, members))
+        monkeypatch.setattr("grp.getgrgid", lambda gid, group=group: group)
+        assert ("may be written to by other users" in as_user(OTHER_USER, node_folders.index_folder)) != private
+
+
 def test_a_folder_that_the_user_chose_may_be_a_link_but_not_another_users(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "disk")
@@ -181,6 +326,10 @@ def test_a_folder_that_the_user_chose_may_be_a_link_but_not_another_users(tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot create the folder \S+/file: File exists; choose another"):
         chosen_folder(tmp_path / "file", "choose another")
+    (tmp_path / "disk").chmod(0o707)
+    with pytest.raises(UserError, match=r"the folder \S+/link may be written to by other users; choose another"):
+        chosen_folder(tmp_path / "link", "choose another")
+    (tmp_path / "disk").chmod(0o755)
     if os.getuid() == 0:
         os.chown(tmp_path / "disk", OTHER_USER, OTHER_USER)
         with pytest.raises(UserError, match=r"the folder \S+/link belongs to another user; choose another"):
@@ -203,6 +352,37 @@ def test_eviction_removes_what_was_used_longest_ago(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "d"]
     assert evict([tmp_path / "b", tmp_path / "gone"], 0) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
+
+
+def test_caches_delete_only_what_they_named(tmp_path: Path) -> None:
+    """A user may choose a folder that holds other files. A link in it is no way to files elsewhere."""
+    digest = hashlib.sha256(b"part").hexdigest()
+    folder, elsewhere = tmp_path / "chosen", tmp_path / "elsewhere"
+    mine = [folder / name for name in ("en/text", "ab/photo", "notes", f"ab/{'c' * 64}")]
+    mine += [elsewhere / f"cd{'0' * 62}", elsewhere / digest, folder / ".partial.mine" / "text"]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(5000))
+    (folder / "cd").symlink_to(elsewhere)
+    (folder / ("d" * 64)).symlink_to(elsewhere)
+    (folder / "ef").mkdir()
+    (folder / "ef" / f"ef{'1' * 62}").symlink_to(elsewhere / digest)
+    parts = PartCache(folder, 100)
+    for number in range(20):
+        name = hashlib.sha256(bytes([number])).hexdigest()
+        parts.get(name, lambda: bytes(60), lambda data: None)
+    features = FeatureCache(folder, 100)
+    for number in range(3):
+        with features.write([hashlib.sha256(bytes([number])).hexdigest()], 10, [4]):
+            pass
+    assert all(path.read_bytes() == bytes(5000) for path in mine)
+    (folder / ".partial").rename(tmp_path / "partial")
+    (folder / ".partial").symlink_to(elsewhere)
+    (elsewhere / "old").mkdir()
+    refusal = r"\.partial is a symbolic link; remove it, or choose another features_dir"
+    with pytest.raises(UserError, match=refusal), features.write([digest], 10, [4]):
+        pass
+    assert (elsewhere / "old").exists()
 
 
 def test_the_digest_of_a_file(tmp_path: Path) -> None:

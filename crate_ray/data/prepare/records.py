@@ -40,8 +40,8 @@ class ShardRecord(BaseModel):
     """Digest of its plan."""
     name: RelativePath
     samples: Annotated[Count, Field(lt=2**32)]
-    bytes: Annotated[Count, Field(lt=2**63)]
-    table: Annotated[Count, Field(lt=2**64)]
+    bytes: Count
+    table: Annotated[int, Field(ge=0, lt=2**64)]
     sha256: Sha256
     """The columns of its row of SHARD_DTYPE."""
     counts: SampleCounts
