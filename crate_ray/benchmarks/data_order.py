@@ -92,13 +92,15 @@ def distinct_classes(config: BenchmarkOrderConfig) -> dict[str, float]:
     total_bytes = num_samples * config.sample_bytes
     shards = np.zeros(num_shards, SHARD_DTYPE)
     described = {"kind": "image", "image_suffixes": ("jpg",), "suffixes": ("jpg",), "channels": 3}
-    measured = {"mean": (0.5,), "std": (0.2,), "num_measured": 1, "shards_sha256": "", "index_sha256": ""}
+    measured = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "num_measured": 1}
+    digests = {"shards_sha256": "0" * 64, "index_sha256": "0" * 64}
     manifest = {
         "num_samples": num_samples,
         "num_shards": num_shards,
         "total_bytes": total_bytes,
         **described,
         **measured,
+        **digests,
     }
     dataset = ShardSet(LocalStorage(Path()), Manifest.model_validate(manifest), shards, np.zeros(0, INDEX_DTYPE))
     order = plan_order(Mixture.of(dataset), _data_config(config), batch_size=batch, seed=0, workers=config.workers)

@@ -37,7 +37,7 @@ def test_the_probe_copies_features_once_and_finds_what_the_cpu_finds() -> None:
 def test_features_and_measures_are_those_of_the_cpu() -> None:
     torch.manual_seed(0)
     model = build_model(MODEL)
-    description = ModelDescription(model=MODEL, mean=(0.5,) * 3, std=(0.2,) * 3, kind="image", step=1, dataset="d")
+    description = ModelDescription(model=MODEL, mean=(0.5,) * 3, std=(0.2,) * 3, kind="image", step=1)
     images = torch.randint(0, 255, (5, 3, 16, 16), dtype=torch.uint8)
     points = [FeaturePoint("mean"), FeaturePoint("cls", 1)]
     normalised = torch.randn(5, 3, 16, 16)

@@ -163,11 +163,12 @@ def test_epochs_and_seeds_differ_and_blocks_mix() -> None:
 
 def mixture(num_samples: int, total_bytes: int, shard_samples: int = 1024) -> Mixture:
     described = {"kind": "image", "image_suffixes": ("jpg",), "suffixes": ("jpg",), "channels": 3}
-    measured = {"mean": (0.5,), "std": (0.2,), "num_measured": 1, "shards_sha256": "", "index_sha256": ""}
+    measured = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "num_measured": 1}
+    digests = {"shards_sha256": "0" * 64, "index_sha256": "0" * 64}
     shards = np.zeros(-(-num_samples // shard_samples), SHARD_DTYPE)
     shards["samples"] = np.diff(np.minimum(np.arange(len(shards) + 1) * shard_samples, num_samples))
     counts = {"num_samples": num_samples, "num_shards": len(shards), "total_bytes": total_bytes}
-    manifest = Manifest.model_validate({**counts, **described, **measured})
+    manifest = Manifest.model_validate({**counts, **described, **measured, **digests})
     return Mixture.of(ShardSet(LocalStorage(Path("unused")), manifest, shards, np.empty(0, INDEX_DTYPE)))
 
 
