@@ -17,9 +17,6 @@ import yaml
 from ray._private.runtime_env import packaging
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from crate_ray.cli import parse_config
-from crate_ray.config import PretrainConfig
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -104,99 +101,6 @@ def test_aws_is_closed_to_the_internet_and_needs_a_token(aws: dict[str, Any]) ->
     assert "--no-deps --no-build-isolation ~/crate-ray" in installs[2]
     for command in [*aws["setup_commands"], *starts]:  # Ray puts each into `( ... )` on one line
         assert subprocess.run(["bash", "-n", "-c", f"({command})"], check=False).returncode == 0, command
-
-
-# --- cluster/kuberay --------------------------------------------------------------------------------------------------
-
-# Fields of the ray.io/v1 resources that we use (KubeRay 1.5.1 and newer).
-CLUSTER_FIELDS = {
-    "rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs",
-}  # fmt: skip
-HEAD_FIELDS = {"serviceType", "rayStartParams", "template"}
-WORKER_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
-JOB_FIELDS = {
-    "entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submitterPodTemplate",
-    "rayClusterSpec",
-}  # fmt: skip
-
-
-def manifests(name: str) -> dict[str, dict[str, Any]]:
-    """A file's resources by kind."""
-    return {item["kind"]: item for item in yaml.safe_load_all((ROOT / "cluster/kuberay" / name).read_text())}
-
-
-def pods(name: str) -> list[dict[str, Any]]:
-    """Every pod template's spec of a file."""
-    resources = manifests(name)
-    job = resources.get("RayJob", {}).get("spec")
-    spec = job["rayClusterSpec"] if job else resources["RayCluster"]["spec"]
-    templates = [group["template"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
-    return [template["spec"] for template in templates + ([job["submitterPodTemplate"]] if job else [])]
-
-
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
-def test_kuberay_cluster(name: str) -> None:
-    resources = manifests(name)
-    ours = resources["RayJob" if name == "rayjob.yaml" else "RayCluster"]
-    assert ours["apiVersion"] == "ray.io/v1"
-    spec = ours["spec"]
-    if name == "rayjob.yaml":
-        assert set(spec) <= JOB_FIELDS and spec["shutdownAfterJobFinishes"] is True
-        spec = spec["rayClusterSpec"]
-    assert set(spec) == CLUSTER_FIELDS
-    assert spec["authOptions"] == {"mode": "token"}
-    assert re.search(rf"^ray=={re.escape(spec['rayVersion'])}$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert spec["enableInTreeAutoscaling"] is True
-    head, (gpu,) = spec["headGroupSpec"], spec["workerGroupSpecs"]
-    assert set(head) == HEAD_FIELDS and set(gpu) == WORKER_FIELDS
-    assert head["serviceType"] == "ClusterIP"
-    assert all(isinstance(value, str) for group in (head, gpu) for value in group["rayStartParams"].values())
-    assert gpu["minReplicas"] <= gpu["replicas"] < gpu["maxReplicas"]
-    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert limits["nvidia.com/gpu"] == "1"
-    assert resources["ServiceAccount"]["metadata"]["name"] == "crate-ray"
-    assert "eks.amazonaws.com/role-arn" in resources["ServiceAccount"]["metadata"]["annotations"]
-    assert {"MLFLOW_TRACKING_URI", "AWS_DEFAULT_REGION"} <= set(resources["ConfigMap"]["data"])
-
-
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
-def test_kuberay_pods_are_restricted_and_bounded(name: str) -> None:
-    for pod in pods(name):
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert pod["restartPolicy"] == "Never"
-        for container in pod["containers"]:
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "capabilities": {"drop": ["ALL"]},
-            }
-            assert {"cpu", "memory"} <= set(container["resources"]["requests"]) & set(container["resources"]["limits"])
-            if container["name"].startswith("ray-") and "submitter" not in container["name"]:
-                assert pod["serviceAccountName"] == "crate-ray"
-                assert container["envFrom"] == [{"configMapRef": {"name": "crate-ray"}}]
-            assert "env" not in container  # the token comes from the operator, S3 rights from the service account
-
-
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
-def test_kuberay_pods_match_kubernetes_schema(name: str) -> None:
-    schema = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
-    resources = [item for kind, item in manifests(name).items() if kind in ("ServiceAccount", "ConfigMap")]
-    resources += [
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod-{i}"}, "spec": spec}
-        for i, spec in enumerate(pods(name))
-    ]
-    for resource in resources:
-        schema.validate(resource, schema.latest_version(), strict=True)
-
-
-def test_rayjob_runs_a_job_that_parses() -> None:
-    program, script, *arguments = manifests("rayjob.yaml")["RayJob"]["spec"]["entrypoint"].split()
-    assert (program, script) == ("python", "jobs/pretrain.py")
-    assert (ROOT / arguments[1]).is_file()
-    arguments[1] = str(ROOT / arguments[1])
-    config = parse_config(PretrainConfig, arguments)
-    assert config.scaling.gpu is True
-    assert config.storage.startswith("s3://")
 
 
 # --- docker/ ----------------------------------------------------------------------------------------------------------
