@@ -24,7 +24,7 @@ MAX_MEMBER_BYTES = 2**28
 """Largest image, grid or other file of a sample. A sample with a larger one is a bad sample."""
 
 MAX_NAME = 1024
-"""Most characters in the name of a shard's member, as in S3. Members with longer names belong to no sample."""
+"""Most bytes in the name of a shard's member, as in S3. Members with longer names belong to no sample."""
 
 MAX_CLASSES = 2**20
 """Class numbers are below this; a sample with a larger one is a bad sample."""

@@ -20,7 +20,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 RunKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 """Random key of a run: a UUID in hexadecimal, without dashes."""
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 """A number of bytes, samples or steps."""
 
 

@@ -12,7 +12,7 @@ import hashlib
 import mmap
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +24,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from crate_ray.bounded import open_regular
+from crate_ray.config.identifiers import check_relative_path
 from crate_ray.data.format import npy
-from crate_ray.data.format.index import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE
+from crate_ray.data.format.index import INDEX_DTYPE, INDEX_STRIDE, SHARD_DTYPE, is_table
 from crate_ray.data.format.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -43,7 +45,7 @@ from crate_ray.data.format.names import IMAGE_SUFFIXES
 from crate_ray.data.format.tar import BLOCK, Buffer, DamagedShard
 from crate_ray.errors import UserError, first_few
 from crate_ray.storage.cache import WrongDigest, fetch_once
-from crate_ray.storage.interface import NotFound, Storage
+from crate_ray.storage.interface import NotFound, Storage, TooLarge
 from crate_ray.storage.node_folders import file_digest
 
 _NAMES_SEEN = 1000  # files to look at for the error message about a folder without a manifest
@@ -116,16 +118,21 @@ class ShardSet:
         """The table of such a shard: rows of `table_dtype`, sorted by sample.
 
         Raises:
-            DamagedDataset: the file is missing or does not belong to the index.
+            DamagedDataset: the file is missing, or does not belong to the index or the shard.
         """
         key = self.shard_name(shard) + TABLE_SUFFIX
         try:
             data = self.storage.read(key)
+            table = npy.read(data)
         except NotFound:
             raise _missing(self.storage, key) from None
+        except ValueError:
+            raise _disagrees(self.storage, key) from None
         if xxhash.xxh3_64_intdigest(data) != int(self.shards["table"][shard]):
             raise _disagrees(self.storage, key)
-        return npy.read(data)
+        if not is_table(table, int(self.samples[shard]), int(self.bytes[shard])):
+            raise _disagrees(self.storage, key)
+        return table
 
     def byte_range(self, shard: int, first: int, count: int) -> ByteRange:
         """The smallest indexed byte range that covers samples first .. first + count of a shard without a table.
@@ -138,7 +145,10 @@ class ShardSet:
         begin, stop = int(self.first_entry[shard]), int(self.first_entry[shard + 1])
         low, high = begin + first // INDEX_STRIDE, begin - (-(first + count) // INDEX_STRIDE)
         end = int(self.bytes[shard]) if high == stop else int(self.index["block"][high]) * BLOCK
-        return ByteRange(int(self.index["block"][low]) * BLOCK, end, (low - begin) * INDEX_STRIDE)
+        start = int(self.index["block"][low]) * BLOCK
+        if not start < end <= int(self.bytes[shard]):
+            raise _disagrees(self.storage, INDEX_NAME)
+        return ByteRange(start, end, (low - begin) * INDEX_STRIDE)
 
     def check(self, shard: int, start: int, data: Buffer) -> None:
         """Compare bytes of a shard with the digests in the index.
@@ -174,15 +184,24 @@ def load_dataset(storage: Storage) -> ShardSet:
         UserError: there is no manifest, or something cannot be read.
     """
     try:
-        text = storage.read(MANIFEST_NAME)
+        text = storage.read_small(MANIFEST_NAME)
     except NotFound:
         raise _no_manifest(storage) from None
+    except TooLarge as error:
+        raise DamagedDataset(str(error)) from None
     manifest = parse_manifest(text, storage.uri)
     names = None
     if manifest.shard_pattern is None:
-        names = tuple(_verified(storage, NAMES_NAME, manifest.names_sha256).decode().split("\n")[:-1])
+        try:
+            names = tuple(_verified(storage, NAMES_NAME, manifest.names_sha256).decode().split("\n")[:-1])
+        except UnicodeDecodeError:
+            raise _disagrees(storage, NAMES_NAME) from None
         if len(names) != manifest.num_shards:
             raise _disagrees(storage, NAMES_NAME)
+        try:
+            check_shard_names(names, storage.uri)
+        except UserError as error:
+            raise DamagedDataset(f"{storage.uri}/{NAMES_NAME} is damaged: {error}") from None
     shards = _load_array(storage, SHARDS_NAME, manifest.shards_sha256)
     index = _load_array(storage, INDEX_NAME, manifest.index_sha256)
     if shards.dtype != SHARD_DTYPE or shards.shape != (manifest.num_shards,) or index.dtype != INDEX_DTYPE:
@@ -212,9 +231,7 @@ def save_dataset(
     Raises:
         AlreadyExists: there is a manifest.
     """
-    for name in names:
-        if "\n" in name:
-            raise UserError(f"shard name {name!r} holds a line break; rename it")
+    check_shard_names(names, storage.uri)
     files = {SHARDS_NAME: npy.content_of(shards), INDEX_NAME: npy.content_of(np.concatenate(index))}
     pattern, first = name_pattern(names)
     if pattern is None:
@@ -235,6 +252,15 @@ def save_dataset(
         storage.write(key, data)
     storage.write(MANIFEST_NAME, manifest.to_json(), if_absent=True)
     return manifest
+
+
+def check_shard_names(names: Iterable[str], uri: str) -> None:
+    """Check that names can be stored as those of shards under `uri`. Raises UserError if one cannot."""
+    for name in names:
+        try:
+            check_relative_path(name)
+        except ValueError as error:
+            raise UserError(f"the name of a shard, {error}; rename it under {uri}") from None
 
 
 def _no_manifest(storage: Storage) -> UserError:
@@ -303,7 +329,7 @@ def _open_file(storage: Storage, key: str, sha256: str) -> BufferedReader:
         if path is None:
             return fetch_once(storage, key, sha256)
         with ExitStack() as stack:
-            file = stack.enter_context(path.open("rb"))
+            file = stack.enter_context(open_regular(path))
             if file_digest(file) != sha256:
                 raise _disagrees(storage, key)
             stack.pop_all()

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from crate_ray.bounded import MAX_NAME
 from crate_ray.data.format import npy
 from crate_ray.data.format.samples import TableRow
 from crate_ray.data.format.tar import BLOCK, Buffer
@@ -43,6 +44,22 @@ def table_dtype(key_bytes: int, suffix_bytes: int) -> np.dtype[np.void]:
             ("key", f"S{key_bytes}"),
             ("suffix", f"S{suffix_bytes}"),
         ]
+    )
+
+
+def is_table(table: NDArray[np.void], samples: int, size: int) -> bool:
+    """Whether an array can be the table of members of a shard with this number of samples and size in bytes."""
+    names = table.dtype.names or ()
+    if not {"key", "suffix"} <= set(names) or table.ndim != 1 or not len(table):
+        return False
+    steps = np.diff(table["sample"].astype(np.int64)) if "sample" in names else np.array([-1])
+    return (
+        table.dtype == table_dtype(table.dtype["key"].itemsize, table.dtype["suffix"].itemsize)
+        and max(table.dtype["key"].itemsize, table.dtype["suffix"].itemsize) <= MAX_NAME
+        and bool((table["size"] <= size).all() and (table["offset"] <= np.uint64(size) - table["size"]).all())
+        and int(table["sample"][0]) == 0
+        and int(table["sample"][-1]) == samples - 1
+        and bool(((steps == 0) | (steps == 1)).all())
     )
 
 

@@ -7,11 +7,13 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
-from crate_ray.errors import UserError
+from crate_ray.bounded import MAX_CLASSES
+from crate_ray.config.identifiers import Address, Count, Sha256, check_relative_path
+from crate_ray.errors import UserError, invalid_value
 
 MANIFEST_NAME = "manifest.json"
 SHARDS_NAME = "shards.npy"
@@ -22,6 +24,7 @@ PLAN_NAME = ".packing/plan.json"
 """Exists while a dataset is being packed or indexed."""
 FORMAT_VERSION = 2
 
+_CHECKSUM = "sha256"
 _UNSAFE_FIELDS = {"num_unsafe", "unsafe_names"}
 _PATTERN = re.compile(r"[^{}]*\{:0[1-9][0-9]?d\}[^{}]*")
 
@@ -30,21 +33,24 @@ class DamagedDataset(UserError):  # noqa: N818 - named for what it reports
     """A dataset's manifest, or a file that it refers to, is missing, damaged or of another version."""
 
 
+_Side = Annotated[int, Field(gt=0, lt=2**31)]
+
+
 class Manifest(BaseModel):
     """Description of a dataset. It is read first; the other files must have the digests given here."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[2] = 2
-    shards_uri: str | None = None
+    shards_uri: Address | None = None
     """Address of the shards if they are not next to the manifest: a folder or s3://bucket/prefix."""
-    num_samples: int = Field(ge=0)
-    num_shards: int = Field(ge=0)
-    total_bytes: int = Field(ge=0)
+    num_samples: Count
+    num_shards: Count
+    total_bytes: Count
     """Sum of the shards' sizes, tar headers included."""
     shard_pattern: str | None = None
     """str.format pattern of the shards' names with one number, such as 'shard-{:06d}.tar'. None: see names.txt."""
-    shard_first: int = 0
+    shard_first: Count = 0
     """Number of the first shard in the pattern."""
     kind: Literal["image", "grid"]
     """'image': encoded images; 'grid': .npy arrays of shape (C, H, W) or (H, W)."""
@@ -54,47 +60,60 @@ class Manifest(BaseModel):
     """All suffixes."""
     channels: int = Field(gt=0)
     """Images: 3 if any measured one has colour, else 1. Grids: C."""
-    height: int | None = None
+    height: _Side | None = None
     """Height in pixels, if all measured samples agree."""
-    width: int | None = None
+    width: _Side | None = None
     """Width in pixels, if all measured samples agree."""
-    num_classes: int | None = None
+    num_classes: Annotated[int, Field(ge=0, le=MAX_CLASSES)] | None = None
     """Largest class number + 1, if every sample has a numeric `cls`."""
     classes: tuple[str, ...] | None = None
     """Names of the classes in the order of their numbers, if known."""
-    mean: tuple[float, ...]
+    mean: tuple[FiniteFloat, ...]
     """Mean per channel over the measured samples: on the scale 0-1 for images, as stored for grids."""
-    std: tuple[float, ...]
+    std: tuple[FiniteFloat, ...]
     """Standard deviation per channel over all pixels of the measured samples, on the same scale."""
-    num_measured: int
+    num_measured: Count
     """Number of samples, evenly spaced, from which channels, size, mean and std were computed."""
-    num_unsafe: int = 0
-    """Number of members that belong to no sample because their names are absolute or contain '..'."""
+    num_unsafe: Count = 0
+    """Number of members that belong to no sample because their names are absolute, contain '..' or are too long."""
     unsafe_names: tuple[str, ...] = ()
     """The first hundred of them, each after its shard's name."""
-    shards_sha256: str
-    index_sha256: str
-    names_sha256: str | None = None
+    shards_sha256: Sha256
+    index_sha256: Sha256
+    names_sha256: Sha256 | None = None
 
     @field_validator("shard_pattern")
     @classmethod
     def _check_pattern(cls, pattern: str | None) -> str | None:
         if pattern is not None and not _PATTERN.fullmatch(pattern):
             raise ValueError(f"{pattern!r} is not a shard name with one zero-padded number such as {{:06d}}")
+        if pattern is not None:
+            check_relative_path(pattern.format(0))
         return pattern
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(
+                f"channels is {self.channels}, but there are {len(self.mean)} means and {len(self.std)} std"
+            )
+        return self
 
     def digest(self) -> str:
         """Identity of the dataset: sha256 of the canonical JSON, which holds the digests of the binary files.
 
         Members that belong to no sample do not count.
         """
-        values = self.model_dump(mode="json", exclude=_UNSAFE_FIELDS)
-        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _digest_of(self.model_dump(mode="json", exclude=_UNSAFE_FIELDS))
+
+    def checksum(self) -> str:
+        """sha256 of the canonical JSON of all fields. The file holds it, so that damage to the file is noticed."""
+        return _digest_of(self.model_dump(mode="json"))
 
     def to_json(self) -> bytes:
         """The content of manifest.json."""
-        return (self.model_dump_json(indent=2, exclude=None if self.num_unsafe else _UNSAFE_FIELDS) + "\n").encode()
+        values = self.model_dump(mode="json", exclude=None if self.num_unsafe else _UNSAFE_FIELDS)
+        return (json.dumps(values | {_CHECKSUM: self.checksum()}, indent=2, ensure_ascii=False) + "\n").encode()
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -103,31 +122,40 @@ class Manifest(BaseModel):
         return dict.fromkeys((*self.unsafe_names, *([f"and {more} more"] if more else [])), "unsafe_name")
 
 
+def _digest_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def parse_manifest(text: bytes, uri: str) -> Manifest:
-    """The manifest with this content, of the dataset at uri.
+    """The manifest with this content, of the dataset at uri. Manifests of early versions have no checksum.
 
     Raises:
         DamagedDataset: it is damaged or has another format version.
     """
     try:
         values = json.loads(text)
-        version = values.get("version")
-    except (ValueError, AttributeError):
+        version, checksum = values.get("version"), values.pop(_CHECKSUM, None)
+    except (ValueError, AttributeError, RecursionError):
         raise DamagedDataset(
             f"{uri}/{MANIFEST_NAME} is damaged: it is not a JSON object; restore it, or {index_again(uri)}"
         ) from None
     if version != FORMAT_VERSION:
         raise DamagedDataset(
-            f"{uri}/{MANIFEST_NAME} has format version {version}, this crate-ray reads version {FORMAT_VERSION}; "
-            f"install the crate-ray that wrote it, or {index_again(uri)}"
+            f"{uri}/{MANIFEST_NAME} has format version {str(version)[:20]}, this crate-ray reads version "
+            f"{FORMAT_VERSION}; install the crate-ray that wrote it, or {index_again(uri)}"
         )
     try:
-        return Manifest.model_validate(values)
+        manifest = Manifest.model_validate(values)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise DamagedDataset(
-            f"{uri}/{MANIFEST_NAME} is damaged: {where}: {error.errors()[0]['msg']}; restore it, or {index_again(uri)}"
+            f"{uri}/{MANIFEST_NAME} is damaged: {invalid_value(error)}; restore it, or {index_again(uri)}"
         ) from None
+    if checksum not in (None, manifest.checksum()):
+        raise DamagedDataset(
+            f"{uri}/{MANIFEST_NAME} is damaged or was edited: it does not have the {_CHECKSUM} that it states; restore "
+            f"it, or {index_again(uri)}"
+        )
+    return manifest
 
 
 def index_again(uri: str) -> str:

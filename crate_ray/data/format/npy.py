@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 MAGIC = b"\x93NUMPY"
 _MAX_HEADER = 10_000
+_MAX_BYTES = 2**62
 _TRIES = 100
 _parsing = threading.Lock()
 
@@ -37,7 +38,7 @@ def read_header(content: bytes | memoryview) -> Header:
     """The header of the `.npy` file that begins with `content`.
 
     Raises:
-        ValueError: it is not a `.npy` file, or its header is damaged.
+        ValueError: it is not a `.npy` file, or its header is damaged, or holds a shape that no array has.
     """
     start = bytes(content[:12])
     if len(start) < 12 or not start.startswith(MAGIC):
@@ -97,6 +98,9 @@ def _parse(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
                 read = np.lib.format.read_array_header_2_0
             with _parsing:
                 shape, fortran, dtype = read(file)
+            sides = [max(side, 1) for side in shape if type(side) is int and side >= 0]
+            if len(sides) != len(shape) or math.prod(sides) * max(dtype.itemsize, 1) > _MAX_BYTES:
+                raise ValueError(f"its shape is {shape}"[:100])
             return shape, fortran, dtype
         except SystemError:
             continue

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-from crate_ray.data.format.names import is_metadata, is_unsafe, relative, split_name
+from crate_ray.bounded import MAX_NAME
+from crate_ray.data.format.names import is_metadata, is_refused, printable, relative, split_name
 from crate_ray.data.format.tar import Buffer, DamagedShard, range_members, whole_members
 from crate_ray.errors import UserError, first_few
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = 100  # characters of a refused name in the log
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -39,7 +42,7 @@ class Table(NamedTuple):
     rows: list[TableRow]
     """Its samples, in the order of their first members."""
     unsafe: list[str]
-    """Members with unsafe names, which belong to no sample."""
+    """Members with refused names, which belong to no sample."""
 
 
 def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
@@ -75,7 +78,7 @@ def read_table(buffer: Buffer, where: str) -> Table:
     """All samples of a shard. This is the only full pass over a shard, and it is made when the shard is indexed.
 
     The members of a sample may be anywhere in the shard. A hard link counts as a member with the content of its target,
-    which tar writes first. Members without a suffix or with an unsafe name belong to no sample. A warning gives their
+    which tar writes first. Members without a suffix or with a refused name belong to no sample. A warning gives their
     number.
 
     Args:
@@ -109,8 +112,8 @@ def read_table(buffer: Buffer, where: str) -> Table:
         contents[relative(name)] = content
         parts = split_name(name)
         if parts is None:
-            if is_unsafe(name):
-                unsafe.append(name)
+            if is_refused(name):
+                unsafe.append(printable(name[:MAX_NAME]))
             else:
                 ignored += not is_metadata(name)
             continue
@@ -131,8 +134,8 @@ def read_table(buffer: Buffer, where: str) -> Table:
         logger.warning("%s: ignored %d members without a suffix", where, ignored)
     if unsafe:
         logger.warning(
-            "%s: skipped %d members with unsafe names (absolute, or with '..'): %s",
-            where, len(unsafe), first_few(unsafe),
+            "%s: skipped %d members with unsafe names (absolute, with '..', or of more than %d bytes): %s",
+            where, len(unsafe), MAX_NAME, first_few([name[:_SHOWN] for name in unsafe]),
         )  # fmt: skip
     if linked:
         table = [row._replace(plain=False) if row.key in linked else row for row in table]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import mmap
+import re
 import tarfile
 from collections.abc import Generator, Iterator
 from typing import IO, NamedTuple, cast
@@ -21,6 +22,15 @@ logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
 """Bytes of a tar header. Contents are padded to a multiple of it."""
+
+_MAX_EXTENSION = 2**16
+"""Largest content of a PAX or GNU header. Real ones hold a name, times and attributes: a few hundred bytes."""
+_MAX_EXTENSIONS = 8
+"""Most PAX and GNU headers before a member."""
+_MAX_RECORDS = 100
+"""Most records in a PAX header."""
+_EXTENSIONS = (b"x", b"g", b"X", b"L", b"K")
+_MANY_DIGITS = re.compile(rb"\d{100}")
 
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
@@ -101,6 +111,7 @@ def _plain_members(view: memoryview, headers: list[int], *, extensions: bool) ->
     end, position = len(view), 0
     start: int | None = None  # offset of the extension headers before a member
     extended: dict[str, str] = {}  # their content
+    extensions_left = _MAX_EXTENSIONS if extensions else 0
     while position + BLOCK <= end:
         header = bytes(view[position : position + BLOCK])
         kind = header[156:157]
@@ -111,16 +122,19 @@ def _plain_members(view: memoryview, headers: list[int], *, extensions: bool) ->
                 name = _name(header)
                 if extended:
                     name, size = extended.get("path", name), int(extended.get("size", size))
-                if data + size > end or not name:
+                if not 0 <= size <= end - data or not name:
                     break
                 if kind != b"\0" or not name.endswith("/"):  # else a directory of the oldest format
                     yield Member(name, position if start is None else start, data, size)
                 else:
                     size = 0
                 start, extended = None, {}
+                extensions_left = _MAX_EXTENSIONS if extensions else 0
             elif kind == b"5":
                 size, start, extended = 0, None, {}
-            elif extensions and kind in (b"x", b"L") and data + size <= end:
+                extensions_left = _MAX_EXTENSIONS if extensions else 0
+            elif extensions_left and kind in (b"x", b"L") and size <= min(_MAX_EXTENSION, end - data):
+                extensions_left -= 1
                 found = _extension(kind, bytes(view[data : data + size]))
                 if any(key == "linkpath" or key.startswith("GNU.sparse") for key in found):
                     break
@@ -139,21 +153,47 @@ def _tarfile_members(view: memoryview, first: int, where: str) -> Generator[Memb
     end, offset = len(view) - first, 0
     file = cast(IO[bytes], _ViewFile(view[first:]))
     try:
+        _check_extensions(view, first)  # opening parses the first member
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             # Not tar.next(), which treats a damaged header as the end of the tar.
             while offset + BLOCK <= end and any(view[first + offset : first + offset + BLOCK]):
+                _check_extensions(view, first + offset)
                 file.seek(offset)
                 info = tarfile.TarInfo.fromtarfile(tar)
                 if {"path", "linkpath", "size"} & tar.pax_headers.keys():
                     raise DamagedShard(f"{where} has a global header with a file's name or size; pack it again")
                 if (member := _checked(info, first, len(view), where)) is not None:
                     yield member
+                if tar.offset <= offset:
+                    raise ValueError("malformed size")
                 offset = tar.offset
     except (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError) as error:
         raise DamagedShard(f"{where} is damaged: no valid tar header at byte {first + offset} ({error})") from None
     if any(view[first + offset : first + offset + BLOCK]) and offset + BLOCK > end:
         raise DamagedShard(f"{where} is truncated at byte {len(view)}, in the middle of a header")
     return first + offset
+
+
+def _check_extensions(view: memoryview, position: int) -> None:
+    """Check the PAX and GNU headers before a member, because tarfile needs quadratic time for hostile ones.
+
+    Raises ValueError, or IndexError beyond the end.
+    """
+    for _ in range(_MAX_EXTENSIONS + 1):
+        header = bytes(view[position : position + BLOCK])
+        kind = header[156:157]
+        if kind not in _EXTENSIONS:
+            return
+        data, size = position + BLOCK, _number(header[124:136])
+        if size > min(_MAX_EXTENSION, len(view) - data):
+            raise ValueError(f"an extension header of {size} bytes")
+        content = bytes(view[data : data + size])
+        if kind not in (b"L", b"K"):
+            _extension(kind, content)
+            if _MANY_DIGITS.search(content):
+                raise ValueError("a PAX header with a long number")
+        position = data + size + -size % BLOCK
+    raise ValueError("too many extension headers")
 
 
 def _checked(info: tarfile.TarInfo, first: int, end: int, where: str) -> Member | None:
@@ -249,7 +289,7 @@ def _extension(kind: bytes, content: bytes) -> dict[str, str]:
     """Records of a PAX header ('length key=value'), or a GNU long name as `path`. Raises ValueError."""
     if kind == b"L":
         return {"path": _text(content.split(b"\0", 1)[0])}
-    records = {}
+    records: dict[str, str] = {}
     position = 0
     while position < len(content) and content[position]:
         space = content.index(b" ", position)
@@ -257,6 +297,8 @@ def _extension(kind: bytes, content: bytes) -> dict[str, str]:
         if not position + 5 <= stop <= len(content) or content[stop - 1 : stop] != b"\n":
             raise ValueError("malformed PAX record")
         key, _, value = content[space + 1 : stop - 1].partition(b"=")
+        if len(records) == _MAX_RECORDS:
+            raise ValueError("a PAX header with too many records")
         records[_text(key)] = _text(value)
         position = stop
     return records
