@@ -245,7 +245,7 @@ def _check(given: argparse.Namespace, work: Path) -> int:
             results[name] = {"failed": "no time was left", "seconds": 0.0}
             continue
         env["CRATE_RAY_GPU_SECONDS"] = str(max(10.0, (left - _LEFT_FOR_CIFAR) * 0.6))
-        limit = left if name == "cifar" else min((SECONDS | RAY_SECONDS)[name], left)
+        limit = left if name == "cifar" else min((SECONDS | RAY_SECONDS)[name] * (1 + given.dry_run), left)
         results[name] = run_part(name, given.out, limit, env)
         print(f"{name}: {results[name].get('failed', 'done')} ({results[name]['seconds']} s)", flush=True)
     command = f"python -m tests.gpu.check{' --ray' * given.ray} --minutes {given.minutes:g}"

@@ -146,7 +146,8 @@ def training_data() -> str:
 def drive(name: str, expected: int = 0, *, stop: bool = False) -> Driven:
     """Run the driver of a run to its end. With `stop`, it gets SIGTERM in the middle of training.
 
-    Raises RuntimeError if its exit code is not the expected one. Then Ray's logs are copied to OUT.
+    Raises RuntimeError if its exit code is not the expected one, or if the workers have failed and were started again,
+    which a run survives. Then Ray's logs are copied to OUT.
     """
     command = [sys.executable, "-m", "tests.gpu.on_ray", "--config", settings(name).as_posix()]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -168,11 +169,15 @@ def drive(name: str, expected: int = 0, *, stop: bool = False) -> Driven:
                 if stop and not asked_at and event["step"] >= _STOP_AFTER:
                     process.send_signal(signal.SIGTERM)
                     asked_at = event["step"]
-    if process.returncode != expected:
+    starts = sum(event["event"] == "started" for event in events)
+    if process.returncode != expected or starts != 1:
         logs = WORK / "ray/session_latest/logs"
         if logs.is_dir():
             shutil.copytree(logs, Path(os.environ["OUT"]) / f"ray-logs-{name}", dirs_exist_ok=True)
-        raise RuntimeError(f"the driver of {name} ended with {process.returncode} instead of {expected}")
+        raise RuntimeError(
+            f"{name}: the driver ended with {process.returncode} (expected: {expected}), its workers started {starts} "
+            "times (expected: 1)"
+        )
     return Driven(process.returncode, events, time.monotonic() - began, first, asked_at)
 
 
