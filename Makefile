@@ -79,7 +79,7 @@ HASHES := $(COMPILE) --no-deps --generate-hashes --no-emit-package torch -
 
 lock: $(TOOLS)/.ready
 	@sed '/^\#/d; s/_/-/g' constraints.txt | tr A-Z a-z >build/pins
-	@$(COMPILE) pyproject.toml -c constraints.txt -o build/resolved >build/log
+	@$(COMPILE) pyproject.toml --extra server -c constraints.txt -o build/resolved >build/log
 	@sed 's/ *;.*//' build/resolved | grep -xFf build/pins | grep -v ^triton= >build/needed
 	@$(HASHES) <build/needed -o requirements.lock >build/log
 	@grep -vxFf build/needed build/pins | \

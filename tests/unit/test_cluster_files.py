@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -114,7 +115,7 @@ def compose() -> dict[str, Any]:
 
 def test_compose_is_reachable_from_this_host_only(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert set(services) == {"s3", "buckets", "postgres", "mlflow", "ray-head", "ray-worker"}
+    assert set(services) == {"s3", "buckets", "postgres", "mlflow", "accounts", "ray-head", "ray-worker"}
     published = [port for service in services.values() for port in service.get("ports", [])]
     assert len(published) == 3 and all(port.startswith("127.0.0.1:") for port in published)
     for name in ("s3", "postgres", "mlflow", "ray-head"):
@@ -126,7 +127,8 @@ def test_compose_is_reachable_from_this_host_only(compose: dict[str, Any]) -> No
     for service in services.values():
         for needed, how in service.get("depends_on", {}).items():
             assert how["condition"] == "service_completed_successfully" or "healthcheck" in services[needed]
-        image = service["image"].removeprefix("${CRATE_RAY_IMAGE:-").removesuffix("}")
+        image = re.sub(r"^\$\{[A-Z0-9_]+:-(.*)\}$", r"\1", service["image"])
+        assert image != service["image"], "a digest can be given in place of the tag"
         tag = image.rpartition(":")[2]
         assert tag and tag != "latest" and "." not in image.split("/")[0].rpartition(":")[0]
 
@@ -136,12 +138,32 @@ def test_compose_variables_are_in_the_example(compose: dict[str, Any]) -> None:
     required = {name for leaf in leaves(compose) for name in re.findall(r"\$\{([A-Z0-9_]+):\?", str(leaf))}
     example = (ROOT / "docker/.env.example").read_text()
     empty = set(re.findall(r"^([A-Z0-9_]+)=$", example, re.MULTILINE))
-    assert empty == required == {"S3_ACCESS_KEY", "S3_SECRET_KEY", "POSTGRES_PASSWORD", "RAY_AUTH_TOKEN"}
+    s3 = {f"S3_{user}{kind}" for user in ("", "MLFLOW_", "ADMIN_") for kind in ("ACCESS_KEY", "SECRET_KEY")}
+    passwords = {"POSTGRES_PASSWORD", "MLFLOW_ADMIN_PASSWORD", "MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY"}
+    assert empty == required == {*s3, *passwords, "RAY_AUTH_TOKEN"}
     mentioned = set(re.findall(r"^#? ?([A-Z0-9_]+)=", example, re.MULTILINE))
     assert mentioned - used == set()
     assert used - mentioned <= {"S3_PORT", "MLFLOW_PORT", "DASHBOARD_PORT"}
     for name, secret in compose["secrets"].items():
         assert secret["environment"] in required, name
+
+
+def test_compose_users_have_rights_on_their_own_buckets_only(compose: dict[str, Any]) -> None:
+    users = {user["name"]: user for user in json.loads(compose["configs"]["s3_users"]["content"])["identities"]}
+    assert set(users) == {"admin", "crate-ray", "mlflow"}, "no anonymous user"
+    buckets = {name: {action.partition(":")[2] for action in user["actions"]} for name, user in users.items()}
+    assert buckets == {"admin": {""}, "crate-ray": {"data", "runs"}, "mlflow": {"mlflow"}}
+    assert not any("Admin" in action for name in ("crate-ray", "mlflow") for action in users[name]["actions"])
+    by_key = {f"{user['credentials'][0]['accessKey']}": name for name, user in users.items()}
+    services = compose["services"]
+    used = {name: services[name]["environment"]["AWS_ACCESS_KEY_ID"].partition(":")[0] for name in
+            ("buckets", "mlflow", "ray-head", "ray-worker")}  # fmt: skip
+    names = {name: by_key[f"{key.removesuffix('}')}}}"] for name, key in used.items()}
+    assert names == {"buckets": "admin", "mlflow": "mlflow", "ray-head": "crate-ray", "ray-worker": "crate-ray"}
+    for name in ("ray-head", "ray-worker"):
+        assert not any("ADMIN" in str(value) for value in services[name]["environment"].values())
+        assert services[name]["environment"]["MLFLOW_TRACKING_USERNAME"] == "crate-ray"
+    assert "--app-name basic-auth" in services["mlflow"]["command"]
 
 
 def test_compose_with_the_compose_program(tmp_path: Path) -> None:

@@ -64,9 +64,10 @@ def test_the_locks_are_complete() -> None:
     """They are installed without looking at what packages ask for, so a missing one would be missed at run time."""
     project = PROJECT["project"]
     runs, develops = locked("requirements.lock"), locked("requirements-dev.lock")
-    assert needed(project["dependencies"]) - runs.keys() == set()
-    assert needed(project["optional-dependencies"]["dev"]) - (runs.keys() | develops.keys()) == set()
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    extras = project["optional-dependencies"]
+    assert needed([*project["dependencies"], *extras["server"]]) - runs.keys() == set()
+    assert needed(extras["dev"]) - (runs.keys() | develops.keys()) == set()
+    for text in [*project["dependencies"], *extras["server"], *extras["dev"]]:
         requirement, versions = Requirement(text), runs | develops
         if requirement.name != "torch":
             assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
