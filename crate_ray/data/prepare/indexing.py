@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
+from crate_ray.data.format.dataset import check_shard_names
 from crate_ray.data.format.index import index_shard
 from crate_ray.data.format.manifest import MANIFEST_NAME, TABLE_SUFFIX, Manifest
 from crate_ray.data.format.samples import read_table
@@ -55,6 +56,7 @@ def index_existing(
     """
     source, pattern = split_address(storage, shards)
     infos = list_shards(source, pattern)
+    check_shard_names((info.key for info in infos), source.uri)
     share, skip = max(1, STATISTICS_SAMPLES // len(infos)), -(-len(infos) // STATISTICS_SAMPLES)
 
     def describe(counts: SampleCounts, statistics: DatasetStatistics, bad: list[str]) -> dict[str, object]:
