@@ -35,6 +35,8 @@ from crate_ray.training.compilation import compile_layers
 from crate_ray.training.parallel import parallelize
 from tests.gpu_emulated.test_step import MODELS
 
+pytest.importorskip("triton")
+
 DEPTH = 3
 """Layers of each kind; they share programs."""
 LARGEST = 4
