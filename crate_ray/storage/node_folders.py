@@ -17,8 +17,11 @@ in memory. XDG_CACHE_HOME (~/.cache by default) is for files that should survive
 
 The first two folders are private to one user. Their names can be guessed, so another user could make them first, or
 make one of their parents. Each component of their paths is checked without following links. A component that another
-user could have made, or could replace, is refused. `data.cache_dir` is where the user wants it, so only the folder
-itself is checked. What is removed from it has a name that the cache gave, and is not reached through a link.
+user could have made, or could replace, is refused. CRATE_RAY_ONE_USER=1 says that nobody else can log in, as in a
+container, whose volumes are usually open to all. Then parents may be open to all.
+
+`data.cache_dir` is where the user wants it, so only the folder itself is checked. What is removed from it has a name
+that the cache gave, and is not reached through a link.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from crate_ray.errors import UserError
 
 _LOCK = "lock"
 _MOST_LINKS = 40  # in one path, as in Linux
+_ONE_USER = "CRATE_RAY_ONE_USER"
 _RUN_KEY = TypeAdapter(RunKey)
 
 # --- Folders --------------------------------------------------------------------------------------------------------
@@ -190,9 +194,12 @@ def _check_parents(path: Path, advice: str) -> None:
             problem = None if found.st_uid in trusted else "is a symbolic link of another user"
             problem = "is one of too many symbolic links" if links > _MOST_LINKS else problem
         else:
-            problem = _problem(found, trusted, may_be_sticky=True)
+            problem = _problem(found, trusted, is_parent=True)
         if problem is not None:
-            raise UserError(f"the folder {path} is not safe from other users, because {step} {problem}; {advice}")
+            raise UserError(
+                f"the folder {path} is not safe from other users, because {step} {problem}; {advice}, or set "
+                f"{_ONE_USER}=1 if nobody else can log in to this machine or container"
+            )
         if stat.S_ISLNK(found.st_mode):
             target = step.readlink()
             here = Path("/") if target.is_absolute() else here
@@ -213,14 +220,15 @@ def _cache_folder(kind: str) -> Path:
     return private_subfolder(private_folder(base, advice), kind, advice)
 
 
-def _problem(found: os.stat_result, owners: Container[int], *, may_be_sticky: bool = False) -> str | None:
+def _problem(found: os.stat_result, owners: Container[int], *, is_parent: bool = False) -> str | None:
     """Why other users may change what is in a folder; None if they may not."""
     if not stat.S_ISDIR(found.st_mode):
         return "is not a folder"
     if found.st_uid not in owners:
         return "belongs to another user"
     writers = found.st_mode & (0o002 if _is_own_group(found.st_gid) else 0o022)
-    if writers and not (may_be_sticky and found.st_mode & stat.S_ISVTX):
+    closed = is_parent and (found.st_mode & stat.S_ISVTX or os.environ.get(_ONE_USER) == "1")
+    if writers and not closed:
         return "may be written to by other users"
     return None
 

@@ -219,6 +219,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.chmod(0o1777)
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.delenv("CRATE_RAY_ONE_USER", raising=False)
     yield folder
     shutil.rmtree(folder)
 
@@ -256,7 +257,7 @@ def test_another_user_who_is_first_gains_nothing(shared: Path, kind: str, victim
         message = as_user(victim, use)
         setting = "TMPDIR" if kind in KINDS else "XDG_CACHE_HOME"
         assert re.search(r"(belongs to another user|is a symbolic link)", message), message
-        assert message.endswith(f"set {setting} to a folder of your own") and "\n" not in message
+        assert f"set {setting} to a folder of your own" in message and "\n" not in message
         assert (home / "precious").exists() and (home / kind / "precious").exists()
         for planted in (base, base.parent):
             if planted.is_symlink():
@@ -278,7 +279,7 @@ def test_a_parent_that_another_user_can_replace_is_refused(shared: Path, monkeyp
             node_folders.index_folder()
         assert str(error.value) == (
             f"the folder {wanted.parent} is not safe from other users, because {problem}; set TMPDIR to a folder of "
-            "your own"
+            "your own, or set CRATE_RAY_ONE_USER=1 if nobody else can log in to this machine or container"
         )
         assert not wanted.exists()
 
@@ -290,6 +291,16 @@ def test_a_parent_that_another_user_can_replace_is_refused(shared: Path, monkeyp
         refused(f"{parent} belongs to another user")
         os.chown(parent, 0, 0)
         parent.chmod(0o755)
+    folder.chmod(0o2777)  # as a volume of a Kubernetes pod
+    monkeypatch.setenv("CRATE_RAY_ONE_USER", "1")
+    node_folders.index_folder()
+    os.chown(folder, OTHER_USER, OTHER_USER)
+    shutil.rmtree(folder / NODE)
+    refused(f"{folder} belongs to another user")
+    monkeypatch.delenv("CRATE_RAY_ONE_USER")
+    os.chown(folder, 0, 0)
+    folder.chmod(0o755)
+
     link = shared / "link"
     as_user(OTHER_USER, lambda: link.symlink_to(folder))
     monkeypatch.setattr("tempfile.tempdir", str(link))
