@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from crate_ray.config import CheckpointConfig
 from crate_ray.errors import UserError
@@ -33,6 +32,7 @@ from crate_ray.runs.initial_weights import fetch_initial_weights
 from crate_ray.runs.record import RunRecord
 from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished
 from crate_ray.storage.interface import Storage
+from crate_ray.training.staging import HostCopies
 from crate_ray.training.task import Assembled
 
 logger = logging.getLogger(__name__)
@@ -106,12 +106,7 @@ class WorkerCheckpoints:
     ) -> None:
         self._run, self._attempt, self._record, self._config = run, attempt, record, config
         self._peers, self._events = peers, events
-        cuda = device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-        )
+        self._copies = HostCopies(device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._upload: Future[None] | None = None
 
@@ -139,8 +134,7 @@ class WorkerCheckpoints:
         """
         self._wait()
         tensors = checkpoint_tensors(assembled.task.model, assembled.optimizer)
-        part = self._stager.stage(own_part(tensors, self._peers.rank, self._peers.world_size))
-        assert isinstance(part, dict)
+        part = self._copies.copy(own_part(tensors, self._peers.rank, self._peers.world_size))
         state = CheckpointState(
             step=step,
             run=self._record,
@@ -159,7 +153,7 @@ class WorkerCheckpoints:
         """Wait until everything is uploaded. Raises UploadFailed if the upload has failed."""
         self._wait()
         self._thread.shutdown()
-        self._stager.close()
+        self._copies.close()
 
     def _newest_commit(self) -> Commit | None:
         """The newest valid checkpoint. Rank 0 finds and fetches it, and broadcasts it to all ranks."""

@@ -30,6 +30,7 @@ from crate_ray.models.reference import ReferenceCrateMAE  # noqa: E402
 from crate_ray.training.compilation import compile_layers  # noqa: E402
 from crate_ray.training.cuda_graph import GraphedStep  # noqa: E402
 from crate_ray.training.optimizer import build_optimizer  # noqa: E402
+from crate_ray.training.staging import HostCopies  # noqa: E402
 from crate_ray.training.step import train_step  # noqa: E402
 
 Results = dict[str, Any]
@@ -249,8 +250,6 @@ def ddp() -> Results:
 
 def checkpoint() -> Results:
     """Weights and optimizer state of the base model: copied while training goes on, written, restored bit by bit."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
     from crate_ray.runs.checkpoint_files import (
         STATE_FILE,
         CheckpointState,
@@ -265,14 +264,11 @@ def checkpoint() -> Results:
     optimizers = [build_optimizer(model, OptimConfig()) for model in models]
     given = inputs(config, 2)
     train_step(models[0], optimizers[0], *given, batch_size=2, lr=1e-3)
-    options = StagingOptions(
-        use_pinned_memory=True, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=True
-    )
-    stager = DefaultStager(options)
+    copies = HostCopies(CUDA)
     tensors = own_part(checkpoint_tensors(models[0], optimizers[0]), 0, 1)
-    stager.stage(tensors)  # the first copy allocates pinned memory
+    copies.copy(tensors)  # the first copy allocates pinned memory
     began = time.perf_counter()
-    copy: Any = stager.stage(tensors)
+    copy = copies.copy(tensors)
     copied = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         write_part(Path(folder), copy, 0, 1)

@@ -51,6 +51,7 @@ from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished, 
 from crate_ray.storage.local import LocalStorage
 from crate_ray.training.optimizer import build_optimizer, learning_rate
 from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.staging import HostCopies
 from crate_ray.training.step import train_step
 from crate_ray.training.task import WorkerContext, assemble
 from tests.checkpoints import save, upload
@@ -518,3 +519,18 @@ def test_a_folder_that_holds_no_model_is_explained(tmp_path: Path) -> None:
             UserError, match=r"does not hold a model that this version can read: (model: Field|Invalid JSON)"
         ):
             load_exported(folder)
+
+
+def test_tensors_are_copied_to_the_same_memory_every_time() -> None:
+    tensors = {"weight": torch.arange(6.0).view(2, 3), "step": torch.tensor(1.0)}
+    copies = HostCopies(torch.device("cpu"))
+    places = set()
+    for step in range(3):
+        copied = copies.copy(tensors)
+        expected = {name: tensor.clone() for name, tensor in tensors.items()}
+        for tensor in tensors.values():
+            tensor.add_(1)
+        assert all(torch.equal(copied[name], expected[name]) for name in tensors), step
+        places.add(tuple(tensor.data_ptr() for tensor in copied.values()))
+    assert len(places) == 1
+    copies.close()
