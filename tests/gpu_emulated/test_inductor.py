@@ -228,6 +228,8 @@ class Generated(NamedTuple):
     float8: bool = False
     padded: bool = False
     """Inductor aligns all matrices."""
+    autotuned: bool = False
+    """Products are Inductor's own kernels, as training.compile 'autotune' allows."""
 
 
 BASE: dict[str, Any] = {"image_size": 224, "patch_size": 16, "dim": 768, "depth": 2}
@@ -238,6 +240,7 @@ GENERATED = {
     "crate_mae, sharded": Generated(CRATE_BASE, sharded=True),
     "crate_mae, bf16 tokens": Generated(CRATE_BASE, bf16_tokens=True),
     "crate_mae, float8": Generated(CRATE_BASE, float8=True),
+    "crate_mae, autotuned": Generated(CRATE_BASE, bf16_tokens=True, autotuned=True),
     "crate_mae, an odd batch": Generated(CRATE_BASE, batch=125, padded=True),
     "tied maps, linear attention": Generated(
         CRATE_BASE.model_copy(update={"output_map": "tied", "decoder_maps": "tied", "attention": "linear"})
@@ -258,6 +261,10 @@ def test_generated_kernels_compile_for_hopper(case: str, tmp_path: Path) -> None
     assert counts["breaks"] == {} and counts["programs"] <= 3
     assert Counter(kernel["half"] for kernel in kernels).keys() == {"forward", "backward"}
     assert len(kernels) >= 20
+    if GENERATED[case].autotuned:
+        products = [kernel["name"] for kernel in kernels if "_tem_" in kernel["name"]]
+        for epilogue in ("add_mm_relu_sub", "addmm_sub", "mm_threshold_backward"):  # ISTA, decoder, ISTA backward
+            assert any(epilogue in name.replace("_unsafe_view_", "").replace("_t_", "_") for name in products), products
     for kernel in kernels:
         blocks = kernel["blocks"]
         assert len(blocks) == kernel["choices"] > 0, kernel
@@ -291,6 +298,8 @@ def generate(name: str) -> None:
     compiler.generate = compile_fx_inner
     torch._inductor.config.force_shape_pad = case.padded
     torch.compile = partial(torch.compile, backend=compiler.backend)
+    if case.autotuned:
+        choose_triton_products()
     compile_kernels_for_hopper()
     model: Any = build_model(case.config).cuda()
     model.bf16_tokens = case.bf16_tokens
@@ -302,6 +311,15 @@ def generate(name: str) -> None:
         parallelize(model, layers, "fsdp", world_size=2, device=torch.device("cuda"), autocast=case.autocast)
     compile_layers(model, layers, inputs(case.config, case.batch), case.autocast, required=True)
     print(json.dumps({"programs": compiler.programs, "breaks": compiler.breaks}))
+
+
+def choose_triton_products() -> None:
+    """Of the kernels for a product, take the first of Inductor's own. On a GPU it takes the one that is fastest."""
+    import torch._inductor.config
+    from torch._inductor.select_algorithm import TritonTemplateCaller, add_preprocessing_fn
+
+    torch._inductor.config.max_autotune_gemm = True
+    add_preprocessing_fn(lambda choices: [c for c in choices if isinstance(c, TritonTemplateCaller)][:1] or choices)
 
 
 def compile_kernels_for_hopper() -> None:

@@ -182,6 +182,23 @@ def test_settling_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_compiled_by_default() -> None:
     devices = torch.device("cpu"), torch.device("cuda")
-    for choice, expected in (("auto", (False, True)), ("layers", (True, True)), ("off", (False, False))):
-        training = TrainingConfig(steps=1, compile=choice)
+    choices = {"auto": (False, True), "layers": (True, True), "autotune": (True, True), "off": (False, False)}
+    for choice, expected in choices.items():
+        training = TrainingConfig.model_validate({"steps": 1, "compile": choice})
         assert tuple(should_compile(training.compile, device) for device in devices) == expected
+
+
+@pytest.mark.parametrize(("autotune", "expected"), [(False, None), (True, "max-autotune-no-cudagraphs")])
+def test_kernels_are_measured_if_asked_for(
+    autotune: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+
+    def compile_with(function: Any, *, dynamic: bool, mode: str | None) -> Any:
+        modes.append(mode)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_with)
+    model = build_model(CONFIG)
+    assert compile_layers(model, model.encoder, (torch.randn(2, 3, 8, 8), torch.rand(2, 16)), autotune=autotune)
+    assert modes == [expected] * CONFIG.depth
