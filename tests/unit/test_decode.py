@@ -604,7 +604,7 @@ def test_a_bomb_behind_a_marker_without_a_length_is_refused(library: str, marker
 
 def test_a_second_frame_is_not_measured() -> None:
     at = JPEG.index(frame_of(JPEG))
-    with pytest.raises(BadSample, match="headers give two sizes"):  # before Pillow allocates for the last one
+    with pytest.raises(BadSample, match="damaged"):
         image_statistics(JPEG[:at] + shown(40, 48) + JPEG[at:])
 
 

@@ -12,8 +12,11 @@ from torch import Tensor
 from crate_ray.config import Kind
 from crate_ray.data.decode.errors import DecodeError, check_pixels
 from crate_ray.data.decode.member import UPRIGHT, Crop
+from crate_ray.data.decode.room import room_for
 from crate_ray.data.decode.transforms import resize_grid, resize_image
 from crate_ray.data.format import npy
+
+_MAX_CHANNELS = 4096
 
 
 class DecodedImage(NamedTuple):
@@ -68,13 +71,26 @@ class Grid(NamedTuple):
         return grid.reshape(channels, *self.hw)
 
     def crop_into(self, crop: Crop, out_CHW: Tensor) -> None:
-        grid = self.whole(out_CHW.shape[0])
-        part = grid[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-        resize_grid(part, out_CHW, crop.flip)
+        with room_for(self.num_bytes):
+            grid = self.whole(out_CHW.shape[0])
+            part = grid[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+            resize_grid(part, out_CHW, crop.flip)
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory to decode it: as float32, with a copy of the crop and a mask."""
+        return 9 * math.prod(self.shape)
 
 
-def open_grid(content: bytes | memoryview, channels: int, max_pixels: int) -> Grid:
-    """Read and check the header of a `.npy` array. Raises DecodeError."""
+def open_grid(content: bytes | memoryview, channels: int | None, max_pixels: int) -> Grid:
+    """Read and check the header of a `.npy` array. It may have any number of channels if `channels` is None.
+
+    Raises DecodeError.
+    """
     start = bytes(content[:6])
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         raise DecodeError("a pickle, not a plain .npy array", "pickled")
@@ -91,10 +107,12 @@ def open_grid(content: bytes | memoryview, channels: int, max_pixels: int) -> Gr
     return Grid(content, offset, dtype, shape, fortran)
 
 
-def _check_grid(shape: tuple[int, ...], dtype: np.dtype[Any], channels: int) -> None:
+def _check_grid(shape: tuple[int, ...], dtype: np.dtype[Any], channels: int | None) -> None:
     if dtype.hasobject:
         raise DecodeError("not a plain .npy array: it holds pickled objects", "pickled")
     if dtype.kind not in "fiub":
         raise DecodeError(f"an array of {dtype} of shape {shape}, not of numbers", "not_numbers")
-    if len(shape) not in (2, 3) or min(shape) < 1 or (shape[0] if len(shape) == 3 else 1) != channels:
-        raise DecodeError(f"shape {shape}, but the model expects ({channels}, height, width)", "wrong_shape")
+    found = shape[0] if len(shape) == 3 else 1
+    if len(shape) not in (2, 3) or min(shape) < 1 or found > _MAX_CHANNELS or channels not in (None, found):
+        expected = "C" if channels is None else channels
+        raise DecodeError(f"shape {shape}, but the model expects ({expected}, height, width)", "wrong_shape")

@@ -10,10 +10,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crate_ray.data.decode.errors import DecodeError, check_pixels
+from crate_ray.data.decode.errors import DecodeError
 from crate_ray.data.decode.jpeg_stack import Layout, layout_of
 from crate_ray.data.decode.member import UPRIGHT, Crop, exif_orientation, upright
-from crate_ray.data.decode.pillow import PillowImage, open_with_pillow
+from crate_ray.data.decode.pillow import ImageFormat, PillowImage, check_size
+from crate_ray.data.decode.room import room_for
 from crate_ray.data.decode.transforms import LARGEST_SMALL_SIDE, Box, Orientation, resize_image
 from crate_ray.data.decode.turbojpeg import Region, RegionError, find_turbojpeg
 
@@ -31,6 +32,11 @@ _SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 """Segments with a length that may come before a frame: tables, comments, application data. Other markers are refused:
 decoders disagree on whether those have a length, so they could find different frames."""
 _SEQUENTIAL = frozenset({0xC0, 0xC1})
+_MAX_SEGMENTS = 4096
+"""Most segments before the frame. Long profiles and metadata are cut into segments of 64 kB."""
+_SCAN = b"\xff\xda"
+_MAX_SCANS = 100
+"""Most scans. Encoders write about ten, and every one costs a pass over the whole image."""
 _APP1, _START_OF_SCAN, _RESTART_INTERVAL = 0xE1, 0xDA, 0xDD
 
 
@@ -48,13 +54,26 @@ class Jpeg(NamedTuple):
     orientation: Orientation
     layout: Layout | None
     """Set for a small JPEG that can be decoded together with others."""
+    has_scans: bool = False
+    """Whether it has several scans, so that decoding keeps the coefficients of the whole image."""
+
+    @property
+    def format(self) -> ImageFormat:
+        """Its format."""
+        return "JPEG"
+
+    @property
+    def channels(self) -> int:
+        """1 for grayscale, else 3."""
+        return 1 if self.components == 1 else 3
 
     @property
     def hw(self) -> tuple[int, int]:
         return (self.width, self.height) if self.orientation.transposed else (self.height, self.width)
 
-    def whole(self, channels: int) -> NDArray[np.uint8]:
-        return upright(self._all(1, channels), self.orientation).transpose(2, 0, 1)
+    def whole(self, channels: int, factor: int = 1) -> NDArray[np.uint8]:
+        """As for any member, but at 1/factor scale."""
+        return upright(self._all(factor, channels), self.orientation).transpose(2, 0, 1)
 
     def crop_into(self, crop: Crop, out_CHW: Tensor) -> None:
         orientation = self.orientation
@@ -69,8 +88,14 @@ class Jpeg(NamedTuple):
         box = None
         if factor > 1:
             box = Box(top / factor - region.top, left / factor - region.left, height / factor, width / factor)
-        pixels = self._region(region, factor, _DECODED[out_CHW.shape[0]])
-        resize_image(pixels, out_CHW, orientation.mirrored() if flip else orientation, box)
+        with room_for(self.num_bytes(factor)):
+            pixels = self._region(region, factor, _DECODED[out_CHW.shape[0]])
+            resize_image(pixels, out_CHW, orientation.mirrored() if flip else orientation, box)
+
+    def num_bytes(self, factor: int = 1) -> int:
+        """Memory to decode it at 1/factor scale: four bytes per pixel, and two per coefficient if they are kept."""
+        size = self.height * self.width
+        return 4 * size // factor**2 + (2 * self.components * size if self.has_scans else 0)
 
     def _region(self, region: Region, factor: int, channels: int) -> NDArray[np.uint8]:
         """Decode a region at 1/factor scale: (height, width, channels)."""
@@ -175,36 +200,59 @@ def _decode_jpeg(content: bytes | bytearray | memoryview, factor: int, out: NDAr
 
 def open_jpeg(content: bytes | memoryview, max_pixels: int) -> Jpeg | PillowImage:
     """Read a JPEG's header up to its frame (ITU T.81 annex B). Raises DecodeError if it is damaged or too large."""
-    orientation, position = UPRIGHT, 2
+    exif, position, segments_left = b"", 2, _MAX_SEGMENTS
     try:
         while content[position] != 0xFF or (marker := content[position + 1]) not in _START_OF_FRAME:
+            segments_left -= 1
+            if not segments_left:
+                raise jpeg_error(f"it has more than {_MAX_SEGMENTS} segments before its frame")
             if content[position : position + 2] == b"\xff\xff":  # fill byte
                 position += 1
                 continue
             if content[position] != 0xFF or marker not in _SEGMENTS:
                 raise jpeg_error("its header has no frame")
-            if marker == _APP1 and content[position + 4 : position + 10] == b"Exif\0\0":
+            if not exif and marker == _APP1 and content[position + 4 : position + 10] == b"Exif\0\0":
                 size = content[position + 2] << 8 | content[position + 3]
-                orientation = exif_orientation(bytes(content[position + 4 : position + 2 + size]))
+                exif = bytes(content[position + 4 : position + 2 + size])
             position += 2 + (content[position + 2] << 8 | content[position + 3])
         precision, height, width, components = struct.unpack_from(">BHHB", content, position + 4)
         sampling = [content[position + 11 + 3 * i] for i in range(components)]
     except (IndexError, struct.error):
         raise jpeg_error("it ends within its header") from None
-    if not height or not width or not components:
+    if not components:
         raise jpeg_error("it has no pixels")
     if not all(s >> 4 and s & 15 for s in sampling):
         raise jpeg_error("a component has no samples")
-    check_pixels(height, width, max_pixels)
-    if precision != 8 or components not in (1, 3, 4):
-        return open_with_pillow(content, ("JPEG",), max_pixels)
+    check_size(height, width, max_pixels)
+    orientation = exif_orientation(exif) if exif else UPRIGHT
     layout = None
-    if max(height, width) <= LARGEST_SMALL_SIDE and orientation == UPRIGHT:
+    if max(height, width) <= LARGEST_SMALL_SIDE and orientation == UPRIGHT and precision == 8:
         content = bytes(content)
         layout = layout_of(content)
         if layout is not None and layout[1:4] != (height, width, components):  # it belongs to a second frame
             layout = None
-    return Jpeg(content, position, height, width, components, orientation, layout)
+    scans = 1
+    if layout is None and not (content[position + 1] in _SEQUENTIAL and _has_one_scan(content, position, components)):
+        content = bytes(content)
+        scans = content.count(_SCAN, position)
+        if scans > _MAX_SCANS:
+            raise DecodeError(f"it has {scans} scans, more than the limit of {_MAX_SCANS}", "too_large")
+    if precision != 8 or components not in (1, 3, 4):
+        return PillowImage(bytes(content), "JPEG", height, width, 1 if components == 1 else 3, orientation)
+    return Jpeg(content, position, height, width, components, orientation, layout, scans > 1)
+
+
+def _has_one_scan(content: bytes | memoryview, position: int, components: int) -> bool:
+    """Whether the first scan of a sequential JPEG has all components, so that decoders read no other one."""
+    for _ in range(_MAX_SEGMENTS):
+        position += 2 + (content[position + 2] << 8 | content[position + 3])
+        if position + 5 > len(content) or content[position] != 0xFF:
+            return False
+        if content[position + 1] == _START_OF_SCAN:
+            return content[position + 4] == components
+        if content[position + 1] not in _SEGMENTS:
+            return False
+    return False
 
 
 def _reduction(crop: Crop, out_height: int, out_width: int) -> int:

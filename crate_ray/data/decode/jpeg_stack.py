@@ -8,6 +8,7 @@ linear, so the resize does them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from crate_ray.data.decode.scratch import scratch
 from crate_ray.data.decode.transforms import Crops, SmallResize
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
+_MARKER = re.compile(rb"\xff[^\0]")
 _IS_RGB = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
 _SAMPLINGS = {0x11: (1, 1), 0x21: (1, 2), 0x22: (2, 2)}
 """Rows and columns of luma blocks per MCU, by sampling factor in the frame header."""
@@ -53,7 +55,7 @@ class Layout(NamedTuple):
 
     def fits(self, content: bytes) -> bool:
         """Whether a JPEG has this layout."""
-        return content.startswith(self.header) and content.endswith(_END)
+        return content.startswith(self.header) and content.endswith(_END) and _has_no_markers(content, len(self.header))
 
 
 def layout_of(content: bytes) -> Layout | None:
@@ -83,6 +85,8 @@ def layout_of(content: bytes) -> Layout | None:
         position = end
     if not is_jfif or not frame or frame[4] != 8 or not content.endswith(_END):
         return None
+    if not _has_no_markers(content, position):
+        return None
     height, width, components = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big"), frame[9]
     if components not in (1, 3) or len(frame) != 10 + 3 * components or scan[4] != components:
         return None
@@ -95,6 +99,15 @@ def layout_of(content: bytes) -> Layout | None:
     if sampling is None:
         return None
     return Layout(content[:position], height, width, components, sampling, tables, frame, scan)
+
+
+def _has_no_markers(content: bytes, start: int) -> bool:
+    """Whether there is no marker between a JPEG's header and its end.
+
+    With restart markers of its own, an image could hold coded data for the place of its neighbours in a stack. In coded
+    data, 0 follows every 0xFF.
+    """
+    return _MARKER.search(content, start, len(content) - len(_END)) is None
 
 
 def resize_stacked(

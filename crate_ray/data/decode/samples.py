@@ -6,7 +6,8 @@ before memory is allocated for pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,8 @@ from crate_ray.data.decode.errors import MAX_PIXELS, DecodeError
 from crate_ray.data.decode.jpeg import Jpeg, jpeg_error, open_jpeg
 from crate_ray.data.decode.jpeg_stack import Layout, resize_stacked
 from crate_ray.data.decode.member import UPRIGHT, Crop, Member
-from crate_ray.data.decode.pillow import open_with_pillow
+from crate_ray.data.decode.pillow import PNG_START, ImageFormat, PillowImage, open_png_or_webp
+from crate_ray.data.decode.room import room_for
 from crate_ray.data.decode.scratch import scratch
 from crate_ray.data.decode.transforms import CropRule, Crops, Int64, SmallResize, small_side
 
@@ -72,7 +74,6 @@ def decode_batch(
             member.crop_into(Crop.of(crops, i), out[i])
         except DecodeError as error:
             errors[i] = error
-        members[i] = None  # a PillowImage holds all of its pixels
     for (side, _), rows in small.items():
         _decode_small(members, np.array(rows), crops, side, out, errors)
     return errors
@@ -102,6 +103,51 @@ def read_image_header(content: bytes | memoryview, *, max_pixels: int = MAX_PIXE
         and content[member.frame + 10] != ord("R")
     )
     return ImageHeader(*member.hw, is_plain)
+
+
+class WholeImage(NamedTuple):
+    """A decoded image."""
+
+    pixels: NDArray[np.uint8]
+    """(height, width, channels), upright, with 1 channel for grayscale and 3 for colours."""
+    size: tuple[int, int]
+    """Height and width before it was reduced."""
+    format: ImageFormat
+
+
+@contextmanager
+def decode_whole(
+    content: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, reduced_side: int | None = None
+) -> Iterator[WholeImage]:
+    """A whole image, decoded as `decode_batch` does. So both refuse the same images.
+
+    Other threads may have to wait for memory until the context ends.
+
+    Args:
+        content: a JPEG, PNG or WebP file.
+        max_pixels: larger images are refused by their headers.
+        reduced_side: decode a JPEG at ½, ¼ or ⅛ scale if its sides stay at least this long.
+
+    Raises:
+        DecodeError: it cannot be decoded.
+    """
+    member = _open(content, "image", 3, max_pixels)
+    assert isinstance(member, Jpeg | PillowImage)
+    factor = 1
+    if isinstance(member, Jpeg) and reduced_side is not None:
+        factor = next((f for f in (8, 4, 2) if min(member.hw) >= f * reduced_side), 1)
+    num_bytes = member.num_bytes(factor) if isinstance(member, Jpeg) else member.num_bytes
+    with room_for(num_bytes + 8 * member.height * member.width // factor**2):  # the user of the pixels copies them
+        pixels = member.whole(member.channels, factor) if isinstance(member, Jpeg) else member.whole(member.channels)
+        yield WholeImage(pixels.transpose(1, 2, 0), member.hw, member.format)
+
+
+def read_format(content: bytes | memoryview) -> ImageFormat | None:
+    """Format of an encoded image by its first bytes; None if it is of no format that is decoded."""
+    start = bytes(content[:12])
+    if start[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    return "PNG" if start[:8] == PNG_START else "WEBP" if start[:4] == b"RIFF" and start[8:] == b"WEBP" else None
 
 
 def skim_jpeg(content: bytes | memoryview, rows: int) -> None:
@@ -153,7 +199,7 @@ def _open(
             f"images have 1 or 3 channels, the model has {channels}; store other data as .npy grids", "wrong_shape"
         )
     if content[:3] != b"\xff\xd8\xff":
-        return open_with_pillow(content, ("PNG", "WEBP"), max_pixels)
+        return open_png_or_webp(content, max_pixels)
     if isinstance(previous, Jpeg) and previous.layout is not None and len(content) < _SMALL_BYTES:
         content = bytes(content)
         if previous.layout.fits(content):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-from crate_ray.bounded import MAX_NAME
+from crate_ray.bounded import MAX_CLASSES, MAX_NAME
 from crate_ray.data.format.names import is_metadata, is_refused, printable, relative, split_name
 from crate_ray.data.format.tar import Buffer, DamagedShard, range_members, whole_members
 from crate_ray.errors import UserError, first_few
 
 logger = logging.getLogger(__name__)
 
+_LABEL_BYTES, _LABEL_DIGITS = 100, 20
 _SHOWN = 100  # characters of a refused name in the log
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -43,6 +44,20 @@ class Table(NamedTuple):
     """Its samples, in the order of their first members."""
     unsafe: list[str]
     """Members with refused names, which belong to no sample."""
+
+
+def class_number(content: bytes | memoryview) -> int | None:
+    """The class in a `cls` member. None if it is not a number in decimal digits.
+
+    Raises:
+        ValueError: the number is too large for a class.
+    """
+    text = bytes(content[:_LABEL_BYTES]).strip()
+    if not text.isdigit():
+        return None
+    if len(content) > _LABEL_BYTES or len(text) > _LABEL_DIGITS or int(text) >= MAX_CLASSES:
+        raise ValueError(f"its class number is not below {MAX_CLASSES}")
+    return int(text)
 
 
 def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:

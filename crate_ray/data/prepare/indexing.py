@@ -8,7 +8,7 @@ from typing import NamedTuple
 from crate_ray.data.format.dataset import check_shard_names
 from crate_ray.data.format.index import index_shard
 from crate_ray.data.format.manifest import MANIFEST_NAME, TABLE_SUFFIX, Manifest
-from crate_ray.data.format.samples import read_table
+from crate_ray.data.format.samples import class_number, read_table
 from crate_ray.data.prepare.build import Plan, ShardTask, build_dataset
 from crate_ray.data.prepare.records import Finished, check_plan, digest_of, save_record
 from crate_ray.data.prepare.sources import THREADS, known_classes, list_shards, open_shard, split_address
@@ -18,15 +18,20 @@ from crate_ray.data.prepare.statistics import (
     DatasetStatistics,
     SampleCounts,
     SampleStatistics,
+    bad_sample,
+    checked_size,
     grid_statistics,
     image_statistics,
     image_suffix,
 )
 from crate_ray.data.prepare.tasks import Report
+from crate_ray.data.read.content import NO_LABEL
 from crate_ray.errors import UserError, first_few
 from crate_ray.storage.interface import NotFound, Storage
 
 logger = logging.getLogger(__name__)
+
+_MAX_LISTED = 1000
 
 
 class _Scan(NamedTuple):
@@ -62,7 +67,11 @@ def index_existing(
     def describe(counts: SampleCounts, statistics: DatasetStatistics, bad: list[str]) -> dict[str, object]:
         described = counts.describe(source.uri) | {"classes": known_classes(source)}
         if bad:
-            logger.warning("%d of the samples decoded for statistics are damaged: %s", len(bad), first_few(bad))
+            logger.warning(
+                "%d samples, of all classes and some images that were checked, are unusable: %s",
+                len(bad),
+                first_few(bad),
+            )
         if not statistics.count:
             raise UserError(f"none of the samples under {source.uri} that were tried can be decoded: {first_few(bad)}")
         if described["kind"] == "grid" and len(statistics.channels) > 1:
@@ -76,7 +85,7 @@ def index_existing(
 
     plan = Plan(
         title="indexing",
-        digest=digest_of(["indexing", 2, source.uri, *((info.key, info.size, info.etag) for info in infos)]),
+        digest=digest_of(["indexing", 3, source.uri, *((info.key, info.size, info.etag) for info in infos)]),
         names=[info.key for info in infos],
         packs=False,
         work=scan_shard,
@@ -100,7 +109,13 @@ def scan_shard(task: ShardTask, report: Report) -> Finished:
         counts.add_unsafe([f"{task.name}: {name}" for name in unsafe])
         for row in table:
             start, size = row.members.get("cls", (0, 0))
-            counts.add(row.members, bytes(buffer[start : start + size]) if size else None, row.key)
+            try:
+                label = class_number(memoryview(buffer)[start : start + size])
+            except ValueError as error:
+                label = NO_LABEL
+                if len(bad) < _MAX_LISTED:
+                    bad.append(bad_sample(f"{task.name}/{row.key}", error))
+            counts.add(row.members, label, row.key)
             report(counts.samples, 0)
         decoded: list[SampleStatistics] = []
         for number in sorted({i * len(table) // scan.share for i in range(scan.share)} if table else ()):
@@ -109,11 +124,11 @@ def scan_shard(task: ShardTask, report: Report) -> Finished:
             if suffix is None:
                 continue
             start, size = row.members[suffix]
-            content = bytes(buffer[start : start + size])
             try:
+                content = bytes(buffer[start : start + checked_size(size)])
                 decoded.append(grid_statistics(content) if suffix == "npy" else image_statistics(content)[1])
             except BadSample as error:
-                bad.append(f"{task.name}/{row.key} ({error})")
+                bad.append(bad_sample(f"{task.name}/{row.key}", error))
             report(counts.samples, len(bad))
         for sample in decoded:
             statistics.add(sample, weight=counts.samples / len(decoded))

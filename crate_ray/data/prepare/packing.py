@@ -16,10 +16,10 @@ import numpy as np
 
 from crate_ray.config import PrepareConfig
 from crate_ray.data.decode.errors import DecodeError
-from crate_ray.data.decode.samples import read_image_header
+from crate_ray.data.decode.samples import read_format, read_image_header
 from crate_ray.data.format.index import INDEX_STRIDE, index_shard
 from crate_ray.data.format.manifest import MANIFEST_NAME, Manifest
-from crate_ray.data.format.samples import read_table
+from crate_ray.data.format.samples import class_number, read_table
 from crate_ray.data.prepare.build import SHARD_PATTERN, Plan, ShardTask, build_dataset
 from crate_ray.data.prepare.records import Finished, check_plan, digest_of, save_record
 from crate_ray.data.prepare.shrink import shrink_image, shrink_mask
@@ -30,6 +30,7 @@ from crate_ray.data.prepare.statistics import (
     DatasetStatistics,
     SampleCounts,
     SampleStatistics,
+    bad_sample,
     grid_statistics,
     image_statistics,
     image_suffix,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FORMAT_SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_FORMAT_SUFFIX = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _SHRUNK_FOR_RATIO = 64  # samples
 _CONCURRENT_SHARDS = 2  # one is hashed and uploaded while another is filled
 
@@ -124,7 +125,7 @@ def plan_packing(source: Source, uri: str, config: PrepareConfig, title: str = "
             described["num_classes"] = max(described["num_classes"], len(source.classes))
         return described
 
-    settings = ["packing", 1, shrinking, channels, source.classes, edges]
+    settings = ["packing", 2, shrinking, channels, source.classes, edges]
     return Plan(
         title=title,
         digest=digest_of([*settings, *((item.name, item.size, item.version) for item in items)]),
@@ -183,13 +184,13 @@ def _shrinking_ratio(items: Sequence[Item], shrinking: Shrinking) -> float:
 def _channels_of_grids(items: Sequence[Item]) -> int | None:
     """Channels of the first good sample if it is a grid, else None. All grids must have the same number."""
     for item in items:
-        members = {suffix.lower(): content for suffix, content in item.load().items()}
-        suffix = image_suffix(members)
-        if suffix is None:
-            continue
-        if suffix != "npy":
-            return None
         try:
+            members = {suffix.lower(): content for suffix, content in item.load().items()}
+            suffix = image_suffix(members)
+            if suffix is None:
+                continue
+            if suffix != "npy":
+                return None
             return grid_statistics(members["npy"], moments=False).channels
         except BadSample:
             continue
@@ -215,21 +216,25 @@ def pack_shard(task: ShardTask, report: Report) -> Finished:
         try:
             members, sample = _checked(item.load(), part.shrinking, moments=number % part.stride == 0)
         except BadSample as error:
-            return f"{item.name} ({error})"
+            return bad_sample(item.name, error)
         if "npy" in members and part.channels not in (None, sample.channels):
-            return f"{item.name} ({sample.channels} channels, but others have {part.channels})"
+            return bad_sample(item.name, f"{sample.channels} channels, but others have {part.channels}")
         return members, sample
 
+    def size_of(numbered: tuple[int, Item]) -> int:
+        return numbered[1].size
+
+    numbered = enumerate(part.items, part.first)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard.tar"
         with path.open("wb") as file, shard_writer(file) as writer:
-            for number, loaded in enumerate(in_order(load, enumerate(part.items, part.first)), part.first):
+            for number, loaded in enumerate(in_order(load, numbered, size_of), part.first):
                 if isinstance(loaded, str):
                     bad.append(loaded)
                 else:
                     members, sample = loaded
                     writer.write({"__key__": f"{number:0{part.digits}d}", **members})
-                    counts.add(members, members.get("cls"))
+                    counts.add(members, class_number(members["cls"]) if "cls" in members else None)
                     statistics.add(sample)
                 report(counts.samples, len(bad))
         with map_file(path) as buffer:
@@ -273,6 +278,11 @@ def _checked(
     suffix = image_suffix(members)
     if suffix is None:
         raise BadSample("no image or grid among " + ", ".join(sorted(members)))
+    if "cls" in members:
+        try:
+            class_number(members["cls"])
+        except ValueError as error:
+            raise BadSample(str(error)) from None
     if suffix == "npy":
         if shrinking is not None:
             raise _grids_are_not_shrunk("one of the samples")
@@ -283,13 +293,10 @@ def _checked(
         _check_mask(mask, content)
     shrunk = None if shrinking is None else shrink_image(content, *shrinking)
     if shrinking is None or shrunk is None:
-        image, statistics = image_statistics(content, moments=moments, reduce=False)
-        kind = image.format or "JPEG"
+        kind, statistics = image_statistics(content, moments=moments, reduce=False)
     else:
-        members[suffix], kind = shrunk.content, shrunk.kind
-        statistics = SampleStatistics(shrunk.channels, shrunk.size, None, None)
-        if moments:
-            _, statistics = image_statistics(shrunk.content, reduce=False)
+        members[suffix] = shrunk
+        kind, statistics = image_statistics(shrunk, moments=moments, reduce=False)
         if mask is not None:
             members["mask.png"] = shrink_mask(mask, shrinking.max_side)
     if _FORMAT_SUFFIX[kind] not in members:
@@ -299,6 +306,8 @@ def _checked(
 
 def _check_mask(mask: bytes, content: bytes) -> None:
     """Decode the mask of an encoded image and compare their sizes. Raises BadSample."""
+    if read_format(mask) != "PNG":
+        raise BadSample("the mask is not a PNG")
     try:
         size = read_image_header(content)[:2]
     except DecodeError as error:

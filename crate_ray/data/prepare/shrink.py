@@ -6,17 +6,16 @@ Colours are treated as in `decode`: ICC profiles and transparency are ignored, C
 from __future__ import annotations
 
 import io
-import warnings
-from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from crate_ray.data.decode.errors import DecodeError
-from crate_ray.data.decode.pillow import to_eight_bits
-from crate_ray.data.decode.samples import read_image_header
-from crate_ray.data.prepare.statistics import IMAGE_FORMATS, BadSample, channels_of
+from crate_ray.data.decode.room import room_for
+from crate_ray.data.decode.samples import decode_whole, read_image_header
+from crate_ray.data.prepare.statistics import BadSample, as_picture
 
 _REDUCING_GAP = 3.0  # Pillow first averages whole pixels down to 3 times the size; no visible difference to one pass
+_MASK_BYTES_PER_PIXEL = 8
 
 
 def shrunk_size(height: int, width: int, max_side: int) -> tuple[int, int]:
@@ -27,20 +26,7 @@ def shrunk_size(height: int, width: int, max_side: int) -> tuple[int, int]:
     return max(max_side, round(height * max_side / short)), max(max_side, round(width * max_side / short))
 
 
-class Shrunk(NamedTuple):
-    """A re-encoded image."""
-
-    content: bytes
-    """The encoded bytes."""
-    kind: str
-    """Format, by Pillow's name."""
-    channels: int
-    """1 or 3."""
-    size: tuple[int, int]
-    """Height and width."""
-
-
-def shrink_image(content: bytes, max_side: int, quality: int) -> Shrunk | None:
+def shrink_image(content: bytes, max_side: int, quality: int) -> bytes | None:
     """Reduce the shortest side of an image to max_side. Returns None if it is not longer.
 
     Resizing is bicubic and antialiased. EXIF orientation is applied, then all metadata is dropped. The format stays.
@@ -53,59 +39,40 @@ def shrink_image(content: bytes, max_side: int, quality: int) -> Shrunk | None:
     Raises:
         BadSample: it cannot be decoded.
     """
-    image = _open(content, max_side)
-    if image is None:
-        return None
-    try:
-        pixels = to_eight_bits(image).convert("L" if channels_of(image) == 1 else "RGB")
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:
-        raise BadSample(str(error)) from None
-    smaller = _resized(pixels, image, max_side, Image.Resampling.BICUBIC)
-    kind = image.format if image.format in ("PNG", "WEBP") else "JPEG"
-    return Shrunk(_encoded(smaller, kind, quality), kind, channels_of(smaller), (smaller.height, smaller.width))
-
-
-def shrink_mask(content: bytes, max_side: int) -> bytes:
-    """Resize a mask like its image, by nearest neighbour, so that no new values arise.
-
-    Raises:
-        BadSample: it cannot be decoded.
-    """
-    image = _open(content, max_side)
-    return content if image is None else _encoded(_resized(image, image, max_side, Image.Resampling.NEAREST), "PNG", 0)
-
-
-def _open(content: bytes, max_side: int) -> Image.Image | None:
-    """The decoded image, not rotated; None if it is small enough."""
     try:
         header = read_image_header(content)
         if min(header.height, header.width) <= max_side:
             return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-            image.load()
-        return image
-    except UnidentifiedImageError:
-        raise BadSample("not a JPEG, PNG or WebP image") from None
-    except (DecodeError, OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        with decode_whole(content) as image:
+            height, width = shrunk_size(*image.size, max_side)
+            picture = as_picture(image)
+            smaller = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=_REDUCING_GAP)
+            return _encoded(smaller, image.format, quality)
+    except (DecodeError, MemoryError) as error:
         raise BadSample(str(error)) from None
 
 
-def _resized(pixels: Image.Image, stored: Image.Image, max_side: int, filter_: Image.Resampling) -> Image.Image:
-    """Pixels of a stored image, resized and upright."""
-    height, width = shrunk_size(stored.height, stored.width, max_side)
-    gap = None if filter_ == Image.Resampling.NEAREST else _REDUCING_GAP
-    smaller = pixels.resize((width, height), filter_, reducing_gap=gap)
-    exif = stored.getexif()
-    smaller.info = {}  # drop all metadata except the orientation, which is applied next
-    if exif.get(0x0112, 1) != 1:
-        orientation = Image.Exif()
-        orientation[0x0112] = exif[0x0112]
-        smaller.info["exif"] = orientation.tobytes()
-        smaller = ImageOps.exif_transpose(smaller)
-        smaller.info = {}
-    return smaller
+def shrink_mask(content: bytes, max_side: int) -> bytes:
+    """Resize a PNG mask like its image, by nearest neighbour, so that no new values arise.
+
+    Raises:
+        BadSample: it cannot be decoded.
+    """
+    try:
+        header = read_image_header(content)
+        if min(header.height, header.width) <= max_side:
+            return content
+        with (
+            room_for(header.height * header.width * _MASK_BYTES_PER_PIXEL),
+            Image.open(io.BytesIO(content), formats=("PNG",)) as stored,
+        ):
+            image = ImageOps.exif_transpose(stored)
+            height, width = shrunk_size(image.height, image.width, max_side)
+            smaller = image.resize((width, height), Image.Resampling.NEAREST)
+            smaller.info = {}
+            return _encoded(smaller, "PNG", 0)
+    except Exception as error:  # damaged files can raise anything in Pillow's parsers
+        raise BadSample(str(error)) from None
 
 
 def _encoded(image: Image.Image, kind: str, quality: int) -> bytes:

@@ -23,11 +23,13 @@ from typing import NamedTuple, TypeVar
 
 from braceexpand import braceexpand
 
+from crate_ray.bounded import MAX_MEMBER_BYTES
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.format.manifest import INDEX_NAME, MANIFEST_NAME, NAMES_NAME, SHARDS_NAME, TABLE_SUFFIX
-from crate_ray.data.format.names import IMAGE_SUFFIXES
+from crate_ray.data.format.names import IMAGE_SUFFIXES, printable
 from crate_ray.data.format.samples import Table, read_table
 from crate_ray.data.format.tar import BLOCK
+from crate_ray.data.prepare.statistics import checked_size
 from crate_ray.data.prepare.tasks import Report, run_tasks, wants_cluster
 from crate_ray.errors import UserError, first_few
 from crate_ray.storage.interface import ObjectInfo, Storage
@@ -40,6 +42,7 @@ THREADS = 8
 _COMPRESSED_NAME = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 _WILDCARD = re.compile(r"[*?[]")
 _CLASS_BYTES = 2  # approximate size of a `cls` member
+_AHEAD_BYTES = 2**28  # samples that are read ahead
 _GAP_BYTES = 2**16  # reading a gap of this size costs less than another request
 
 T = TypeVar("T")
@@ -133,16 +136,24 @@ def open_source(storage: Storage, shards: str = "*.tar") -> Source:
             " ".join(info.etag for info in parts),
         )
 
-    return Source([item(name) for name in files], classes)
+    named = None if classes is None else tuple(map(printable, classes))
+    return Source([item(name) for name in files], named)
 
 
 def _read_files(storage: Storage, name: str, suffix: str, mask: str | None, label: bytes | None) -> dict[str, bytes]:
-    members = {suffix: storage.read(name)}
+    members = {suffix: _read_member(storage, name)}
     if mask is not None:
-        members["mask.png"] = storage.read(mask)
+        members["mask.png"] = _read_member(storage, mask)
     if label is not None:
         members["cls"] = label
     return members
+
+
+def _read_member(storage: Storage, name: str) -> bytes:
+    """Raises BadSample if the file is too large."""
+    data = storage.read(name, 0, MAX_MEMBER_BYTES + 1)
+    checked_size(len(data))
+    return data
 
 
 def _is_hidden(name: str) -> bool:
@@ -199,6 +210,8 @@ def _read_table(job: tuple[Storage, str], _: Report) -> Table:
 
 
 def _read_members(storage: Storage, shard: str, members: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    for _, size in members.values():
+        checked_size(size)
     begin = min(start for start, _ in members.values())
     end = max(start + size for start, size in members.values())
     if end - begin > sum(size for _, size in members.values()) + _GAP_BYTES:
@@ -325,16 +338,25 @@ def map_file(path: Path) -> Iterator[mmap.mmap | bytes]:
 # --- Reading ahead --------------------------------------------------------------------------------------------------
 
 
-def in_order(function: Callable[[T], R], inputs: Iterable[T]) -> Iterator[R]:
-    """Results of a function in the order of its inputs, computed a little ahead in threads."""
+def in_order(function: Callable[[T], R], inputs: Iterable[T], size_of: Callable[[T], int] = lambda _: 0) -> Iterator[R]:
+    """Results of a function in the order of its inputs, computed a little ahead in threads.
+
+    `size_of` gives the bytes that an input takes from its start until its result is used. Inputs of more than 256 MiB
+    in all do not wait at the same time.
+    """
     with ThreadPoolExecutor(THREADS, "sample") as pool:
-        waiting: deque[Future[R]] = deque()
+        waiting: deque[tuple[Future[R], int]] = deque()
+        held = 0
         try:
             for value in inputs:
-                waiting.append(pool.submit(function, value))
-                if len(waiting) >= 2 * THREADS:
-                    yield waiting.popleft().result()
+                size = size_of(value)
+                while waiting and (len(waiting) >= 2 * THREADS or held + size > _AHEAD_BYTES):
+                    future, freed = waiting.popleft()
+                    yield future.result()
+                    held -= freed
+                waiting.append((pool.submit(function, value), size))
+                held += size
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         finally:
             pool.shutdown(cancel_futures=True)

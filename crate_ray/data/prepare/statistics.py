@@ -5,40 +5,54 @@ Each shard is measured on its own; the results are merged in the order of the sh
 
 from __future__ import annotations
 
-import io
 import logging
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from crate_ray.bounded import MAX_MEMBER_BYTES
 from crate_ray.config.identifiers import Count
-from crate_ray.data.decode.errors import DecodeError
-from crate_ray.data.decode.pillow import to_eight_bits
-from crate_ray.data.decode.samples import read_image_header
-from crate_ray.data.format import npy
-from crate_ray.data.format.names import IMAGE_SUFFIXES
+from crate_ray.data.decode.arrays import open_grid
+from crate_ray.data.decode.errors import MAX_PIXELS, DecodeError
+from crate_ray.data.decode.pillow import ImageFormat
+from crate_ray.data.decode.room import room_for
+from crate_ray.data.decode.samples import WholeImage, decode_whole
+from crate_ray.data.format.names import IMAGE_SUFFIXES, printable
 from crate_ray.errors import UserError, first_few
 
 logger = logging.getLogger(__name__)
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 STATISTICS_SAMPLES = 2048
 """Mean and standard deviation are computed from at most this many samples."""
 
 _NUMBERED_SUFFIX = re.compile(r"\d[\d.]*\.(jpe?g|png|webp|npy)")
 _REPORTED_NAMES = 10
+_SHOWN_CHARACTERS = 300
+_MAX_SUFFIXES = 1000
+_KNOWN_SUFFIXES = frozenset({*IMAGE_SUFFIXES, "npy", "cls", "mask.png"})
 _REPORTED_UNSAFE = 100
-_GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+_REDUCED_SIDE = 256
 
 
 class BadSample(Exception):  # noqa: N818
-    """A sample cannot be decoded. Packing skips it."""
+    """A sample cannot be used. Packing skips it."""
+
+
+def bad_sample(name: str, cause: object) -> str:
+    """A bad sample and the cause, for records and messages."""
+    return printable(f"{name[:_SHOWN_CHARACTERS]} ({str(cause)[:_SHOWN_CHARACTERS]})")
+
+
+def checked_size(size: int) -> int:
+    """The size of a member in bytes. Raises BadSample if it is larger than any that is read."""
+    if size > MAX_MEMBER_BYTES:
+        raise BadSample(f"it has {size} bytes, more than the limit of {MAX_MEMBER_BYTES}")
+    return size
 
 
 def image_suffix(suffixes: Iterable[str]) -> str | None:
@@ -57,15 +71,10 @@ class SampleStatistics(NamedTuple):
     square: NDArray[np.float64] | None
 
 
-def channels_of(image: Image.Image) -> int:
-    """1 for a grayscale image, 3 for any other."""
-    return 1 if image.mode in _GRAY_MODES else 3
-
-
 def image_statistics(
     content: bytes, *, moments: bool = True, reduce: bool = True
-) -> tuple[Image.Image, SampleStatistics]:
-    """Decode a JPEG, PNG or WebP image, and no other format.
+) -> tuple[ImageFormat, SampleStatistics]:
+    """Decode a JPEG, PNG or WebP image, as training does. Returns its format and statistics.
 
     Args:
         content: the encoded image.
@@ -76,55 +85,49 @@ def image_statistics(
         BadSample: it cannot be decoded.
     """
     try:
-        header = read_image_header(content)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-        if sorted(image.size) != sorted(header[:2]):  # upright or not
-            raise BadSample("the image is damaged: its headers give two sizes")
-        if reduce:
-            image.draft(None, (256, 256))
-        image.load()
-        channels = channels_of(image)
-        if not moments:
-            return image, SampleStatistics(channels, header[:2], None, None)
-        eight_bits = to_eight_bits(image).convert("L" if channels == 1 else "RGB")
-        histogram = np.array(eight_bits.histogram(), np.float64).reshape(-1, 256)
-    except UnidentifiedImageError:
-        raise BadSample("not a JPEG, PNG or WebP image") from None
-    except (DecodeError, OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+        with decode_whole(content, reduced_side=_REDUCED_SIDE if reduce else None) as image:
+            return image.format, statistics_of(image, moments=moments)
+    except (DecodeError, MemoryError) as error:
         raise BadSample(str(error)) from None
+
+
+def statistics_of(image: WholeImage, *, moments: bool) -> SampleStatistics:
+    """Statistics of a decoded image."""
+    channels = image.pixels.shape[2]
+    if not moments:
+        return SampleStatistics(channels, image.size, None, None)
+    histogram = np.array(as_picture(image).histogram(), np.float64).reshape(-1, 256)
     share = histogram / histogram.sum(1, keepdims=True)
     values = np.arange(256) / 255
-    return image, SampleStatistics(channels, header[:2], share @ values, share @ values**2)
+    return SampleStatistics(channels, image.size, share @ values, share @ values**2)
+
+
+def as_picture(image: WholeImage) -> Image.Image:
+    """A decoded image for Pillow."""
+    return Image.fromarray(image.pixels[:, :, 0] if image.pixels.shape[2] == 1 else image.pixels)
 
 
 def grid_statistics(content: bytes, *, moments: bool = True) -> SampleStatistics:
-    """Check a .npy array of shape (C, H, W) or (H, W).
+    """Check a .npy array of shape (C, H, W) or (H, W), as training does.
 
     Args:
         content: the .npy file.
         moments: compute mean and mean square.
 
     Raises:
-        BadSample: it has another shape, or holds something other than finite numbers.
+        BadSample: it has another shape, or holds something other than finite float32 numbers.
     """
-    if not content.startswith(npy.MAGIC):
-        raise BadSample("not a .npy array")
     try:
-        array = npy.read(content)
-    except ValueError as error:
-        raise BadSample(f"not a readable .npy array: {error}") from None
-    if array.dtype.kind not in "buif" or array.ndim not in (2, 3) or not array.size:
-        raise BadSample(f"an array of {array.dtype} of shape {array.shape}, not numbers of shape (C, H, W) or (H, W)")
-    if not np.isfinite(array).all():
-        raise BadSample("the array holds infinities or NaN")
-    grid = array[None] if array.ndim == 2 else array
-    size = (int(grid.shape[1]), int(grid.shape[2]))
-    if not moments:
-        return SampleStatistics(len(grid), size, None, None)
-    flat = grid.reshape(len(grid), -1).astype(np.float64)
-    return SampleStatistics(len(grid), size, flat.mean(1), (flat**2).mean(1))
+        grid = open_grid(content, None, MAX_PIXELS)
+        with room_for(grid.num_bytes + 16 * grid.hw[0] * grid.hw[1]):
+            array = grid.whole(grid.channels)
+            if not moments:
+                return SampleStatistics(grid.channels, grid.hw, None, None)
+            mean = np.array([plane.mean(dtype=np.float64) for plane in array])
+            square = np.array([np.square(plane, dtype=np.float64).mean() for plane in array])
+    except (DecodeError, MemoryError) as error:
+        raise BadSample(str(error)) from None
+    return SampleStatistics(grid.channels, grid.hw, mean, square)
 
 
 class DatasetStatistics(BaseModel):
@@ -206,32 +209,36 @@ class SampleCounts(BaseModel):
     unsafe_names: list[str] = []
     """As in the manifest."""
 
-    def add(self, members: Iterable[str], label: bytes | None, key: str = "") -> None:
-        """Add a sample by its suffixes, the content of its `cls` member, and its key."""
+    def add(self, members: Iterable[str], label: int | None, key: str = "") -> None:
+        """Add a sample by its suffixes, its class, and its key.
+
+        A class below 0 stands for one that cannot be used. The dataset may have classes all the same.
+        """
         self.samples += 1
-        self.suffixes.update(members)
+        for member in members:
+            if len(self.suffixes) < _MAX_SUFFIXES or member in _KNOWN_SUFFIXES:
+                self.suffixes.add(printable(member[:_SHOWN_CHARACTERS]))
         suffix = image_suffix(members)
         if suffix is not None:
             self.images.add(suffix)
         else:
             self.without_image += 1
             if len(self.without_image_names) < _REPORTED_NAMES:
-                self.without_image_names.append(key)
-        if label is not None and label.strip().isdigit():
+                self.without_image_names.append(printable(key[:_SHOWN_CHARACTERS]))
+        if label is not None:
             self.labelled += 1
-            self.max_label = max(self.max_label, int(label))
+            self.max_label = max(self.max_label, label)
 
     def add_unsafe(self, names: Sequence[str]) -> None:
         """Add members with unsafe names, each after its shard's name."""
         self.num_unsafe += len(names)
-        # Names that are not UTF-8 cannot be written to JSON.
-        named = [name.encode("utf-8", "backslashreplace").decode() for name in names[:_REPORTED_UNSAFE]]
+        named = [printable(name[:_SHOWN_CHARACTERS]) for name in names[:_REPORTED_UNSAFE]]
         self.unsafe_names = [*self.unsafe_names, *named][:_REPORTED_UNSAFE]
 
     def merge(self, other: SampleCounts) -> None:
         """Add the counts of another part."""
         self.samples += other.samples
-        self.suffixes |= other.suffixes
+        self.suffixes.update(sorted(other.suffixes)[:_MAX_SUFFIXES], other.suffixes & _KNOWN_SUFFIXES)
         self.images |= other.images
         self.labelled += other.labelled
         self.max_label = max(self.max_label, other.max_label)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
-from crate_ray.data.format.samples import Sample
+from crate_ray.bounded import MAX_CLASSES
+from crate_ray.data.format.samples import Sample, class_number
 from crate_ray.data.read.bad_samples import SampleError
 from crate_ray.data.read.shard_reader import Unreadable
 
@@ -69,7 +70,7 @@ def _labels(samples: Sequence[Sample | Unreadable], errors: list[SampleError | N
     """Class numbers. If they are required, samples without one get an error."""
     with suppress(KeyError, ValueError):  # fast path: nearly always, every sample has a valid label
         labels = [int(bytes(sample.members["cls"])) for sample in samples]
-        if min(labels, default=0) >= 0:
+        if min(labels, default=0) >= 0 and max(labels, default=0) < MAX_CLASSES:
             return labels
     labels = []
     for i, sample in enumerate(samples):
@@ -82,6 +83,7 @@ def _labels(samples: Sequence[Sample | Unreadable], errors: list[SampleError | N
 
 def _label(sample: Sample | Unreadable) -> int:
     try:
-        return max(int(bytes(sample.members["cls"])), NO_LABEL)
+        label = class_number(sample.members["cls"])
     except (KeyError, ValueError):
         return NO_LABEL
+    return NO_LABEL if label is None else label
