@@ -8,6 +8,8 @@ import sys
 from importlib import metadata
 from typing import NoReturn
 
+from crate_ray.output import guard_output
+
 COMMANDS = {
     "demo": "pretrain on built-in pictures for a few minutes and show the result",
     "prepare": "pack images or .npy grids into shards, or index shards that exist",
@@ -26,6 +28,7 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """Run the command that the first argument names. Exits with 2 if there is none of that name."""
+    guard_output()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -40,7 +43,10 @@ def main() -> NoReturn:
         print(f"error: there is no command {name!r}{hint}", file=sys.stderr)
         sys.exit(2)
     sys.argv[:2] = [f"crate-ray {name}"]
-    importlib.import_module(f"crate_ray.jobs.{name}").run()
+    from crate_ray.cli import reported
+
+    with reported():
+        importlib.import_module(f"crate_ray.jobs.{name}").run()
     sys.exit(0)
 
 

@@ -6,12 +6,16 @@ import argparse
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
+from crate_ray.addresses import redact
 from crate_ray.config.base import CONFIG_FILE, Settings
 from crate_ray.config.examples import example_configs, find_example
 from crate_ray.config.listing import help_text
@@ -28,12 +32,15 @@ from crate_ray.config.values import (
     validate,
 )
 from crate_ray.errors import UserError
+from crate_ray.output import guard_output, visible
 from crate_ray.quiet import quiet_driver
 
 Complete = Callable[[dict[str, Any], str], dict[str, Any]]
 """Turns a short form into settings. Its arguments are the given settings and the short form's value."""
 
 _USAGE_ERROR = 2
+_UNEXPECTED = 70  # EX_SOFTWARE
+_LONGEST_CAUSE = 300
 
 
 def run_job(
@@ -45,18 +52,48 @@ def run_job(
 ) -> NoReturn:
     """Parse the command line, run the job, and exit.
 
-    The exit code is 0 for success, 2 for a UserError (printed as one sentence on stderr), 130 for Ctrl-C and 143 for
-    SIGTERM. Other exceptions keep their traceback.
+    The exit code is that of `reported`.
     """
-    quiet_driver()
-    try:
+    with reported():
+        quiet_driver()
         main(parse_config(config_class, sys.argv[1:] if argv is None else argv, complete, prog))
+    sys.exit(0)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Print an exception as one sentence on stderr, and exit.
+
+    The exit code is 2 for a UserError, 130 for Ctrl-C, 143 for SIGTERM, and 70 for any other exception, whose traceback
+    goes to a file.
+    """
+    guard_output()
+    try:
+        yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         sys.exit(_USAGE_ERROR)
     except KeyboardInterrupt as interrupt:
         sys.exit(getattr(interrupt, "exit_code", 130))
-    sys.exit(0)
+    except Exception as error:
+        print(f"error: {_unexpected(error)}", file=sys.stderr)
+        sys.exit(_UNEXPECTED)
+
+
+def _unexpected(error: Exception) -> str:
+    """The sentence about an error of ours, with the file that has its traceback."""
+    cause = (str(error).strip().splitlines() or [""])[0][:_LONGEST_CAUSE]
+    what = f"{type(error).__name__}: {cause}" if cause else type(error).__name__
+    try:
+        # Only its owner can read the file.
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="crate-ray-error-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(redact("".join(traceback.format_exception(error))))
+        where = f"the traceback is in {file.name}; please report it"
+    except OSError as problem:
+        where = f"the traceback could not be written ({problem.strerror}); please report it"
+    return visible(redact(f"{_prog()} failed unexpectedly ({what}); {where}"))
 
 
 def run_subcommand(
@@ -66,6 +103,7 @@ def run_subcommand(
 
     `default` is the command to run if the first argument is a setting.
     """
+    guard_output()
     prog, arguments = _prog(), sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         lines = [f"  {name:10} {_summary(config)}" for name, (config, _) in commands.items()]

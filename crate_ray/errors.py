@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from crate_ray.addresses import Address, redact
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -12,7 +14,21 @@ _FEW = 10
 
 
 class UserError(Exception):
-    """Wrong input or environment. Jobs print the message without a traceback and exit with status 2."""
+    """Wrong input or environment. Jobs print the message without a traceback and exit with status 2.
+
+    Messages quote input and other libraries' errors, so secrets in them are hidden.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
+
+
+def address_of(name: str, text: str) -> Address:
+    """The address that an environment variable holds. Raises UserError if it is not valid."""
+    try:
+        return Address(text)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def first_few(names: Sequence[str], total: int | None = None) -> str:

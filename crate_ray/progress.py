@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from crate_ray.output import visible
 
 _PLAIN_SECONDS = 10.0
 
@@ -17,7 +20,7 @@ class CountDisplay:
 
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
-        self._console = Console(stderr=True)
+        self._console = error_console()
         self._began = self._printed = time.monotonic()
         self._live: Progress | None = None
         if self._console.is_terminal:
@@ -50,13 +53,29 @@ class CountDisplay:
             self._live.update(self._task, completed=done, values=text)
         elif now - self._printed >= _PLAIN_SECONDS:
             self._printed = now
-            self._console.print(f"{self._title} {done:,}/{self._total:,}  {text}", highlight=False, soft_wrap=True)
+            self._console.print(f"{self._title} {done:,}/{self._total:,}  {text}", soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(text, soft_wrap=True)
 
 
 def console() -> Console:
     """Standard output for tables: as wide as the terminal, or 180 columns in a log."""
-    return Console(width=None if sys.stdout.isatty() else 180)
+    return _PlainConsole(width=None if sys.stdout.isatty() else 180, file=getattr(sys.stdout, "with_controls", None))
+
+
+def error_console() -> Console:
+    """Standard error, for progress."""
+    return _PlainConsole(stderr=True, file=getattr(sys.stderr, "with_controls", None))
+
+
+class _PlainConsole(Console):
+    """A console that shows names from outside as they are: markup and terminal escapes in texts have no effect."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a text of a line or of a table's cell."""
+        return super().render_str("\n".join(map(visible, text.split("\n"))), **options)

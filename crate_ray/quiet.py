@@ -34,6 +34,9 @@ def set_up_ray_process() -> None:
     """
     import ray
 
+    from crate_ray.output import guard_output
+
+    guard_output()  # Ray keeps the output of its processes in log files
     os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 

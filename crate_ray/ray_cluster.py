@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ray
 
 from crate_ray.config import ScalingConfig
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, address_of
 from crate_ray.quiet import quiet_driver
 
 SETUP_HOOK = "crate_ray.quiet.set_up_ray_process"
@@ -30,7 +30,12 @@ def start_ray(*, dashboard: bool = False) -> None:
     quiet_driver()
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = address_of("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
+    if address != address.full:
+        raise UserError(
+            f"RAY_ADDRESS holds a user name, a password or a token; set it to {address}, and give Ray's token in "
+            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        )
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"RAY_ADDRESS is {address}, which is for submitting: ray job submit --working-dir . -- python jobs/…; "

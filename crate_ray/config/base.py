@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, field_validator
+
+from crate_ray.addresses import Address, has_secret, redact
 
 T = TypeVar("T")
 
@@ -36,12 +39,43 @@ ConfigFile = Annotated[T, CONFIG_FILE]
 class Settings(BaseModel):
     """Base of all settings: unknown names are errors, values do not change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # it may hold a secret
+    )
 
     short_forms: ClassVar[dict[str, str]] = {}
     """Short forms: command-line options that set several settings, with their help texts."""
     removed: ClassVar[dict[str, str]] = {}
     """Settings of earlier versions, with a text on what the code does now."""
+
+    @field_validator("*")
+    @classmethod
+    def _check_secrets(cls, value: Any) -> Any:
+        """Settings are stored with the results, so no text in them may hold a secret."""
+        for text in _texts(value):
+            if not isinstance(text, Address) and "://" in text and has_secret(text):
+                raise ValueError(
+                    f"{redact(text)!r} holds a user name, a password or a token; leave it out: credentials come from "
+                    "the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                )
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a setting's value, keys included. Groups check their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def check_name(name: str) -> str:
@@ -50,6 +84,11 @@ def check_name(name: str) -> str:
         raise ValueError(f"run name {name!r} may hold letters, digits, '-', '_' and '.' only")
     return name
 
+
+ServerAddress = Annotated[
+    str, WrapValidator(lambda given, check: given if isinstance(given, Address) else Address(check(given)))
+]
+"""Address of a server, an `Address`: as text, and wherever it is stored, it has no password or token."""
 
 RunName = Annotated[str, AfterValidator(check_name)]
 

@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from crate_ray.config.base import Advanced, PositiveInt, Settings
+from crate_ray.config.base import Advanced, PositiveInt, ServerAddress, Settings
 
 
 class S3Config(Settings):
     """Access to S3. Credentials come only from the usual AWS chain: environment, ~/.aws, instance role."""
 
-    endpoint_url: Annotated[str | None, Field(repr=False)] = None
+    endpoint_url: ServerAddress | None = None
     """Address of an S3-compatible store, such as http://127.0.0.1:7480; by default AWS_ENDPOINT_URL, or AWS itself."""
     region: Advanced[str | None] = None
     """Region name; by default that of the AWS chain."""

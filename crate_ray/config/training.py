@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from crate_ray.bounded import MAX_LEASE_SECONDS
-from crate_ray.config.base import Advanced, Fraction, PositiveInt, Settings
+from crate_ray.config.base import Advanced, Fraction, PositiveInt, ServerAddress, Settings
 
 
 class OptimConfig(Settings):
@@ -161,9 +161,9 @@ class CheckpointConfig(Settings):
 class TrackingConfig(Settings):
     """Where and how often a run is logged."""
 
-    uri: str | None = None
+    uri: ServerAddress | None = None
     """MLflow tracking server, such as http://127.0.0.1:5000; MLFLOW_TRACKING_URI or, without it, a local SQLite file
-    mlflow.db by default."""
+    mlflow.db by default. A user name and password in it are used, but stored nowhere."""
     experiment: str = "crate-ray"
     """MLflow experiment."""
     log_every: PositiveInt = 10

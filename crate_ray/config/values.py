@@ -11,6 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from crate_ray.addresses import redact
 from crate_ray.bounded import MAX_YAML_BYTES, MAX_YAML_VALUES, read_small
 from crate_ray.config.base import Settings
 from crate_ray.errors import UserError
@@ -22,7 +23,14 @@ _ALTERNATIVES = {"steps": "epochs", "epochs": "steps", "lr": "base_lr", "base_lr
 
 
 _MAX_DIGITS = 40  # of a number in YAML
-_shorten = reprlib.Repr()
+
+
+class _Shorten(reprlib.Repr):
+    def repr_str(self, text: str, level: int) -> str:
+        return super().repr_str(redact(text), level)  # a shortened address is one no more
+
+
+_shorten = _Shorten()
 _shorten.maxstring = _shorten.maxother = 200
 
 

@@ -36,11 +36,11 @@ class Evaluation(NamedTuple):
 def evaluate_model(config: EvaluateConfig) -> None:
     """Evaluate a model, write and log the report, and print its conclusions and its address."""
     out = console()
-    done = run_evaluation(config, lambda line: out.print(line, highlight=False, markup=False, soft_wrap=True))
+    done = run_evaluation(config, lambda line: out.print(line, soft_wrap=True))
     for section, sentences in done.report.conclusions.items():
         out.print(f"\n{section}", style="bold")
         for sentence in sentences:
-            out.print(f"  {sentence}", highlight=False, markup=False)
+            out.print(f"  {sentence}")
     print(f"\nreport     {done.page}")
     print(f"MLflow run {done.run_id or 'none: MLflow does not know the run that trained this model'}")
 

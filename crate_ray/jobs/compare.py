@@ -30,7 +30,7 @@ def main(config: CompareConfig) -> None:
 
         trainer = Alone(config)
     out = console()
-    found = compare(config, trainer, lambda what: out.print(what, style="bold", highlight=False))
+    found = compare(config, trainer, lambda what: out.print(what, style="bold"))
     folder = open_storage(config.storage, config.s3).under(config.name)
     files = write_report(folder, config, found)
     print(files["comparison.md"].decode())

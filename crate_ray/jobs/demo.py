@@ -65,7 +65,7 @@ def main(config: PretrainConfig, num_samples: int = _NUM_SAMPLES) -> None:
         tracking=config.tracking,
         s3=config.s3,
     )
-    done = run_evaluation(evaluation, lambda text: out.print(text, highlight=False))
+    done = run_evaluation(evaluation, lambda text: out.print(text))
     assert done.report.classification is not None
     side = next((side for side in _PICTURE_SIDES if len(_TITLES) * (side + 1) <= out.width), None)
     if out.is_terminal and side:
@@ -74,7 +74,7 @@ def main(config: PretrainConfig, num_samples: int = _NUM_SAMPLES) -> None:
         out.print(terminal_pictures(Path(folder) / "model", shards, side), soft_wrap=True, end="")
     out.print()
     for line in summary(done.report.classification):
-        out.print(line, highlight=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     programs = Path(sys.executable).parent
     if programs.is_relative_to(Path.cwd()):
         programs = programs.relative_to(Path.cwd())

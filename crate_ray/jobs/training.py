@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from crate_ray.config import FinetuneConfig, PretrainConfig
-from crate_ray.runs.mlflow_lookup import redact, tracking_uri
+from crate_ray.runs.mlflow_lookup import tracking_uri
 from crate_ray.runs.planning import Run
 from crate_ray.tracking.pretraining import publish
 from crate_ray.training.lifecycle import run_training
@@ -45,8 +45,8 @@ def next_commands(config: PretrainConfig | FinetuneConfig) -> list[str]:
     """Shell commands that evaluate a trained model (pretraining only), register it, and show the run in MLflow."""
     run = f"{config.storage.rstrip('/')}/{config.name}"
     uri = tracking_uri(config.tracking)
-    tracked = ["--tracking.uri", redact(uri)] if config.tracking.uri else []
-    endpoint = ["--s3.endpoint-url", redact(config.s3.endpoint_url)] if config.s3.endpoint_url else []
+    tracked = ["--tracking.uri", uri] if config.tracking.uri else []
+    endpoint = ["--s3.endpoint-url", config.s3.endpoint_url] if config.s3.endpoint_url else []
     commands = []
     if isinstance(config, PretrainConfig) and config.data.validation:
         commands.append(

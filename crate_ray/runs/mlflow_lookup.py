@@ -9,12 +9,14 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from crate_ray.addresses import Address, redact
 from crate_ray.config import S3Config, TrackingConfig, check_name
 from crate_ray.config.identifiers import check_address
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, address_of
 from crate_ray.storage.interface import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -28,20 +30,44 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 RUN_KEY_TAG = "crate_ray.run_key"
 
 
-def tracking_uri(tracking: TrackingConfig) -> str:
+_lock = threading.Lock()
+_LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+_before: dict[str, str | None] = {}  # the variables' values before `login` set them
+
+
+def tracking_uri(tracking: TrackingConfig) -> Address:
     """Address of MLflow: tracking.uri, else MLFLOW_TRACKING_URI, else a SQLite file mlflow.db in the working folder."""
-    return tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    if tracking.uri:
+        return tracking.uri if isinstance(tracking.uri, Address) else Address(tracking.uri)
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return address_of("MLFLOW_TRACKING_URI", given)
+    return Address(f"sqlite:///{Path('mlflow.db').resolve()}")
+
+
+def login(address: Address) -> str:
+    """The address by which MLflow reaches a server.
+
+    MLflow prints the address of a server, and takes the user name and password from the environment of this process. So
+    they go there. The address of a database keeps its password, because there is no other way.
+    """
+    if not address.startswith(("http://", "https://")):
+        return address.full
+    with _lock:
+        if address.login is None:
+            for name, value in _before.items():  # those of another server stay secret from this one
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+            _before.clear()
+        else:
+            for name, value in zip(_LOGIN, address.login, strict=True):
+                _before.setdefault(name, os.environ.get(name))
+                os.environ[name] = value
+    return str(address)
 
 
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite address; None for other addresses."""
     match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
     return Path(match[1]) if match else None
-
-
-def redact(text: str) -> str:
-    """The text without the user names and passwords in its addresses."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def first_line(error: Exception) -> str:
@@ -64,7 +90,7 @@ def open_client(tracking: TrackingConfig) -> MlflowClient:
         )
     from mlflow import MlflowClient
 
-    return MlflowClient(uri)
+    return MlflowClient(login(uri))
 
 
 def find_run(client: MlflowClient, run_key: str) -> str | None:
@@ -83,7 +109,7 @@ def run_storage(run_id: str, tracking: TrackingConfig, s3: S3Config) -> Storage:
     client = open_client(tracking)
     from mlflow.exceptions import MlflowException
 
-    where = redact(tracking_uri(tracking))
+    where = tracking_uri(tracking)
     try:
         params = client.get_run(run_id).data.params
     except MlflowException as error:
@@ -111,12 +137,12 @@ def download_registered(uri: str, names: tuple[str, ...], folder: Path, tracking
 
     where = tracking_uri(tracking)
     # MLflow (3.17) resolves an alias in the store that is set globally, even if registry_uri names another one.
-    mlflow.set_tracking_uri(where)
+    mlflow.set_tracking_uri(login(where))
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         try:
             found = Path(download_artifacts(uri, dst_path=temporary))
         except MlflowException as error:
-            raise UserError(f"MLflow at {redact(where)} cannot load {uri}: {first_line(error)}") from None
+            raise UserError(f"MLflow at {where} cannot load {uri}: {first_line(error)}") from None
         for name in names:
             path = next(found.rglob(name), None)
             if path is None:

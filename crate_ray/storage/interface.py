@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from crate_ray.addresses import has_secret
 from crate_ray.bounded import MAX_JSON_BYTES
 from crate_ray.config import S3Config
 from crate_ray.config.identifiers import leads_out
@@ -152,14 +153,19 @@ def open_storage(uri: str, s3: S3Config) -> Storage:
     """Open a local folder (a path or file:// address; it need not exist) or s3://bucket/prefix.
 
     Raises:
-        UserError: the address has another scheme or no bucket, or boto3 is missing. Whether the bucket exists is only
-            checked at the first use.
+        UserError: the address has another scheme, no bucket or a secret, or boto3 is missing. Whether the bucket exists
+            is only checked at the first use.
     """
     from crate_ray.storage.local import LocalStorage
 
     scheme, separator, rest = uri.partition("://")
     if not uri:
         raise UserError("the address of a dataset or folder is empty; give a local folder or s3://bucket/prefix")
+    if separator and has_secret(uri):
+        raise UserError(
+            f"{uri!r} holds a user name, a password or a token; leave it out: S3 takes credentials from the "
+            "environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
     if not separator:
         return LocalStorage(Path(uri).expanduser(), s3)
     if scheme == "file":

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import boto3.session
 from botocore.config import Config
@@ -39,7 +38,7 @@ from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from crate_ray.config import S3Config
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, address_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -207,15 +206,16 @@ class S3Client:
     @property
     def endpoint(self) -> str | None:
         """Address of the endpoint; None for AWS."""
-        named = (self.config.endpoint_url, os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
-        return next(filter(None, named), None)
+        if self.config.endpoint_url:
+            return self.config.endpoint_url
+        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+            if value := os.environ.get(name):
+                return address_of(name, value)
+        return None
 
     def where(self) -> str:
-        """The endpoint for messages, without user name and password."""
-        if not self.endpoint:
-            return "AWS"
-        parts = urlsplit(self.endpoint)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        """The endpoint for messages."""
+        return self.endpoint or "AWS"
 
     def _logged_in(self) -> _Login:
         with self._lock:

@@ -13,10 +13,11 @@ import yaml
 from mlflow import MlflowClient
 from ray import tune
 
+from crate_ray.addresses import redact
 from crate_ray.config import SweepConfig
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
-from crate_ray.runs.mlflow_lookup import find_run, tracking_uri
+from crate_ray.runs.mlflow_lookup import find_run, login, tracking_uri
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import NotFound, Storage, open_storage
 from crate_ray.storage.lease import Lease
@@ -121,6 +122,8 @@ def best_yaml(sweep: SweepConfig, shared: dict[str, Any], best: TrialRecord) -> 
 def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     """Key of the sweep in MLflow. The settings are stored at the first start, and compared with at later ones."""
     may_change = {"trials", "max_concurrent", "tracking", "base"}  # the content of the base is in `shared`
+    # Trials take these groups from the sweep, and in the base they may hold secrets.
+    shared = {name: value for name, value in shared.items() if name not in ("tracking", "s3")}
     now = {"sweep": sweep.model_dump(mode="json", exclude=may_change), "shared": shared}
     now = json.loads(json.dumps(now, default=str))
     try:
@@ -129,6 +132,8 @@ def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
         then = {"key": uuid.uuid4().hex, **now}
         folder.write(RECORD_FILE, json.dumps(then, indent=2).encode())
     then["sweep"].pop("base", None)
+    for name in ("tracking", "s3"):  # of earlier versions
+        then["shared"].pop(name, None)
     if {name: then[name] for name in now} != now:
         raise UserError(
             f"sweep {sweep.name!r} at {sweep.storage} was started with other settings; choose another --name, or use "
@@ -144,7 +149,7 @@ def _run_trials(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, par
     if remaining <= 0:
         return
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, sweep=sweep.model_dump(mode="json"), shared=shared, parent_run=parent_run),
+        tune.with_parameters(run_trial, sweep=sweep, shared=shared, parent_run=parent_run),
         _TRIAL_RESOURCES,
     )
     for name in ("tune", "analysis.experiment_analysis"):  # they advise to restore Ray Tune's state
@@ -175,7 +180,7 @@ def _record_ends(folder: Storage, grid: tune.ResultGrid) -> None:
         if record.status != "running":
             continue
         if result.error is not None:
-            cause = str(result.error).strip().splitlines()[-1]
+            cause = redact(str(result.error).strip().splitlines()[-1])
             write_record(folder, record.model_copy(update={"status": "failed", "cause": cause}))
         elif (result.metrics or {}).get("done"):  # else the sweep was interrupted
             write_record(folder, record.model_copy(update={"status": "stopped early"}))
@@ -183,7 +188,7 @@ def _record_ends(folder: Storage, grid: tune.ResultGrid) -> None:
 
 def _end_stopped_runs(sweep: SweepConfig, records: list[TrialRecord]) -> None:
     """Set the MLflow status of trials that could not set it themselves, because Ray Tune ended their process."""
-    client = MlflowClient(sweep.tracking.uri)
+    client = MlflowClient(login(tracking_uri(sweep.tracking)))
     ends = {"stopped early": "KILLED", "failed": "FAILED", "running": "KILLED"}
     for record in records:
         run_id = find_run(client, record.run_key) if record.status in ends and record.run_key else None

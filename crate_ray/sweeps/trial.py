@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from ray import tune
 
+from crate_ray.addresses import redact
 from crate_ray.config import PretrainConfig, Settings, SweepConfig
 from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.evaluation.probe import probe_encoder
@@ -49,17 +50,16 @@ class TrialRecord(Settings):
     """Key of its training run in MLflow."""
 
 
-def run_trial(suggested: dict[str, Any], sweep: dict[str, Any], shared: dict[str, Any], parent_run: str) -> None:
+def run_trial(suggested: dict[str, Any], sweep: SweepConfig, shared: dict[str, Any], parent_run: str) -> None:
     """Train with sampled values, and report validation losses and the objective. Ray Tune calls this.
 
     `suggested` comes from search.TrialSearch. The run of an interrupted trial resumes from its newest checkpoint.
     """
-    settings = SweepConfig.model_validate(sweep)
     trial, values = suggested["trial"], suggested["values"]
-    record = _Record(open_storage(settings.storage, settings.s3).under(settings.name), trial, values)
+    record = _Record(open_storage(sweep.storage, sweep.s3).under(sweep.name), trial, values)
     try:
-        config = trial_config(settings, shared, values, f"trial-{trial}")
-        reporter = _Reporter(record, settings.objective == "validation_loss")
+        config = trial_config(sweep, shared, values, f"trial-{trial}")
+        reporter = _Reporter(record, sweep.objective == "validation_loss")
 
         def start(config: PretrainConfig) -> Run:
             run = open_pretraining(config)
@@ -68,8 +68,8 @@ def run_trial(suggested: dict[str, Any], sweep: dict[str, Any], shared: dict[str
             return run
 
         def measure(run: Run, tracker: RunTracker) -> float:
-            objective = _objective(settings, config, run, reporter.last_loss)
-            if settings.objective == "probe_accuracy":
+            objective = _objective(sweep, config, run, reporter.last_loss)
+            if sweep.objective == "probe_accuracy":
                 tracker.metrics(run.total_steps, {"probe_accuracy_encoder": objective}, int(time.time() * 1000))
             return objective
 
@@ -78,7 +78,7 @@ def run_trial(suggested: dict[str, Any], sweep: dict[str, Any], shared: dict[str
             config, PretrainTask, start, measure, listeners=[reporter], tags=tags, show_progress=False
         )
     except Exception as error:
-        record.update(status="failed", cause=" ".join(str(error).split())[:500] or type(error).__name__)
+        record.update(status="failed", cause=redact(" ".join(str(error).split()))[:500] or type(error).__name__)
         raise
     objective, step = finished.result, finished.run.total_steps
     record.update(status="finished", objective=objective, step=step)

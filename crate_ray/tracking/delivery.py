@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
-from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG, find_run, redact, sqlite_path
+from crate_ray.addresses import Address, redact
+from crate_ray.runs.mlflow_lookup import RUN_KEY_TAG, find_run, login, sqlite_path
 from crate_ray.tracking.flavor import log_model
 from crate_ray.tracking.spool import Event, FileEvent, MetricsEvent, Spool, StatusEvent
 
@@ -53,7 +54,7 @@ class Delivery:
         description: description of the run, which is created if MLflow does not have it.
     """
 
-    def __init__(self, spool: Spool, uri: str, description: RunDescription) -> None:
+    def __init__(self, spool: Spool, uri: Address, description: RunDescription) -> None:
         self._spool, self._uri, self._description = spool, uri, description
         self.run_id = ""
         """MLflow's id of the run; empty until the server has answered."""
@@ -92,14 +93,14 @@ class Delivery:
             except Exception as error:  # the client raises many types if the server is unavailable or fails
                 if self.problem is None:
                     cause = redact(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-                    logger.warning("MLflow at %s: %s; records wait on disk", redact(self._uri), cause)
+                    logger.warning("MLflow at %s: %s; records wait on disk", self._uri, cause)
                 self.problem = error
             if self._stop.is_set() and (self._give_up.is_set() or self._spool.is_delivered):
                 return
 
     def _connect(self) -> MlflowClient:
         """Find or create the run, and complete its description."""
-        client, about = MlflowClient(self._uri), self._description
+        client, about = MlflowClient(login(self._uri)), self._description
         experiment_id = self._experiment_id(client)
         found = client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{about.key}'", max_results=1)
         run = found[0] if found else self._create_run(client, experiment_id)
@@ -170,7 +171,9 @@ class Delivery:
         """Log and skip a record that MLflow refuses, because it would block all later ones. Raise other errors."""
         if error.error_code != _REFUSED:
             raise error
-        logger.warning("skipping a record of run %s that MLflow refuses: %s", self._description.name, error)
+        logger.warning(
+            "skipping a record of run %s that MLflow refuses: %s", self._description.name, redact(str(error))
+        )
 
     def _send(self, client: MlflowClient, event: Event) -> None:
         if isinstance(event, StatusEvent):

@@ -13,7 +13,9 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 import crate_ray
+from crate_ray.addresses import Address
 from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, read_description
+from crate_ray.runs.mlflow_lookup import login
 
 MODEL_NAME = "model"
 _CODE = Path(__file__).with_name("pyfunc_model.py")
@@ -21,7 +23,7 @@ _PACKAGES = ("torch", "numpy", "pillow", "simplejpeg", "safetensors", "pydantic"
 """Packages that pyfunc_model.py imports, directly or through crate_ray, in addition to MLflow."""
 
 
-def log_model(uri: str, run_id: str, exported: Path) -> Any:
+def log_model(uri: Address, run_id: str, exported: Path) -> Any:
     """Log an exported model to a run: as the MLflow model 'model', and its two files as artifacts under 'weights'.
 
     The input of the MLflow model is a column of encoded images (bytes) or of uint8 arrays (H, W, channels). The output
@@ -30,7 +32,8 @@ def log_model(uri: str, run_id: str, exported: Path) -> Any:
     Returns:
         MLflow's ModelInfo.
     """
-    mlflow.set_tracking_uri(uri)
+    store = login(uri)
+    mlflow.set_tracking_uri(store)
     description = read_description(exported)
     classifier = description.classifier
     columns = description.model.dim if classifier is None else classifier.num_classes
@@ -38,7 +41,7 @@ def log_model(uri: str, run_id: str, exported: Path) -> Any:
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, columns))]),
     )
-    client = mlflow.MlflowClient(uri)
+    client = mlflow.MlflowClient(store)
     for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
         client.log_artifact(run_id, (exported / name).as_posix(), "weights")
     before = client.get_run(run_id).info.status

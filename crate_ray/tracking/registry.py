@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from crate_ray.config import S3Config, TrackingConfig
 from crate_ray.errors import UserError
-from crate_ray.runs.mlflow_lookup import find_run, first_line, open_client, redact, tracking_uri
+from crate_ray.runs.mlflow_lookup import find_run, first_line, open_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -51,7 +51,7 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
         run_id = find_run(client, description.run_key) if description.run_key else None
         if run_id is None:
             raise UserError(
-                f"MLflow at {redact(tracking_uri(tracking))} has no record of the run that trained {source}; "
+                f"MLflow at {tracking_uri(tracking)} has no record of the run that trained {source}; "
                 "set tracking.uri to where it was tracked"
             )
         info = log_model(tracking_uri(tracking), run_id, folder)
@@ -110,7 +110,7 @@ def list_versions(name: str, tracking: TrackingConfig) -> list[ModelVersion]:
         aliases = client.get_registered_model(name).aliases
     except MlflowException as error:
         raise UserError(
-            f"MLflow at {redact(tracking_uri(tracking))} has no registered model {name!r}: {first_line(error)}"
+            f"MLflow at {tracking_uri(tracking)} has no registered model {name!r}: {first_line(error)}"
         ) from None
     versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda v: int(v.version), reverse=True)
     for version in versions:

@@ -15,9 +15,10 @@ from typing import Any
 
 from mlflow.entities import Dataset
 
+from crate_ray.addresses import redact
 from crate_ray.config import TrackingConfig
 from crate_ray.runs.listener import Listener
-from crate_ray.runs.mlflow_lookup import redact, tracking_uri
+from crate_ray.runs.mlflow_lookup import tracking_uri
 from crate_ray.tracking.delivery import Delivery, RunDescription
 from crate_ray.tracking.flavor import MODEL_NAME
 from crate_ray.tracking.spool import Spool
@@ -125,7 +126,7 @@ class RunTracker(Listener):
     @property
     def where(self) -> str:
         """The run's id and MLflow's address."""
-        return f"{self.run_id or 'not created yet'} at {redact(self._uri)}"
+        return f"{self.run_id or 'not created yet'} at {self._uri}"
 
     @property
     def undelivered(self) -> str:
@@ -133,7 +134,7 @@ class RunTracker(Listener):
         problem = self._delivery.problem or self._spool.error
         cause = redact(" ".join(str(problem).split()))[:200] if problem else "the server is slow"
         return (
-            f"MLflow at {redact(self._uri)} does not have everything ({cause}); the rest is in {self._spool.folder}, "
+            f"MLflow at {self._uri} does not have everything ({cause}); the rest is in {self._spool.folder}, "
             "and the same command delivers it when it is started again"
         )
 

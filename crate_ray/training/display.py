@@ -7,9 +7,9 @@ from collections import Counter
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from crate_ray.progress import error_console
 from crate_ray.runs import metrics
 from crate_ray.runs.listener import Listener
 from crate_ray.training.signals import Stopped
@@ -29,7 +29,7 @@ class ProgressDisplay(Listener):
 
     def __init__(self, first_step: int, total_steps: int) -> None:
         self._first, self._total = first_step, total_steps
-        self._console = Console(stderr=True, highlight=False)
+        self._console = error_console()
         self._began, self._printed = time.monotonic(), 0.0
         self._losses: dict[int, float] = {}
         self._validation_loss: float | None = None
@@ -137,7 +137,7 @@ class ProgressDisplay(Listener):
             self._print(f"validation loss {self._validation_loss:.4f}")
 
     def _print(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._console.print(text, soft_wrap=True)
 
 
 def loss_curve(losses: list[float], width: int = _CURVE_WIDTH) -> str:

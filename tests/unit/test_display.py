@@ -80,8 +80,8 @@ def test_the_commands_that_follow_a_run(monkeypatch: pytest.MonkeyPatch) -> None
         }
     )
     assert next_commands(config) == [
-        "crate-ray evaluate --model runs/x --data 'held out' --tracking.uri 'http://***@host:5000'",
-        "crate-ray register --run runs/x --tracking.uri 'http://***@host:5000'",
+        "crate-ray evaluate --model runs/x --data 'held out' --tracking.uri http://host:5000",
+        "crate-ray register --run runs/x --tracking.uri http://host:5000",
     ]
     local = config.model_copy(update={"tracking": TrackingConfig()})
     assert next_commands(local)[-1].startswith("mlflow ui --backend-store-uri sqlite:///")

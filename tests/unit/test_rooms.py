@@ -11,9 +11,12 @@ import crate_ray
 
 ROOT = Path(crate_ray.__file__).parent
 ROOMS = (
+    ("addresses",),
+    ("output",),
     ("errors", "bounded", "memory", "progress", "quiet"),
     ("config",),
-    ("cli", "__main__"),  # names jobs by text, and imports the one that is asked for
+    ("cli",),
+    ("__main__",),  # names jobs by text, and imports the one that is asked for
     ("storage",),
     ("ray_cluster",),
     ("models",),
