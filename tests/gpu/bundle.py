@@ -28,8 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
     "annotated-types", "braceexpand", "markdown-it-py", "mdurl", "packaging", "pillow", "psutil",
-    "pydantic", "pydantic_core", "Pygments", "PyYAML", "rich", "safetensors", "simplejpeg", "typing-inspection",
-    "typing_extensions", "webdataset", "xxhash",
+    "pydantic", "pydantic_core", "Pygments", "PyYAML", "rich", "safetensors", "simplejpeg", "torchao",
+    "typing-inspection", "typing_extensions", "webdataset", "xxhash",
 )  # fmt: skip
 """All that the parts of the check import, beside torch and numpy."""
 RAY_PACKAGES = (
@@ -38,7 +38,7 @@ RAY_PACKAGES = (
     "python-dotenv", "ray", "referencing", "requests", "rpds-py", "six", "urllib3",
 )  # fmt: skip
 """What `--ray` adds: Ray, what Ray Train imports, and what reads a job's settings."""
-_UNUSED = ("PIL/_avif*", "pillow.libs/libavif*")
+_UNUSED = ("PIL/_avif*", "pillow.libs/libavif*", "torchao/*.so")  # torchao trains in float8 without its own kernels
 _UNUSED_OF_RAY = (
     "**/tests", "pandas/tests", "pyarrow/include", "pyarrow/includes", "pyarrow/src", "pyarrow/*.pxi", "pyarrow/*.pyx",
     "pyarrow/_flight*", "pyarrow/_orc*", "pyarrow/_substrait*", "pyarrow/libarrow_flight*", "pyarrow/*gandiva*",
