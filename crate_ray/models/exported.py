@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 from pydantic import FiniteFloat, ValidationError
 from torch import Tensor
 
+from crate_ray.bounded import read_small
 from crate_ray.config import ClassifierConfig, Kind, ModelConfig, Settings
 from crate_ray.config.identifiers import Count, RunKey, Sha256
 from crate_ray.errors import UserError, invalid_value
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.classifier import Classifier
+from crate_ray.models.fit import Shapes, check_fits, check_memory, safetensors_shapes
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 
@@ -74,7 +77,7 @@ def export_model(folder: Path, weights: dict[str, Tensor], description: ModelDes
 def read_description(folder: Path) -> ModelDescription:
     """Read a model's description from a local folder. Raises UserError if it is missing or damaged."""
     try:
-        return ModelDescription.model_validate_json((folder / DESCRIPTION_FILE).read_bytes())
+        return ModelDescription.model_validate_json(read_small(folder / DESCRIPTION_FILE))
     except OSError as error:
         cause = str(error)
     except ValidationError as error:
@@ -102,13 +105,22 @@ def load_any(folder: Path) -> tuple[MaskedAutoencoder | Classifier, ModelDescrip
     """
     description = read_description(folder)
     try:
-        model: MaskedAutoencoder | Classifier
-        if description.classifier is None:
-            model = build_model(description.model)
-        else:
-            model = Classifier(description.model, description.classifier)
+        model = _build_for(description, safetensors_shapes(folder / WEIGHTS_FILE))
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, OverflowError, safetensors.SafetensorError) as error:
         cause = str(error).splitlines()[0]
         raise UserError(f"{folder} does not hold a model that this version can read: {cause}") from None
     return model.eval(), description
+
+
+def _build_for(description: ModelDescription, shapes: Shapes) -> MaskedAutoencoder | Classifier:
+    """Build the model that weights of these shapes are for. Raises ValueError or RuntimeError if there is none."""
+    config, head = description.model, description.classifier
+    if head is None:
+        check_fits(shapes, config, lambda: build_model(config))
+        return build_model(config)
+    check_fits(shapes, config, lambda: Classifier(config, head))
+    with torch.device("meta"):  # a classifier is built with a decoder, which is then dropped
+        whole = build_model(config)
+    check_memory(whole, sum(4 * math.prod(shape) for shape in shapes.values()))
+    return Classifier(config, head)

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from crate_ray.config import CRATE_PRESETS, CrateMAEConfig
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, invalid_value
 from crate_ray.models.crate import CrateMAE
+from crate_ray.models.fit import check_plain_zip, check_stored, safetensors_shapes
 from crate_ray.models.patches import sincos_positions
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
@@ -65,8 +67,8 @@ def load_published(
         found = ", ".join(sorted(map(str, dtypes)))
         raise UserError(f"the checkpoint's parameters have the dtypes {found}; convert all to one float dtype")
 
-    model = CrateMAE(config).to(dtypes.pop())
-    own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        own_shapes = {name: tensor.shape for name, tensor in CrateMAE(config).state_dict().items()}
     wrong = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(own_shapes[own])}"
         for name, own in names.items()
@@ -76,6 +78,7 @@ def load_published(
         raise UserError(f"shapes in the checkpoint differ from those of the config: {_listing(wrong)}")
     _check_positions(state, config)
 
+    model = CrateMAE(config).to(dtypes.pop())
     model.load_state_dict({own: state[name] for name, own in names.items()})
     model.unused_published = {name: state[name].clone() for name in UNUSED}
     return model
@@ -142,8 +145,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UserError(f"there is no checkpoint file {path}")
     try:
         if path.suffix == ".safetensors":
+            safetensors_shapes(path)
             content: Any = safetensors.torch.load_file(path)
         else:
+            check_plain_zip(path)
             # MAE's training script saves its parsed arguments with the weights. They are plain attributes, not code.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
@@ -168,6 +173,10 @@ def _plain_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
             value = torch.from_numpy(np.array(value))
         if not isinstance(value, Tensor):
             raise UserError(f"entry {name!r} of the checkpoint is a {type(value).__name__}, not a tensor")
+        try:
+            check_stored(str(name), value)
+        except ValueError as error:
+            raise UserError(f"the checkpoint is damaged: {error}") from None
         state[str(name).removeprefix("module.")] = value.detach().cpu()
     return state
 
@@ -188,6 +197,8 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
     dim, channels, patch_h, patch_w = state[kernel].shape
+    if state[table].shape[2] != dim:
+        raise UserError(f"{table} of the checkpoint has tokens of {state[table].shape[2]} numbers, not {dim}")
     return {
         "dim": dim,
         "depth": depth("blocks"),
@@ -205,14 +216,17 @@ def _infer_config(sizes: Mapping[str, Any]) -> CrateMAEConfig:
     if side < 1 or side * side != patches:
         raise UserError(f"the checkpoint's {patches} patches are not a square grid; pass a config with its image_size")
     for preset in CRATE_PRESETS:
-        config = CrateMAEConfig.model_validate(
-            {
-                "preset": preset,
-                "channels": sizes["channels"],
-                "patch_size": sizes["patch_size"],
-                "image_size": tuple(side * patch for patch in sizes["patch_size"]),
-            }
-        )
+        try:
+            config = CrateMAEConfig.model_validate(
+                {
+                    "preset": preset,
+                    "channels": sizes["channels"],
+                    "patch_size": sizes["patch_size"],
+                    "image_size": tuple(side * patch for patch in sizes["patch_size"]),
+                }
+            )
+        except ValidationError as error:
+            raise UserError(f"the checkpoint's sizes are those of no model: {invalid_value(error)}") from None
         if _config_sizes(config) == dict(sizes):
             return config
     raise UserError(
@@ -253,11 +267,13 @@ def _check_names(state: Mapping[str, Tensor], expected: set[str]) -> None:
 
 
 def _check_positions(state: Mapping[str, Tensor], config: CrateMAEConfig) -> None:
+    shape = (1, config.num_patches + 1, config.dim)
+    for name in POSITION_TABLES:
+        if state[name].shape != shape:
+            raise UserError(f"{name} of the checkpoint has shape {tuple(state[name].shape)}, not {shape}")
     ours = _position_table(config).double()
     for name in POSITION_TABLES:
         theirs = state[name]
-        if theirs.shape != ours.shape:
-            raise UserError(f"{name} of the checkpoint has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}")
         tolerance = POSITION_TOLERANCE
         if theirs.is_floating_point():  # a checkpoint in half precision rounds its tables
             tolerance = max(tolerance, torch.finfo(theirs.dtype).eps if theirs.element_size() < 4 else 0)

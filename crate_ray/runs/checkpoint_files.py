@@ -10,6 +10,7 @@ Works on local folders. commits.py moves them to and from the run's storage.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,9 +25,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from crate_ray.bounded import read_small
 from crate_ray.config import PositiveInt, Settings
 from crate_ray.config.identifiers import Count
 from crate_ray.errors import UserError, invalid_value
+from crate_ray.models.fit import safetensors_shapes
 from crate_ray.runs.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -97,26 +100,41 @@ def write_part(folder: Path, part: Mapping[str, Tensor], rank: int, world_size: 
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors of a local folder, merged from the parts of all workers, on the CPU."""
-    reader = HuggingFaceStorageReader(folder.as_posix())
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with _original_errors():
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    """Read all tensors of a local folder, merged from the parts of all workers, on the CPU.
+
+    Raises UserError if a file is damaged.
+    """
+    try:
+        stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        for path in folder.glob("*.safetensors"):
+            safetensors_shapes(path)
+        reader = HuggingFaceStorageReader(folder.as_posix())
+        entries = {
+            name: entry
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        if sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries.values()) > stored:
+            raise ValueError("its files state more numbers than they hold")
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+        with _original_errors():
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except Exception as error:  # torch raises anything for damaged metadata
+        cause = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the checkpoint's tensors cannot be read ({type(error).__name__}: {cause}); give another checkpoint"
+        ) from None
     return tensors
 
 
 def read_state(folder: Path) -> CheckpointState:
     """Read the part of a checkpoint that is not tensors from a local folder. Raises UserError if it is damaged."""
     try:
-        return CheckpointState.model_validate_json((folder / STATE_FILE).read_bytes())
-    except ValidationError as error:
+        return CheckpointState.model_validate_json(read_small(folder / STATE_FILE))
+    except (ValidationError, OSError) as error:
+        cause = invalid_value(error) if isinstance(error, ValidationError) else error.strerror
         raise UserError(
-            f"the checkpoint's {STATE_FILE} cannot be read ({invalid_value(error)}); delete this checkpoint, or give "
-            "an older one"
+            f"the checkpoint's {STATE_FILE} cannot be read ({cause}); delete this checkpoint, or give an older one"
         ) from None
 
 
