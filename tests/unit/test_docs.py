@@ -16,7 +16,7 @@ from crate_ray.config.values import merge
 from crate_ray.jobs.configs import JOBS
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")),
          ROOT / "cluster/README.md", ROOT / "docker/README.md"]  # fmt: skip
 
 
