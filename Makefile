@@ -2,6 +2,7 @@
 # make test    what CI runs: unit, integration and fault tests
 # make quick   lint and the fast tests, about three minutes
 # make daily   all tests, including those that take minutes and rarely fail
+# make fuzz    search for hostile input that is not refused, for FUZZ_SECONDS (10 minutes by default)
 # make lint    ruff and mypy
 # make gpu-check   on a machine with a GPU: check and measure everything in nine minutes (docs/performance.md)
 # make gpu-check-ray   the same for what needs Ray: train, SIGTERM, resume, in six minutes
@@ -17,7 +18,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check
 READY := $(VENV)/.ready
 TOOLS := build/tools
 
-.PHONY: demo test quick daily lint format gpu-check gpu-check-ray lock sbom licences audit clean
+.PHONY: demo test quick daily fuzz lint format gpu-check gpu-check-ray lock sbom licences audit clean
 .DELETE_ON_ERROR:
 
 # Install the locked files: pip refuses a file whose digest is not in the lock. torch has builds for CUDA, ROCm and CPUs,
@@ -45,15 +46,19 @@ PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder
 EMULATED := $(PY) -m pytest -n 2 -p tests.gpu_emulated.plugin tests/gpu_emulated
 
 test: $(READY)
-	$(PYTEST) --durations=25 -m "not daily" tests/integration tests/faults tests/unit
+	$(PYTEST) --durations=25 -m "not daily" tests/integration tests/faults tests/unit tests/fuzz
 	$(EMULATED) -m "not daily"
 
 quick: lint
 	$(PYTEST) -m "not (ray or s3 or slow or daily)" tests/unit
 
 daily: $(READY)
-	HYPOTHESIS_PROFILE=daily $(PYTEST) --durations=50 tests/integration tests/faults tests/unit
+	HYPOTHESIS_PROFILE=daily $(PYTEST) --durations=50 tests/integration tests/faults tests/unit tests/fuzz
 	$(EMULATED)
+
+FUZZ_SECONDS ?= 600
+fuzz: $(READY)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(PY) -m pytest --timeout 0 tests/fuzz
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -72,7 +72,7 @@ class _Follower(Listener):
         self._kept = _Followed()
         if folder.exists(name):
             try:
-                self._kept = _Followed.model_validate_json(folder.read(name))
+                self._kept = _Followed.model_validate_json(folder.read_small(name))
             except ValidationError as error:
                 raise UserError(
                     f"{folder.uri}/{name} cannot be read ({invalid_value(error)}); delete it and the run's folder to "

@@ -61,7 +61,7 @@ def _read(folder: Storage, name: str) -> _Kept | None:
     if not folder.exists(_path(name)):
         return None
     try:
-        return _Kept.model_validate_json(folder.read(_path(name)))
+        return _Kept.model_validate_json(folder.read_small(_path(name)))
     except ValidationError:
         raise _unreadable(folder, name) from None
 

@@ -127,7 +127,7 @@ def _is_part(key: str) -> bool:
 
 def _read_record(output: Storage) -> EmbeddingRecord | None:
     try:
-        return EmbeddingRecord.model_validate_json(output.read(RECORD_FILE))
+        return EmbeddingRecord.model_validate_json(output.read_small(RECORD_FILE))
     except NotFound:
         return None
     except ValidationError:

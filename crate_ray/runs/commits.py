@@ -32,7 +32,7 @@ from crate_ray.runs.checkpoint_files import (
     read_state,
     read_tensors,
 )
-from crate_ray.storage.interface import NotFound, Storage
+from crate_ray.storage.interface import NotFound, Storage, TooLarge
 from crate_ray.storage.node_folders import file_digest
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def _wait_for_upload(
     pause = 0.05
     while True:
         try:
-            return _Uploaded.model_validate_json(run.read(f"{directory}/{_uploaded_name(rank, world_size)}"))
+            return _Uploaded.model_validate_json(run.read_small(f"{directory}/{_uploaded_name(rank, world_size)}"))
         except NotFound:
             if time.monotonic() > deadline:
                 raise TimeoutError(
@@ -148,8 +148,8 @@ def committed(run: Storage) -> list[Commit]:
     found = []
     for info in run.list(_COMMITS):
         try:
-            commit = Commit.model_validate_json(run.read(info.key))
-        except (ValidationError, NotFound) as error:
+            commit = Commit.model_validate_json(run.read_small(info.key))
+        except (ValidationError, NotFound, TooLarge) as error:
             cause = invalid_value(error) if isinstance(error, ValidationError) else error
             logger.warning("skipping %s/%s, which is not a readable commit record: %s", run.uri, info.key, cause)
             continue

@@ -86,7 +86,7 @@ def read_record(run: Storage) -> RunRecord | None:
         UserError: the file cannot be read as a record.
     """
     try:
-        return RunRecord.model_validate_json(run.read(RUN_FILE))
+        return RunRecord.model_validate_json(run.read_small(RUN_FILE))
     except NotFound:
         return None
     except ValidationError as error:

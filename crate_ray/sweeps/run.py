@@ -127,7 +127,7 @@ def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     now = {"sweep": sweep.model_dump(mode="json", exclude=may_change), "shared": shared}
     now = json.loads(json.dumps(now, default=str))
     try:
-        then = json.loads(folder.read(RECORD_FILE))
+        then = json.loads(folder.read_small(RECORD_FILE))
     except NotFound:
         then = {"key": uuid.uuid4().hex, **now}
         folder.write(RECORD_FILE, json.dumps(then, indent=2).encode())

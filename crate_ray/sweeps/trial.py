@@ -87,7 +87,7 @@ def run_trial(suggested: dict[str, Any], sweep: SweepConfig, shared: dict[str, A
 
 def read_records(sweep: Storage) -> list[TrialRecord]:
     """The records of all trials in a sweep's folder, by id."""
-    records = [TrialRecord.model_validate_json(sweep.read(info.key)) for info in sweep.list(RECORDS)]
+    records = [TrialRecord.model_validate_json(sweep.read_small(info.key)) for info in sweep.list(RECORDS)]
     return sorted(records, key=lambda record: record.trial)
 
 

@@ -100,7 +100,7 @@ def is_published(run: Run) -> bool:
     if spool_folder(run.record.run_key).exists():
         return False
     try:
-        description = ModelDescription.model_validate_json(run.storage.read(_DESCRIPTION))
+        description = ModelDescription.model_validate_json(run.storage.read_small(_DESCRIPTION))
     except (NotFound, ValidationError):
         return False
     return description.step == run.first_step

@@ -24,7 +24,7 @@ from crate_ray.data.format.index import INDEX_DTYPE, INDEX_STRIDE
 from crate_ray.data.format.manifest import PLAN_NAME
 from crate_ray.data.prepare.statistics import DatasetStatistics, SampleCounts
 from crate_ray.errors import UserError
-from crate_ray.storage.interface import NotFound, Storage
+from crate_ray.storage.interface import NotFound, Storage, TooLarge
 
 _FOLDER = PLAN_NAME.partition("/")[0]
 _RECORD = re.compile(rf"{re.escape(_FOLDER)}/([0-9]{{6,18}})\.json")
@@ -76,10 +76,10 @@ def digest_of(parts: Iterable[object]) -> str:
 def unfinished_plan(storage: Storage) -> str | None:
     """Digest of the unfinished plan under a storage; None if there is none."""
     try:
-        return str(json.loads(storage.read(PLAN_NAME))["plan"])
+        return str(json.loads(storage.read_small(PLAN_NAME))["plan"])
     except NotFound:
         return None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError, TooLarge):
         return "damaged"
 
 
@@ -135,9 +135,9 @@ def load_records(storage: Storage, plan: str, names: Sequence[str]) -> dict[int,
 
     def load(number: int, key: str) -> Finished | None:
         try:
-            record = ShardRecord.model_validate_json(storage.read(key))
+            record = ShardRecord.model_validate_json(storage.read_small(key))
             data = storage.read(key.removesuffix("json") + "npy")
-        except (ValidationError, NotFound):
+        except (ValidationError, NotFound, TooLarge):
             return None
         if record.plan != plan or record.name != names[number]:
             return None

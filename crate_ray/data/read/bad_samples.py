@@ -7,6 +7,7 @@ from collections import Counter
 from typing import NamedTuple, get_args
 
 from crate_ray.data.decode.errors import Cause, DecodeError
+from crate_ray.data.format.names import printable
 from crate_ray.errors import UserError
 
 BAD_CAUSES: tuple[str, ...] = (*get_args(Cause), "damaged_shard", "no_image", "no_label")
@@ -79,7 +80,7 @@ class BadSampleCounter:
             self._bad += 1
             self.counts[error.cause] += 1
             if len(self.causes) < MAX_LISTED:
-                self.causes.setdefault(error.key, error.cause)
+                self.causes.setdefault(printable(error.key), error.cause)
             if self._bad > self._max_fraction * max(self._drawn, _MIN_SAMPLES):
                 raise UserError(self._too_many(error))
 
