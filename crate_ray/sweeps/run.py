@@ -27,6 +27,7 @@ from crate_ray.sweeps.space import shared_values, trial_config
 from crate_ray.sweeps.trial import TrialRecord, read_records, run_trial, write_record
 from crate_ray.tracking.pretraining import source_tags
 from crate_ray.tracking.run_tracker import RunTracker, flatten
+from crate_ray.training.ray.internals import keep_credentials_here
 
 RECORD_FILE, BEST_FILE, RESULTS_FILE = "sweep.json", "best.yaml", "results.csv"
 # A trial reserves no CPUs, because its workers need them. Ray Tune refuses trials that reserve nothing.
@@ -152,6 +153,7 @@ def _run_trials(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, par
         tune.with_parameters(run_trial, sweep=sweep, shared=shared, parent_run=parent_run),
         _TRIAL_RESOURCES,
     )
+    keep_credentials_here()
     for name in ("tune", "analysis.experiment_analysis"):  # they advise to restore Ray Tune's state
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
     total_steps = open_run(trial_config(sweep, shared, {}, "check")).total_steps

@@ -117,3 +117,21 @@ def test_settings_reach_ray_train() -> None:
     failures = ray_failures(scaling)
     assert (failures.max_failures, failures.max_preemption_failures) == (5, 6)
     assert ray_scaling(ScalingConfig(), {"CPU": 1}, use_gpu=False).label_selector is None
+
+
+def test_ray_tune_does_not_copy_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.tune.execution import class_cache
+
+    monkeypatch.setattr(class_cache, "ENV_VARS_TO_PROPAGATE", set(class_cache.ENV_VARS_TO_PROPAGATE))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "planted")
+
+    class Trainable:
+        pass
+
+    def sent() -> str:
+        return str(class_cache._ActorClassCache().get(Trainable)._default_options["runtime_env"])
+
+    copied = "planted" in sent()
+    internals.keep_credentials_here()
+    assert copied and "planted" not in sent() and "PL_DISABLE_FORK" in sent()

@@ -70,6 +70,17 @@ def install_release_failed_start() -> None:
         os.environ[_CALLBACKS_ENV] = ",".join([name, *names])
 
 
+def keep_credentials_here() -> None:
+    """Let Ray Tune (2.60) not copy this process's AWS credentials into the runtime environment of trials.
+
+    Ray writes runtime environments to its logs and shows them in its dashboard. Trials find the credentials of their
+    node, as workers do.
+    """
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    ENV_VARS_TO_PROPAGATE.difference_update({name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")})
+
+
 def remove_placement_groups(groups: set[str]) -> None:
     """Remove placement groups of this job, given by their hexadecimal ids. Those of other jobs are not removed."""
     job = ray.get_runtime_context().get_job_id()
