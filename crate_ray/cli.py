@@ -82,7 +82,9 @@ def reported() -> Iterator[None]:
 
 def _unexpected(error: Exception) -> str:
     """The sentence about an error of ours, with the file that has its traceback."""
-    cause = (str(error).strip().splitlines() or [""])[0][:_LONGEST_CAUSE]
+    lines = str(error).strip().splitlines() or [""]
+    # Ray's errors quote the traceback of another process, which ends with the cause.
+    cause = lines[-1 if any("Traceback" in line for line in lines) else 0].strip()[:_LONGEST_CAUSE]
     what = f"{type(error).__name__}: {cause}" if cause else type(error).__name__
     try:
         # Only its owner can read the file.

@@ -351,6 +351,19 @@ def test_an_unexpected_error_is_one_sentence_and_a_file(
     assert "the traceback could not be written" in capsys.readouterr().err
 
 
+def test_the_cause_of_an_error_in_another_process_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def fail(config: EmbedConfig) -> None:
+        raise RuntimeError("a worker failed:\nTraceback (most recent call last):\n  File x\nKeyError: 'cls'\n")
+
+    with pytest.raises(SystemExit):
+        run_job(EmbedConfig, fail, ["--data", "a", "--output", "b"])
+    assert "failed unexpectedly (RuntimeError: KeyError: 'cls')" in capsys.readouterr().err
+
+
 def test_unexpected_errors_of_every_entry_are_caught() -> None:
     broken = (
         "import crate_ray.jobs.configs as c\nc.example_configs = lambda: 1 / 0\nfrom crate_ray.__main__ import main\n"
