@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Run an S3 server on loopback, in the foreground until SIGTERM: a Ceph monitor, one OSD and the RADOS gateway.
-#   ceph-rgw.sh DIR [PORT]
+#   ceph-rgw.sh DIR [PORT [ADDRESS]]       ADDRESS: where the gateway listens besides loopback
 # DIR holds the data, the logs and s3.json, which has the keys and is written when the server is ready. The monitor
 # listens on PORT + 1. Objects are in a sparse file and survive a restart.
 set -euo pipefail
 
 DIR=$(mkdir -p "${1:?usage: ceph-rgw.sh DIR [PORT]}" && cd "$1" && pwd)
 PORT=${2:-27480}
+ALSO=${3:-127.0.0.1}
 packages="radosgw ceph-mon ceph-osd ceph-common"
 for program in radosgw ceph-mon ceph-osd ceph ceph-authtool monmaptool radosgw-admin; do
   if ! command -v "$program" >/dev/null; then
@@ -57,7 +58,7 @@ log file = $DIR/log/\$name.log
 log to stderr = false
 err to stderr = false
 [client.rgw]
-rgw frontends = beast endpoint=127.0.0.1:$PORT
+rgw frontends = beast endpoint=127.0.0.1:$PORT$([ "$ALSO" = 127.0.0.1 ] || echo " endpoint=$ALSO:$PORT")
 rgw thread pool size = 64
 # Resharding is off, because its thread may read a setting while others are set, which ends the gateway. Small buckets
 # do not need it.

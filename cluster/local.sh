@@ -4,6 +4,8 @@
 #   cluster/local.sh up        start everything, then print how to submit jobs
 #   cluster/local.sh status    list the parts; exit status 0 if all of them run, else 3
 #   cluster/local.sh down      end exactly the processes that `up` started; the data stays
+#   cluster/local.sh cut       with CRATE_RAY_NAMESPACES=1: take down the network of the second Ray node
+#   cluster/local.sh heal      bring it up again; if the node has ended meanwhile, start it again
 # CRATE_RAY_CLUSTER_DIR holds all state (keys, logs, data). Remove it to start afresh. Settings: cluster/README.md.
 set -euo pipefail
 
@@ -24,6 +26,9 @@ half=$(($(nproc) / 2))
 CPUS=${CRATE_RAY_CPUS_PER_NODE:-$((half > 0 ? half : 1))}
 HEAD_IP=127.0.0.2 # not 127.0.0.1, which `ray start` replaces by the machine's external address
 SECOND_IP=127.0.0.3
+SERVICES_IP=127.0.0.1
+NAMESPACES=${CRATE_RAY_NAMESPACES:-}
+WITHIN=() # what starts a command in the second node's network
 PARTS="s3 postgres mlflow ray-head ray-second"
 
 say() { echo "$*"; }
@@ -105,13 +110,86 @@ stop_all() {
   if [ -s "$STATE/ray-tmp" ]; then
     local tmp
     tmp=$(cat "$STATE/ray-tmp")
-    rm -rf "$STATE"/logs/ray-[12]
-    for node in 1 2; do
-      for logs in "$tmp/$node"/session_2*/logs; do [ -d "$logs" ] && cp -r "$logs" "$STATE/logs/ray-$node"; done
+    rm -rf "$STATE"/logs/ray-[12]*
+    for node in "$tmp"/*; do
+      for logs in "$node"/session_2*/logs; do [ -d "$logs" ] && cp -r "$logs" "$STATE/logs/ray-${node##*/}"; done
     done
     case $tmp in /tmp/crate-ray.*) rm -rf "$tmp" ;; esac
   fi
+  remove_network
   rm -f "$STATE"/{pids,id,marked,ray-tmp}
+}
+
+# --- Network of the second node -------------------------------------------------------------------------------------------
+
+# The second node is in a network namespace. A virtual cable leads from it to a bridge, on which the rest of the cluster
+# listens. The bridge, the namespace and the interface in it have one name, so that gloo and NCCL find it on both nodes.
+make_network() {
+  local name third
+  name=cr$(head -c 8 "$STATE/id")
+  for third in {1..254}; do ip -4 -o address | grep -q " 10\.213\.$third\." || break; done
+  echo "$name 10.213.$third" >"$STATE/network"
+  ip netns add "$name"
+  ip link add "$name" type bridge
+  ip address add "10.213.$third.1/24" dev "$name"
+  ip link set "$name" up
+  ip link add "${name}-2" type veth peer name "$name" netns "$name"
+  ip link set "${name}-2" master "$name" up
+  ip -n "$name" address add "10.213.$third.2/24" dev "$name"
+  ip -n "$name" link set lo up
+  ip -n "$name" link set "$name" up
+}
+use_network() {
+  local name prefix
+  [ -s "$STATE/network" ] || return 0
+  read -r name prefix <"$STATE/network"
+  HEAD_IP=$prefix.1 SECOND_IP=$prefix.2 SERVICES_IP=$prefix.1
+  WITHIN=(nsenter "--net=/run/netns/$name")
+  export GLOO_SOCKET_IFNAME=$name NCCL_SOCKET_IFNAME=$name
+}
+remove_network() {
+  local name
+  [ -s "$STATE/network" ] || return 0
+  read -r name _ <"$STATE/network"
+  ip link delete "${name}-2" 2>/dev/null || true # both ends of the cable
+  ip netns delete "$name" 2>/dev/null || true
+  ip link delete "$name" 2>/dev/null || true
+  rm "$STATE/network"
+}
+link() { # up or down
+  local name
+  [ -s "$STATE/network" ] || die "the second node has no network of its own: start the cluster with CRATE_RAY_NAMESPACES=1"
+  read -r name _ <"$STATE/network"
+  ip link set "${name}-2" "$1"
+}
+cut() {
+  link down
+  say "cut off: the second Ray node"
+}
+heal() {
+  local until=$((SECONDS + 180)) steady=0
+  link up
+  exec 9>"$STATE/lock"
+  flock -n 9 || die "another local.sh works on $STATE"
+  check_programs
+  use_network
+  # shellcheck disable=SC1091
+  source "$STATE/env.sh"
+  # A node that the head has given up ends by itself, a few seconds after it can reach the head again. Until then the
+  # dashboard may still count it.
+  while ((steady < 15)); do
+    if ! is_up ray-second; then
+      start_second
+      steady=0
+    elif ray_nodes_alive 2 2>/dev/null; then
+      steady=$((steady + 1))
+    else
+      steady=0
+    fi
+    ((SECONDS < until)) || die "ray-second does not come back: read $STATE/logs/ray-second.log"
+    sleep 1
+  done
+  say "healed: the second Ray node is back"
 }
 
 # --- up -----------------------------------------------------------------------------------------------------------------
@@ -212,9 +290,9 @@ SQL
 }
 
 write_env() { # env.sh, for the user's shell and for the Ray nodes
-  "$BIN/python" - "$STATE" "$S3_PORT" "$DASHBOARD_PORT" "$MLFLOW_PORT" <<'PY'
+  "$BIN/python" - "$STATE" "$S3_PORT" "$DASHBOARD_PORT" "$MLFLOW_PORT" "$SERVICES_IP" <<'PY'
 import json, pathlib, shlex, sys
-state, s3_port, dashboard_port, mlflow_port = sys.argv[1:]
+state, s3_port, dashboard_port, mlflow_port, services = sys.argv[1:]
 key = json.loads(pathlib.Path(state, "s3", "s3.json").read_text())["keys"][0]
 env = {
     "RAY_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
@@ -222,10 +300,10 @@ env = {
     "RAY_AUTH_TOKEN_PATH": f"{state}/secrets/ray-token",
     "AWS_ACCESS_KEY_ID": key["access_key"],
     "AWS_SECRET_ACCESS_KEY": key["secret_key"],
-    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_port}",
+    "AWS_ENDPOINT_URL": f"http://{services}:{s3_port}",
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-    "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}",
+    "MLFLOW_TRACKING_URI": f"http://{services}:{mlflow_port}",
 }
 path = pathlib.Path(state, "env.sh")
 path.touch(mode=0o600)
@@ -243,7 +321,7 @@ for name in {"data", "runs", "mlflow"} - there:
 PY
 }
 
-mlflow_answers() { get "http://127.0.0.1:$MLFLOW_PORT/health"; }
+mlflow_answers() { get "http://$SERVICES_IP:$MLFLOW_PORT/health"; }
 get() { "$BIN/python" -c 'import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=5).read().decode())' "$1"; }
 ray_nodes_alive() { # number
   "$BIN/python" - "$DASHBOARD_PORT" "$STATE/secrets/ray-token" "$1" <<'PY'
@@ -258,6 +336,10 @@ PY
 }
 
 up() {
+  if [ -n "$NAMESPACES" ]; then
+    [ "$(id -u)" = 0 ] || die "CRATE_RAY_NAMESPACES needs root"
+    command -v ip >/dev/null || die "CRATE_RAY_NAMESPACES needs a package: apt-get install --no-install-recommends iproute2"
+  fi
   check_programs
   mkdir -p "$STATE"
   STATE=$(cd "$STATE" && pwd)
@@ -270,6 +352,7 @@ up() {
     local down=""
     for part in $PARTS; do is_up "$part" || down+=" $part"; done
     if [ -z "$down" ]; then
+      use_network
       say "already up: $STATE"
       how_to
       return
@@ -286,10 +369,12 @@ up() {
   trap 'exit 130' INT TERM HUP
   : >"$STATE/pids"
   tr -d - </proc/sys/kernel/random/uuid >"$STATE/id"
+  [ -z "$NAMESPACES" ] || make_network
+  use_network
 
   say "starting the S3 server and PostgreSQL"
   rm -f "$STATE/s3/s3.json"
-  start s3 "$ROOT/cluster/ceph-rgw.sh" "$STATE/s3" "$S3_PORT"
+  start s3 "$ROOT/cluster/ceph-rgw.sh" "$STATE/s3" "$S3_PORT" "$SERVICES_IP"
   start_postgres
   finish_postgres
   wait_for s3 150 test -s "$STATE/s3/s3.json"
@@ -305,7 +390,7 @@ up() {
     export PGPASSFILE=$STATE/secrets/pgpass MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
     unset MLFLOW_TRACKING_URI
     cd "$STATE"
-    start mlflow "$BIN/mlflow" server --host 127.0.0.1 --port "$MLFLOW_PORT" --workers 1 \
+    start mlflow "$BIN/mlflow" server --host "$SERVICES_IP" --port "$MLFLOW_PORT" --workers 1 \
       --backend-store-uri "postgresql+psycopg://mlflow@127.0.0.1:$POSTGRES_PORT/mlflow" \
       --serve-artifacts --artifacts-destination s3://mlflow/
   )
@@ -314,10 +399,10 @@ up() {
   # own folder. In a common one, the second node would remove a job's working directory while the first node uses it.
   tmp=$(mktemp -d /tmp/crate-ray.XXXXXX)
   echo "$tmp" >"$STATE/ray-tmp"
-  start_ray ray-head --head --node-ip-address $HEAD_IP --port "$GCS_PORT" --temp-dir "$tmp/1" \
+  start_ray ray-head --head --node-ip-address "$HEAD_IP" --port "$GCS_PORT" --temp-dir "$tmp/1" \
     --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" --ray-client-server-port "$CLIENT_PORT"
   wait_for ray-head 120 ray_nodes_alive 1
-  start_ray ray-second --address "$HEAD_IP:$GCS_PORT" --node-ip-address $SECOND_IP --temp-dir "$tmp/2"
+  start_second
   wait_for ray-second 120 ray_nodes_alive 2
   wait_for mlflow 180 mlflow_answers
   trap - EXIT INT TERM HUP
@@ -336,14 +421,21 @@ secret_token() {
   fi
 }
 
+start_second() {
+  start_ray ray-second --address "$HEAD_IP:$GCS_PORT" --node-ip-address "$SECOND_IP" \
+    --temp-dir "$(mktemp -d "$(cat "$STATE/ray-tmp")/2.XXX")"
+}
+
 start_ray() { # name, options of `ray start`...
   local name=$1
   shift
+  local within=()
+  [ "$name" = ray-head ] || within=("${WITHIN[@]}")
   (
     unset RAY_ADDRESS # only the job CLI needs it
     export PATH="$BIN:$PATH" RAY_USAGE_STATS_ENABLED=0
     cd "$STATE"
-    start "$name" "$BIN/ray" start --block --num-cpus "$CPUS" --object-store-memory "${CRATE_RAY_OBJECT_STORE_BYTES:-500000000}" \
+    start "$name" "${within[@]}" "$BIN/ray" start --block --num-cpus "$CPUS" --object-store-memory "${CRATE_RAY_OBJECT_STORE_BYTES:-500000000}" \
       --dashboard-agent-listen-port 0 --disable-usage-stats "$@"
   )
 }
@@ -358,8 +450,8 @@ how_to() {
     --tracking.uri "\$MLFLOW_TRACKING_URI" --scaling.workers 2
 
   dashboard  http://127.0.0.1:$DASHBOARD_PORT  (asks for the token in $STATE/secrets/ray-token)
-  MLflow     http://127.0.0.1:$MLFLOW_PORT
-  S3         http://127.0.0.1:$S3_PORT  (buckets data, runs, mlflow)
+  MLflow     http://$SERVICES_IP:$MLFLOW_PORT
+  S3         http://$SERVICES_IP:$S3_PORT  (buckets data, runs, mlflow)
   logs       $STATE/logs;  stop: cluster/local.sh down
 HOW
 }
@@ -387,9 +479,9 @@ status() {
 }
 
 case ${1:-} in
-  up | down | status) "$1" ;;
+  up | down | status | cut | heal) "$1" ;;
   *)
-    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

@@ -104,6 +104,18 @@ def test_aws_is_closed_to_the_internet_and_needs_a_token(aws: dict[str, Any]) ->
         assert subprocess.run(["bash", "-n", "-c", f"({command})"], check=False).returncode == 0, command
 
 
+def test_a_node_of_aws_does_not_start_without_the_token(tmp_path: Path) -> None:
+    """In the mode of aws.yaml `ray start` takes the token from its default path and makes none."""
+    ray = Path(sys.executable).with_name("ray")
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    for role in (["--head", "--port=0"], ["--address=127.0.0.1:1"]):
+        command = [ray, "start", *role, "--disable-usage-stats"]
+        start = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=100)
+        assert start.returncode != 0
+        assert "no authentication token was found" in start.stdout + start.stderr
+    assert not (tmp_path / ".ray").exists()
+
+
 # --- docker/ ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +237,8 @@ def test_local_sh_says_how_to_use_it(tmp_path: Path) -> None:
     assert usage.returncode == 2 and "cluster/local.sh up" in usage.stderr
     status = subprocess.run([script, "status"], env=env, capture_output=True, text=True, check=False)
     assert status.returncode == 3 and "ray-head: down" in status.stdout
+    cut = subprocess.run([script, "cut"], env=env, capture_output=True, text=True, check=False)
+    assert cut.returncode == 1 and "start the cluster with CRATE_RAY_NAMESPACES=1" in cut.stderr
     down = subprocess.run([script, "down"], env=env, capture_output=True, text=True, check=False)
     assert down.returncode == 0 and "not up" in down.stdout
     assert not (tmp_path / "state").exists()
