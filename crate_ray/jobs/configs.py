@@ -11,6 +11,7 @@ from crate_ray import config
 from crate_ray.cli import suggest
 from crate_ray.config.examples import example_configs, find_example, summary
 from crate_ray.config.listing import markdown
+from crate_ray.errors import UserError
 
 JOBS: dict[str, tuple[type[config.Settings], ...]] = {
     "pretrain": (config.PretrainConfig,),
@@ -61,5 +62,8 @@ def run() -> None:
     if target.exists():
         print(f"error: {target} exists; remove it or name another --output", file=sys.stderr)
         sys.exit(2)
-    shutil.copyfile(path, target)
+    try:
+        shutil.copyfile(path, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; name another --output") from None
     print(target)

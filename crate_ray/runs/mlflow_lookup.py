@@ -79,7 +79,7 @@ def open_client(tracking: TrackingConfig) -> MlflowClient:
     """A client for reading. MLflow would create a missing SQLite file; this does not.
 
     Raises:
-        UserError: the SQLite file does not exist.
+        UserError: the SQLite file does not exist, or MLflow cannot use the address.
     """
     uri = tracking_uri(tracking)
     path = sqlite_path(uri)
@@ -89,8 +89,12 @@ def open_client(tracking: TrackingConfig) -> MlflowClient:
             "where the runs are tracked"
         )
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
-    return MlflowClient(login(uri))
+    try:
+        return MlflowClient(login(uri))
+    except MlflowException as error:
+        raise UserError(f"MLflow cannot use the address {uri} ({first_line(error)}); check tracking.uri") from None
 
 
 def find_run(client: MlflowClient, run_key: str) -> str | None:

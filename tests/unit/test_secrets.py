@@ -364,12 +364,22 @@ def test_the_cause_of_an_error_in_another_process_is_named(
     assert "failed unexpectedly (RuntimeError: KeyError: 'cls')" in capsys.readouterr().err
 
 
-def test_unexpected_errors_of_every_entry_are_caught() -> None:
+def test_unexpected_errors_of_every_entry_are_caught(tmp_path: Path) -> None:
     broken = (
         "import crate_ray.jobs.configs as c\nc.example_configs = lambda: 1 / 0\nfrom crate_ray.__main__ import main\n"
     )
-    done = _python(broken + "main()", "configs")
+    done = _python(broken + "main()", "configs", TMPDIR=str(tmp_path))
     assert done.returncode == 70 and "ZeroDivisionError" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_mistakes_at_the_edges_are_user_errors(tmp_path: Path) -> None:
+    main = "from crate_ray.__main__ import main\nmain()\n"
+    for arguments, words in (
+        (("configs", "digits", "--output", str(tmp_path / "absent" / "x")), "cannot write"),
+        (("register", "list", "--tracking.uri", "foo://bar"), "MLflow cannot use the address foo://bar"),
+    ):
+        done = _python(main, *arguments)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_login_names_are_percent_decoded() -> None:
