@@ -33,6 +33,7 @@ RUN_KEY_TAG = "crate_ray.run_key"
 _lock = threading.Lock()
 _LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 _before: dict[str, str | None] = {}  # the variables' values before `login` set them
+_logged_in: list[str] = []  # the server for which it set them
 
 
 def tracking_uri(tracking: TrackingConfig) -> Address:
@@ -54,10 +55,15 @@ def login(address: Address) -> str:
         return address.full
     with _lock:
         if address.login is None:
-            for name, value in _before.items():  # those of another server stay secret from this one
-                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-            _before.clear()
+            # Another server must not get them. MLflow itself puts the address of this one, without them, into
+            # MLFLOW_TRACKING_URI.
+            if address not in _logged_in:
+                for name, value in _before.items():
+                    os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+                _before.clear()
+                _logged_in.clear()
         else:
+            _logged_in[:] = [address]
             for name, value in zip(_LOGIN, address.login, strict=True):
                 _before.setdefault(name, os.environ.get(name))
                 os.environ[name] = value

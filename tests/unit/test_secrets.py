@@ -146,6 +146,10 @@ def test_mlflow_gets_the_login_by_the_environment(monkeypatch: pytest.MonkeyPatc
     assert login(Address(f"http://user:p%40{SECRET}@host:5000")) == "http://host:5000"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "user"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == f"p@{SECRET}"
+    # As mlflow.set_tracking_uri does: the address comes back from the environment without the login.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert login(tracking_uri(TrackingConfig())) == "http://host:5000"
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == f"p@{SECRET}"
     # Another server does not receive it.
     assert login(Address("http://other:5000")) == "http://other:5000"
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == "mine" and "MLFLOW_TRACKING_PASSWORD" not in os.environ
