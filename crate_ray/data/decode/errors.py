@@ -29,6 +29,11 @@ class DecodeError(ValueError):
         self.cause: Cause = cause
 
 
+def no_memory(hw: tuple[int, int]) -> DecodeError:
+    """The error of an image or grid of this height and width, if a MemoryError was raised for it."""
+    return DecodeError(f"there is not enough memory to decode its {hw[1]}×{hw[0]} pixels", "too_large")
+
+
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
     """Raise DecodeError if an image has more than max_pixels pixels."""
     if height * width > max_pixels:

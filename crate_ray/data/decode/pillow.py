@@ -7,6 +7,7 @@ orientation are read from the file's chunks.
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,11 @@ from crate_ray.data.decode.errors import DecodeError, check_pixels
 from crate_ray.data.decode.member import EXIF_ORIENTATION, UPRIGHT, Crop, orientation_of, upright
 from crate_ray.data.decode.room import room_for
 from crate_ray.data.decode.transforms import Orientation, resize_image
+
+# Pillow takes memory for large images in blocks of 16 MiB. glibc keeps freed blocks of this size for the thread that
+# used them, but returns larger ones to the system.
+if "PILLOW_BLOCK_SIZE" not in os.environ:
+    Image.core.set_block_size(2**26)
 
 ImageFormat = Literal["JPEG", "PNG", "WEBP"]
 
@@ -73,7 +79,7 @@ class PillowImage(NamedTuple):
                     raise DecodeError(f"the {self.format} is damaged: its headers give two sizes", "damaged")
                 part = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
             pixels = np.array(to_eight_bits(part).convert("L" if channels == 1 else "RGB"))
-        except DecodeError:
+        except (DecodeError, MemoryError):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise DecodeError(str(error), "too_large") from None

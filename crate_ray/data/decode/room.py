@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 
-ROOM_BYTES = 2**31
+ROOM_BYTES = 2**30
 """Memory for the images that a process decodes at a time. One that needs more is decoded when no other one is."""
 
 _SMALL_BYTES = 2**20

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crate_ray.config import Kind
 from crate_ray.data.decode.arrays import open_array, open_grid
-from crate_ray.data.decode.errors import MAX_PIXELS, DecodeError
+from crate_ray.data.decode.errors import MAX_PIXELS, DecodeError, no_memory
 from crate_ray.data.decode.jpeg import Jpeg, jpeg_error, open_jpeg
 from crate_ray.data.decode.jpeg_stack import Layout, resize_stacked
 from crate_ray.data.decode.member import UPRIGHT, Crop, Member
@@ -74,6 +74,8 @@ def decode_batch(
             member.crop_into(Crop.of(crops, i), out[i])
         except DecodeError as error:
             errors[i] = error
+        except MemoryError:
+            errors[i] = no_memory(member.hw)
     for (side, _), rows in small.items():
         _decode_small(members, np.array(rows), crops, side, out, errors)
     return errors
@@ -138,7 +140,10 @@ def decode_whole(
         factor = next((f for f in (8, 4, 2) if min(member.hw) >= f * reduced_side), 1)
     num_bytes = member.num_bytes(factor) if isinstance(member, Jpeg) else member.num_bytes
     with room_for(num_bytes + 8 * member.height * member.width // factor**2):  # the user of the pixels copies them
-        pixels = member.whole(member.channels, factor) if isinstance(member, Jpeg) else member.whole(member.channels)
+        try:
+            pixels = member.whole(*(member.channels, factor) if isinstance(member, Jpeg) else (member.channels,))
+        except MemoryError:
+            raise no_memory(member.hw) from None
         yield WholeImage(pixels.transpose(1, 2, 0), member.hw, member.format)
 
 
