@@ -172,18 +172,19 @@ def test_little_is_read_ahead_of_packing() -> None:
 
 
 def test_no_jpeg_holds_pixels_of_its_neighbours() -> None:
-    """Eight more images behind restart markers end with the number that the decoder expects next."""
+    """More images behind restart markers: eight, after which the numbers go on as expected, or all up to the end."""
     pictures = [encoded(noise(i, 32, 32), "JPEG", quality=60) for i in range(14)]
     begin = pictures[0].index(b"\xff\xda") + 14
     assert len({picture[:begin] for picture in pictures}) == 1
     alone = [decode([picture])[1][0] for picture in pictures]
     coded = encoded(noise(99, 32, 32), "JPEG", quality=60)[begin:-2]
     for place in (0, 3):
-        extra = b"".join(bytes((0xFF, 0xD0 + (place + i) % 8)) + coded for i in range(8))
-        hostile = pictures[place][:-2] + extra + pictures[place][-2:]
-        _, together = decode([*pictures[:place], hostile, *pictures[place + 1 :]])
-        for i in range(len(pictures)):
-            assert i == place or torch.equal(together[i], alone[i])
+        for count, end in ((8, b""), (len(pictures) - 1 - place, b"\xff\xd9")):
+            extra = b"".join(bytes((0xFF, 0xD0 + (place + i) % 8)) + coded for i in range(count))
+            hostile = pictures[place][:-2] + extra + end + pictures[place][-2:]
+            _, together = decode([*pictures[:place], hostile, *pictures[place + 1 :]])
+            for i in range(len(pictures)):
+                assert i == place or torch.equal(together[i], alone[i])
 
 
 @given(st.data())

@@ -73,8 +73,11 @@ def quickly(read: Callable[[], object], megabytes: float = 64, seconds: float = 
 
 DEEP = b"a/" * 50_000 + b"b.jpg"
 TARS = {
-    "negative size": pax(record(b"size", b"-1024")) + member(),
-    "negative size of a folder": pax(record(b"size", b"-1024")) + member(type=tarfile.DIRTYPE),
+    **{f"size {size}": pax(record(b"size", b"%d" % size)) + member() for size in range(-2560, 0, 512)},
+    **{
+        f"size {size} of a folder": pax(record(b"size", b"%d" % size)) + member(type=tarfile.DIRTYPE)
+        for size in range(-2560, 0, 512)
+    },
     "negative size, as GNU writes it": member()[:124] + b"\xff" * 12 + member()[136:],
     "size of 5,000 digits": pax(record(b"size", b"9" * 5000)) + member(),
     "size of 4,000 digits": pax(record(b"size", b"9" * 4000)) + member(),
