@@ -16,7 +16,7 @@ import numpy as np
 
 from crate_ray.config import PrepareConfig
 from crate_ray.data.decode.errors import DecodeError
-from crate_ray.data.decode.samples import read_format, read_image_header
+from crate_ray.data.decode.samples import read_image_header
 from crate_ray.data.format.index import INDEX_STRIDE, index_shard
 from crate_ray.data.format.manifest import MANIFEST_NAME, Manifest
 from crate_ray.data.format.samples import class_number, read_table
@@ -306,8 +306,6 @@ def _checked(
 
 def _check_mask(mask: bytes, content: bytes) -> None:
     """Decode the mask of an encoded image and compare their sizes. Raises BadSample."""
-    if read_format(mask) != "PNG":
-        raise BadSample("the mask is not a PNG")
     try:
         size = read_image_header(content)[:2]
     except DecodeError as error:

@@ -53,7 +53,7 @@ def shrink_image(content: bytes, max_side: int, quality: int) -> bytes | None:
 
 
 def shrink_mask(content: bytes, max_side: int) -> bytes:
-    """Resize a PNG mask like its image, by nearest neighbour, so that no new values arise.
+    """Resize a mask like its image, by nearest neighbour, so that no new values arise. The result is a PNG.
 
     Raises:
         BadSample: it cannot be decoded.
@@ -64,9 +64,11 @@ def shrink_mask(content: bytes, max_side: int) -> bytes:
             return content
         with (
             room_for(header.height * header.width * _MASK_BYTES_PER_PIXEL),
-            Image.open(io.BytesIO(content), formats=("PNG",)) as stored,
+            Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as stored,
         ):
             image = ImageOps.exif_transpose(stored)
+            if image.mode == "CMYK":  # which PNG does not have
+                image = image.convert("RGB")
             height, width = shrunk_size(image.height, image.width, max_side)
             smaller = image.resize((width, height), Image.Resampling.NEAREST)
             smaller.info = {}
