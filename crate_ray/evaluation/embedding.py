@@ -68,13 +68,14 @@ def embed_dataset(config: EmbedConfig, model: MaskedAutoencoder, description: Mo
         feature=config.feature,
         num_samples=shards.manifest.num_samples,
         dim=description.model.dim,
+        part_samples=(_part_samples(config, shards),),
     )
     if done := find_complete(output, record):
         return done
     with Lease(output, LEASE_FILE, f"the output {output.uri}") as lease:
         if done := find_complete(output, record):
             return done
-        claim(output, record)
+        record = claim(output, record)
         start_ray()
         parts, bad = _compute(config, shards, output, description, weights)
         record = record.model_copy(update={"skipped": dict(bad.counts), "skipped_keys": bad.causes})
@@ -86,8 +87,7 @@ def _compute(
     config: EmbedConfig, shards: ShardSet, output: Storage, description: ModelDescription, weights: bytes
 ) -> tuple[list[Part], BadSampleCounter]:
     """Write all parts. Raises UserError as soon as too many samples are bad."""
-    total = shards.manifest.num_samples
-    size = config.batch_size * max(1, -(-total // (config.batch_size * _MAX_PARTS)))
+    total, size = shards.manifest.num_samples, _part_samples(config, shards)
     ranges = [{"start": start, "stop": min(start + size, total)} for start in range(0, total, size)]
     job = _Job(
         data=shards.storage.uri,
@@ -122,6 +122,11 @@ def _compute(
             done += result.part.rows + len(result.errors)
             display.update(done, done, bad.counts.total())
     return parts, bad
+
+
+def _part_samples(config: EmbedConfig, shards: ShardSet) -> int:
+    """Samples per part: a batch, or several so that there are not too many parts."""
+    return config.batch_size * max(1, -(-shards.manifest.num_samples // (config.batch_size * _MAX_PARTS)))
 
 
 class _Job(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -19,7 +19,8 @@ from crate_ray.storage.interface import NotFound, Storage
 
 RECORD_FILE = "_embeddings.json"
 LEASE_FILE = "_embeddings.lease"
-_PART = re.compile(r"part-[0-9]{12,}-[0-9]{12,}\.parquet")  # see part_name
+_MAX_ATTEMPTS = 100
+_PART = re.compile(r"part-([0-9]{12,19})-([0-9]{12,19})\.parquet")  # see part_name
 
 
 class EmbeddingRecord(Settings):
@@ -35,6 +36,8 @@ class EmbeddingRecord(Settings):
     """Samples in the dataset."""
     dim: PositiveInt
     """Numbers per embedding."""
+    part_samples: Annotated[tuple[PositiveInt, ...], Field(max_length=_MAX_ATTEMPTS)] = ()
+    """Samples per part, in this attempt and in stopped ones before it. These parts, and no other files, are deleted."""
     complete: bool = False
     """Whether all parts exist."""
     skipped: dict[str, Count] = Field(default_factory=dict)
@@ -46,6 +49,16 @@ class EmbeddingRecord(Settings):
     def num_rows(self) -> int:
         """Embeddings in all parts."""
         return self.num_samples - sum(self.skipped.values())
+
+    def names(self, key: str) -> bool:
+        """Whether a file is a part of one of the attempts."""
+        found = _PART.fullmatch(key)
+        if found is None:
+            return False
+        start, stop = int(found[1]), int(found[2])
+        return any(
+            start % size == 0 and start < stop == min(start + size, self.num_samples) for size in self.part_samples
+        )
 
 
 class Part(NamedTuple):
@@ -70,8 +83,8 @@ def find_complete(output: Storage, wanted: EmbeddingRecord) -> EmbeddingRecord |
     """
     record = _read_record(output)
     if record is None or not record.complete:
-        named = _PART if record else None
-        if foreign := [i.key for i in output.list() if _is_parquet(i.key) and not (named and named.fullmatch(i.key))]:
+        parquet = [info.key for info in output.list() if _is_parquet(info.key)]
+        if foreign := [key for key in parquet if record is None or not record.names(key)]:
             raise UserError(
                 f"{output.uri} holds Parquet files that are not from an embedding job, such as {foreign[0]}; choose "
                 "an empty folder for --output"
@@ -87,12 +100,19 @@ def find_complete(output: Storage, wanted: EmbeddingRecord) -> EmbeddingRecord |
     return record if record.complete else None
 
 
-def claim(output: Storage, record: EmbeddingRecord) -> None:
-    """Start an attempt: write the record, and delete the parts of earlier, stopped attempts."""
+def claim(output: Storage, record: EmbeddingRecord) -> EmbeddingRecord:
+    """Start an attempt: write the record, and delete the parts of earlier, stopped attempts.
+
+    Returns the record, which also names the parts of earlier attempts: their workers may still write some.
+    """
+    earlier = _read_record(output)
+    sizes = (*record.part_samples, *(earlier.part_samples if earlier else ()))
+    record = record.model_copy(update={"part_samples": tuple(dict.fromkeys(sizes))[:_MAX_ATTEMPTS]})
     _write_record(output, record)
     for info in list(output.list()):
-        if _is_part(info.key):
+        if record.names(info.key):
             output.delete(info.key)
+    return record
 
 
 def publish(output: Storage, record: EmbeddingRecord, parts: Iterable[Part]) -> EmbeddingRecord:
@@ -101,7 +121,7 @@ def publish(output: Storage, record: EmbeddingRecord, parts: Iterable[Part]) -> 
     Raises UserError if a part is missing or has another size, or if rows are missing.
     """
     expected = {part.name: part for part in parts}
-    found = {info.key: info.size for info in output.list() if _is_part(info.key)}
+    found = {info.key: info.size for info in output.list() if record.names(info.key)}
     for name in found.keys() - expected.keys():
         output.delete(name)  # a worker of a stopped attempt has written it meanwhile
     for name, part in expected.items():
@@ -118,11 +138,6 @@ def publish(output: Storage, record: EmbeddingRecord, parts: Iterable[Part]) -> 
 def _is_parquet(key: str) -> bool:
     """Whether a file is a Parquet file at the top of the output. Sub-folders are ignored."""
     return "/" not in key and key.endswith(".parquet")
-
-
-def _is_part(key: str) -> bool:
-    """Whether an embedding job wrote a file. Only such files are deleted."""
-    return _PART.fullmatch(key) is not None
 
 
 def _read_record(output: Storage) -> EmbeddingRecord | None:

@@ -19,7 +19,7 @@ from crate_ray.evaluation.embedding_output import (
 )
 from crate_ray.storage.interface import Storage, open_storage
 
-WANTED = EmbeddingRecord(model="a" * 64, dataset="b" * 64, feature="mean", num_samples=10, dim=4)
+WANTED = EmbeddingRecord(model="a" * 64, dataset="b" * 64, feature="mean", num_samples=10, dim=4, part_samples=(5,))
 
 
 @pytest.fixture
@@ -39,16 +39,16 @@ def names(output: Storage) -> set[str]:
 
 def test_leftovers_of_a_stopped_attempt_do_not_end_up_in_the_result(output: Storage) -> None:
     assert find_complete(output, WANTED) is None
-    claim(output, WANTED)
-    for stop in (3, 6):  # stopped, and started again with another batch size
-        write(output, 0, stop)
+    for size in (3, 6):  # stopped, and started again with another batch size
+        claim(output, WANTED.model_copy(update={"part_samples": (size,)}))
+        write(output, 0, size)
     assert find_complete(output, WANTED) is None
-    claim(output, WANTED)
+    record = claim(output, WANTED)
     assert names(output) == {RECORD_FILE}
     parts = [write(output, 0, 5), write(output, 5, 10)]
     write(output, 3, 6)  # late, by a worker of the first attempt
     output.write("notes/mine.parquet", b"not ours")
-    done = publish(output, WANTED, parts)
+    done = publish(output, record, parts)
     assert done.complete and done.num_rows == 10
     assert names(output) == {RECORD_FILE, parts[0].name, parts[1].name, "notes/mine.parquet"}
     assert find_complete(output, WANTED) == done
@@ -81,7 +81,7 @@ def test_an_output_without_all_parts_and_rows_is_not_complete(output: Storage) -
 )
 def test_embeddings_of_something_else_are_never_touched(output: Storage, change: dict[str, str], words: str) -> None:
     claim(output, WANTED)
-    part = write(output, 0, 10)
+    part = write(output, 0, 5)
     with pytest.raises(UserError, match=words):
         find_complete(output, WANTED.model_copy(update=change))
     assert part.name in names(output)
@@ -97,8 +97,24 @@ def test_files_that_no_embedding_job_wrote_are_never_touched(output: Storage) ->
         find_complete(output, WANTED)
 
 
+@pytest.mark.parametrize(
+    "name", [part_name(0, 4), part_name(2, 7), part_name(0, 10**15), part_name(5, 5), "part-1.parquet"]
+)
+def test_only_parts_that_the_record_names_are_deleted(output: Storage, name: str) -> None:
+    claim(output, WANTED)
+    output.write(name, b"somebody else's")
+    with pytest.raises(UserError, match=f"not from an embedding job, such as {name}"):
+        find_complete(output, WANTED)
+    claim(output, WANTED)
+    assert name in names(output)
+    publish(output, WANTED, [write(output, 0, 5), write(output, 5, 10)])
+    assert name in names(output)
+
+
 def test_a_record_of_an_earlier_version_is_still_read(output: Storage) -> None:
-    earlier = WANTED.model_copy(update={"complete": True}).model_dump_json(exclude={"skipped", "skipped_keys"})
+    earlier = WANTED.model_copy(update={"complete": True}).model_dump_json(
+        exclude={"skipped", "skipped_keys", "part_samples"}
+    )
     output.write(RECORD_FILE, earlier.encode())
     found = find_complete(output, WANTED)
     assert found is not None and found.num_rows == 10
