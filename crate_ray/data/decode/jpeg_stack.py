@@ -55,7 +55,12 @@ class Layout(NamedTuple):
 
     def fits(self, content: bytes) -> bool:
         """Whether a JPEG has this layout."""
-        return content.startswith(self.header) and content.endswith(_END) and _has_no_markers(content, len(self.header))
+        start = len(self.header)
+        return (
+            content.startswith(self.header)
+            and content.endswith(_END)
+            and not _MARKER.search(content, start, len(content) - 2)  # see _has_no_markers
+        )
 
 
 def layout_of(content: bytes) -> Layout | None:
