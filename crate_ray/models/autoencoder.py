@@ -368,6 +368,8 @@ def initialize_weights(model: nn.Module) -> None:
     a flattened patch; its bias is PyTorch's default. CLS and mask token are normal with standard deviation 0.02. Every
     other module with a `reset_parameters` method draws its own: LayerNorm 1 and 0, and the layers of CRATE.
     """
+    if next(model.parameters()).is_meta:
+        return  # there is nothing to draw, and torch would import its compiler for it
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

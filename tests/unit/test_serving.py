@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crate_ray.addresses import Address
 from crate_ray.config import ClassifierConfig, CrateMAEConfig
 from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
@@ -85,7 +86,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         made = (Predictor if kind == "classifier" else FeatureExtractor).from_folder(folder / f"exported-{kind}")
         np.save(images / f"expected-{kind}.npy", made(made.load(encoded)).numpy())
         run_id = client.create_run(experiment).info.run_id
-        info = log_model(uri, run_id, folder / f"exported-{kind}")
+        info = log_model(Address(uri), run_id, folder / f"exported-{kind}")
         found = mlflow.artifacts.download_artifacts(info.model_uri, tracking_uri=uri, dst_path=str(folder / "download"))
         Path(found).rename(folder / kind)
     mlflow.set_tracking_uri(uri_before)
