@@ -17,7 +17,7 @@ from crate_ray.config.identifiers import Count, RunKey, Sha256
 from crate_ray.errors import UserError, invalid_value
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.classifier import Classifier
-from crate_ray.models.fit import Shapes, check_fits, check_memory, safetensors_shapes
+from crate_ray.models.fit import Shapes, check_fits, check_memory, check_not_empty, safetensors_shapes
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 
@@ -105,7 +105,7 @@ def load_any(folder: Path) -> tuple[MaskedAutoencoder | Classifier, ModelDescrip
     """
     description = read_description(folder)
     try:
-        model = _build_for(description, safetensors_shapes(folder / WEIGHTS_FILE))
+        model = _build_for(description, check_not_empty(safetensors_shapes(folder / WEIGHTS_FILE)))
         model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_FILE))
     except (OSError, RuntimeError, ValueError, OverflowError, safetensors.SafetensorError) as error:
         cause = str(error).splitlines()[0]

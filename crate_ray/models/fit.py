@@ -39,16 +39,15 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if size > MAX_JSON_BYTES:
         raise ValueError(f"its header has {size} bytes")
     with safe_open(path, "pt") as opened:
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    check_not_empty(shapes)
-    return shapes
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 - no mapping
 
 
-def check_not_empty(shapes: Shapes) -> None:
-    """Raise ValueError for a tensor without elements, whose other sides could have any length."""
+def check_not_empty(shapes: Shapes) -> Shapes:
+    """Return the shapes. Raise ValueError for a tensor without elements, whose other sides could have any length."""
     for name, shape in shapes.items():
         if 0 in shape:
             raise ValueError(f"tensor {name!r} of shape {shape} is empty")
+    return shapes
 
 
 def check_stored(name: str, tensor: Tensor) -> None:

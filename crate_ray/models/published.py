@@ -21,7 +21,7 @@ from torch import Tensor
 from crate_ray.config import CRATE_PRESETS, CrateMAEConfig
 from crate_ray.errors import UserError, invalid_value
 from crate_ray.models.crate import CrateMAE
-from crate_ray.models.fit import check_plain_zip, check_stored, safetensors_shapes
+from crate_ray.models.fit import check_not_empty, check_plain_zip, check_stored, safetensors_shapes
 from crate_ray.models.patches import sincos_positions
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
@@ -145,7 +145,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise UserError(f"there is no checkpoint file {path}")
     try:
         if path.suffix == ".safetensors":
-            safetensors_shapes(path)
+            check_not_empty(safetensors_shapes(path))
             content: Any = safetensors.torch.load_file(path)
         else:
             check_plain_zip(path)

@@ -107,7 +107,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         for path in folder.glob("*.safetensors"):
-            safetensors_shapes(path)
+            safetensors_shapes(path)  # of many workers, some may hold an empty part of a small tensor
         reader = HuggingFaceStorageReader(folder.as_posix())
         entries = {
             name: entry
