@@ -41,7 +41,7 @@ def make_models(folder: Path) -> None:
     torch.save(published(decoder_pos_embed=torch.zeros(1, 1000**2 + 1, 1)), folder / "long.pth")
 
 
-@pytest.mark.slow
+@pytest.mark.daily
 def test_jobs_on_hostile_files_stay_within_their_bounds(tmp_path: Path) -> None:
     for number, shard in enumerate(TARS.values()):
         folder = tmp_path / f"tars/{number:02d}"
