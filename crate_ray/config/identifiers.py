@@ -59,5 +59,5 @@ RelativePath = Annotated[str, AfterValidator(check_relative_path)]
 FileName = Annotated[str, AfterValidator(check_file_name)]
 """Name of a file in its folder."""
 
-Address = Annotated[str, AfterValidator(check_address)]
+FolderAddress = Annotated[str, AfterValidator(check_address)]
 """Absolute address of a folder: a local path or s3://bucket/prefix."""

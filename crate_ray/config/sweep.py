@@ -71,6 +71,11 @@ class SweepConfig(Settings):
     s3: S3Config = S3Config()
     """Object storage."""
 
+    @property
+    def minimizes(self) -> bool:
+        """Whether the best objective is the smallest."""
+        return self.objective == "validation_loss"
+
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
         if self.objective == "probe_accuracy" and self.probe is None:

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 def best_trial(results: list[TrialRecord], sweep: SweepConfig) -> TrialRecord | None:
     """The finished trial with the best objective; None when none finished."""
     finished = [r for r in results if r.status == "finished" and r.objective is not None]
-    sign = 1 if sweep.objective == "validation_loss" else -1
+    sign = 1 if sweep.minimizes else -1
     return min(finished, key=lambda r: sign * (r.objective or 0.0), default=None)
 
 
@@ -35,8 +35,9 @@ def results_table(results: list[TrialRecord], sweep: SweepConfig) -> pd.DataFram
         }
         for r in results
     ]
-    ascending = sweep.objective == "validation_loss"
-    return pd.DataFrame(rows).sort_values(sweep.objective, ascending=ascending, na_position="last", ignore_index=True)
+    return pd.DataFrame(rows).sort_values(
+        sweep.objective, ascending=sweep.minimizes, na_position="last", ignore_index=True
+    )
 
 
 def picture(results: list[TrialRecord], sweep: SweepConfig) -> bytes:

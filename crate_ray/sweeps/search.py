@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.distributions import (
@@ -25,11 +25,6 @@ from crate_ray.config import SearchSpace, SweepConfig
 from crate_ray.sweeps.trial import TrialRecord
 
 METRIC, STEP = "objective", "step"
-
-
-def mode(sweep: SweepConfig) -> Literal["min", "max"]:
-    """Whether the best objective is the smallest or the largest."""
-    return "min" if sweep.objective == "validation_loss" else "max"
 
 
 def distribution(space: SearchSpace) -> BaseDistribution:
@@ -60,7 +55,7 @@ class TrialSearch(OptunaSearch):
         super().__init__(
             space={name: distribution(space) for name, space in sweep.search.items()},
             metric=METRIC,
-            mode=mode(sweep),
+            mode="min" if sweep.minimizes else "max",
             # With the first start's seed, the sampler would draw the values of the first trials again.
             seed=sweep.seed + len(records),
             points_to_evaluate=[record.values for record in interrupted],
@@ -88,7 +83,7 @@ def early_stopping(sweep: SweepConfig, total_steps: int, records: Sequence[Trial
     scheduler = ASHAScheduler(
         time_attr=STEP,
         metric=METRIC,
-        mode=mode(sweep),
+        mode="min",  # early stopping needs a validation loss
         max_t=total_steps,
         grace_period=min(sweep.grace_steps, total_steps),
         reduction_factor=sweep.reduction_factor,

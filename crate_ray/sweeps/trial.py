@@ -6,12 +6,13 @@ import time
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from ray import tune
 
 from crate_ray.addresses import redact
 from crate_ray.config import PretrainConfig, Settings, SweepConfig
 from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.errors import UserError, invalid_value
 from crate_ray.evaluation.probe import probe_encoder
 from crate_ray.models.exported import Normalizer
 from crate_ray.runs.listener import Listener
@@ -86,14 +87,29 @@ def run_trial(suggested: dict[str, Any], sweep: SweepConfig, shared: dict[str, A
 
 
 def read_records(sweep: Storage) -> list[TrialRecord]:
-    """The records of all trials in a sweep's folder, by id."""
-    records = [TrialRecord.model_validate_json(sweep.read_small(info.key)) for info in sweep.list(RECORDS)]
-    return sorted(records, key=lambda record: record.trial)
+    """The records of all trials in a sweep's folder, by id. Raises UserError if one is damaged."""
+    return sorted((_read_record(sweep, info.key) for info in sweep.list(RECORDS)), key=lambda record: record.trial)
 
 
 def write_record(sweep: Storage, record: TrialRecord) -> None:
     """Write a trial's record to a sweep's folder."""
-    sweep.write(f"{RECORDS}{record.trial}.json", record.model_dump_json().encode())
+    sweep.write(_record_name(record.trial), record.model_dump_json().encode())
+
+
+def _record_name(trial: str) -> str:
+    return f"{RECORDS}{trial}.json"
+
+
+def _read_record(sweep: Storage, name: str) -> TrialRecord:
+    try:
+        record = TrialRecord.model_validate_json(sweep.read_small(name))
+    except ValidationError as error:
+        cause = invalid_value(error)
+    else:
+        if name == _record_name(record.trial):
+            return record
+        cause = f"it is the record of trial {record.trial}"
+    raise UserError(f"{sweep.uri}/{name} cannot be read ({cause}); delete it to run another trial in its place")
 
 
 class _Record:
@@ -101,8 +117,8 @@ class _Record:
 
     def __init__(self, sweep: Storage, trial: str, values: dict[str, Any]) -> None:
         self._sweep = sweep
-        interrupted = next((record for record in read_records(sweep) if record.trial == trial), None)
-        self._record = interrupted or TrialRecord(trial=trial, values=values)
+        new = TrialRecord(trial=trial, values=values)
+        self._record = _read_record(sweep, _record_name(trial)) if sweep.exists(_record_name(trial)) else new
         self.update()
 
     def update(self, **changes: Any) -> None:

@@ -28,7 +28,7 @@ class HostCopies:
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors, sharded ones as such, and wait until the copies are complete.
 
-        The copies are valid until the next call. Tensors of one name must always be the same objects.
+        The copies are valid until the next call. Memory is used again for tensors that share storage with those before.
         """
         copies: dict[str, Tensor] = self._stager.stage(dict(tensors), non_blocking=self._cuda)
         if self._cuda:

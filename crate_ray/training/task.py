@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -131,10 +132,14 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, co
         use_float8(task.layers)
     if context.device.type == "cuda" and isinstance(task.model, CrateMAE) and context.autocast:
         notes = tuple(task.model.choose_kernels(images, context.autocast))
+    compile_with = partial(
+        compile_layers,
+        layers=task.layers,
+        autocast=context.autocast,
+        autotune=training.compile == "autotune",
+    )
     if compiled and not sharded:
-        compiled = compile_layers(
-            task.model, task.layers, task.blank(images), context.autocast, autotune=training.compile == "autotune"
-        )
+        compiled = compile_with(task.model, inputs=task.blank(images))
     trained = parallelize(
         task.model,
         task.layers,
@@ -144,14 +149,7 @@ def assemble(task_class: type[Task], config: PretrainConfig | FinetuneConfig, co
         autocast=context.autocast,
     )
     if compiled and sharded:  # programs for whole weights would not be used
-        compile_layers(
-            trained,
-            task.layers,
-            task.blank(images),
-            context.autocast,
-            required=True,
-            autotune=training.compile == "autotune",
-        )
+        compile_with(trained, inputs=task.blank(images), required=True)
     micro_steps = micro_steps_of(training, task.model, context.world_size)
     return Assembled(
         task, trained, task.build_optimizer(), micro_steps, _arithmetic(compiled, training, context), notes

@@ -389,56 +389,42 @@ def cifar() -> Results:
 # --- Speed ----------------------------------------------------------------------------------------------------------
 
 
-def train(preset: str) -> Results:
-    """Steps of one preset in bf16: CRATE-MAE compiled and eager, its plain form, ViT-MAE."""
+def measured(preset: str, **settings: Any) -> Results:
+    """Speed and memory of steps in bf16; settings are those of a Case."""
     from crate_ray.benchmarks.training import Case, measure
     from crate_ray.models.flops import gpu_peak_flops
 
-    peak = gpu_peak_flops(torch.cuda.get_device_name(0))
+    usual = {
+        "contestant": "crate_mae", "preset": preset, "precision": "bf16", "image_size": SIDE, "batch_size": BATCH,
+        "seconds": 0.1 if DRY else 4, "compile": "layers", "activation_checkpointing": False, "device": "cuda",
+    }  # fmt: skip
+    figures = measure(Case.model_validate(usual | settings)).model_dump()
+    if peak := gpu_peak_flops(torch.cuda.get_device_name(0)):
+        figures["mfu"] = figures["flops"] / figures["step_seconds"] / peak
+    return figures
+
+
+def train(preset: str) -> Results:
+    """Steps of one preset: CRATE-MAE compiled and eager, its plain form, ViT-MAE."""
     found: Results = {}
-    cases = [("crate_mae", True), ("crate_mae", False), ("plain", False), ("vit_mae", True)]
-    for contestant, compiles in cases:
+    for contestant, compiles in (("crate_mae", True), ("crate_mae", False), ("plain", False), ("vit_mae", True)):
         name = f"{contestant} {'compiled' if compiles else 'eager'}"
-        case = Case.model_validate(
-            {
-                "contestant": contestant, "preset": preset, "precision": "bf16", "image_size": SIDE,
-                "batch_size": BATCH, "seconds": 0.1 if DRY else 4, "compile": "layers" if compiles else "off",
-                "activation_checkpointing": False, "device": "cuda",
-            }
-        )  # fmt: skip
+        settings = {"contestant": contestant, "compile": "layers" if compiles else "off"}
         try:
-            figures = measure(case).model_dump()
+            found[name] = measured(preset, **settings)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            figures = measure(case.model_copy(update={"batch_size": BATCH // 4})).model_dump()
-            figures["batch_size"] = BATCH // 4
-        if peak:
-            figures["mfu"] = figures["flops"] / figures["step_seconds"] / peak
-        found[name] = figures
-        print(json.dumps({name: figures}), file=sys.stderr, flush=True)
+            found[name] = measured(preset, **settings, batch_size=BATCH // 4) | {"batch_size": BATCH // 4}
+        print(json.dumps({name: found[name]}), file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
     return found
 
 
 def train_with(option: str, **settings: Any) -> Results:
     """Steps of the base model with an option for GPUs."""
-    from crate_ray.benchmarks.training import Case, measure
-    from crate_ray.models.flops import gpu_peak_flops
-
     if option == "float8" and importlib.util.find_spec("torchao") is None:
         return {"skipped": "there is no torchao"}
-    case = Case.model_validate(
-        {
-            "contestant": "crate_mae", "preset": PRESETS[-2 if len(PRESETS) > 1 else 0], "precision": "bf16",
-            "image_size": SIDE, "batch_size": BATCH, "seconds": 0.1 if DRY else 4, "compile": "layers",
-            "activation_checkpointing": False, "device": "cuda",
-        }
-        | settings
-    )  # fmt: skip
-    figures = measure(case).model_dump()
-    if peak := gpu_peak_flops(torch.cuda.get_device_name(0)):
-        figures["mfu"] = figures["flops"] / figures["step_seconds"] / peak
-    return {option: figures}
+    return {option: measured("tiny" if DRY else "base", **settings)}
 
 
 def mssa() -> Results:
@@ -452,20 +438,11 @@ def mssa() -> Results:
 
 def small_batches() -> Results:
     """Steps at small local batches, where launching kernels may take longer than running them."""
-    from crate_ray.benchmarks.training import Case, measure
-
     found = {}
     for preset, batch, side in (("tiny", 2, 32),) if DRY else (("tiny", 32, 224), ("tiny", 128, 32), ("base", 16, 224)):
-        case = Case.model_validate(
-            {
-                "contestant": "crate_mae", "preset": preset, "precision": "bf16", "image_size": side,
-                "batch_size": batch, "seconds": 0.1 if DRY else 3, "compile": "layers",
-                "activation_checkpointing": False, "device": "cuda",
-            }
-        )  # fmt: skip
         for graph in (False, True):
             name = f"{preset}, {batch} images of {side}{', CUDA graph' if graph else ''}"
-            found[name] = measure(case.model_copy(update={"cuda_graph": graph})).model_dump()
+            found[name] = measured(preset, batch_size=batch, image_size=side, cuda_graph=graph)
     return found
 
 

@@ -85,6 +85,18 @@ def test_steps_in_bf16_stay_near_those_in_fp32_without_waiting(config: ModelConf
     torch.testing.assert_close([value.float().cpu() for value in measured], expected, rtol=6e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_tokens_in_bf16_are_in_bf16_after_each_encoder_layer(config: ModelConfig) -> None:
+    """CUDA's LayerNorm gives fp32 under autocast, the CPU's does not."""
+    model = build_model(config).cuda()
+    images, noise = torch.randn(BATCH, 3, 16, 16).cuda(), torch.rand(BATCH, config.num_patches).cuda()
+    for bf16_tokens, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        model.bf16_tokens = bf16_tokens
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            layers = model(images, noise, return_layers=True).encoder_layers
+        assert layers and {layer.dtype for layer in layers} == {expected}
+
+
 def test_a_step_that_is_not_finite_is_skipped_without_waiting() -> None:
     model = build_model(CRATE).cuda()
     optimizer = build_optimizer(model, OptimConfig())

@@ -18,7 +18,7 @@ from moto.server import ThreadedMotoServer
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from crate_ray.config import CheckpointConfig, PrepareConfig, S3Config, Settings
-from crate_ray.config.identifiers import Address, FileName, RelativePath, RunKey, Sha256
+from crate_ray.config.identifiers import FileName, FolderAddress, RelativePath, RunKey, Sha256
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.format.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, parse_manifest
 from crate_ray.data.prepare.builtin import shapes_source
@@ -93,7 +93,7 @@ def test_hostile_identifiers_have_none_of_the_forms() -> None:
             with pytest.raises(ValidationError):
                 TypeAdapter(kind).validate_python(hostile)
     for address in ("/data/set", "s3://bucket/prefix", "s3://bucket"):
-        assert TypeAdapter(Address).validate_python(address) == address
+        assert TypeAdapter(FolderAddress).validate_python(address) == address
     for address in (
         "",
         "data",
@@ -106,7 +106,7 @@ def test_hostile_identifiers_have_none_of_the_forms() -> None:
         "http://x/y",
     ):
         with pytest.raises(ValidationError):
-            TypeAdapter(Address).validate_python(address)
+            TypeAdapter(FolderAddress).validate_python(address)
 
 
 FREE_TEXT = {

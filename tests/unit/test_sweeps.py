@@ -181,7 +181,14 @@ def test_continued_early_stopping_knows_the_losses_of_the_records(tmp_path: Path
 def test_ids_of_stored_trials_are_no_paths(tmp_path: Path, trial: str) -> None:
     folder = open_storage(str(tmp_path / "sweep"), S3Config())
     folder.write("results/a.json", json.dumps({"trial": trial, "values": {}}).encode())
-    with pytest.raises(ValueError, match="trial"):
+    with pytest.raises(UserError, match=r"results/a.json cannot be read \(trial: "):
+        read_records(folder)
+
+
+def test_a_record_under_the_name_of_another_trial_is_refused(tmp_path: Path) -> None:
+    folder = open_storage(str(tmp_path / "sweep"), S3Config())
+    folder.write("results/a.json", TrialRecord(trial="b", values={}).model_dump_json().encode())
+    with pytest.raises(UserError, match="it is the record of trial b"):
         read_records(folder)
 
 

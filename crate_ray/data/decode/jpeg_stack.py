@@ -21,6 +21,8 @@ from crate_ray.data.decode.transforms import Crops, SmallResize
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _MARKER = re.compile(rb"\xff[^\0]")
+"""In coded data, 0 follows every 0xFF. With restart markers of its own, an image could hold coded data for the place of
+its neighbours in a stack. So there may be no marker between an image's header and its end."""
 _IS_RGB = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0"
 _SAMPLINGS = {0x11: (1, 1), 0x21: (1, 2), 0x22: (2, 2)}
 """Rows and columns of luma blocks per MCU, by sampling factor in the frame header."""
@@ -55,11 +57,10 @@ class Layout(NamedTuple):
 
     def fits(self, content: bytes) -> bool:
         """Whether a JPEG has this layout."""
-        start = len(self.header)
         return (
             content.startswith(self.header)
             and content.endswith(_END)
-            and not _MARKER.search(content, start, len(content) - 2)  # see _has_no_markers
+            and not _MARKER.search(content, len(self.header), len(content) - len(_END))
         )
 
 
@@ -90,7 +91,7 @@ def layout_of(content: bytes) -> Layout | None:
         position = end
     if not is_jfif or not frame or frame[4] != 8 or not content.endswith(_END):
         return None
-    if not _has_no_markers(content, position):
+    if _MARKER.search(content, position, len(content) - len(_END)):
         return None
     height, width, components = int.from_bytes(frame[5:7], "big"), int.from_bytes(frame[7:9], "big"), frame[9]
     if components not in (1, 3) or len(frame) != 10 + 3 * components or scan[4] != components:
@@ -104,15 +105,6 @@ def layout_of(content: bytes) -> Layout | None:
     if sampling is None:
         return None
     return Layout(content[:position], height, width, components, sampling, tables, frame, scan)
-
-
-def _has_no_markers(content: bytes, start: int) -> bool:
-    """Whether there is no marker between a JPEG's header and its end.
-
-    With restart markers of its own, an image could hold coded data for the place of its neighbours in a stack. In coded
-    data, 0 follows every 0xFF.
-    """
-    return _MARKER.search(content, start, len(content) - len(_END)) is None
 
 
 def resize_stacked(

@@ -57,19 +57,19 @@ class PillowImage(NamedTuple):
     def hw(self) -> tuple[int, int]:
         return (self.width, self.height) if self.orientation.transposed else (self.height, self.width)
 
-    def whole(self, channels: int) -> NDArray[np.uint8]:
+    def whole(self, channels: int, factor: int = 1) -> NDArray[np.uint8]:
+        """As for any member. Pillow decodes at full scale only, so `factor` is 1."""
         height, width = self.hw
         pixels = self._pixels(Crop(0, 0, height, width, False).stored(self.orientation, self.hw), channels)
         return upright(pixels, self.orientation).transpose(2, 0, 1)
 
     def crop_into(self, crop: Crop, out_CHW: Tensor) -> None:
-        with room_for(self.num_bytes):
+        with room_for(self.num_bytes()):
             pixels = self._pixels(crop.stored(self.orientation, self.hw), out_CHW.shape[0])
             resize_image(pixels, out_CHW, self.orientation.mirrored() if crop.flip else self.orientation)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory to decode it."""
+    def num_bytes(self, factor: int = 1) -> int:
+        """Memory to decode it. `factor` is 1."""
         return self.height * self.width * _BYTES_PER_PIXEL[self.format] + self.extra_bytes
 
     def _pixels(self, crop: Crop, channels: int) -> NDArray[np.uint8]:

@@ -138,10 +138,11 @@ def decode_whole(
     factor = 1
     if isinstance(member, Jpeg) and reduced_side is not None:
         factor = next((f for f in (8, 4, 2) if min(member.hw) >= f * reduced_side), 1)
-    num_bytes = member.num_bytes(factor) if isinstance(member, Jpeg) else member.num_bytes
-    with room_for(num_bytes + 8 * member.height * member.width // factor**2):  # the user of the pixels copies them
+    with room_for(
+        member.num_bytes(factor) + 8 * member.height * member.width // factor**2
+    ):  # the user of the pixels copies them
         try:
-            pixels = member.whole(*(member.channels, factor) if isinstance(member, Jpeg) else (member.channels,))
+            pixels = member.whole(member.channels, factor)
         except MemoryError:
             raise no_memory(member.hw) from None
         yield WholeImage(pixels.transpose(1, 2, 0), member.hw, member.format)

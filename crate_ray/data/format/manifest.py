@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from crate_ray.bounded import MAX_CLASSES
-from crate_ray.config.identifiers import Address, Count, Sha256, check_relative_path
+from crate_ray.config.identifiers import Count, FolderAddress, Sha256, check_relative_path
 from crate_ray.errors import UserError, invalid_value
 
 MANIFEST_NAME = "manifest.json"
@@ -42,7 +42,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[2] = 2
-    shards_uri: Address | None = None
+    shards_uri: FolderAddress | None = None
     """Address of the shards if they are not next to the manifest: a folder or s3://bucket/prefix."""
     num_samples: Count
     num_shards: Count
