@@ -57,5 +57,5 @@ def test_jobs_on_hostile_files_stay_within_their_bounds(tmp_path: Path) -> None:
     assert len(done) > 50 and len(done) == len(lines) / 2
     assert not [line for line in done if line["seconds"] > SECONDS or "\n" in line["message"]]
     assert all(line["message"] for line in done if line["job"].startswith("load"))
-    assert not any(line["message"] for line in done[:4]), "those on pictures and grids go on"
+    assert not [line for line in done[:5] if line["message"]], "those on pictures and grids go on"
     assert "Traceback" not in result.stderr and "not enough memory" not in result.stderr
