@@ -57,6 +57,9 @@ class SweepConfig(Settings):
     """Trials that run at the same time; each starts scaling.workers workers."""
     objective: Literal["validation_loss", "probe_accuracy"] = "validation_loss"
     """Objective to optimise: the masked loss on data.validation, or the accuracy of a linear probe."""
+    against: Literal["parameters", "images_per_second", "memory"] | None = None
+    """A second objective. The search then looks for the best trade-offs: the number of parameters and the memory are to
+    be small, the images per second many."""
     probe: ProbeConfig | None = None
     """Linear probe; needed for objective probe_accuracy."""
     grace_steps: PositiveInt | None = None
@@ -75,6 +78,13 @@ class SweepConfig(Settings):
     def minimizes(self) -> bool:
         """Whether the best objective is the smallest."""
         return self.objective == "validation_loss"
+
+    @property
+    def directions(self) -> dict[str, Literal["minimize", "maximize"]]:
+        """Every objective by name, the first one first, and whether it is to be small or large."""
+        largest = {"probe_accuracy", "images_per_second"}
+        names = [self.objective, *([self.against] if self.against else [])]
+        return {name: "maximize" if name in largest else "minimize" for name in names}
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:

@@ -132,10 +132,11 @@ def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     except NotFound:
         then = {"key": uuid.uuid4().hex, **now}
         folder.write(RECORD_FILE, json.dumps(then, indent=2).encode())
-    then["sweep"].pop("base", None)
     for name in ("tracking", "s3"):  # of earlier versions
         then["shared"].pop(name, None)
-    if {name: then[name] for name in now} != now:
+    # Earlier versions had fewer settings: the others have their defaults.
+    earlier = SweepConfig.model_validate({**then["sweep"], "base": sweep.base})
+    if {"sweep": earlier.model_dump(mode="json", exclude=may_change), "shared": then["shared"]} != now:
         raise UserError(
             f"sweep {sweep.name!r} at {sweep.storage} was started with other settings; choose another --name, or use "
             "the settings of its first start to continue it"

@@ -38,15 +38,23 @@ class TrialRecord(Settings):
     values: dict[str, Any]
     """Sampled settings, dotted."""
     status: str = "running"
-    """'running', 'finished', 'stopped early' or 'failed'. 'running' at the start of a sweep means interrupted."""
+    """'running', 'finished', 'stopped early', 'failed', or 'pruned': a combination that cannot work, which was not run.
+    'running' at the start of a sweep means interrupted."""
     objective: float | None = None
     """The last known objective."""
+    objectives: dict[str, float] = Field(default_factory=dict)
+    """Every objective by name, such as validation_loss and parameters; the first one is `objective`. Empty in records
+    of earlier versions."""
+    seconds: float = 0.0
+    """Wall time of the trial over all its starts."""
+    parameters: int = 0
+    """Number of parameters of its model; 0 in records of earlier versions."""
     step: int = 0
     """Optimizer steps done at that time."""
     losses: dict[int, float] = Field(default_factory=dict)
     """Validation losses by step, as reported for early stopping."""
     cause: str = ""
-    """Why it failed; empty otherwise."""
+    """Why it failed or was pruned; empty otherwise."""
     run_key: str = ""
     """Key of its training run in MLflow."""
 

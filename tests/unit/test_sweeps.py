@@ -16,7 +16,7 @@ from crate_ray.errors import UserError
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.lease import Lease
 from crate_ray.sweeps.report import best_trial, picture, results_table
-from crate_ray.sweeps.run import RECORD_FILE, _run_trials, best_yaml, run_sweep
+from crate_ray.sweeps.run import RECORD_FILE, _key, _run_trials, best_yaml, run_sweep
 from crate_ray.sweeps.search import TrialSearch, early_stopping
 from crate_ray.sweeps.space import shared_values, trial_config
 from crate_ray.sweeps.trial import TrialRecord, read_records, write_record
@@ -201,3 +201,16 @@ def test_a_folder_of_ray_tune_is_not_read(tmp_path: Path, monkeypatch: pytest.Mo
         write_record(folder, record)
     config = sweep(tmp_path, SEARCH, trials=len(records()))
     _run_trials(config, shared_values(config), folder, "")
+
+
+def test_a_sweep_of_an_earlier_version_goes_on_although_settings_were_added_since(tmp_path: Path) -> None:
+    config = sweep(tmp_path, SEARCH)
+    folder = open_storage(str(tmp_path / "sweep"), S3Config())
+    key = _key(folder, config, shared_values(config))
+    stored = json.loads(folder.read(RECORD_FILE))
+    del stored["sweep"]["against"]
+    folder.write(RECORD_FILE, json.dumps(stored).encode())
+    assert _key(folder, config, shared_values(config)) == key
+    other = config.model_copy(update={"against": "parameters"})
+    with pytest.raises(UserError, match="was started with other settings"):
+        _key(folder, other, shared_values(other))
