@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crate_ray.config import Feature
 from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.received import received_image
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import Crops, Int64, centre_crops
 from crate_ray.errors import UserError
@@ -162,6 +163,21 @@ def load_all(items: Sequence[bytes | NDArray[Any]], description: ModelDescriptio
         if error is not None:
             raise error
     return out
+
+
+def load_received(values: Sequence[Any], description: ModelDescription) -> tuple[Tensor, list[DecodeError | None]]:
+    """As `load_images`, for images as clients send them; see `received_image`."""
+    items: list[bytes | memoryview | NDArray[Any]] = []
+    refused: list[DecodeError | None] = []
+    for value in values:
+        try:
+            items.append(received_image(value, description.kind))
+            refused.append(None)
+        except DecodeError as error:
+            items.append(b"")
+            refused.append(error)
+    images, errors = load_images(items, description)
+    return images, [error or other for error, other in zip(refused, errors, strict=True)]
 
 
 def load_images(

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import os
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import uvicorn
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import scoring_server
 from PIL import Image
 
 from crate_ray.addresses import Address
 from crate_ray.config import ClassifierConfig, CrateMAEConfig
+from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.received import received_image
 from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
 from crate_ray.models.exported import ModelDescription, export_model
@@ -121,6 +135,132 @@ def test_threads_decode_the_same_images_and_find_the_same_errors() -> None:
     good = [i for i in range(7) if i != 4]
     assert torch.equal(images[good], threaded[good])
     assert [error is None for error in errors] == [error is None for error in found] == [i != 4 for i in range(7)]
+
+
+# --- What clients send ----------------------------------------------------------------------------------------------
+
+Answer = tuple[int, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ask(logged: tuple[Path, Path]) -> Iterator[Callable[[str, str], Answer]]:
+    """Asks MLflow's server for the logged encoder, as `mlflow models serve` runs it: status and answer."""
+    app = scoring_server.init(mlflow.pyfunc.load_model(str(logged[0] / "encoder")))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+
+    def send(body: str, kind: str) -> Answer:
+        url = f"http://127.0.0.1:{port}/invocations"
+        request = urllib.request.Request(url, body.encode(), {"Content-Type": kind})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    yield send
+    server.should_exit = True
+    thread.join()
+
+
+def bodies(texts: list[str]) -> dict[str, tuple[str, str]]:
+    """Images as text in each form of MLflow's protocol: body and content type."""
+    forms: dict[str, Any] = {
+        "dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]},
+        "dataframe_records": [{"image": text} for text in texts],
+        "inputs": {"image": texts},
+        "instances": [{"image": text} for text in texts],
+    }
+    found = {name: (json.dumps({name: value}), "application/json") for name, value in forms.items()}
+    table = pd.DataFrame({"image": texts}).to_csv(index=False)
+    return found | {"csv": (table, "text/csv")}
+
+
+def test_http_clients_send_base64_in_every_form(ask: Callable[[str, str], Answer], logged: tuple[Path, Path]) -> None:
+    encoded = [path.read_bytes() for path in sorted(logged[1].glob("*.png"))]
+    expected = np.load(logged[1] / "expected-encoder.npy")
+    plain = [base64.b64encode(content).decode() for content in encoded]
+    spellings = {
+        "plain": plain,
+        "lines": [base64.encodebytes(content).decode() for content in encoded],
+        "URL": [f"data:image/png;base64,{text}" for text in plain],
+        "URL-safe": [base64.urlsafe_b64encode(content).decode() for content in encoded],
+        "unpadded": [text.rstrip("=") for text in plain],
+    }
+    for spelling, texts in spellings.items():
+        for form, body in bodies(texts).items():
+            if form.startswith("dataframe") and spelling not in ("plain", "lines"):
+                continue  # MLflow itself decodes these, and takes only what RFC 2045 defines
+            status, answer = ask(*body)
+            assert status == 200, (spelling, form, answer)
+            assert np.abs(np.array(answer["predictions"]) - expected).max() < 1e-5, (spelling, form)
+    pixels = [np.asarray(Image.open(io.BytesIO(content))).tolist() for content in encoded[:1]]
+    for form in ({"inputs": {"image": pixels}}, {"instances": [{"image": pixels[0]}]}):
+        status, answer = ask(json.dumps(form), "application/json")
+        assert status == 200 and np.abs(np.array(answer["predictions"]) - expected[:1]).max() < 1e-5
+
+
+def test_http_clients_get_one_sentence_for_an_image_that_cannot_be_used(
+    ask: Callable[[str, str], Answer], logged: tuple[Path, Path]
+) -> None:
+    good = base64.b64encode((logged[1] / "0.png").read_bytes()).decode()
+    for bad, cause in (("aGVsbG8gd29ybGQ=", "not a JPEG, PNG or WebP image"), ("iVBORw0KGgoAAAANSUhEUgAA", "")):
+        for form, body in bodies([good, bad]).items():
+            status, answer = ask(*body)
+            assert status == 400, form
+            assert answer["message"].startswith(f"image 2 of 2 cannot be used: {cause}"), (form, answer)
+            assert answer["message"].endswith("; send encoded images in base64, or arrays of pixels")
+            assert "stack_trace" not in answer and good[:20] not in str(answer), form
+    for form in ("inputs", "instances", "csv"):
+        status, answer = ask(*bodies(["what is this?", good])[form])
+        assert status == 400 and answer["message"].startswith("image 1 of 2 cannot be used: "), answer
+
+
+def test_the_same_image_in_every_python_type(logged: tuple[Path, Path]) -> None:
+    model = mlflow.pyfunc.load_model(str(logged[0] / "encoder"))
+    content = (logged[1] / "3.png").read_bytes()
+    pixels = np.asarray(Image.open(io.BytesIO(content)))
+    expected = np.load(logged[1] / "expected-encoder.npy")[3:4]
+    texts = base64.b64encode(content).decode(), base64.b64encode(content)
+    for value in (
+        content,
+        bytearray(content),
+        memoryview(content),
+        pixels,
+        pixels.astype(int),
+        pixels.tolist(),
+        *texts,
+    ):
+        for table in (pd.DataFrame({"image": [value]}), {"image": [value]}):
+            found = model.predict(table)
+            assert found.dtype == np.float32 and np.abs(found - expected).max() < 1e-6, (type(value), type(table))
+    assert np.abs(model.predict({"image": [texts[0]] * 2}) - expected).max() < 1e-6
+    assert model.predict(pd.DataFrame({"image": []}, dtype=object)).shape == (0, MODEL.dim)
+    with pytest.raises(MlflowException, match=r"^image 2 of 2 cannot be used: it is missing; send"):
+        model.predict(pd.DataFrame({"image": [content, None]}))
+
+
+def test_what_a_client_means() -> None:
+    for content in (b"\xff\xd8\xff\xe0 a JPEG", b"\x89PNG\r\n\x1a\n", b"RIFF\x10\x00\x00\x00WEBP", b"\x93NUMPY\x01"):
+        assert received_image(content, "image") == content
+        assert received_image(base64.b64encode(content), "image") == content
+        assert received_image(f" {base64.b64encode(content).decode()}\n", "image") == content
+    grid = received_image([[0.5, -1.0], [2.0, 3.0]], "grid")
+    assert isinstance(grid, np.ndarray) and grid.dtype == np.float64 and grid[0, 1] == -1
+    for value, message in (
+        (None, "missing"), (float("nan"), "missing"), (3, "a int"), ("a b?", "not base64"), ("abcde", "not base64"),
+        ([[0.5]], "whole numbers from 0 to 255"), ([[256]], "whole numbers from"), ([[-1]], "whole numbers from"),
+        ([[1], [2, 3]], "no array of numbers"), ([["x"]], "no array of numbers"), ([], "whole numbers"),
+    ):  # fmt: skip
+        with pytest.raises(DecodeError, match=message):
+            received_image(value, "image")
+
+
+# --- Its own environment --------------------------------------------------------------------------------------------
 
 
 def test_a_served_model_imports_nothing_of_the_data_stack(logged: tuple[Path, Path]) -> None:
