@@ -29,6 +29,10 @@ class DecodeError(ValueError):
         self.cause: Cause = cause
 
 
+class Refused(DecodeError):  # noqa: N818 - named for what it reports
+    """libjpeg-turbo refuses a JPEG, at the first warning. Pillow decides whether it is damaged."""
+
+
 def no_memory(hw: tuple[int, int]) -> DecodeError:
     """The error of an image or grid of this height and width, if a MemoryError was raised for it."""
     return DecodeError(f"there is not enough memory to decode its {hw[1]}×{hw[0]} pixels", "too_large")

@@ -1,7 +1,11 @@
-"""8-bit JPEGs, decoded by libjpeg-turbo. Only the crop's part of a large JPEG is decoded."""
+"""8-bit JPEGs, decoded by libjpeg-turbo. Only the crop's part of a large JPEG is decoded.
+
+Any warning of libjpeg-turbo is an error here, so that no damage goes unnoticed. What it refuses is left to Pillow.
+"""
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import NamedTuple
 
@@ -10,10 +14,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.errors import DecodeError, Refused
 from crate_ray.data.decode.jpeg_stack import Layout, layout_of
 from crate_ray.data.decode.member import UPRIGHT, Crop, exif_orientation, upright
 from crate_ray.data.decode.pillow import ImageFormat, PillowImage, check_size
+from crate_ray.data.decode.refused import count_refused
 from crate_ray.data.decode.room import room_for
 from crate_ray.data.decode.transforms import LARGEST_SMALL_SIDE, Box, Orientation, resize_image
 from crate_ray.data.decode.turbojpeg import Region, RegionError, find_turbojpeg
@@ -31,6 +36,10 @@ _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 """Segments with a length that may come before a frame: tables, comments, application data. Other markers are refused:
 decoders disagree on whether those have a length, so they could find different frames."""
+_RESTARTS = frozenset(range(0xD0, 0xD8))
+"""Markers without a length, which decoders skip."""
+_NEXT_MARKER = re.compile(rb"\xff[^\0\xff]")
+"""Decoders skip all bytes before it as padding."""
 _SEQUENTIAL = frozenset({0xC0, 0xC1})
 _MAX_SEGMENTS = 4096
 """Most segments before the frame. Long profiles and metadata are cut into segments of 64 kB."""
@@ -72,10 +81,25 @@ class Jpeg(NamedTuple):
         return (self.width, self.height) if self.orientation.transposed else (self.height, self.width)
 
     def whole(self, channels: int, factor: int = 1) -> NDArray[np.uint8]:
-        """As for any member, but at 1/factor scale."""
+        """As for any member, but at 1/factor scale. Raises Refused if only Pillow may decode it."""
         return upright(self._all(factor, channels), self.orientation).transpose(2, 0, 1)
 
     def crop_into(self, crop: Crop, out_CHW: Tensor) -> None:
+        try:
+            self._crop_into(crop, out_CHW)
+        except Refused as refused:
+            self.for_pillow().crop_into(crop, out_CHW)
+            count_refused(refused)
+
+    def for_pillow(self) -> PillowImage:
+        """The same image, to be decoded by Pillow."""
+        size = self.height * self.width
+        coefficients = 2 * self.components * size if self.has_scans else 0
+        return PillowImage(
+            bytes(self.content), "JPEG", self.height, self.width, self.channels, self.orientation, coefficients
+        )
+
+    def _crop_into(self, crop: Crop, out_CHW: Tensor) -> None:
         orientation = self.orientation
         top, left, height, width, flip = crop.stored(orientation, self.hw)
         factor = _reduction(crop, out_CHW.shape[1], out_CHW.shape[2])
@@ -152,12 +176,12 @@ class Jpeg(NamedTuple):
         return pixels
 
     def _all(self, factor: int, channels: int) -> NDArray[np.uint8]:
-        """Decode the whole image; any warning is an error."""
+        """Decode the whole image. Raises Refused at any error or warning."""
         pixels = np.empty((-(-self.height // factor), -(-self.width // factor), channels), np.uint8)
         try:
             _decode_jpeg(self.content, factor, pixels)
         except ValueError as error:
-            raise jpeg_error(str(error)) from None
+            raise Refused(str(error), "damaged") from None
         return pixels
 
     def _mcu(self) -> tuple[int, int]:
@@ -202,19 +226,27 @@ def open_jpeg(content: bytes | memoryview, max_pixels: int) -> Jpeg | PillowImag
     """Read a JPEG's header up to its frame (ITU T.81 annex B). Raises DecodeError if it is damaged or too large."""
     exif, position, segments_left = b"", 2, _MAX_SEGMENTS
     try:
-        while content[position] != 0xFF or (marker := content[position + 1]) not in _START_OF_FRAME:
+        while True:
             segments_left -= 1
             if not segments_left:
                 raise jpeg_error(f"it has more than {_MAX_SEGMENTS} segments before its frame")
-            if content[position : position + 2] == b"\xff\xff":  # fill byte
-                position += 1
+            if content[position] != 0xFF or content[position + 1] in (0, 0xFF):
+                found = _NEXT_MARKER.search(content, position)
+                if found is None:
+                    raise jpeg_error("its header has no frame")
+                position = found.start()
+            marker = content[position + 1]
+            if marker in _START_OF_FRAME:
+                break
+            if marker in _RESTARTS:
+                position += 2
                 continue
-            if content[position] != 0xFF or marker not in _SEGMENTS:
+            size = content[position + 2] << 8 | content[position + 3]
+            if marker not in _SEGMENTS or size < 2:
                 raise jpeg_error("its header has no frame")
             if not exif and marker == _APP1 and content[position + 4 : position + 10] == b"Exif\0\0":
-                size = content[position + 2] << 8 | content[position + 3]
                 exif = bytes(content[position + 4 : position + 2 + size])
-            position += 2 + (content[position + 2] << 8 | content[position + 3])
+            position += 2 + size
         precision, height, width, components = struct.unpack_from(">BHHB", content, position + 4)
         sampling = [content[position + 11 + 3 * i] for i in range(components)]
     except (IndexError, struct.error):

@@ -1,13 +1,13 @@
 """Decode batches of images and grids, crop and resize them.
 
-JPEGs are decoded by libjpeg-turbo, PNG and WebP by Pillow, `.npy` grids by NumPy without pickle. Headers are checked
-before memory is allocated for pixels.
+JPEGs are decoded by libjpeg-turbo, or by Pillow if it refuses them; PNG and WebP by Pillow; `.npy` grids by NumPy
+without pickle. Headers are checked before memory is allocated for pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from crate_ray.config import Kind
 from crate_ray.data.decode.arrays import open_array, open_grid
-from crate_ray.data.decode.errors import MAX_PIXELS, DecodeError, no_memory
-from crate_ray.data.decode.jpeg import Jpeg, jpeg_error, open_jpeg
+from crate_ray.data.decode.errors import MAX_PIXELS, DecodeError, Refused, no_memory
+from crate_ray.data.decode.jpeg import Jpeg, open_jpeg
 from crate_ray.data.decode.jpeg_stack import Layout, resize_stacked
 from crate_ray.data.decode.member import UPRIGHT, Crop, Member
 from crate_ray.data.decode.pillow import PNG_START, ImageFormat, PillowImage, open_png_or_webp
+from crate_ray.data.decode.refused import count_refused
 from crate_ray.data.decode.room import room_for
 from crate_ray.data.decode.scratch import scratch
 from crate_ray.data.decode.transforms import CropRule, Crops, Int64, SmallResize, small_side
@@ -115,6 +116,8 @@ class WholeImage(NamedTuple):
     size: tuple[int, int]
     """Height and width before it was reduced."""
     format: ImageFormat
+    refused: str | None = None
+    """Why libjpeg-turbo refuses it, if Pillow decoded it instead."""
 
 
 @contextmanager
@@ -138,14 +141,26 @@ def decode_whole(
     factor = 1
     if isinstance(member, Jpeg) and reduced_side is not None:
         factor = next((f for f in (8, 4, 2) if min(member.hw) >= f * reduced_side), 1)
-    with room_for(
-        member.num_bytes(factor) + 8 * member.height * member.width // factor**2
-    ):  # the user of the pixels copies them
+    with ExitStack() as room:
+        refused: str | None = None
         try:
-            pixels = member.whole(member.channels, factor)
-        except MemoryError:
-            raise no_memory(member.hw) from None
-        yield WholeImage(pixels.transpose(1, 2, 0), member.hw, member.format)
+            pixels = _whole_in(room, member, factor)
+        except Refused as error:
+            assert isinstance(member, Jpeg)
+            room.close()
+            refused, member = str(error), member.for_pillow()
+            pixels = _whole_in(room, member, 1)
+        yield WholeImage(pixels.transpose(1, 2, 0), member.hw, member.format, refused)
+
+
+def _whole_in(room: ExitStack, member: Jpeg | PillowImage, factor: int) -> NDArray[np.uint8]:
+    """Decode a member at 1/factor scale, after waiting for memory until the stack is closed."""
+    copies = 8 * member.height * member.width // factor**2  # by the user of the pixels
+    room.enter_context(room_for(member.num_bytes(factor) + copies))
+    try:
+        return member.whole(member.channels, factor)
+    except MemoryError:
+        raise no_memory(member.hw) from None
 
 
 def read_format(content: bytes | memoryview) -> ImageFormat | None:
@@ -237,9 +252,13 @@ def _decode_alike(
     n = len(contents)
     crops = crop(np.full(n, layout.height), np.full(n, layout.width))
     resized = scratch("resized", tuple(out.shape), np.float32)
-    damaged = resize_stacked(contents, [layout] * n, crops, side, resized)
+
+    def reopen(row: int) -> Member:
+        return open_jpeg(contents[row], MAX_PIXELS)
+
+    errors = _resize_stacked(contents, [layout] * n, crops, side, resized, reopen)
     _round_into(out, slice(None), resized)
-    return [jpeg_error(damaged[i]) if i in damaged else None for i in range(n)]
+    return [errors.get(i) for i in range(n)]
 
 
 def _decode_small(
@@ -251,27 +270,69 @@ def _decode_small(
     errors: list[DecodeError | None],
 ) -> None:
     """Decode small members as a whole and resize them together."""
-    numbers, channels = rows.tolist(), out.shape[1]
+    numbers = rows.tolist()
     crops = crops.take(rows)
     resized = scratch("resized", (len(numbers), *out.shape[1:]), np.float32)
-    jpegs = [member for i in numbers if isinstance(member := members[i], Jpeg)]
+    chosen = [member for i in numbers if (member := members[i]) is not None]
+    jpegs = [member for member in chosen if isinstance(member, Jpeg)]
     layouts = [member.layout for member in jpegs if member.layout is not None]
     if layouts:
-        damaged = resize_stacked([bytes(member.content) for member in jpegs], layouts, crops, side, resized)
-        for i, cause in damaged.items():
-            errors[numbers[i]] = jpeg_error(cause)
+        contents = [bytes(member.content) for member in jpegs]
+        found = _resize_stacked(contents, layouts, crops, side, resized, chosen.__getitem__)
     else:
-        squares = scratch("squares", (len(numbers), channels, side, side), np.float32)
-        squares[...] = 0  # pixels outside of an image have weight 0, but must be finite
-        for square, i in zip(squares, numbers, strict=True):
-            member = members[i]
-            assert member is not None
-            try:
-                square[:, : member.hw[0], : member.hw[1]] = member.whole(channels)
-            except DecodeError as error:
-                errors[i] = error
-        SmallResize.of(crops, side, (out.shape[2], out.shape[3]))(squares, resized)
+        found = _resize_singly(chosen, crops, side, resized)
+    for i, error in found.items():
+        errors[numbers[i]] = error
     _round_into(out, slice(None) if len(numbers) == len(out) else rows, resized)
+
+
+def _resize_stacked(
+    contents: Sequence[bytes],
+    layouts: Sequence[Layout],
+    crops: Crops,
+    side: int,
+    resized: NDArray[np.float32],
+    member_of: Callable[[int], Member],
+) -> dict[int, DecodeError]:
+    """Decode small JPEGs together and resize them. Those that this refuses are decoded one by one, by `member_of` row.
+
+    Returns the errors by row.
+    """
+    refused = sorted(resize_stacked(contents, layouts, crops, side, resized))
+    if not refused:
+        return {}
+    again = np.empty((len(refused), *resized.shape[1:]), np.float32)
+    found = _resize_singly([member_of(i) for i in refused], crops.take(np.array(refused)), side, again)
+    resized[refused] = again
+    return {refused[i]: error for i, error in found.items()}
+
+
+def _resize_singly(
+    members: Sequence[Member], crops: Crops, side: int, resized: NDArray[np.float32]
+) -> dict[int, DecodeError]:
+    """Decode small members one by one and resize them together. Returns the errors by row."""
+    channels, out_hw = resized.shape[1], (resized.shape[2], resized.shape[3])
+    squares = scratch("squares", (len(members), channels, side, side), np.float32)
+    squares[...] = 0  # pixels outside of an image have weight 0, but must be finite
+    errors: dict[int, DecodeError] = {}
+    for i, (square, member) in enumerate(zip(squares, members, strict=True)):
+        try:
+            square[:, : member.hw[0], : member.hw[1]] = _whole(member, channels)
+        except DecodeError as error:
+            errors[i] = error
+    SmallResize.of(crops, side, out_hw)(squares, resized)
+    return errors
+
+
+def _whole(member: Member, channels: int) -> NDArray[Any]:
+    """Decode a whole member, with Pillow if libjpeg-turbo refuses it."""
+    try:
+        return member.whole(channels)
+    except Refused as refused:
+        assert isinstance(member, Jpeg)
+        pixels = member.for_pillow().whole(channels)
+        count_refused(refused)
+        return pixels
 
 
 def _round_into(out: Tensor, rows: slice | Int64, resized: NDArray[np.float32]) -> None:
