@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 import shutil
 import sys
 import tempfile
@@ -13,21 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
-
 from crate_ray.addresses import redact
 from crate_ray.config.base import CONFIG_FILE, Settings
 from crate_ray.config.examples import example_configs, find_example
 from crate_ray.config.listing import help_text
+from crate_ray.config.options import parse_options
 from crate_ray.config.values import (
     ConfigT,
     closest,
-    dotted_names,
-    kebab,
+    expand,
     load_yaml,
     merge,
     models_in,
-    removed_names,
     suggest,
     validate,
 )
@@ -142,10 +137,8 @@ def parse_config(
         width = min(shutil.get_terminal_size().columns, 120)
         print(help_text(config_class, prog or _prog(), everything="--help-all" in argv, width=width))
         sys.exit(0)
-    options, shorts = _take_short_forms(config_class, [_snake(argument) for argument in argv])
-    overrides = _parse_options(config_class, options)
-    path = _config_path(options)
-    values = _read_config(config_class, path, shorts) if path else {}
+    overrides, path, shorts = parse_options(config_class, argv)
+    values = _read_config(config_class, _config_path(path), shorts) if path else {}
     # Add required groups as empty ones, so that an error names the setting that is missing inside.
     groups: dict[str, Any] = {
         n: {} for n, f in config_class.model_fields.items() if f.is_required() and models_in(f.annotation)
@@ -173,78 +166,9 @@ def _summary(config_class: type[Settings]) -> str:
     return (config_class.__doc__ or "").strip().partition("\n")[0]
 
 
-def _snake(argument: str) -> str:
-    """Write an option's name as in YAML (with '_'). Other arguments are returned unchanged."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
-def _take_short_forms(config_class: type[Settings], argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Split off short forms such as `--data PATH`. Returns the other arguments, and the short forms' values."""
-    rest: list[str] = []
-    shorts: dict[str, str] = {}
-    arguments = iter(argv)
-    for argument in arguments:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in config_class.short_forms:
-            rest.append(argument)
-            continue
-        value = value if equals else next(arguments, "")
-        if not value or value.startswith("--"):
-            raise UserError(f"argument --{kebab(name)}: expected one argument")
-        if value.startswith("{"):  # the whole group as JSON
-            rest.append(f"--{name}={value}")
-        else:
-            shorts[name] = value
-    return rest, shorts
-
-
-def _parse_options(config_class: type[Settings], argv: list[str]) -> dict[str, Any]:
-    """Parse the options into nested values, which are validated later."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.setting_names, parser.removed = dotted_names(config_class), removed_names(config_class)
-    parser.add_argument("--config", metavar="FILE", type=Path)
-    # A settings class with the same fields, from which pydantic-settings builds the command line.
-    cli_class: Any = type(
-        config_class.__name__,
-        (config_class, BaseSettings),
-        {"model_config": SettingsConfigDict(extra="forbid"), "__doc__": config_class.__doc__},
-    )
-    try:
-        source: Any = CliSettingsSource(
-            cli_class,
-            root_parser=parser,
-            cli_hide_none_type=True,
-            cli_avoid_json=True,
-            cli_enforce_required=False,
-            cli_implicit_flags=False,
-            cli_parse_none_str="null",
-            cli_exit_on_error=True,
-            cli_parse_args=argv,
-        )
-        values: dict[str, Any] = source()
-    except SettingsError as error:
-        if group := re.search(r'field "(\w+)"', str(error)):
-            inside = next(n for n in parser.setting_names if n.startswith(f"{group[1]}."))
-            raise UserError(
-                f"--{kebab(group[1])} is a group of settings; set one of them, such as --{kebab(inside)}"
-            ) from None
-        name, _, cause = str(error).removeprefix("Parsing error encountered for ").partition(": ")
-        raise UserError(
-            f"the value of --{kebab(name)} is not JSON ({cause}); give it such as '{{\"name\": value}}', or put it "
-            "into the --config file"
-        ) from None
-    return values
-
-
-def _config_path(argv: Sequence[str]) -> Path | None:
+def _config_path(path: Path) -> Path:
     """Path of the --config file. If there is no such file, a name without a folder may name an example."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    path: Path | None = parser.parse_known_args(list(argv))[0].config
-    if path is None or path.exists() or path.name != str(path):
+    if path.exists() or path.name != str(path):
         return path
     example = find_example(str(path))
     if example is None:
@@ -262,6 +186,7 @@ def _read_config(config_class: type[Settings], path: Path, shorts: dict[str, str
         if isinstance(value := values.get(name), str):
             shorts.setdefault(name, value)
             del values[name]
+    values = expand(config_class, values, str(path))
     for name, field in config_class.model_fields.items():
         if any(entry is CONFIG_FILE for entry in field.metadata) and isinstance(value := values.get(name), str):
             values[name] = _beside(path, name, value)
@@ -278,21 +203,3 @@ def _beside(path: Path, name: str, value: str) -> str:
         file=sys.stderr,
     )
     return value
-
-
-class _Parser(argparse.ArgumentParser):
-    """Turns argparse's errors into UserErrors that suggest the setting the user probably meant."""
-
-    setting_names: Sequence[str] = ()
-    removed: Mapping[str, str] = {}
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--)?([\w.-]+)", message)
-        if unknown is None:
-            raise UserError(re.sub(r"--[\w.]+", lambda option: kebab(option[0]), message))
-        dashes, name = unknown[1] or "", unknown[2]
-        if name in self.removed:
-            raise UserError(f"setting --{kebab(name)} was removed: {self.removed[name]}; leave it out")
-        close = closest(name, self.setting_names)
-        hint = f", did you mean --{kebab(close)}?" if close else "; --help-all lists every setting"
-        raise UserError(f"there is no setting {dashes}{kebab(name) if dashes else name}{hint}")

@@ -28,7 +28,7 @@ from crate_ray.config import (
     ModelConfig,
     OptimConfig,
     PresetName,
-    Settings,
+    Record,
     ViTMAEConfig,
 )
 from crate_ray.config.training import Compile
@@ -52,7 +52,7 @@ _CHUNK_SECONDS = 0.2  # a GPU runs asynchronously, so its steps are timed in chu
 # --- One measurement ------------------------------------------------------------------------------------------------
 
 
-class Case(Settings):
+class Case(Record):
     """Settings of one measurement."""
 
     contestant: Contestant
@@ -81,7 +81,7 @@ class Case(Settings):
     """Device to train on."""
 
 
-class Measurement(Settings):
+class Measurement(Record):
     """Result of one measurement."""
 
     images_per_second: float

@@ -12,7 +12,7 @@ from pydantic import Field
 from scipy import stats
 
 from crate_ray.comparison.variants import OURS
-from crate_ray.config import CompareConfig, Settings
+from crate_ray.config import CompareConfig, Record
 from crate_ray.storage.interface import Storage
 
 MEASURES = {
@@ -33,7 +33,7 @@ _FORMATS = {"loss": (1, 4, ""), "images_per_second": (1, 0, ""), "memory_bytes":
 """Scale, digits and unit of the measures that are not accuracies."""
 
 
-class PretrainFigures(Settings):
+class PretrainFigures(Record):
     """Measurements of one pretraining run."""
 
     loss: float
@@ -67,7 +67,7 @@ class RunFigures(PretrainFigures):
     """Control: test accuracy of the same fine-tuning from random weights; None without fine-tuning."""
 
 
-class PixelFigures(Settings):
+class PixelFigures(Record):
     """Control for all models: test accuracies on raw pixels."""
 
     probe: float
@@ -84,7 +84,7 @@ class Interval(NamedTuple):
     high: float | None
 
 
-class Variant(Settings):
+class Variant(Record):
     """One model of a comparison."""
 
     parameters: int
@@ -99,7 +99,7 @@ class Variant(Settings):
     """Mean and interval of the differences to the first variant with the same seed. Empty for the first variant."""
 
 
-class Comparison(Settings):
+class Comparison(Record):
     """All results of a comparison."""
 
     variants: dict[str, Variant]

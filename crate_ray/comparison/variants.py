@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from crate_ray.config import CompareConfig, CrateMAEConfig, FinetuneConfig, ModelConfig, PretrainConfig, ViTMAEConfig
-from crate_ray.config.values import dotted_names, load_yaml, merge, nested, suggest, validate
+from crate_ray.config.values import dotted_names, expand, load_settings, merge, nested, suggest, validate
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
 
@@ -92,7 +92,8 @@ def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
     for name in [*config.settings, *(name for values in config.variants.values() for name in values)]:
         if name not in names:
             raise UserError(f"there is no pretraining setting {name!r}{suggest(name, names)}")
-    base = merge(load_yaml(Path(config.base)), nested(config.settings))
+    base = load_settings(PretrainConfig, Path(config.base))
+    base = merge(base, expand(PretrainConfig, config.settings, "settings"))
     model = _run(config, base, OURS, {}, 0).model
     if not isinstance(model, CrateMAEConfig):
         raise UserError(f"{config.base} configures a ViT-MAE; give a CRATE-MAE, from which compare makes the baselines")
@@ -105,7 +106,7 @@ def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
     for name, values in config.variants.items():
         if name in changes:
             raise UserError(f"variants: {name!r} is the name of a variant that compare makes itself; choose another")
-        changes[name] = nested(values)
+        changes[name] = expand(PretrainConfig, values, f"variants, {name!r}")
     return {name: [_run(config, base, name, values, seed) for seed in config.seeds] for name, values in changes.items()}
 
 
@@ -120,7 +121,8 @@ def plan_finetunings(config: CompareConfig, run: PretrainConfig) -> dict[str, Fi
     for name in config.finetune_settings:
         if name not in names:
             raise UserError(f"there is no fine-tuning setting {name!r}{suggest(name, names)}")
-    base = merge(load_yaml(Path(config.finetune)), nested(config.finetune_settings))
+    base = load_settings(FinetuneConfig, Path(config.finetune))
+    base = merge(base, expand(FinetuneConfig, config.finetune_settings, "finetune_settings"))
     planned = {}
     for kind in ("finetuned", "scratch"):
         model = f"{run.storage}/{run.name}/model"

@@ -1,6 +1,6 @@
 """Every setting of every job, as strict pydantic models: one file per job. A field's docstring is its documentation."""
 
-from crate_ray.config.base import Fraction, Kind, PositiveInt, RunName, Settings, check_name
+from crate_ray.config.base import Fraction, Kind, PositiveInt, Record, RunName, Settings, check_name
 from crate_ray.config.benchmark import (
     BenchmarkDataConfig,
     BenchmarkOrderConfig,
@@ -67,6 +67,7 @@ __all__ = [
     "PretrainConfig",
     "ProbeConfig",
     "PromoteConfig",
+    "Record",
     "RegisterConfig",
     "RunName",
     "S3Config",

@@ -37,7 +37,7 @@ ConfigFile = Annotated[T, CONFIG_FILE]
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown names are errors, values do not change after validation."""
+    """Base of all settings: unknown names are errors, numbers are finite, values do not change after validation."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -45,6 +45,7 @@ class Settings(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
         hide_input_in_errors=True,  # it may hold a secret
+        allow_inf_nan=False,
     )
 
     short_forms: ClassVar[dict[str, str]] = {}
@@ -63,6 +64,12 @@ class Settings(BaseModel):
                     "the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                 )
         return value
+
+
+class Record(Settings):
+    """Base of measured values that are stored: unlike a setting, a figure may be infinite or no number."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -12,7 +12,7 @@ from crate_ray.config.base import Advanced, Fraction, PositiveInt, Settings
 class DataConfig(Settings):
     """Training data, its order, and how samples become batches."""
 
-    train: Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)] | str
+    train: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | str
     """Training dataset: local folder or s3://bucket/prefix of prepared shards. Or several datasets with their relative
     shares of every batch: {s3://data/photos: 3, s3://data/drawings: 1}."""
     validation: str | None = None
@@ -25,7 +25,7 @@ class DataConfig(Settings):
     """Random resized crop: smallest and largest aspect ratio (width / height)."""
     mean: Advanced[tuple[float, ...] | None] = None
     """Mean per channel to subtract, of images in 0 … 1. Default: the dataset's mean."""
-    std: Advanced[tuple[float, ...] | None] = None
+    std: Advanced[tuple[Annotated[float, Field(gt=0)], ...] | None] = None
     """Standard deviation per channel to divide by. Default: the dataset's."""
     shuffle: Advanced[bool] = True
     """Read in a pseudo-random order. false: in the order of the shards."""

@@ -20,4 +20,4 @@ def find_example(name: str) -> Path | None:
 
 def summary(path: Path) -> str:
     """Summary of an example: the first line of its opening comment."""
-    return path.read_text().partition("\n")[0].lstrip("# ").rstrip(".:")
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").rstrip(".:")

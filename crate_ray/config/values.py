@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from crate_ray.addresses import redact
-from crate_ray.bounded import MAX_YAML_BYTES, MAX_YAML_VALUES, read_small
+from crate_ray.bounded import MAX_YAML_BYTES, read_small
 from crate_ray.config.base import Settings
+from crate_ray.config.yaml_text import parse_yaml
 from crate_ray.errors import UserError
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
@@ -21,8 +21,7 @@ ConfigT = TypeVar("ConfigT", bound=Settings)
 _ALTERNATIVES = {"steps": "epochs", "epochs": "steps", "lr": "base_lr", "base_lr": "lr"}
 """Pairs of alternative settings in one group. The one that is set last replaces the other."""
 
-
-_MAX_DIGITS = 40  # of a number in YAML
+_MOST_PROBLEMS = 10  # that one message lists
 
 
 class _Shorten(reprlib.Repr):
@@ -35,19 +34,17 @@ _shorten.maxstring = _shorten.maxother = 200
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read the settings of a YAML file.
+    """Read the values of a YAML file.
 
     Raises:
-        UserError: it cannot be read, is too large, or holds no mapping.
+        UserError: it cannot be read, is too large, has a key twice, or holds no mapping.
     """
     try:
-        values = _parse_yaml(read_small(path, MAX_YAML_BYTES).decode())
+        values = parse_yaml(read_small(path, MAX_YAML_BYTES))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except RecursionError:
-        raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
-    except Exception as error:  # for values such as `!!bool x`, PyYAML raises anything
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -55,31 +52,54 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_yaml(text: str) -> Any:
-    """The value of a YAML document. Its size is checked before values are made."""
-    loader = yaml.SafeLoader(text)
+def load_settings(config_class: type[BaseModel], path: Path) -> dict[str, Any]:
+    """Read the settings of a YAML file, nested. They are validated later."""
+    return expand(config_class, load_yaml(path), str(path))
+
+
+def expand(config_class: type[BaseModel], values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Values with dotted names, such as {'training.steps': 5}, as nested ones. Nested ones may be mixed with them.
+
+    Keys inside a setting that is a mapping, such as the `settings` of a sweep, are the user's and stay.
+
+    Raises:
+        UserError: a setting is given in both ways. `source` says where.
+    """
+    out: dict[str, Any] = {}
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _count_values(node, {}) > MAX_YAML_VALUES:
-            raise ValueError(f"it holds more than {MAX_YAML_VALUES} values, those that aliases repeat included")
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
+        for name, value in values.items():
+            _put(config_class, out, str(name), value, "")
+    except _GivenTwiceError as error:
+        raise UserError(f"{source}: setting {str(error)!r} is given twice; give it once") from None
+    return out
 
 
-def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
-    """Number of values in a node. An aliased node counts again at each alias. A node within itself has too many."""
-    if isinstance(node, yaml.ScalarNode):
-        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MAX_DIGITS:
-            raise ValueError(f"it holds a number of {len(node.value)} digits")
-        return 1
-    if id(node) not in counted:
-        counted[id(node)] = MAX_YAML_VALUES + 1
-        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
-        counted[id(node)] = 1 + sum(_count_values(part, counted) for part in inner)
-    return counted[id(node)]
+class _GivenTwiceError(Exception):
+    """The name of a setting."""
+
+
+def _put(config_class: type[BaseModel], out: dict[str, Any], name: str, value: Any, prefix: str) -> None:
+    """Add a value under a name, which may be dotted, to the nested values of a class."""
+    group, dot, inner = name.partition(".")
+    field = config_class.model_fields.get(group)
+    models = models_in(field.annotation) if field else []
+    if dot and models:
+        value = {inner: value}
+    elif dot:
+        group = name
+    elif field and models and value is None and type(None) not in get_args(field.annotation):
+        value = {}  # a section whose lines are all comments
+    if not (models and isinstance(value, dict)):
+        if group in out:
+            raise _GivenTwiceError(prefix + group)
+        out[group] = value
+        return
+    under = out.setdefault(group, {})
+    if not isinstance(under, dict):
+        raise _GivenTwiceError(prefix + group)
+    for key, part in value.items():
+        owner = next((model for model in models if str(key).partition(".")[0] in model.model_fields), models[0])
+        _put(owner, under, str(key), part, f"{prefix}{group}.")
 
 
 def nested(dotted: dict[str, Any]) -> dict[str, Any]:
@@ -111,18 +131,21 @@ def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(config_class: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """Validate settings. Raises one UserError that lists every problem."""
+    """Validate settings. Raises one UserError that lists the problems."""
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
         problems = {_where(config_class, problem): problem for problem in reversed(error.errors())}
-        raise UserError("; ".join(_explain(config_class, *item) for item in reversed(problems.items()))) from None
+        shown = [_explain(config_class, *item) for item in list(reversed(problems.items()))[:_MOST_PROBLEMS]]
+        more = f"; and {len(problems) - _MOST_PROBLEMS} more problems" if len(problems) > _MOST_PROBLEMS else ""
+        raise UserError("; ".join(shown) + more) from None
 
 
 def dotted_names(config_class: type[BaseModel]) -> list[str]:
     """Names of all settings, such as `training.steps`, groups included."""
     names: list[str] = []
-    for name, field in config_class.model_fields.items():
+    for python_name, field in config_class.model_fields.items():
+        name = field.alias or python_name
         names.append(name)
         for model in models_in(field.annotation):
             names += [f"{name}.{inner}" for inner in dotted_names(model) if f"{name}.{inner}" not in names]
@@ -170,11 +193,14 @@ def kebab(name: str) -> str:
 
 def _where(config_class: type[BaseModel], problem: Any) -> str:
     """Dotted name of the setting that a problem is about, without the tags and types of union members."""
-    known, where = set(dotted_names(config_class)), ""
+    known, where, mapping = set(dotted_names(config_class)), "", False
     for part in problem["loc"]:
         longer = f"{where}.{part}" if where else str(part)
-        if longer in known or (problem["type"] == "extra_forbidden" and part == problem["loc"][-1]):
+        if mapping and isinstance(part, str) and part != "[key]":  # a key that the user chose, and what is inside
             where = longer
+        elif longer in known or (problem["type"] == "extra_forbidden" and part == problem["loc"][-1]):
+            where = longer
+            mapping = _mapped(config_class, where) is not None
     if problem["type"] == "union_tag_invalid":
         where += f".{problem['ctx']['discriminator'].strip(chr(39))}"
     return where
@@ -183,12 +209,7 @@ def _where(config_class: type[BaseModel], problem: Any) -> str:
 def _explain(config_class: type[BaseModel], where: str, problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        if where in dotted_names(config_class):
-            return f"setting {where!r} does not belong to {problem['loc'][-2]}"
-        if where in removed_names(config_class):
-            return f"setting {where!r} was removed: {removed_names(config_class)[where]}; leave it out"
-        hint = suggest(where, dotted_names(config_class)) or "; --help-all lists every setting"
-        return f"there is no setting {where!r}{hint}"
+        return _no_setting(config_class, where, problem["loc"])
     if problem["type"] == "union_tag_invalid":
         known = problem["ctx"]["expected_tags"].replace(", ", " or ")
         return f"setting {where!r} is {_shorten.repr(problem['ctx']['tag'])}: input should be {known}"
@@ -198,4 +219,29 @@ def _explain(config_class: type[BaseModel], where: str, problem: Any) -> str:
         return f"setting {where!r} is required; give --{kebab(where)} or put it into the --config file"
     if problem["type"] == "value_error":
         return f"{where}: {message}" if where else message
+    if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
+        message += "; put it in quotes"
     return f"setting {where!r} is {_shorten.repr(problem['input'])}: {message[0].lower() + message[1:]}"
+
+
+def _no_setting(config_class: type[BaseModel], where: str, loc: tuple[int | str, ...]) -> str:
+    """The sentence about a name that no setting has."""
+    known, removed = dotted_names(config_class), removed_names(config_class)
+    if where in known and len(loc) > 1:
+        return f"setting {where!r} does not belong to {loc[-2]}"
+    if where in removed:
+        return f"setting {where!r} was removed: {removed[where]}; leave it out"
+    if mapped := _mapped(config_class, str(loc[0])):  # inside a mapping, such as search of a sweep
+        names = dotted_names(mapped)
+        hint = suggest(str(loc[-1]), names) or f"; there are {', '.join(names)}"
+    else:
+        hint = suggest(where, known) or "; --help-all lists every setting"
+    return f"there is no setting {where!r}{hint}"
+
+
+def _mapped(config_class: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The class of the values of a setting that is a mapping of groups; None if it is none."""
+    field = config_class.model_fields.get(name)
+    if field is None or get_origin(field.annotation) is not dict:
+        return None
+    return next(iter(models_in(get_args(field.annotation)[1])), None)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Settings
+from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Record
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.evaluation.evaluated_model import EvaluatedModel, check_input
 from crate_ray.evaluation.feature_cache import FeatureSet
@@ -28,7 +28,7 @@ from crate_ray.models.exported import ModelDescription
 from crate_ray.serving import FeaturePoint
 
 
-class LayerScore(Settings):
+class LayerScore(Record):
     """Accuracy of one layer's feature on held-out training samples. It is used only to choose a layer."""
 
     feature: Feature
@@ -41,7 +41,7 @@ class LayerScore(Settings):
     """Accuracy of k-NN."""
 
 
-class FeatureScores(Settings):
+class FeatureScores(Record):
     """Test accuracies of one set of features."""
 
     source: str
@@ -54,7 +54,7 @@ class FeatureScores(Settings):
     """Accuracy of k-NN."""
 
 
-class EncoderScores(Settings):
+class EncoderScores(Record):
     """Scores of one encoder, or of raw pixels."""
 
     title: str
@@ -69,7 +69,7 @@ class EncoderScores(Settings):
     """Held-out accuracy of every feature and layer."""
 
 
-class Classification(Settings):
+class Classification(Record):
     """Linear probes and k-NN on two labelled datasets."""
 
     train: str

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.stats import binomtest, norm
 
-from crate_ray.config import Settings
+from crate_ray.config import Record
 
 _LEVEL = 0.95
 _Z = float(norm.ppf((1 + _LEVEL) / 2))
 
 
-class Estimate(Settings):
+class Estimate(Record):
     """A measured value and its 95 % confidence interval."""
 
     value: float

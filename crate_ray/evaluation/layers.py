@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from crate_ray.config import Settings
+from crate_ray.config import Record
 from crate_ray.data.batch import Batch
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.intervals import Estimate, bootstrap, mean
@@ -30,7 +30,7 @@ _BATCH = 32
 _TREND_MEASURES = ("rate_after", "rate_after_span", "rate_after_raw", "rate_reduction", "zero_share", "gini")
 
 
-class Trend(Settings):
+class Trend(Record):
     """How a measure changes from the first layer to the last."""
 
     first: float
@@ -59,7 +59,7 @@ class Trend(Settings):
         return "has no clear trend"
 
 
-class EncoderStructure(Settings):
+class EncoderStructure(Record):
     """Measures of one model's layers, from the first layer to the last."""
 
     title: str
@@ -89,7 +89,7 @@ class EncoderStructure(Settings):
     decoder layers do not correspond to encoder layers."""
 
 
-class Structure(Settings):
+class Structure(Record):
     """Measures of the layers on whole (unmasked) held-out images."""
 
     data: str

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from crate_ray.config import ProbeConfig, Settings
+from crate_ray.config import ProbeConfig, Record
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.errors import UserError
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
@@ -37,7 +37,7 @@ _IN_MEMORY_BYTES = 2**30
 _SMALL_BYTES = 2**25  # with fewer bytes of features, products are so short that one thread is faster than several
 
 
-class ProbeScore(Settings):
+class ProbeScore(Record):
     """Test accuracy of one set of features."""
 
     accuracy: float

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from crate_ray.config import Settings
+from crate_ray.config import Record
 from crate_ray.data.batch import Batch
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.intervals import Estimate, mean
@@ -27,7 +27,7 @@ _SSIM_WINDOW = 7
 _FLAT = 0.01
 
 
-class RatioErrors(Settings):
+class RatioErrors(Record):
     """Errors at one mask ratio: means over images with intervals."""
 
     mask_ratio: float
@@ -46,7 +46,7 @@ class RatioErrors(Settings):
     smaller for smaller images. None for images below 3 × 3."""
 
 
-class Predictor(Settings):
+class Predictor(Record):
     """Errors of one model or control."""
 
     title: str
@@ -58,7 +58,7 @@ class Predictor(Settings):
     """By increasing mask ratio."""
 
 
-class Reconstruction(Settings):
+class Reconstruction(Record):
     """Reconstruction errors on one held-out dataset."""
 
     data: str

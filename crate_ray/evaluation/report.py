@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from crate_ray.config import EvaluateConfig, Settings
+from crate_ray.config import EvaluateConfig, Record
 from crate_ray.evaluation import figures
 from crate_ray.evaluation.classification import Classification
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
@@ -22,7 +22,7 @@ HTML_FILE, JSON_FILE = "report.html", "report.json"
 _TEMPLATE = "report.html.j2"
 
 
-class ModelFacts(Settings):
+class ModelFacts(Record):
     """The model that was evaluated."""
 
     reference: str
@@ -55,7 +55,7 @@ class ModelFacts(Settings):
         )
 
 
-class Report(Settings):
+class Report(Record):
     """Everything that was measured. Sections without data are None and listed in left_out."""
 
     created: str

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-from crate_ray.config import Settings
+from crate_ray.config import Record
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.evaluation.evaluated_model import EvaluatedModel, check_input
 from crate_ray.evaluation.intervals import Estimate, mean
@@ -38,7 +38,7 @@ _COLOUR_SIDE = 64
 Threshold = Callable[[NDArray[np.float32]], NDArray[np.bool_]]
 
 
-class MapScore(Settings):
+class MapScore(Record):
     """Jaccard index (IoU) of one method."""
 
     title: str
@@ -51,7 +51,7 @@ class MapScore(Settings):
     """Number of candidates."""
 
 
-class EncoderSegmentation(Settings):
+class EncoderSegmentation(Record):
     """Scores of one model."""
 
     title: str
@@ -62,7 +62,7 @@ class EncoderSegmentation(Settings):
     """Mean Jaccard index on the validation half by layer and head, at the mass threshold."""
 
 
-class Segmentation(Settings):
+class Segmentation(Record):
     """Foregrounds from attention and keys compared with masks."""
 
     data: str

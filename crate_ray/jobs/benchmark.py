@@ -244,7 +244,7 @@ def scaling(config: BenchmarkScalingConfig) -> None:
 
 def _write_json(json_file: str | None, report: Mapping[str, Any]) -> None:
     if json_file:
-        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+        Path(json_file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_writable(json_file: str | None) -> None:

@@ -56,7 +56,7 @@ def run() -> None:
         print(f"error: there is no example {arguments.name!r}{hint}", file=sys.stderr)
         sys.exit(2)
     if arguments.output is None:
-        print(path.read_text(), end="")
+        print(path.read_text(encoding="utf-8"), end="")
         return
     target = arguments.output / path.name if arguments.output.is_dir() else arguments.output
     if target.exists():

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from pydantic import FiniteFloat, StringConstraints, ValidationError
 from torch import Tensor
 
-from crate_ray.config import Settings
+from crate_ray.config import Record, Settings
 from crate_ray.config.identifiers import Count, FileName, Sha256
 from crate_ray.errors import UserError, invalid_value
 from crate_ray.runs.checkpoint_files import (
@@ -60,7 +60,7 @@ class FileRecord(Settings):
     """SHA-256 of its content."""
 
 
-class Commit(Settings):
+class Commit(Record):
     """The record that makes a checkpoint valid."""
 
     step: Count

@@ -9,12 +9,12 @@ import time
 import uuid
 from typing import Any
 
-import yaml
 from mlflow import MlflowClient
 from ray import tune
 
 from crate_ray.addresses import redact
 from crate_ray.config import SweepConfig
+from crate_ray.config.yaml_text import dump_yaml
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.runs.mlflow_lookup import find_run, login, tracking_uri
@@ -117,7 +117,7 @@ def best_yaml(sweep: SweepConfig, shared: dict[str, Any], best: TrialRecord) -> 
     config = trial_config(sweep, shared, best.values, f"{sweep.name}-best")
     settings = config.model_dump(mode="json") | {"storage": sweep.storage}
     head = f"# Best of sweep {sweep.name}: {sweep.objective} {best.objective:.6g} (trial {best.trial})\n"
-    return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return head + dump_yaml(settings)
 
 
 def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
-from crate_ray.config.values import dotted_names, load_yaml, merge, nested, suggest, validate
+from crate_ray.config.values import dotted_names, expand, load_settings, merge, nested, suggest, validate
 from crate_ray.errors import UserError
 
 TRIALS_FOLDER = "trials"
@@ -42,7 +42,8 @@ def shared_values(sweep: SweepConfig) -> dict[str, Any]:
             raise UserError(f"sweep over {name!r}: it is a group of settings; name one inside, such as {name}.…")
         if name.split(".")[0] in _OURS:
             raise UserError(f"sweep over {name!r}: the sweep itself sets {name.split('.')[0]}")
-    shared = merge(load_yaml(Path(sweep.base)), nested(sweep.settings))
+    base = load_settings(PretrainConfig, Path(sweep.base))
+    shared = merge(base, expand(PretrainConfig, sweep.settings, "settings"))
     config = trial_config(sweep, shared, {}, "check")
     for name, space in sweep.search.items():
         for value in candidates(space):

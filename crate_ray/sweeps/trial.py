@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from ray import tune
 
 from crate_ray.addresses import redact
-from crate_ray.config import PretrainConfig, Settings, SweepConfig
+from crate_ray.config import PretrainConfig, Record, SweepConfig
 from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.errors import UserError, invalid_value
 from crate_ray.evaluation.probe import probe_encoder
@@ -30,7 +30,7 @@ PARENT_TAG, TRIAL_TAG = "mlflow.parentRunId", "crate_ray.trial"
 RECORDS = "results/"
 
 
-class TrialRecord(Settings):
+class TrialRecord(Record):
     """State of a trial, stored in <sweep>/results/<trial>.json."""
 
     trial: Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]

@@ -34,10 +34,10 @@ PACKAGES = (
 """All that the parts of the check import, beside torch and numpy."""
 RAY_PACKAGES = (
     "attrs", "certifi", "charset-normalizer", "click", "filelock", "fsspec", "idna", "jsonschema",
-    "jsonschema-specifications", "msgpack", "pandas", "protobuf", "pyarrow", "pydantic-settings", "python-dateutil",
-    "python-dotenv", "ray", "referencing", "requests", "rpds-py", "six", "urllib3",
+    "jsonschema-specifications", "msgpack", "pandas", "protobuf", "pyarrow", "python-dateutil", "ray", "referencing",
+    "requests", "rpds-py", "six", "urllib3",
 )  # fmt: skip
-"""What `--ray` adds: Ray, what Ray Train imports, and what reads a job's settings."""
+"""What `--ray` adds: Ray, and what Ray Train imports."""
 _UNUSED = ("PIL/_avif*", "pillow.libs/libavif*", "torchao/*.so")  # torchao trains in float8 without its own kernels
 _UNUSED_OF_RAY = (
     "**/tests", "pandas/tests", "pyarrow/include", "pyarrow/includes", "pyarrow/src", "pyarrow/*.pxi", "pyarrow/*.pyx",

@@ -131,7 +131,7 @@ WRONG_LINES = {
         "setting 'data.flip' is 'maybe': input should be a valid boolean, unable to interpret input"
     ),
     f"{BASE} --data.crop_scale 0.5": "setting 'data.crop_scale' has too few values; give 2",
-    f"{BASE} --data.crop_scale 0.5,2": "setting 'data.crop_scale' is 2: input should be less than or equal to 1",
+    f"{BASE} --data.crop_scale 0.5,2": "setting 'data.crop_scale' is '2': input should be less than or equal to 1",
     f"{BASE} --data.crop_scale 1,0.5": "data: crop_scale is [1.0, 0.5]; give the smaller number first",
     f"{BASE} --data.crop_ratio 0,1": "data: crop_ratio is [0.0, 1.0]; aspect ratios must be positive",
     f"{BASE} --model.image_size 33": (
@@ -162,10 +162,10 @@ WRONG_FILES: dict[bytes, str] = {
     b"model: {num_heads: 3}": r"setting 'model.num_heads' does not belong to crate_mae$",
     b"model: [3]": r"setting 'model' is \[3\]: input should be a valid dictionary",
     b"name: {a: 3}": r"setting 'name' is {'a': 3}: input should be a valid string$",
-    b"training: [": r"run\.yaml is not valid YAML: while parsing .* line 1, column 12: ",
+    b"training: [": r"run\.yaml is not valid YAML: line 1, column 12: expected the node content",
     b"- 3": r"run\.yaml holds a list, not settings by name$",
     b"\xff\xfe\x00": r"run\.yaml is not valid YAML: ",
-    b"seed: !!python/object/apply:os.mkdir [made]": r"run\.yaml is not valid YAML: could not determine a constructor",
+    b"seed: !!python/object/apply:os.mkdir [made]": r"run\.yaml is not valid YAML: line 1, column 7: could not ",
 }
 
 
@@ -476,9 +476,15 @@ def test_every_shipped_config_parses() -> None:
             assert config.finetune is None or Path(config.finetune).is_file()
 
 
-def test_a_mapping_that_is_no_json_is_one_sentence() -> None:
-    with pytest.raises(UserError, match=r"the value of --variants is not JSON \(.*line 1.*\); give it such as"):
-        parse_config(CompareConfig, ["--base", "x", "--variants", "{wide: {model.dim: 32}}"])
+def test_a_mapping_is_yaml_or_one_sentence() -> None:
+    probe = ["--probe.train", "x", "--probe.test", "x", "--base", "x"]
+    for text in ('{"wide": {"model.dim":32}}', "{wide: {model.dim: 32}}"):
+        assert parse_config(CompareConfig, [*probe, "--variants", text]).variants == {"wide": {"model.dim": 32}}
+    for text, cause in (("{wide: {", "line 1"), ('{"a": {}, "a": {}}', "'a' is given twice")):
+        with pytest.raises(
+            UserError, match=rf"the value of --variants is not valid YAML \(.*{cause}.*\); give it such as"
+        ):
+            parse_config(CompareConfig, [*probe, "--variants", text])
 
 
 def test_nested() -> None:
