@@ -19,6 +19,7 @@ from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.evaluation.classification import classify_by, classify_by_pixels
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.feature_source import FeatureSource
+from crate_ray.evaluation.probe import check_classes
 from crate_ray.finetuning.run import check_augmentation
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
@@ -79,6 +80,7 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
     """Train and measure every variant with every seed. The others are compared with the first variant."""
     plan = plan_variants(config)
     train, test = (load_dataset(open_storage(uri, config.s3)) for uri in (config.probe.train, config.probe.test))
+    check_classes(train, test)
     labelled = (train, test)
     folder = open_storage(config.storage, config.s3).under(config.name)
     given: dict[str, _Given] = {}

@@ -18,10 +18,11 @@ from crate_ray.evaluation.knn import NEIGHBOURS, TEMPERATURE, knn_predict
 from crate_ray.evaluation.probe import (
     ProbeScore,
     Split,
-    check_labels,
+    check_classes,
     choose_solver,
     fit_probe,
     held_out_accuracy,
+    same_classes,
     split_rows,
 )
 from crate_ray.models.exported import ModelDescription
@@ -149,8 +150,9 @@ def classify_by(
     _check_input(evaluated.description, train, test)
     every = all_feature_points(len(evaluated.model.encoder)) if config.all_layers else []
     points = list(dict.fromkeys([FeaturePoint(probe.feature, probe.layer), *every]))
-    fitted, tested = (source.encoder(evaluated, shards, points, probe.max_samples) for shards in (train, test))
-    check_labels(fitted[0].labels, tested[0].labels, train.storage.uri, test.storage.uri)
+    fitted, tested = same_classes(
+        train, test, *(source.encoder(evaluated, shards, points, probe.max_samples) for shards in (train, test))
+    )
     rows = split_rows(fitted[0].labels, probe.seed)
     return _encoder_scores(evaluated.title, points, fitted, tested, rows, config, probe)
 
@@ -172,12 +174,14 @@ def _pixels(
     description: ModelDescription, train: ShardSet, test: ShardSet, probe: ProbeConfig, source: FeatureSource
 ) -> tuple[FeatureSet, FeatureSet]:
     _check_input(description, train, test)
-    fitted, tested = (source.pixels(description, shards, probe.max_samples) for shards in (train, test))
-    check_labels(fitted.labels, tested.labels, train.storage.uri, test.storage.uri)
+    (fitted,), (tested,) = same_classes(
+        train, test, *([source.pixels(description, shards, probe.max_samples)] for shards in (train, test))
+    )
     return fitted, tested
 
 
 def _check_input(description: ModelDescription, train: ShardSet, test: ShardSet) -> None:
+    check_classes(train, test)
     for shards in (train, test):
         check_input(description, shards.manifest, shards.storage.uri)
 

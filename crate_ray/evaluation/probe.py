@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,9 +18,11 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from crate_ray.config import ProbeConfig, Record
+from crate_ray.data.format.classes import class_name, class_names, new_numbers, renumber
 from crate_ray.data.format.dataset import ShardSet
-from crate_ray.errors import UserError
+from crate_ray.errors import UserError, first_few
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
+from crate_ray.evaluation.feature_cache import FeatureSet
 from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.evaluation.features import compute_device
 from crate_ray.evaluation.intervals import Estimate, share
@@ -117,27 +121,79 @@ def probe_encoder(
 
     Raises UserError if a dataset has no labels, or if the test set has classes that the training set lacks.
     """
-    evaluated, points = EvaluatedModel("trained", model, description), [FeaturePoint(config.feature, config.layer)]
-    (fitted,), (tested,) = (InProcess().encoder(evaluated, part, points, config.max_samples) for part in (train, test))
-    check_labels(fitted.labels, tested.labels, train.storage.uri, test.storage.uri)
+    fitted, tested = labelled_features(EvaluatedModel("trained", model, description), train, test, config)
     solver = choose_solver(config.solver, fitted.features)
     device = compute_device(None)
     return fit_probe(fitted.features, fitted.labels, tested.features, tested.labels, config.seed, solver, device)
 
 
-def check_labels(train_y: NDArray[np.int64], test_y: NDArray[np.int64], train_uri: str, test_uri: str) -> None:
-    """Raise UserError unless a classifier can be fitted and tested on these labels, (n,); −1 means no label."""
-    for labels, uri in ((train_y, train_uri), (test_y, test_uri)):
-        if not len(labels):
-            raise UserError(f"{uri} has no samples; a probe needs some")
-        if labels.min() < 0:
-            raise UserError(f"{uri} has samples without a label (member 'cls'); a probe needs labels")
-    if unknown := set(test_y.tolist()) - set(train_y.tolist()):
-        raise UserError(f"{test_uri} has classes that {train_uri} lacks, such as {min(unknown)}")
-    if len(set(train_y.tolist())) < 2:
-        raise UserError(f"{train_uri} has only one class; a probe needs at least two")
+def labelled_features(
+    evaluated: EvaluatedModel, train: ShardSet, test: ShardSet, config: ProbeConfig
+) -> tuple[FeatureSet, FeatureSet]:
+    """Features of labelled training and test samples, computed in this process.
+
+    Raises UserError if a dataset has no labels, or if the test set has classes that the training set lacks.
+    """
+    check_classes(train, test)
+    points = [FeaturePoint(config.feature, config.layer)]
+    (fitted,), (tested,) = same_classes(
+        train, test, *(InProcess().encoder(evaluated, part, points, config.max_samples) for part in (train, test))
+    )
+    return fitted, tested
+
+
+def check_classes(train: ShardSet, test: ShardSet) -> None:
+    """Raise UserError if the names of the classes show that one dataset cannot test what the other one teaches.
+
+    This takes no time. `same_classes` also sees the samples' labels.
+    """
+    new_numbers(class_names(train.manifest), test.manifest, test.storage.uri, train.storage.uri)
+
+
+def same_classes(
+    train: ShardSet, test: ShardSet, fitted: Sequence[FeatureSet], tested: Sequence[FeatureSet]
+) -> tuple[list[FeatureSet], list[FeatureSet]]:
+    """Features of two datasets with labels that mean the same class in both: 0 to C − 1, of the C training classes.
+
+    Classes are matched by name (see data/format/classes.py).
+
+    Args:
+        train, test: the datasets.
+        fitted, tested: their features. All feature sets of a dataset have the same labels.
+
+    Raises:
+        UserError: no classifier can be fitted and tested on these labels.
+    """
+    train_y, raw_y = fitted[0].labels, tested[0].labels
+    for labels, shards in ((train_y, train), (raw_y, test)):
+        _check_labelled(labels, shards.storage.uri)
+    known, fitted_y = np.unique(train_y, return_inverse=True)
+    numbers = new_numbers(class_names(train.manifest), test.manifest, test.storage.uri, train.storage.uri)
+    test_y = renumber(raw_y, numbers)
+    if (unknown := ~np.isin(test_y, known)).any():
+        names = [class_name(test.manifest, number) for number in np.unique(raw_y[unknown]).tolist()]
+        raise UserError(
+            f"{test.storage.uri} has {int(unknown.sum())} samples of classes that {train.storage.uri} lacks: "
+            f"{first_few(names)}; a probe needs samples of each class for training"
+        )
+    if len(known) < 2:
+        raise UserError(f"{train.storage.uri} has only one class; a probe needs at least two")
     if len(train_y) < 10:
-        raise UserError(f"{train_uri} has {len(train_y)} samples; a probe needs at least ten")
+        raise UserError(f"{train.storage.uri} has {len(train_y)} samples; a probe needs at least ten")
+    tested_y = np.searchsorted(known, test_y)
+    return [replace(part, labels=fitted_y) for part in fitted], [replace(part, labels=tested_y) for part in tested]
+
+
+def _check_labelled(labels: NDArray[np.int64], uri: str) -> None:
+    """Raise UserError unless there are labels (n,), and none is below 0, which means no label."""
+    if not len(labels):
+        raise UserError(f"{uri} has no samples; a probe needs some")
+    if missing := int((labels < 0).sum()):
+        count = f"{missing} of {len(labels)} samples" if missing < len(labels) else "samples"
+        raise UserError(
+            f"{uri} has {count} without a label, a member 'cls' with a class number; a probe needs labels: pack class "
+            "folders, or shards with class numbers, with crate-ray prepare"
+        )
 
 
 def _held_out(

@@ -9,8 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from crate_ray.config import DataConfig
+from crate_ray.data.format.classes import class_name, new_numbers, renumber
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import evaluation_loader
+from crate_ray.errors import UserError
 from crate_ray.models.classifier import Classifier
 from crate_ray.models.exported import Normalizer
 from crate_ray.training.parallel import is_sharded
@@ -44,6 +46,8 @@ def measure_accuracy(
 ) -> Accuracy:
     """Accuracy over a labelled dataset: every good sample once, centre-cropped. A collective call.
 
+    The dataset's classes are matched with the classifier's by name (see data/format/classes.py).
+
     Args:
         model: the classifier.
         shards: the dataset.
@@ -53,7 +57,14 @@ def measure_accuracy(
         autocast: precision of the forward pass.
         rank, world_size: this worker, and the number of workers.
         bad: filled with the cause of each bad sample, by key.
+
+    Raises:
+        UserError: the dataset has no labels, or samples of classes that the classifier does not know.
     """
+    manifest, uri = shards.manifest, shards.storage.uri
+    if manifest.num_classes is None:
+        raise UserError(f"not every sample of {uri} has a class (a member `cls` with its number); give labelled data")
+    numbers = new_numbers(model.config.classes, manifest, uri, "the classifier")
     device, config = normalizer.mean.device, model.encoder_config
     total = torch.zeros(4, device=device, dtype=torch.float64)  # loss, top-1, top-5, number of samples
     nothing = torch.zeros(1, config.channels, *config.image_hw, device=device)
@@ -77,7 +88,13 @@ def measure_accuracy(
                     continue
                 scores_BC = model(normalizer(batch.images)).scores
             assert batch.labels is not None
-            labels_B = torch.from_numpy(batch.labels).to(device)
+            own_B = renumber(batch.labels, numbers)
+            if len(unknown := batch.labels[(own_B < 0) | (own_B >= model.config.num_classes)]):
+                raise UserError(
+                    f"{uri} has samples of class {class_name(manifest, int(unknown[0]))}, which the classifier does "
+                    "not know; give data with the classes that it was trained on"
+                )
+            labels_B = torch.from_numpy(own_B).to(device)
             ranked_B5 = scores_BC.topk(min(_TOP, scores_BC.shape[1])).indices == labels_B[:, None]
             total[0] += F.cross_entropy(scores_BC, labels_B, reduction="sum").double()
             total[1] += ranked_B5[:, 0].sum()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 from crate_ray.config import ClassifierConfig, CrateMAEConfig, FinetuneConfig, Kind, ViTMAEConfig
+from crate_ray.data.format.classes import class_names, new_numbers
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.format.manifest import Manifest
 from crate_ray.errors import UserError
@@ -19,6 +21,8 @@ from crate_ray.runs.planning import Run, plan_run, with_absolute_paths
 from crate_ray.runs.record import FinetuneStart, Parent, RunRecord, read_record, write_record
 from crate_ray.runs.references import load_encoder
 from crate_ray.storage.interface import Storage, open_storage
+
+logger = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
 
@@ -51,7 +55,7 @@ def open_finetuning(config: FinetuneConfig, load: Load | None = None) -> Run:
             model.
     """
     config = with_absolute_paths(config)
-    train, classes = _labelled(config)
+    train, names, classes = _labelled(config)
     known = _startable_record(open_storage(config.storage, config.s3).under(config.name), config)
     if known is not None:
         assert known.finetune is not None
@@ -70,7 +74,7 @@ def open_finetuning(config: FinetuneConfig, load: Load | None = None) -> Run:
         parent = Parent(
             reference=config.model, run_key=description.run_key, dataset=description.dataset, step=description.step
         )
-    classifier = ClassifierConfig(num_classes=classes, pooling=config.pooling, classes=train.classes)
+    classifier = ClassifierConfig(num_classes=classes, pooling=config.pooling, classes=names)
     run = plan_run(
         config,
         encoder.config,
@@ -96,8 +100,18 @@ def _startable_record(storage: Storage, config: FinetuneConfig) -> RunRecord | N
     return record if newest_complete(storage) or (stored and record.config == config) else None
 
 
-def _labelled(config: FinetuneConfig) -> tuple[Manifest, int]:
-    """Manifest of the training data, and the number of classes. Raises UserError if samples have no labels."""
+class _Labelled(NamedTuple):
+    """The labelled training data."""
+
+    manifest: Manifest
+    names: tuple[str, ...] | None
+    """Names of the classes, if known."""
+    classes: int
+    """Number of classes."""
+
+
+def _labelled(config: FinetuneConfig) -> _Labelled:
+    """The training data. Raises UserError if samples have no labels, or the validation data has other classes."""
     if not isinstance(config.data.train, str) and len(config.data.train) > 1:
         raise UserError(
             "data.train has several datasets, each with its own class numbers; pack them into one with "
@@ -114,22 +128,27 @@ def _labelled(config: FinetuneConfig) -> tuple[Manifest, int]:
             )
     found = manifests[train]
     assert found.num_classes is not None
-    held_out = manifests.get(config.data.validation or "")
-    if held_out is None:
-        return found, len(found.classes or ()) or found.num_classes
+    names = class_names(found)
+    classes = found.num_classes if names is None else len(names)
+    if classes > found.num_samples and names is None:
+        raise UserError(
+            f"the class numbers of {train} go up to {classes - 1:,}, and it has {found.num_samples:,} samples; number "
+            "the classes 0, 1, 2, … in the members 'cls', and pack or index it again"
+        )
+    if config.data.validation:
+        _check_validation(manifests[config.data.validation], config.data.validation, train, names, classes)
+    return _Labelled(found, names, classes)
+
+
+def _check_validation(held_out: Manifest, uri: str, train: str, names: tuple[str, ...] | None, classes: int) -> None:
+    numbers = new_numbers(names, held_out, uri, train)
     assert held_out.num_classes is not None
-    if found.classes and held_out.classes and found.classes != held_out.classes:
-        raise UserError(
-            f"{config.data.validation} has other classes than {train}: {', '.join(held_out.classes[:5])}, … instead "
-            f"of {', '.join(found.classes[:5])}, …; pack both with the same class folders"
-        )
-    classes = len(found.classes or ()) or found.num_classes
-    if held_out.num_classes > classes:
-        raise UserError(
-            f"{config.data.validation} has {held_out.num_classes} classes, {train} has {classes}; number the classes "
-            "the same way in both"
-        )
-    return found, classes
+    needed = held_out.num_classes if numbers is None else int(numbers.max(initial=-1)) + 1
+    if needed > classes:
+        raise UserError(f"{uri} has {needed} classes, {train} has {classes}; number the classes the same way in both")
+    own = class_names(held_out)
+    if names and own and (absent := len(names) - len(own)):
+        logger.warning("%s has no samples of %d of the %d classes of %s", uri, absent, classes, train)
 
 
 def _load_encoder(config: FinetuneConfig, load: Load | None) -> _Encoder:

@@ -452,8 +452,12 @@ def test_what_does_not_fit_is_refused_in_one_sentence(digits: str, tmp_path: Pat
     animals = packed(tmp_path / "animals", 2, ("cat", "dog")), packed(tmp_path / "others", 2, ("cat", "horse"))
     assert f"not every sample of {plain} has a class (a member `cls`" in message({"train": plain})
     assert f"not every sample of {plain} has a class" in message({"validation": plain})
-    assert f"{eleven} has 11 classes, {digits} has 10; number" in message({"validation": eleven})
-    assert "has other classes than" in message({"train": animals[0], "validation": animals[1]})
+    assert f"{eleven} has samples of class 10, and {digits} has no class of this name" in message(
+        {"validation": eleven}
+    )
+    three = packed(tmp_path / "three", 3)
+    assert f"{eleven} has 11 classes, {three} has 3; number" in message({"train": three, "validation": eleven})
+    assert "has 1 of 2 classes that" in message({"train": animals[0], "validation": animals[1]})
     assert "several datasets" in message({"train": {digits: 1.0, plain: 1.0}})
     assert "12 workers are more than the 22 samples of a batch, which are mixed in pairs" in message(
         scaling={"workers": 12}
