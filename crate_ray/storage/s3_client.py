@@ -9,12 +9,15 @@ import io
 import logging
 import os
 import random
+import re
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import boto3.session
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -37,6 +40,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
+from crate_ray.addresses import Address
 from crate_ray.config import S3Config
 from crate_ray.errors import UserError, address_of
 
@@ -74,6 +78,9 @@ _NO_CREDENTIALS = (
     SSOError,
 )
 _FAILURES = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
+
+_ENDPOINT = "s3.endpoint_url, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or endpoint_url in ~/.aws/config"
+_AWS = re.compile(r"https://s3[\w.-]*\.amazonaws\.com(\.cn)?")
 
 _DELAY = 0.1  # seconds; upper limit of the first wait; it doubles with each further wait
 _LONGEST_DELAY = 20.0
@@ -147,6 +154,11 @@ class _Login(NamedTuple):
     keys: Any  # access key, secret key and token when the client was created
 
 
+class _Session(NamedTuple):
+    core: Any  # botocore's, which knows ~/.aws/config
+    boto: boto3.session.Session
+
+
 class S3Client:
     """Connection to one endpoint, opened at the first request. Safe to use from several threads."""
 
@@ -204,23 +216,22 @@ class S3Client:
         return False
 
     @property
-    def endpoint(self) -> str | None:
-        """Address of the endpoint; None for AWS."""
-        if self.config.endpoint_url:
-            return self.config.endpoint_url
-        for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-            if value := os.environ.get(name):
-                return address_of(name, value)
-        return None
+    def endpoint(self) -> str:
+        """Address of the endpoint, from the settings, the environment or ~/.aws/config; else that of AWS."""
+        return Address(self._logged_in().client.meta.endpoint_url)
 
     def where(self) -> str:
-        """The endpoint for messages."""
-        return self.endpoint or "AWS"
+        """The endpoint for messages: an address, or AWS."""
+        try:
+            endpoint = self.endpoint
+        except _FAILURES:  # there is no such profile, for example
+            return self.config.endpoint_url or "AWS"
+        return "AWS" if _AWS.fullmatch(endpoint) else endpoint
 
     def _logged_in(self) -> _Login:
         with self._lock:
             if self._login is None:
-                self._login = self._log_in(boto3.session.Session())
+                self._login = self._log_in(_new_session())
             return self._login
 
     def _renew(self, used: _Login | None) -> bool:
@@ -232,8 +243,8 @@ class S3Client:
             if used is None or self._login is not used:
                 return True
             try:
-                session = boto3.session.Session()
-                keys = _keys(session)
+                session = _new_session()
+                keys = _keys(session.boto)
             except _FAILURES:  # of reading the file, or of the metadata service
                 return False
             if keys is None or keys == used.keys:
@@ -241,8 +252,13 @@ class S3Client:
             self._login = self._log_in(session)
             return True
 
-    def _log_in(self, session: boto3.session.Session) -> _Login:
-        region = self.config.region or session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
+    def _log_in(self, session: _Session) -> _Login:
+        """A client. Endpoint, region, certificates and addressing style come from the settings, else as in boto3.
+
+        boto3 takes them from the environment, then from the profile in ~/.aws/config. It addresses a bucket of an
+        endpoint other than AWS by path, unless the profile says otherwise.
+        """
+        region = self.config.region or os.environ.get("AWS_REGION") or session.boto.region_name or "us-east-1"
         config = Config(
             connect_timeout=self.config.connect_timeout,
             read_timeout=self.config.read_timeout,
@@ -251,23 +267,48 @@ class S3Client:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
             max_pool_connections=64,
-            s3={"addressing_style": "path"} if self.endpoint else {},
         )
-        try:
-            client = session.client("s3", endpoint_url=self.endpoint, region_name=region, config=config)
-        except InvalidRegionError:
-            raise UserError(f"{region!r} is not a region; set s3.region or AWS_REGION") from None
-        except ValueError:
-            raise UserError(
-                f"S3 endpoint {self.where()!r} is not a valid address; write it as http://host:port"
-            ) from None
+
+        def connect(endpoint: str | None) -> Any:
+            try:
+                return session.boto.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+            except InvalidRegionError:
+                raise UserError(f"{region!r} is not a region; set s3.region or AWS_REGION") from None
+            except ValueError as error:
+                shown = address_of(_ENDPOINT, endpoint or str(error).removeprefix("Invalid endpoint: "))
+                raise UserError(
+                    f"S3 endpoint {str(shown)!r} is not a valid address; write it as http://host:port ({_ENDPOINT})"
+                ) from None
+
+        client = connect(self.config.endpoint_url)
+        found = client.meta.endpoint_url
+        if (endpoint := address_of(_ENDPOINT, found)) != found:  # without user name and password
+            client = connect(endpoint)
+        if client.meta.endpoint_url.startswith("https:"):
+            _check_certificates(session.core.get_config_variable("ca_bundle"))
         client.meta.events.register("before-parse.s3", _check_length)
         client.meta.events.register("after-call.s3", self._note_answer)
-        return _Login(client, _keys(session))
+        return _Login(client, _keys(session.boto))
 
     def _note_answer(self, http_response: Any, **_: Any) -> None:
         if http_response.status_code < 300:
             self.answered = True
+
+
+def _new_session() -> _Session:
+    core = botocore.session.get_session()
+    return _Session(core, boto3.session.Session(botocore_session=core))
+
+
+def _check_certificates(bundle: str | None) -> None:
+    """Raise UserError if the file of certificates cannot be read. botocore would report a failed connection."""
+    bundle = bundle or os.environ.get("REQUESTS_CA_BUNDLE")
+    try:
+        ssl.create_default_context(cafile=bundle)
+    except OSError:
+        raise UserError(
+            f"the certificates in {bundle} cannot be read; check AWS_CA_BUNDLE, or ca_bundle in ~/.aws/config"
+        ) from None
 
 
 def _keys(session: boto3.session.Session) -> Any:

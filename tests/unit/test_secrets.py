@@ -164,7 +164,7 @@ def test_an_address_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert S3Client(S3Config()).endpoint == S3Client(S3Config()).where() == "http://s3:9000"
     for name, use in (
         ("MLFLOW_TRACKING_URI", lambda: tracking_uri(TrackingConfig())),
-        ("AWS_ENDPOINT_URL", S3Client(S3Config()).where),
+        ("AWS_ENDPOINT_URL", lambda: S3Client(S3Config()).where()),
     ):
         monkeypatch.setenv(name, f"user:{SECRET}@host")
         with pytest.raises(UserError, match=name) as error:
