@@ -12,6 +12,7 @@ from crate_ray.config.identifiers import Count
 from crate_ray.errors import UserError, invalid_value
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache
+from crate_ray.evaluation.online import measure_checkpoint
 from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
@@ -42,7 +43,8 @@ class OnRay:
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
         """Train the remaining steps of a run."""
         follower = self._follower(config.name)
-        run = run_training(config, PretrainTask, open_pretraining, publish, **self._options(follower)).run
+        options = {**self._options(follower), "measure": measure_checkpoint}
+        run = run_training(config, PretrainTask, open_pretraining, publish, **options).run
         return follower.figures(run)
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:

@@ -27,7 +27,7 @@ from crate_ray.config.models import (
     whole_number,
 )
 from crate_ray.config.prepare import PrepareConfig
-from crate_ray.config.pretrain import PretrainConfig
+from crate_ray.config.pretrain import OnlineProbeConfig, PretrainConfig
 from crate_ray.config.registry import ListConfig, PromoteConfig, RegisterConfig
 from crate_ray.config.storage import S3Config
 from crate_ray.config.sweep import SearchSpace, SweepConfig
@@ -59,6 +59,7 @@ __all__ = [
     "Kind",
     "ListConfig",
     "ModelConfig",
+    "OnlineProbeConfig",
     "OptimConfig",
     "Pooling",
     "PositiveInt",

@@ -146,6 +146,8 @@ class FinetuneConfig(Settings):
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:
+        if self.checkpoint.keep_best_by != "validation_loss":
+            raise ValueError("checkpoint.keep_best_by is a setting of pretraining; leave it at 'validation_loss'")
         if self.checkpoint.keep_best and not self.data.validation:
             raise ValueError("checkpoint.keep_best compares validation losses; set data.validation")
         if self.mixes and self.training.batch_size % 2:

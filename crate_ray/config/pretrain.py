@@ -6,11 +6,33 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from crate_ray.config.base import RunName, Settings
+from crate_ray.config.base import Advanced, PositiveInt, RunName, Settings
 from crate_ray.config.data import DataConfig
+from crate_ray.config.evaluate import Feature
 from crate_ray.config.models import CrateMAEConfig, ModelConfig
 from crate_ray.config.storage import S3Config
 from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConfig, TrackingConfig, TrainingConfig
+
+
+class OnlineProbeConfig(Settings):
+    """Labelled datasets on which the encoder's features are measured while it trains.
+
+    Measured are the accuracy of k-NN and of a linear probe, and the effective rank of the features (RankMe, arXiv
+    2210.02885). A process of low priority measures the checkpoints on the driver's node; the workers do not wait.
+    """
+
+    train: str
+    """Local folder or s3://bucket/prefix of labelled shards (member `cls`), which k-NN and the linear probe learn
+    from."""
+    test: str
+    """Labelled shards to measure the accuracy on."""
+    every: Advanced[PositiveInt | None] = None
+    """Steps between measurements; a checkpoint is saved for each. By default, each checkpoint is measured. If measuring
+    takes longer than that, only the newest checkpoint is measured."""
+    feature: Advanced[Feature] = "mean"
+    """Feature of an image: 'mean' of the encoder's patch tokens, or the CLS token 'cls'."""
+    max_samples: Advanced[PositiveInt] = 2_000
+    """Largest number of samples of each dataset to use, spread evenly over it."""
 
 
 class PretrainConfig(Settings):
@@ -38,6 +60,8 @@ class PretrainConfig(Settings):
     """Datasets, and how samples are read and augmented."""
     training: TrainingConfig
     """Batch, length and precision."""
+    probe: OnlineProbeConfig | None = None
+    """Labelled datasets on which the encoder's features are measured while it trains; off by default."""
     optim: OptimConfig = OptimConfig()
     """AdamW and its learning rate."""
     scaling: ScalingConfig = ScalingConfig()
@@ -51,6 +75,9 @@ class PretrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check_keep_best(self) -> Self:
-        if self.checkpoint.keep_best and not self.data.validation:
+        by = self.checkpoint.keep_best_by
+        if by != "validation_loss" and self.probe is None:
+            raise ValueError(f"checkpoint.keep_best_by {by!r} compares accuracies; set probe.train and probe.test")
+        if self.checkpoint.keep_best and by == "validation_loss" and not self.data.validation:
             raise ValueError("checkpoint.keep_best compares validation losses; set data.validation")
         return self

@@ -152,8 +152,11 @@ class CheckpointConfig(Settings):
     keep_last: Advanced[PositiveInt] = 2
     """Number of newest checkpoints to keep."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """Number of checkpoints with the lowest validation loss to keep in addition. If set, the run is validated before
-    each checkpoint."""
+    """Number of best checkpoints to keep in addition: those with the lowest validation loss. If set, the run is
+    validated before each checkpoint."""
+    keep_best_by: Advanced[Literal["validation_loss", "knn_accuracy", "probe_accuracy"]] = "validation_loss"
+    """What makes a checkpoint the best one, for keep_best and <run>@best: the lowest validation loss, or the highest
+    accuracy on the labelled datasets of `probe` (pretraining only)."""
     keep_every_hours: Advanced[Annotated[float, Field(gt=0)] | None] = None
     """Hours between checkpoints to keep in addition, starting with the first one."""
 

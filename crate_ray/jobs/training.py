@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from crate_ray.config import FinetuneConfig, PretrainConfig
+from crate_ray.evaluation.online import measure_checkpoint
 from crate_ray.runs.mlflow_lookup import tracking_uri
 from crate_ray.runs.planning import Run
 from crate_ray.tracking.pretraining import publish
@@ -30,7 +31,7 @@ def train_and_publish(
     Raises:
         UserError: as lifecycle.run_training.
     """
-    finished = run_training(config, task_class, open_run, publish)
+    finished = run_training(config, task_class, open_run, publish, measure=measure_checkpoint)
     run = finished.run
     if finished.result is None:
         print(f"run {config.name!r} is already finished: step {run.first_step} of {run.total_steps}")

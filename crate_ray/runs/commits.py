@@ -14,8 +14,9 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import FiniteFloat, StringConstraints, ValidationError
@@ -32,6 +33,7 @@ from crate_ray.runs.checkpoint_files import (
     read_state,
     read_tensors,
 )
+from crate_ray.runs.quality import Quality, ranking, read_qualities
 from crate_ray.storage.interface import NotFound, Storage, TooLarge
 from crate_ray.storage.node_folders import file_digest
 
@@ -44,7 +46,7 @@ _COMMITS = "commits/"
 
 BEST: Literal["best"] = "best"
 Which = int | str | None
-"""Which checkpoint of a run: None for the newest, a step, BEST for the lowest validation loss, or its folder."""
+"""Which checkpoint of a run: None for the newest, a step, BEST for the best (see `best_first`), or its folder."""
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - named for what it reports
@@ -160,8 +162,13 @@ def committed(run: Storage) -> list[Commit]:
     return sorted(found, key=lambda c: (c.step, c.directory), reverse=True)
 
 
-def by_validation_loss(commits: Iterable[Commit]) -> list[Commit]:
-    """The checkpoints that have a validation loss, lowest first. If losses are equal, the later step comes first."""
+def best_first(commits: Sequence[Commit], qualities: Mapping[int, Quality]) -> list[Commit]:
+    """The rated checkpoints, the best first: by the accuracy that the run compares, else by validation loss.
+
+    If two are equal, the later step comes first.
+    """
+    if (steps := ranking(qualities)) is not None:
+        return sorted((c for c in commits if c.step in steps), key=lambda c: steps.index(c.step))
     rated = [c for c in commits if c.validation_loss is not None and not math.isnan(c.validation_loss)]
     return sorted(rated, key=lambda c: (c.validation_loss, -c.step))
 
@@ -215,28 +222,31 @@ def load_weights(run: Storage, which: Which = None) -> tuple[CheckpointState, di
         UserError: the run has no such checkpoint.
     """
     commits = committed(run)
+    qualities = read_qualities(run) if which == BEST else {}
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         folder = Path(temporary) / "checkpoint"
-        if _fetch_first(run, _select(commits, which), folder, "model"):
+        if _fetch_first(run, _select(commits, which, qualities), folder, "model"):
             return read_state(folder), read_tensors(folder)
     steps = ", ".join(str(commit.step) for commit in reversed(commits)) or "none"
     if which is None:
         raise UserError(f"{run.uri} holds no checkpoint; give the folder of a run that has written one")
     if which == BEST:
         raise UserError(
-            f"{run.uri} holds no valid checkpoint with a validation loss, so none is the best; give a step instead "
-            f"(it has {steps}), or train with --data.validation"
+            f"{run.uri} holds no valid checkpoint with a validation loss or accuracy, so none is the best; give a step "
+            f"instead (it has {steps}), or train with --data.validation"
         )
     name = f"of step {which}" if isinstance(which, int) else which
     raise UserError(f"{run.uri} holds no valid checkpoint {name}; it has those of the steps {steps}")
 
 
-def _select(commits: Sequence[Commit], which: Which) -> list[Commit]:
+def _select(
+    commits: Sequence[Commit], which: Which, qualities: Mapping[int, Quality] = MappingProxyType({})
+) -> list[Commit]:
     """Select from commits (newest first) those to try, in order."""
     if which is None:
         return list(commits)
     if which == BEST:
-        return by_validation_loss(commits)
+        return best_first(commits, qualities)
     return [commit for commit in commits if which in (commit.step, commit.directory)]
 
 

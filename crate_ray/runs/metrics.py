@@ -42,6 +42,11 @@ TOP1 = "validation/top1"
 """Accuracy: share of held-out samples."""
 TOP5 = "validation/top5"
 
+KNN_ACCURACY = "validation/knn_accuracy"
+"""Of the encoder's features on the labelled datasets of `probe`; see evaluation.online."""
+PROBE_ACCURACY = "validation/probe_accuracy"
+EFFECTIVE_RANK = "validation/effective_rank"
+
 _BAD_SAMPLES = "train_data/bad_samples_"
 _LAYERS = "validation_layers/"
 

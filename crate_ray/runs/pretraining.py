@@ -8,13 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from crate_ray.config import PretrainConfig
+from crate_ray.config import OnlineProbeConfig, PretrainConfig
+from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
 from crate_ray.runs.initial_weights import INITIAL_WEIGHTS, write_initial_weights
 from crate_ray.runs.planning import Run, plan_run, with_absolute_paths
 from crate_ray.runs.record import write_record
 from crate_ray.runs.references import load_weights
+from crate_ray.storage.interface import open_storage
 
 
 def open_run(config: PretrainConfig) -> Run:
@@ -23,7 +25,25 @@ def open_run(config: PretrainConfig) -> Run:
     Raises:
         UserError: the data is missing or does not fit, or the run was started with other data or another model.
     """
-    return plan_run(with_absolute_paths(config), config.model)
+    config = with_absolute_paths(config)
+    if config.probe:
+        config = config.model_copy(update={"probe": _check_probe(config.probe, config)})
+    return plan_run(config, config.model)
+
+
+def _check_probe(probe: OnlineProbeConfig, config: PretrainConfig) -> OnlineProbeConfig:
+    """Open the labelled datasets, so that mistakes are found before training. Returns the probe with absolute paths."""
+    opened = {name: load_dataset(open_storage(getattr(probe, name), config.s3)) for name in ("train", "test")}
+    for name, shards in opened.items():
+        uri, manifest = shards.storage.uri, shards.manifest
+        if manifest.num_classes is None:
+            raise UserError(f"probe.{name} {uri} has samples without a class number (member 'cls'); give labelled data")
+        if manifest.kind == "grid" and manifest.channels != config.model.channels:
+            raise UserError(
+                f"probe.{name} {uri} has {manifest.channels} channels, the model has {config.model.channels}; give "
+                "data like the training data"
+            )
+    return probe.model_copy(update={name: shards.storage.uri for name, shards in opened.items()})
 
 
 def open_pretraining(config: PretrainConfig) -> Run:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from crate_ray.config import CheckpointConfig
-from crate_ray.runs.commits import CHECKPOINT_FOLDER, Commit, by_validation_loss, committed, record_name
+from crate_ray.runs.commits import CHECKPOINT_FOLDER, Commit, best_first, committed, record_name
+from crate_ray.runs.quality import Quality, read_qualities
 from crate_ray.storage.interface import Storage
 
 _DIRECTORY = re.compile(f"({CHECKPOINT_FOLDER})/")
 
 
-def kept_checkpoints(commits: Sequence[Commit], config: CheckpointConfig) -> list[Commit]:
-    """Select the checkpoints to keep: the newest, the best, and one every few hours. Both lists are newest first."""
+def kept_checkpoints(
+    commits: Sequence[Commit], config: CheckpointConfig, qualities: Mapping[int, Quality] = MappingProxyType({})
+) -> list[Commit]:
+    """Select the checkpoints to keep: the newest, the best, and one every few hours. Both lists are newest first.
+
+    Measuring a checkpoint takes a while. If the best are those with the highest accuracy, all that are newer than the
+    last measured one are kept.
+    """
     kept = list(commits[: config.keep_last])
-    kept += by_validation_loss(commits)[: config.keep_best]
+    if config.keep_best:
+        kept += best_first(commits, qualities)[: config.keep_best]
+        if config.keep_best_by != "validation_loss":
+            kept += [commit for commit in commits if commit.step > max(qualities, default=0)]
     if config.keep_every_hours is not None:
         last = -math.inf
         for commit in reversed(commits):
@@ -29,7 +40,8 @@ def kept_checkpoints(commits: Sequence[Commit], config: CheckpointConfig) -> lis
 def delete_old_checkpoints(run: Storage, config: CheckpointConfig) -> None:
     """Delete the checkpoints that are not kept. Commit records go first, so that partly deleted ones are not valid."""
     commits = committed(run)
-    kept = kept_checkpoints(commits, config)
+    compares = config.keep_best and config.keep_best_by != "validation_loss"
+    kept = kept_checkpoints(commits, config, read_qualities(run) if compares else {})
     named = {f"{commit.directory}/{name}" for commit in kept for name in commit.files}
     for commit in commits:
         if commit not in kept:

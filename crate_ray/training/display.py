@@ -103,6 +103,10 @@ class ProgressDisplay(Listener):
             accuracies = {"top-1": metrics.TOP1, "top-5": metrics.TOP5}
             accuracy = "".join(f"  {name} {values[key]:.2%}" for name, key in accuracies.items() if key in values)
             self._print(f"step {step:,}/{self._total:,}  validation loss {self._validation_loss:.4f}{accuracy}")
+        if metrics.KNN_ACCURACY in values:
+            knn, linear = values[metrics.KNN_ACCURACY], values[metrics.PROBE_ACCURACY]
+            rank = values[metrics.EFFECTIVE_RANK]
+            self._print(f"step {step:,}/{self._total:,}  k-NN {knn:.1%}  linear probe {linear:.1%}  rank {rank:.1f}")
         if metrics.LOSS not in values:
             return
         self._losses[step] = values[metrics.LOSS]

@@ -11,10 +11,12 @@ from crate_ray.config import FinetuneConfig, PretrainConfig
 from crate_ray.ray_cluster import start_ray
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.planning import Run, driver_lease
+from crate_ray.runs.starts import FOLDER, record_start
 from crate_ray.tracking.pretraining import is_published, track
 from crate_ray.tracking.run_tracker import RunTracker
 from crate_ray.training.display import ProgressDisplay
 from crate_ray.training.ray.driver import train_on_ray
+from crate_ray.training.ray.measuring import Measure
 from crate_ray.training.task import Task
 
 _ConfigT = TypeVar("_ConfigT", PretrainConfig, FinetuneConfig)
@@ -42,6 +44,7 @@ def run_training(
     listeners: Sequence[Listener] = (),
     tags: Mapping[str, str] | None = None,
     show_progress: bool = True,
+    measure: Measure | None = None,
 ) -> Finished[_ResultT]:
     """Start or resume a run and train it to its last step. Does nothing if it is finished and its model is published.
 
@@ -56,6 +59,7 @@ def run_training(
         listeners: receive the run's events, in addition to MLflow and the progress display.
         tags: additional MLflow tags.
         show_progress: show a progress display on the terminal.
+        measure: measures checkpoints of a pretraining run that has a `probe`; evaluation.online.measure_checkpoint.
 
     Raises:
         UserError: the settings, the data or the model are unusable, or another driver works on the run.
@@ -72,6 +76,17 @@ def run_training(
                     following: list[Listener] = [tracker]
                     if show_progress:
                         following.append(stack.enter_context(ProgressDisplay(run.first_step, run.total_steps)))
-                    train_on_ray(run, lease, task_class, [*following, *listeners])
+                    _record_start(run, tracker, following)
+                    train_on_ray(run, lease, task_class, [*following, *listeners], measure)
             result = finish(run, tracker)
     return Finished(run, result, tracker.where)
+
+
+def _record_start(run: Run, tracker: RunTracker, listeners: Sequence[Listener]) -> None:
+    """Record the settings of this start in the run's folder and in MLflow, and say what has changed."""
+    start = record_start(run)
+    tracker.text(start.name, start.model_dump_json(indent=2), FOLDER)
+    if start.changed:
+        tracker.tag(f"crate_ray.changed.{start.number:03d}", f"from step {start.step}: {start.changes}")
+        for listener in listeners:
+            listener.note(start.step, f"other settings than at the start before: {start.changes}")

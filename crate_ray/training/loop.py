@@ -224,9 +224,12 @@ class TrainingLoop:
         last = self.step == self.total_steps
         if last or self.step % self.config.tracking.log_every == 0:
             self._log(batch)
-        saves = last or self.step % self.config.checkpoint.every_steps == 0
+        checkpoint = self.config.checkpoint
+        measures = self.task.measure_every is not None and self.step % self.task.measure_every == 0
+        saves = last or measures or self.step % checkpoint.every_steps == 0
         validate_every = self.config.training.validate_every or self.total_steps
-        validates = last or self.step % validate_every == 0 or (saves and self.config.checkpoint.keep_best)
+        compares = saves and checkpoint.keep_best and checkpoint.keep_best_by == "validation_loss"
+        validates = last or self.step % validate_every == 0 or compares
         validation_loss = self._validate() if self.validation and validates else None
         if last or (self.task.probe_every and self.step % self.task.probe_every == 0):
             self._probe()

@@ -42,6 +42,7 @@ class PretrainTask(Task):
         images = largest_micro_batch(config.training, context.world_size)
         self.flops_per_image = training_flops(config.model, images) / images
         self.probe_every = config.tracking.picture_every
+        self.measure_every = config.probe.every if config.probe else None
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """AdamW."""

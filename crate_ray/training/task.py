@@ -67,6 +67,8 @@ class Task(ABC):
     """Floating-point operations of a training step per image, if known."""
     probe_every: int | None = None
     """Steps between two calls of `probe`; None for no calls."""
+    measure_every: int | None = None
+    """Steps between additional checkpoints, whose features are measured; None for no additional ones."""
 
     @abstractmethod
     def __init__(self, config: Any, context: WorkerContext) -> None:

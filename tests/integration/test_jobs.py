@@ -24,9 +24,10 @@ import yaml
 from PIL import Image
 
 from crate_ray import load_model
-from crate_ray.config import PretrainConfig, S3Config, TrackingConfig
+from crate_ray.config import PretrainConfig, ProbeConfig, S3Config, TrackingConfig
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.evaluation.features import iterate_dataset
+from crate_ray.evaluation.probe import probe_encoder
 from crate_ray.runs import metrics
 from crate_ray.runs.references import load_encoder
 from crate_ray.serving import FeatureExtractor
@@ -72,6 +73,7 @@ def pretraining(name: str) -> list[str]:
         "optim": {"lr": 0.003},
         "scaling": {"workers": 2, "cpus_per_worker": 1},
         "checkpoint": {"every_steps": EVERY},
+        "probe": {"train": "s3://data/digits-train", "test": "s3://data/digits-test", "max_samples": 300},
         "tracking": {"experiment": "it" if name == "digits" else name, "picture_every": 30},
     }
     settings = [f"--{setting}={value}" for setting, value in flat(config).items()]
@@ -127,6 +129,7 @@ def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster
     assert losses[STEPS] < 0.8 * losses[10]
     assert run.data.metrics[metrics.VALIDATION_LOSS] < losses[10]
     told_of_steps(client, run.info.run_id)
+    told_of_quality(client, run.info.run_id)
     (dataset,) = run.inputs.dataset_inputs
     assert (
         dataset.dataset.digest
@@ -141,6 +144,22 @@ def test_run_is_in_mlflow_with_everything_that_explains_it(cluster: LocalCluster
     # No secret of the cluster has found its way into MLflow.
     for secret in ("AWS_SECRET_ACCESS_KEY",):
         assert cluster.env[secret] not in json.dumps(run.to_dictionary()) + environment
+
+
+def told_of_quality(client: mlflow.MlflowClient, run_id: str) -> None:
+    """Require that the last checkpoint's features were measured, and are what a probe of the finished run finds."""
+    probe = ProbeConfig(train="s3://data/digits-train", test="s3://data/digits-test", max_samples=300)
+    train, test = (load_dataset(open_storage(uri, S3Config())) for uri in (probe.train, probe.test))
+    model, description = load_encoder("s3://runs/digits", TrackingConfig(), S3Config())
+    expected = probe_encoder(model, description, train, test, probe).accuracy
+    for name, low, high in (
+        (metrics.PROBE_ACCURACY, expected - 0.02, expected + 0.02),
+        (metrics.KNN_ACCURACY, 0.2, 1.0),
+        (metrics.EFFECTIVE_RANK, 1.0, 64.0),
+    ):
+        values = {m.step: m.value for m in client.get_metric_history(run_id, name)}
+        assert STEPS in values and all(step % EVERY == 0 for step in values)
+        assert low <= values[STEPS] <= high, name
 
 
 def told_of_steps(client: mlflow.MlflowClient, run_id: str) -> None:

@@ -39,6 +39,7 @@ from crate_ray.runs.checkpoint_files import (
 from crate_ray.runs.commits import (
     Commit,
     FileRecord,
+    best_first,
     commit_checkpoint,
     committed,
     fetch_newest,
@@ -46,6 +47,7 @@ from crate_ray.runs.commits import (
     newest_complete,
     upload_part,
 )
+from crate_ray.runs.quality import Quality
 from crate_ray.runs.record import RUN_FILE, RunRecord, read_record, write_record
 from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished, kept_checkpoints
 from crate_ray.storage.local import LocalStorage
@@ -416,6 +418,39 @@ def test_the_newest_the_best_and_some_of_each_time_are_kept(
     else:  # nowhere a gap longer than asked for, and the time to the next checkpoint
         times = sorted(commit.time for commit in alive)
         assert all(b - a < config.keep_every_hours * 3600 + minutes * 60 for a, b in itertools.pairwise(times))
+
+
+@given(
+    measured=st.dictionaries(st.integers(1, 20), st.floats(0, 1), max_size=20),
+    config=st.builds(CheckpointConfig, keep_last=st.integers(1, 3), keep_best=st.integers(1, 3)),
+    behind=st.integers(0, 3),
+)
+def test_the_most_accurate_are_kept_although_they_are_measured_later(
+    measured: dict[int, float], config: CheckpointConfig, behind: int
+) -> None:
+    """A checkpoint is measured some steps after it was saved, if at all. The best measured one is still there."""
+    config = config.model_copy(update={"keep_best_by": "knn_accuracy"})
+    alive: list[Commit] = []
+    qualities: dict[int, Quality] = {}
+    for step in range(1, 21):
+        files = {"model": FileRecord(size=1, sha256="0" * 64)}
+        # The validation loss of a worse model is lower, and is not asked for.
+        loss = measured.get(step, 0.0)
+        commit = Commit(step=step, directory=f"attempt-001/step-{step}", files=files, time=0.0, validation_loss=loss)
+        alive = kept_checkpoints([commit, *alive], config, qualities)
+        done = step - behind
+        if done in measured:
+            assert done in {c.step for c in alive}, "it could not be measured"
+            qualities[done] = Quality(values={"knn": measured[done]}, best_by="knn")
+    best = sorted(((quality.values["knn"], step) for step, quality in qualities.items()), reverse=True)
+    kept = {commit.step for commit in kept_checkpoints(alive, config, qualities)}
+    assert {step for _, step in best[: config.keep_best]} <= kept
+    if best:
+        first = [commit.step for commit in best_first(alive, qualities)][: config.keep_best]
+        assert first == [step for _, step in best[: config.keep_best]]
+        assert kept <= {s for _, s in best[: config.keep_best]} | {
+            *range(21 - config.keep_last, 21), *range(max(qualities) + 1, 21),
+        }  # fmt: skip
 
 
 def test_a_start_looks_at_sizes_and_leaves_the_content_to_the_workers(run: LocalStorage, tmp_path: Path) -> None:

@@ -209,7 +209,11 @@ def fields(config_class: type[BaseModel], prefix: str = "") -> dict[str, list[tu
     groups: dict[str, list[type[BaseModel]]] = {
         name: []
         if str(f.annotation).startswith("dict")
-        else [m for m in [*Settings.__subclasses__(), CrateMAEConfig, ViTMAEConfig] if m.__name__ in str(f.annotation)]
+        else [
+            m
+            for m in [*Settings.__subclasses__(), CrateMAEConfig, ViTMAEConfig]
+            if re.search(rf"\b{m.__name__}\b", str(f.annotation))
+        ]
         for name, f in config_class.model_fields.items()
     }
     out: dict[str, list[tuple[str, bool]]] = {}

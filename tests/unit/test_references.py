@@ -33,6 +33,7 @@ from crate_ray.models.exported import load_exported
 from crate_ray.runs.commits import BEST, committed
 from crate_ray.runs.export import export_run
 from crate_ray.runs.mlflow_lookup import find_run
+from crate_ray.runs.quality import Quality, write_quality
 from crate_ray.runs.record import write_record
 from crate_ray.runs.references import FORMS, Reference, fetch, load_encoder, parse
 from crate_ray.storage.local import LocalStorage
@@ -169,8 +170,18 @@ def test_the_best_checkpoint_is_the_valid_one_of_the_lowest_loss(store: Store, t
     for commit in committed(run):
         path = tmp_path / "run" / "commits" / f"{commit.directory.rpartition('/')[2]}.json"
         path.write_text(commit.model_copy(update={"validation_loss": None}).model_dump_json())
-    with pytest.raises(UserError, match=r"no valid checkpoint with a validation loss, .* \(it has 2, 4, 6\)"):
+    with pytest.raises(
+        UserError, match=r"no valid checkpoint with a validation loss or accuracy, .* \(it has 2, 4, 6\)"
+    ):
         store.step(f"{run.uri}@best")
+    for step, accuracy in ((2, 0.2), (6, 0.1), (8, 0.9)):  # there is no checkpoint of step 8 any more
+        write_quality(run, step, Quality(values={"knn": accuracy}))
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        store.step(f"{run.uri}@best")
+    write_quality(run, 10, Quality(values={"knn": 0.0}, best_by="knn"))
+    assert store.step(f"{run.uri}@best") == 2
+    run.write("quality/step-00000012.json", b"{")  # ignored, with a warning
+    assert store.step(f"{run.uri}@best") == 2
     assert store.step(run.uri) == 6
 
 
