@@ -174,7 +174,7 @@ class BatchDecoder:
         for i, error in enumerate(self._try(batch, rows, samples[rows]), rows.start):
             if error is None:
                 continue
-            self._bad.add(error)
+            self._bad.add(error.of_source(self._reader.source_name(int(batch.samples[i]))))
             usable[i] = self._replacements is not None and self._replace(batch, i)
 
     def _try(self, batch: Batch, rows: slice, samples: Sequence[Sample | Unreadable]) -> list[SampleError | None]:

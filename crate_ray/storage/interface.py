@@ -5,6 +5,7 @@ Every failure that a user can fix is a UserError of one sentence. No message con
 
 from __future__ import annotations
 
+import builtins
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class AlreadyExists(UserError):  # noqa: N818
 
 class Replaced(UserError):  # noqa: N818
     """The object was replaced by another one, or is gone."""
+
+
+class CannotRead(UserError):  # noqa: N818
+    """This object cannot be read, for example because of its permissions. Others perhaps can."""
 
 
 class TooLarge(UserError):  # noqa: N818
@@ -116,6 +121,21 @@ class Storage(ABC):
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List the objects whose keys start with prefix, which need not be a folder's name, sorted by key."""
+
+    def survey(self, prefix: str = "") -> tuple[builtins.list[ObjectInfo], dict[str, str]]:
+        """List what can be read, as `list`. In local folders, this includes what is in folders behind symbolic links.
+
+        Returns the objects, and the cause for each file or folder that cannot be listed, by key.
+        """
+        return [*self.list(prefix)], {}
+
+    @abstractmethod
+    def info(self, key: str) -> ObjectInfo:
+        """Size and ETag of one object. Needs no permission to list.
+
+        Raises:
+            NotFound: there is no such object.
+        """
 
     @abstractmethod
     def exists(self, key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import fcntl
 import logging
@@ -17,11 +18,22 @@ from typing import Any
 from crate_ray.bounded import open_regular
 from crate_ray.config import S3Config
 from crate_ray.errors import UserError, first_few
-from crate_ray.storage.interface import AlreadyExists, NotFound, ObjectInfo, Replaced, Storage, check_key, open_storage
+from crate_ray.storage.interface import (
+    AlreadyExists,
+    CannotRead,
+    NotFound,
+    ObjectInfo,
+    Replaced,
+    Storage,
+    check_key,
+    open_storage,
+)
 
 logger = logging.getLogger(__name__)
 
 _TEMPORARY_PREFIX = ".tmp-"
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # failures of this process, not of one file
+_IRREGULAR = "not a regular file"
 
 
 class LocalStorage(Storage):
@@ -90,29 +102,77 @@ class LocalStorage(Storage):
                 file.flush()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        found = []
-        irregular = []
+        found, unlisted = self._walk(prefix, follow_links=False)
+        if irregular := sorted(key for key, why in unlisted.items() if why == _IRREGULAR):
+            logger.warning("%s: skipped what is not a regular file: %s", self.uri, first_few(irregular))
+        yield from found
+
+    def survey(self, prefix: str = "") -> tuple[builtins.list[ObjectInfo], dict[str, str]]:
+        return self._walk(prefix, follow_links=True)
+
+    def info(self, key: str) -> ObjectInfo:
+        with self._errors("read", key):
+            status = os.stat(self.local_path(key))  # noqa: PTH116 - as in listings
+        if not stat.S_ISREG(status.st_mode):
+            raise NotFound(f"{self.uri}/{key} is not a regular file")
+        return _object(key, status)
+
+    def _walk(self, prefix: str, *, follow_links: bool) -> tuple[builtins.list[ObjectInfo], dict[str, str]]:
+        """Files below the folder, and the cause for each file or folder that cannot be listed."""
+        found: list[ObjectInfo] = []
+        unlisted: dict[str, str] = {}
+
+        def key_of(path: str) -> str:
+            key = Path(path).relative_to(self.root).as_posix()
+            return "" if key == "." else key
+
+        def failed(error: OSError) -> None:
+            if key := key_of(str(error.filename)):
+                unlisted[key] = error.strerror or str(error)
+            elif not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise error
+
+        above: dict[str, frozenset[tuple[int, int]]] = {}  # identities of a folder and those above it
         with self._errors("list", prefix):
-            for folder, folders, names in os.walk(self.root):
-                base = Path(folder).relative_to(self.root).as_posix()
-                base = "" if base == "." else base + "/"
+            for folder, folders, names in os.walk(self.root, onerror=failed, followlinks=follow_links):
+                base = key_of(folder)
+                base = base and base + "/"
                 if not base.startswith(prefix) and not prefix.startswith(base):
                     folders.clear()
                     continue
+                if follow_links:
+                    known = above.pop(folder, None) or frozenset({_identity(folder)})
+                    for name in folders.copy():
+                        path = os.path.join(folder, name)  # noqa: PTH118 - as below
+                        try:
+                            identity = _identity(path)
+                        except OSError as error:
+                            failed(error)
+                            folders.remove(name)
+                            continue
+                        if identity in known:
+                            unlisted[base + name] = "a link to a folder above it"
+                            folders.remove(name)
+                        else:
+                            above[path] = known | {identity}
                 for name in names:
                     if (base + name).startswith(prefix) and not name.startswith(_TEMPORARY_PREFIX):
+                        path = os.path.join(folder, name)  # noqa: PTH118 - a million files
                         try:
-                            status = os.stat(os.path.join(folder, name))  # noqa: PTH116, PTH118 - a million files
-                        except FileNotFoundError:  # just deleted
+                            status = os.stat(path)  # noqa: PTH116
+                        except FileNotFoundError:
+                            if os.path.lexists(path):  # else just deleted
+                                unlisted[base + name] = "a link to nothing"
+                            continue
+                        except OSError as error:
+                            failed(error)
                             continue
                         if not stat.S_ISREG(status.st_mode):
-                            irregular.append(base + name)
+                            unlisted[base + name] = _IRREGULAR
                             continue
-                        found.append(ObjectInfo(base + name, status.st_size, f"{status.st_mtime_ns}-{status.st_size}"))
-        if irregular:
-            logger.warning("%s: skipped what is not a regular file: %s", self.uri, first_few(sorted(irregular)))
+                        found.append(_object(base + name, status))
         found.sort(key=lambda info: info.key)
-        yield from found
+        return found, unlisted
 
     def exists(self, key: str) -> bool:
         with self._errors("read", key):
@@ -174,7 +234,17 @@ class LocalStorage(Storage):
         except FileExistsError:
             raise AlreadyExists(f"{path} already exists") from None
         except OSError as error:
-            raise UserError(f"cannot {action} {path}: {error.strerror or error}") from None
+            kind = CannotRead if action == "read" and error.errno not in _EXHAUSTED else UserError
+            raise kind(f"cannot {action} {path}: {error.strerror or error}") from None
+
+
+def _object(key: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)  # noqa: PTH116 - as in listings
+    return status.st_dev, status.st_ino
 
 
 def _version_at(name: str, folder: int) -> str | None:

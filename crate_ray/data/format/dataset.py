@@ -3,7 +3,7 @@
 A dataset has these files next to its shards, or in another place if the shards are read-only: `manifest.json` (written
 last: without it there is no dataset), `shards.npy` (a row per shard), `index.npy` (offset and digest of every 16
 samples), `names.txt` if the shards' names follow no pattern, and a table of members for each shard whose samples are
-not contiguous.
+not contiguous. Beside each shard that was packed is a list of its samples' names in their source (`source_names`).
 """
 
 from __future__ import annotations

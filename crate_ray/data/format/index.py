@@ -74,14 +74,23 @@ class ShardIndex(NamedTuple):
     """Content of its table of members (stored as the shard's name + TABLE_SUFFIX), if it needs one."""
 
 
-def index_shard(buffer: Buffer, rows: Sequence[TableRow]) -> ShardIndex:
-    """Index a shard: the offsets of its samples, from `read_table`, and digests of all bytes that training reads."""
+def index_shard(buffer: Buffer, rows: Sequence[TableRow], *, whole: bool = True) -> ShardIndex:
+    """Index a shard: the offsets of its samples, and digests of all bytes that training reads.
+
+    Args:
+        buffer: the shard's bytes.
+        rows: its samples, from `read_table`.
+        whole: whether these are all of its samples. If not, the shard gets a table, because ranges would hold others.
+    """
     view = memoryview(buffer)
     sha256 = np.frombuffer(hashlib.sha256(view).digest(), np.uint8)
     starts = [row.start for row in rows]
-    is_contiguous = not rows or all(
-        row.plain and all(row.start < offset <= after for offset, _ in row.members.values())
-        for row, after in zip(rows, [*starts[1:], len(view)], strict=True)
+    is_contiguous = not rows or (
+        whole
+        and all(
+            row.plain and all(row.start < offset <= after for offset, _ in row.members.values())
+            for row, after in zip(rows, [*starts[1:], len(view)], strict=True)
+        )
     )
     entries = np.zeros(-(-len(rows) // INDEX_STRIDE), INDEX_DTYPE)
     if is_contiguous:

@@ -78,6 +78,8 @@ class Manifest(BaseModel):
     """Number of members that belong to no sample because their names are absolute, contain '..' or are too long."""
     unsafe_names: tuple[str, ...] = ()
     """The first hundred of them, each after its shard's name."""
+    source_names: bool = False
+    """Whether a list beside each shard has the names of its samples in their source: `<shard>.names.jsonl`."""
     shards_sha256: Sha256
     index_sha256: Sha256
     names_sha256: Sha256 | None = None
@@ -102,18 +104,24 @@ class Manifest(BaseModel):
     def digest(self) -> str:
         """Identity of the dataset: sha256 of the canonical JSON, which holds the digests of the binary files.
 
-        Members that belong to no sample do not count.
+        Members that belong to no sample and source names do not count.
         """
-        return _digest_of(self.model_dump(mode="json", exclude=_UNSAFE_FIELDS))
+        return _digest_of(self.model_dump(mode="json", exclude={*_UNSAFE_FIELDS, "source_names"}))
 
     def checksum(self) -> str:
         """sha256 of the canonical JSON of all fields. The file holds it, so that damage to the file is noticed."""
-        return _digest_of(self.model_dump(mode="json"))
+        return _digest_of(self._stated())
 
     def to_json(self) -> bytes:
         """The content of manifest.json."""
-        values = self.model_dump(mode="json", exclude=None if self.num_unsafe else _UNSAFE_FIELDS)
+        values = self._stated()
+        if not self.num_unsafe:
+            values = {name: value for name, value in values.items() if name not in _UNSAFE_FIELDS}
         return (json.dumps(values | {_CHECKSUM: self.checksum()}, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def _stated(self) -> dict[str, Any]:
+        """All fields, without those that are younger than the format's version if they have their defaults."""
+        return self.model_dump(mode="json", exclude=None if self.source_names else {"source_names"})
 
     @property
     def left_out(self) -> dict[str, str]:

@@ -35,6 +35,10 @@ class SampleError(NamedTuple):
         """From an error of `decode_batch`."""
         return cls(key, error.cause, str(error))
 
+    def of_source(self, name: str | None) -> SampleError:
+        """This error, whose key is followed by the sample's name in its source, if that is known."""
+        return self if name is None else self._replace(key=f"{self.key} ({name})")
+
 
 class BadSampleCounter:
     """Counts bad samples and stops a job that has too many. Thread-safe.

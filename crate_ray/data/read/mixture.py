@@ -56,8 +56,15 @@ class MixtureReader:
         dataset, first = self.mixture.locate(samples.start)
         return self._readers[dataset].num_bytes(first, len(samples))
 
+    def source_name(self, sample: int) -> str | None:
+        """Name of a sample in the source that it was packed from; see `ShardReader.source_name`."""
+        dataset, number = self.mixture.locate(sample)
+        return self._readers[dataset].source_name(number)
+
     def parts(self, samples: range) -> list[range]:
         """Split consecutive samples of one dataset into parts of about `part_bytes`."""
+        if not samples:  # of an empty shard
+            return []
         manifest = self.mixture.datasets[self.mixture.locate(samples.start)[0]].manifest
         # Parts are multiples of the samples that an index entry covers.
         mean = manifest.total_bytes / manifest.num_samples

@@ -15,13 +15,16 @@ import xxhash
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.format.samples import Sample, parse_samples
+from crate_ray.data.format.source_names import SOURCE_NAMES_SUFFIX, read_source_names
 from crate_ray.data.format.tar import DamagedShard
+from crate_ray.errors import UserError
 from crate_ray.storage.cache import PartCache
 from crate_ray.storage.interface import Replaced
 
 logger = logging.getLogger(__name__)
 
 _CHECKED_READS = 3  # attempts if the digest is wrong, because the bytes may have been damaged in transit
+_NAME_LISTS = 8  # lists of source names that are kept
 _JOIN_GAP = 64 * 2**10  # members closer together than this are read in one request
 
 Store = Callable[[bytes], memoryview]
@@ -52,6 +55,7 @@ class ShardReader:
         self._cache = cache
         self._versions = np.zeros(shards.manifest.num_shards, np.uint64)  # hash of each shard's ETag; 0: not read yet
         self._table = lru_cache(maxsize=64)(shards.table)
+        self._source_names = lru_cache(maxsize=_NAME_LISTS)(self._read_source_names)
         self._dataset = shards.manifest.digest()
 
     def read(self, first: int, count: int, store: Store = memoryview) -> list[Sample | Unreadable]:
@@ -83,6 +87,32 @@ class ShardReader:
                         out += [Unreadable(f"{name}#{number}", str(error)) for number in range(begin, end)]
             first += take
         return out
+
+    def source_name(self, sample: int) -> str | None:
+        """Name of a sample in the source that it was packed from, with a surrogate for each byte that is not UTF-8.
+
+        None if the dataset has no names, or if the list of the shard's names is missing or damaged.
+        """
+        if not self.shards.manifest.source_names:
+            return None
+        shard, local = self.shards.locate(sample)
+        names = self._source_names(shard)
+        return names[local] if names else None
+
+    def _read_source_names(self, shard: int) -> list[str]:
+        """Names of a shard's samples; empty if they cannot be read, which is logged."""
+        name = self.shards.shard_name(shard)
+        try:
+            found = read_source_names(
+                self.shards.shard_storage, name, self.shards.shards["sha256"][shard].tobytes().hex()
+            )
+            if len(found) != int(self.shards.samples[shard]):
+                raise ValueError("it has another number of samples than the shard")
+        except (UserError, ValueError) as error:
+            uri = f"{self._uri(shard)}{SOURCE_NAMES_SUFFIX}"
+            logger.warning("%s cannot be used (%s), so the source names of its samples are unknown", uri, error)
+            return []
+        return [name for _, name in found]
 
     def num_bytes(self, first: int, count: int) -> int:
         """Approximate number of bytes that `read` fetches for these samples."""
