@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -49,8 +50,11 @@ def fill_from_preset(values: Any, presets: dict[str, dict[str, int]]) -> Any:
 
 
 def whole_number(value: Any) -> Any:
-    """Convert a number that the command line gave as text; return anything else unchanged."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    """Convert a whole number that was given as text or as a float; return anything else unchanged."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class ImageModelConfig(Settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -24,6 +25,13 @@ class SearchSpace(Settings):
     loguniform: tuple[float, float] | None = None
     """A positive number between the two, its logarithm uniformly distributed."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_form(cls, values: Any) -> Any:
+        if not isinstance(values, dict | SearchSpace):
+            raise ValueError("give a mapping, such as {choice: [1, 2]} or {loguniform: [1e-4, 1e-2]}")
+        return values
+
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
@@ -32,9 +40,23 @@ class SearchSpace(Settings):
         values = getattr(self, given[0])
         if not values:
             raise ValueError("choice needs at least one value")
+        if given[0] == "choice" and (twice := _first_twice(values)):
+            raise ValueError(f"choice has {twice} twice; give it once")
         if given[0] != "choice" and (values[0] >= values[1] or (given[0] == "loguniform" and values[0] <= 0)):
             raise ValueError(f"{given[0]} needs a smaller and a larger number (positive for loguniform), not {values}")
         return self
+
+
+def _first_twice(values: tuple[Any, ...]) -> str:
+    """The first value that is there twice, as text; empty if there is none. 1 and 1.0 are the same, true is not."""
+    seen: set[str] = set()
+    for value in values:
+        whole = isinstance(value, float) and value.is_integer()
+        text = json.dumps(int(value) if whole else value, sort_keys=True, default=str)
+        if text in seen:
+            return text
+        seen.add(text)
+    return ""
 
 
 class SweepConfig(Settings):

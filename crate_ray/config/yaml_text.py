@@ -78,6 +78,11 @@ def parse_yaml(text: str | bytes) -> Any:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
+def parse_number(text: str) -> float | None:
+    """The number that a plain text is in YAML; None if it is none."""
+    return float(text) if re.fullmatch(_PLAIN["float"][0], text) and text[-3:].lower() not in ("inf", "nan") else None
+
+
 def dump_yaml(value: Any) -> str:
     """A value as YAML. Texts that look like numbers or truth values are quoted."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -14,7 +14,7 @@ from ray import tune
 
 from crate_ray.addresses import redact
 from crate_ray.config import SweepConfig
-from crate_ray.config.yaml_text import dump_yaml
+from crate_ray.config.yaml_text import dump_yaml, parse_number
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.runs.mlflow_lookup import find_run, login, tracking_uri
@@ -136,12 +136,24 @@ def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
         then["shared"].pop(name, None)
     # Earlier versions had fewer settings: the others have their defaults.
     earlier = SweepConfig.model_validate({**then["sweep"], "base": sweep.base})
-    if {"sweep": earlier.model_dump(mode="json", exclude=may_change), "shared": then["shared"]} != now:
+    same = earlier.model_dump(mode="json", exclude=may_change) == now["sweep"]
+    if not same or _numbers(then["shared"]) != _numbers(now["shared"]):
         raise UserError(
             f"sweep {sweep.name!r} at {sweep.storage} was started with other settings; choose another --name, or use "
             "the settings of its first start to continue it"
         )
     return str(then["key"])
+
+
+def _numbers(value: Any) -> Any:
+    """A value with the texts in it that are numbers as numbers: earlier versions read 1e-4 as a text."""
+    if isinstance(value, dict):
+        return {name: _numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(inner) for inner in value]
+    if isinstance(value, str) and (number := parse_number(value)) is not None:
+        return number
+    return value
 
 
 def _run_trials(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, parent_run: str) -> None:

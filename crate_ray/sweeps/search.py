@@ -7,6 +7,7 @@ sweep that is started again starts Ray Tune anew, and tells its search and its s
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,9 @@ METRIC, STEP = "objective", "step"
 def distribution(space: SearchSpace) -> BaseDistribution:
     """Optuna's form of a search space."""
     if space.choice is not None:
-        return CategoricalDistribution(list(space.choice))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of lists, which only a stored study cannot keep
+            return CategoricalDistribution(list(space.choice))
     if space.integers is not None:
         return IntDistribution(*space.integers)
     if space.uniform is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from crate_ray.config import PretrainConfig, SearchSpace, SweepConfig
+from crate_ray.config import PretrainConfig, SweepConfig
 from crate_ray.config.values import dotted_names, expand, load_settings, merge, nested, suggest, validate
 from crate_ray.errors import UserError
+from crate_ray.sweeps.candidates import check_space
 
 TRIALS_FOLDER = "trials"
 _OURS = ("name", "storage", "tracking", "s3")
@@ -46,20 +47,17 @@ def shared_values(sweep: SweepConfig) -> dict[str, Any]:
     shared = merge(base, expand(PretrainConfig, sweep.settings, "settings"))
     config = trial_config(sweep, shared, {}, "check")
     for name, space in sweep.search.items():
-        for value in candidates(space):
+
+        def why(value: Any, name: str = name) -> str:
             try:
                 trial_config(sweep, shared, {name: value}, "check")
             except UserError as error:
-                raise UserError(f"sweep over {name!r}, value {value!r}: {error}") from None
+                return str(error)
+            return ""
+
+        check_space(name, space, why)
     if sweep.objective == "validation_loss" and config.data.validation is None:
         raise UserError("objective 'validation_loss' needs held-out data: set data.validation in base or settings")
     if sweep.grace_steps and config.training.validate_every is None:
         raise UserError("grace_steps needs validations during training: set training.validate_every in settings")
     return shared
-
-
-def candidates(space: SearchSpace) -> list[Any]:
-    """Values to validate: all choices, or the two ends of a range."""
-    values = space.choice or space.integers or space.uniform or space.loguniform
-    assert values is not None
-    return list(values)
