@@ -65,6 +65,11 @@ class EvaluatedModel:
 
 
 def check_input(description: ModelDescription, manifest: Manifest, uri: str) -> None:
-    """Raise UserError if a dataset's samples are not of the kind that a model takes."""
+    """Raise UserError if a dataset's samples are not of the kind, or not of the channels, that a model takes."""
     if manifest.kind != description.kind:
         raise UserError(f"the model takes {description.kind}s, but {uri} holds {manifest.kind}s; give other data")
+    if manifest.kind == "grid" and manifest.channels != description.model.channels:
+        raise UserError(
+            f"the model takes grids of {description.model.channels} channels, but those of {uri} have "
+            f"{manifest.channels}; give other data"
+        )

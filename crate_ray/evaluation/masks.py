@@ -148,9 +148,9 @@ def coverage(masks_BHW: NDArray[np.bool_], grid_hw: tuple[int, int]) -> NDArray[
 
 
 def to_float_image(images_BCHW: Tensor) -> NDArray[np.float32]:
-    """Images as (B, H, W, channels) in 0 … 1. Grids are scaled by their own range."""
+    """Images as (B, H, W, channels) in 0 … 1. Each channel of grids is scaled by its own range."""
     images = images_BCHW.permute(0, 2, 3, 1).float()
     if images_BCHW.dtype == torch.uint8:
         return (images / 255).numpy()
-    low, high = images.amin(), images.amax()
+    low, high = images.amin((0, 1, 2)), images.amax((0, 1, 2))
     return ((images - low) / (high - low).clamp_min(1e-12)).numpy()

@@ -17,9 +17,11 @@ from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.intervals import Estimate, mean
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.patches import patch_statistics, random_masking
+from crate_ray.training.pictures import value_range
 from crate_ray.training.step import probe_noise
 
 VISIBLE_MEAN = "visible"
+Scale = tuple[Tensor, Tensor]
 _BATCH = 64
 _PICTURES = 8
 _PICTURE_RATIOS = (0.5, 0.75, 0.9)
@@ -38,7 +40,8 @@ class RatioErrors(Record):
     """Squared error relative to each true patch's variance (MAE's normalised targets), over masked patches that are not
     flat (standard deviation above 0.01 for values in 0 … 1); None if all are flat."""
     pixel_mse: Estimate
-    """Squared error over masked patches, for pixels in 0 … 1. Grids are scaled by their range over the images."""
+    """Squared error over masked patches, for pixels in 0 … 1. Each channel of grids is scaled by its range over the
+    images."""
     psnr: Estimate
     """Peak signal-to-noise ratio over masked patches in dB."""
     ssim: Estimate | None
@@ -116,7 +119,7 @@ def measure_reconstruction(
     possible = sorted({ratio for ratio in ratios if int(num_patches * (1 - ratio)) >= 1})
     images = torch.cat([batch.images for batch in batches])
     noise = probe_noise(np.concatenate([batch.samples for batch in batches]), num_patches)
-    scale = _scale(images)
+    scale = _scale(images, device)
     predictors = {}
     for one in all_evaluated:
         model_of = _with_ratio(one, device)
@@ -140,12 +143,10 @@ def measure_reconstruction(
     return result, _pictures(evaluated, images[:_PICTURES], noise[:_PICTURES], possible, scale, device)
 
 
-def _scale(images_BCHW: Tensor) -> tuple[float, float]:
-    """Values of black and white, on the scale of `Normalizer.undo`."""
-    if images_BCHW.dtype == torch.uint8:
-        return 0.0, 1.0
-    low, high = float(images_BCHW.min()), float(images_BCHW.max())
-    return low, high if high > low else low + 1
+def _scale(images_BCHW: Tensor, device: torch.device) -> Scale:
+    """Values of black and white of each channel, (channels, 1, 1), on the scale of `Normalizer.undo`."""
+    low_C11, high_C11 = value_range(images_BCHW)
+    return low_C11.to(device), high_C11.to(device)
 
 
 def _with_ratio(evaluated: EvaluatedModel, device: torch.device) -> Callable[[float], MaskedAutoencoder]:
@@ -164,7 +165,7 @@ def _measure(
     images: Tensor,
     noise: Tensor,
     ratio: float,
-    scale: tuple[float, float],
+    scale: Scale,
     device: torch.device,
 ) -> RatioErrors:
     parts = [
@@ -190,7 +191,7 @@ def _errors(
     images: Tensor,
     noise_BN: Tensor,
     ratio: float,
-    scale: tuple[float, float],
+    scale: Scale,
     device: torch.device,
 ) -> _Errors:
     original, composed, removed_BN = _complete(model, evaluated, images, noise_BN, ratio, scale, device)
@@ -223,7 +224,7 @@ def _complete(
     images: Tensor,
     noise_BN: Tensor,
     ratio: float,
-    scale: tuple[float, float],
+    scale: Scale,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Original and completed images, (B, channels, H, W) in 0 … 1, and which patches were masked, (B, N)."""
@@ -282,7 +283,7 @@ def _pictures(
     images: Tensor,
     noise: Tensor,
     ratios: Sequence[float],
-    scale: tuple[float, float],
+    scale: Scale,
     device: torch.device,
 ) -> Pictures:
     chosen = [ratio for ratio in _PICTURE_RATIOS if ratio in ratios] or list(ratios[:1])

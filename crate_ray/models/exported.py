@@ -32,7 +32,7 @@ class ModelDescription(Settings):
     mean: tuple[FiniteFloat, ...]
     """Mean of each channel, subtracted from the input (images are on the scale 0 to 1)."""
     std: tuple[FiniteFloat, ...]
-    """Standard deviation of each channel; the input is divided by it."""
+    """Standard deviation of each channel; the input is divided by it. The input of a channel with 0 is 0."""
     kind: Kind
     """'image': the input is encoded or uint8 images; 'grid': float arrays."""
     dataset: Sha256 | None = None
@@ -45,22 +45,28 @@ class ModelDescription(Settings):
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Turns loaded images into model input: (x − mean) / std of each channel. uint8 is first scaled to 0 to 1."""
+    """Turns loaded images into model input: (x − mean) / std of each channel. uint8 is first scaled to 0 to 1.
+
+    A channel whose std is 0 has the same value everywhere. It becomes 0.
+    """
 
     mean: Tensor
     """(channels, 1, 1)"""
     std: Tensor
     """(channels, 1, 1)"""
+    divisor: Tensor
+    """(channels, 1, 1): std, or infinity where it is 0."""
 
     @classmethod
     def of(cls, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str = "cpu") -> Normalizer:
         """Build from one number per channel."""
-        return cls(*(torch.tensor(v, device=device)[:, None, None] for v in (mean, std)))
+        divisor = tuple(value or math.inf for value in std)
+        return cls(*(torch.tensor(v, device=device)[:, None, None] for v in (mean, std, divisor)))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Normalised float32 images of uint8 or float images, (B, channels, H, W)."""
         images_BCHW = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-        return (images_BCHW - self.mean) / self.std
+        return (images_BCHW - self.mean) / self.divisor
 
     def undo(self, images: Tensor) -> Tensor:
         """Images on their original scale (uint8: 0 to 1) of normalised images."""

@@ -41,22 +41,31 @@ def reconstruction_rows(
     return [normalizer.undo(row).float().cpu() for row in (normalised, *reconstruct(model, normalised, noise_BN))]
 
 
-def reconstruction_picture(rows: Sequence[Tensor], value_range: tuple[float, float]) -> bytes:
+def value_range(images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of black and white of each channel, (channels, 1, 1), of loaded images: 0 and 1, or the range of grids."""
+    channels = images_BCHW.shape[1]
+    if images_BCHW.dtype == torch.uint8:
+        return torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
+    low_C11, high_C11 = (extreme(images_BCHW, (0, 2, 3))[:, None, None] for extreme in (torch.amin, torch.amax))
+    return low_C11, torch.where(high_C11 > low_C11, high_C11, low_C11 + low_C11.abs().clamp_min(1))
+
+
+def reconstruction_picture(rows: Sequence[Tensor], limits: tuple[Tensor, Tensor]) -> bytes:
     """PNG with a column per sample, of `reconstruction_rows`.
 
-    value_range holds the values of black and white. Of grids with neither 1 nor 3 channels, only the first is shown.
+    `limits` is the `value_range` of the images. Of grids with neither 1 nor 3 channels, the first is shown.
     """
-    return _tiled([_colours(row, value_range) for row in rows])
+    return _tiled([_colours(row, limits) for row in rows])
 
 
-def attention_picture(images_BCHW: Tensor, maps_BKhw: Tensor, value_range: tuple[float, float]) -> bytes:
+def attention_picture(images_BCHW: Tensor, maps_BKhw: Tensor, limits: tuple[Tensor, Tensor]) -> bytes:
     """PNG with a column per sample: the image, then the attention of one layer's CLS token: the mean over the heads,
     then up to six heads. Brighter is more, each map on its own scale. Takes loaded (not normalised) images.
     """
     from matplotlib import colormaps  # imported here, because it takes a third of a second and few workers need it
 
     shown = [maps_BKhw.mean(1), *maps_BKhw[:, :_MOST_HEADS].unbind(1)]
-    rows = [_colours(images_BCHW.float() / (255 if images_BCHW.dtype == torch.uint8 else 1), value_range)]
+    rows = [_colours(images_BCHW.float() / (255 if images_BCHW.dtype == torch.uint8 else 1), limits)]
     height, width = images_BCHW.shape[2:]
     for map_Bhw in shown:
         low, high = map_Bhw.amin((1, 2), keepdim=True), map_Bhw.amax((1, 2), keepdim=True)
@@ -99,12 +108,12 @@ def layers_picture(measures_by_step: Mapping[int, Mapping[str, Sequence[float]]]
     return out.getvalue()
 
 
-def _colours(images_BCHW: Tensor, value_range: tuple[float, float]) -> NDArray[np.float32]:
+def _colours(images_BCHW: Tensor, limits: tuple[Tensor, Tensor]) -> NDArray[np.float32]:
     """(B, H, W, 3) on the scale 0 to 1."""
-    low, high = value_range
-    if images_BCHW.shape[1] != 3:
-        images_BCHW = images_BCHW[:, :1].expand(-1, 3, -1, -1)
-    scaled = ((images_BCHW - low) / (high - low)).clamp(0, 1)
+    low_C11, high_C11 = limits
+    scaled = ((images_BCHW - low_C11) / (high_C11 - low_C11)).clamp(0, 1)
+    if scaled.shape[1] != 3:
+        scaled = scaled[:, :1].expand(-1, 3, -1, -1)
     return scaled.permute(0, 2, 3, 1).float().cpu().numpy()
 
 

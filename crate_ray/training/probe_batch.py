@@ -26,6 +26,7 @@ from crate_ray.training.pictures import (
     layers_picture,
     reconstruction_picture,
     reconstruction_rows,
+    value_range,
 )
 from crate_ray.training.step import probe_noise
 
@@ -90,8 +91,7 @@ class ProbeBatch:
         with evaluation_loader(shards, model, data, batch_size=_SAMPLES) as loader:
             batch = next(iter(loader))
         device = normalizer.mean.device
-        is_grid = shards.manifest.kind == "grid"
-        self._range = (batch.images.min().item(), batch.images.max().item()) if is_grid else (0.0, 1.0)
+        self._range = value_range(batch.images)
         self.images = batch.images
         """Loaded, not normalised, on the CPU."""
         self._device_images = batch.images.to(device)

@@ -81,6 +81,12 @@ class Grid(NamedTuple):
         return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
+    def dtype_name(self) -> str:
+        """Name of the stored numbers' type."""
+        order = "big-endian " if self.dtype.newbyteorder("=") != self.dtype else ""
+        return f"{order}{self.dtype.name}"
+
+    @property
     def num_bytes(self) -> int:
         """Memory to decode it: as float32, with a copy of the crop and a mask."""
         return 9 * math.prod(self.shape)
@@ -105,6 +111,34 @@ def open_grid(content: bytes | memoryview, channels: int | None, max_pixels: int
     if math.prod(shape) * dtype.itemsize > len(content) - offset:
         raise DecodeError("the .npy array is damaged: it ends before its last number", "damaged")
     return Grid(content, offset, dtype, shape, fortran)
+
+
+def grid_shape(content: bytes) -> tuple[int, ...]:
+    """Shape of a `.npy` array by its header. Raises DecodeError if it is none."""
+    try:
+        return npy.read_header(content).shape
+    except ValueError as error:
+        raise DecodeError(f"not a plain .npy array: {error}", "not_an_array") from None
+
+
+def looks_like_hwc(shape: tuple[int, ...]) -> bool:
+    """Whether an array is more likely (height, width, C) than (C, height, width): its last axis is the shortest."""
+    return len(shape) == 3 and shape[2] < min(shape[:2])
+
+
+def channels_first(content: bytes) -> bytes:
+    """A `.npy` array of shape (height, width, C) as one of shape (C, height, width). Others are returned as they are.
+
+    Raises DecodeError if it is not a plain array.
+    """
+    try:
+        array = npy.read(content)
+    except ValueError as error:
+        raise DecodeError(f"not a plain .npy array: {error}", "not_an_array") from None
+    if array.ndim != 3:
+        return content
+    with room_for(2 * array.nbytes):
+        return npy.content_of(array.transpose(2, 0, 1))
 
 
 def _check_grid(shape: tuple[int, ...], dtype: np.dtype[Any], channels: int | None) -> None:

@@ -41,4 +41,4 @@ def no_memory(hw: tuple[int, int]) -> DecodeError:
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
     """Raise DecodeError if an image has more than max_pixels pixels."""
     if height * width > max_pixels:
-        raise DecodeError(f"{width}×{height} pixels are more than the limit of {max_pixels}", "too_large")
+        raise DecodeError(f"{width}×{height} pixels are more than the limit of {max_pixels} (max_pixels)", "too_large")

@@ -78,6 +78,7 @@ class PillowImage(NamedTuple):
                 if image.size != (self.width, self.height):
                     raise DecodeError(f"the {self.format} is damaged: its headers give two sizes", "damaged")
                 part = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+            part.info.pop("transparency", None)  # which is ignored; Pillow's convert would warn of some forms of it
             pixels = np.array(to_eight_bits(part).convert("L" if channels == 1 else "RGB"))
         except (DecodeError, MemoryError):
             raise

@@ -82,13 +82,22 @@ class Mixture:
             return self.datasets[0].manifest.mean, self.datasets[0].manifest.std
         channels, total = self.channels, sum(self.weights)
         first, second = [0.0] * channels, [0.0] * channels
+        found: list[set[tuple[float, float]]] = [set() for _ in range(channels)]
         for dataset, weight in zip(self.datasets, self.weights, strict=True):
             manifest, share = dataset.manifest, weight / total
             for c in range(channels):
                 mean, std = manifest.mean[c % manifest.channels], manifest.std[c % manifest.channels]
                 first[c] += share * mean
                 second[c] += share * (std**2 + mean**2)
-        return tuple(first), tuple(math.sqrt(max(s - m**2, 0.0)) for m, s in zip(first, second, strict=True))
+                found[c].add((mean, std))
+        means, stds = [], []
+        for m, s, pairs in zip(first, second, found, strict=True):
+            ((mean, std), *others) = pairs
+            # Rounding errors would make a channel that is the same everywhere look as if it varied.
+            constant = not others and not std
+            means.append(mean if constant else m)
+            stds.append(0.0 if constant else math.sqrt(max(s - m**2, 0.0)))
+        return tuple(means), tuple(stds)
 
     @cached_property
     def digest(self) -> str:

@@ -9,7 +9,7 @@ import io
 
 from PIL import Image, ImageOps
 
-from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.errors import MAX_PIXELS, DecodeError
 from crate_ray.data.decode.room import room_for
 from crate_ray.data.decode.samples import decode_whole, read_image_header
 from crate_ray.data.prepare.statistics import BadSample, as_picture
@@ -26,7 +26,7 @@ def shrunk_size(height: int, width: int, max_side: int) -> tuple[int, int]:
     return max(max_side, round(height * max_side / short)), max(max_side, round(width * max_side / short))
 
 
-def shrink_image(content: bytes, max_side: int, quality: int) -> bytes | None:
+def shrink_image(content: bytes, max_side: int, quality: int, max_pixels: int = MAX_PIXELS) -> bytes | None:
     """Reduce the shortest side of an image to max_side. Returns None if it is not longer.
 
     Resizing is bicubic and antialiased. EXIF orientation is applied, then all metadata is dropped. The format stays.
@@ -35,15 +35,16 @@ def shrink_image(content: bytes, max_side: int, quality: int) -> bytes | None:
         content: JPEG, PNG or WebP.
         max_side: largest shortest side, in pixels.
         quality: of JPEG and WebP, 1 to 100.
+        max_pixels: larger images are refused.
 
     Raises:
         BadSample: it cannot be decoded.
     """
     try:
-        header = read_image_header(content)
+        header = read_image_header(content, max_pixels=max_pixels)
         if min(header.height, header.width) <= max_side:
             return None
-        with decode_whole(content) as image:
+        with decode_whole(content, max_pixels=max_pixels) as image:
             height, width = shrunk_size(*image.size, max_side)
             picture = as_picture(image)
             smaller = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=_REDUCING_GAP)
@@ -52,14 +53,14 @@ def shrink_image(content: bytes, max_side: int, quality: int) -> bytes | None:
         raise BadSample(str(error)) from None
 
 
-def shrink_mask(content: bytes, max_side: int) -> bytes:
+def shrink_mask(content: bytes, max_side: int, max_pixels: int = MAX_PIXELS) -> bytes:
     """Resize a mask like its image, by nearest neighbour, so that no new values arise. The result is a PNG.
 
     Raises:
         BadSample: it cannot be decoded.
     """
     try:
-        header = read_image_header(content)
+        header = read_image_header(content, max_pixels=max_pixels)
         if min(header.height, header.width) <= max_side:
             return content
         with (
