@@ -129,10 +129,15 @@ def _check_channels(config: RunConfig, mixture: Mixture, channels: int) -> None:
     held_out = [load_dataset(open_storage(config.data.validation, config.s3))] if config.data.validation else []
     for dataset in (*mixture.datasets, *held_out):
         manifest = dataset.manifest
-        if (manifest.kind == "grid" and manifest.channels != channels) or channels not in (1, 3):
+        if manifest.kind == "grid" and manifest.channels != channels:
             raise UserError(
                 f"the model has {channels} channels, the samples of {dataset.storage.uri} have {manifest.channels}; "
-                "set model.channels"
+                f"set model.channels {manifest.channels}"
+            )
+        if manifest.kind == "image" and channels not in (1, 3):
+            raise UserError(
+                f"the model has {channels} channels, but {dataset.storage.uri} holds images, which are read with 1 or "
+                f"3; set model.channels {manifest.channels}, or store other data as .npy grids"
             )
 
 
