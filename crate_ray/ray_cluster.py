@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,9 +13,12 @@ from typing import NamedTuple
 
 import ray
 
+from crate_ray.addresses import redact
 from crate_ray.config import ScalingConfig
-from crate_ray.errors import UserError, address_of
+from crate_ray.errors import UserError
 from crate_ray.quiet import quiet_driver
+from crate_ray.ray_address import LOCAL, checked_address, refusal
+from crate_ray.storage.credentials import names_here
 
 SETUP_HOOK = "crate_ray.quiet.set_up_ray_process"
 """Function that runs first in every process that Ray starts for a job."""
@@ -30,40 +35,40 @@ def start_ray(*, dashboard: bool = False) -> None:
     quiet_driver()
     if ray.is_initialized():
         return
-    address = address_of("RAY_ADDRESS", os.environ.get("RAY_ADDRESS", ""))
-    if address != address.full:
-        raise UserError(
-            f"RAY_ADDRESS holds a user name, a password or a token; set it to {address}, and give Ray's token in "
-            "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        )
-    if address.startswith(("http://", "https://")):
-        raise UserError(
-            f"RAY_ADDRESS is {address}, which is for submitting: ray job submit --working-dir . -- python jobs/…; "
-            "to run the job here on a Ray of its own, set RAY_ADDRESS=local"
-        )
-    runtime_env = {"worker_process_setup_hook": SETUP_HOOK}
+    address = checked_address()
+    if "RAY_ADDRESS" in os.environ:
+        os.environ["RAY_ADDRESS"] = os.environ["RAY_ADDRESS"].strip()  # Ray takes spaces for a part of the address
+    runtime_env = {"worker_process_setup_hook": SETUP_HOOK, "env_vars": names_here()}
     try:
-        with _private_token():
+        with _private_token(starts_here=address in LOCAL):
             ray.init(include_dashboard=dashboard, runtime_env=runtime_env, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        where = f"the Ray cluster at {address}" if address else "Ray"
-        raise UserError(f"cannot use {where}: {str(error).splitlines()[0]}") from error
+        cause = redact(str(error).splitlines()[0])
+        raise UserError(f"cannot use Ray: {cause}" if address in LOCAL else refusal(address, cause)) from error
 
 
 @contextmanager
-def _private_token() -> Iterator[None]:
+def _private_token(*, starts_here: bool) -> Iterator[None]:
     """Let nobody else read the token that a local Ray writes to ~/.ray: others can then not run code as this user.
 
     Ray writes the file with the permissions that the umask leaves, so the folder is closed before, and the file after.
-    A token that the environment names is left alone.
+    A token that the environment names is left alone. Without a home to write to, the token is in the environment of
+    this process and of the Ray that it starts.
     """
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or os.environ.get("RAY_AUTH_MODE") == "disabled":
         yield
         return
-    folder = Path("~/.ray").expanduser()
-    with suppress(OSError):  # a home that cannot be written to, where Ray cannot write either
+    try:
+        folder = Path("~/.ray").expanduser()
         folder.mkdir(mode=0o700, exist_ok=True)
         folder.chmod(0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        if starts_here:
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        yield
+        return
     try:
         yield
     finally:

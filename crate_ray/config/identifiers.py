@@ -53,6 +53,15 @@ def check_address(address: str) -> str:
     return address
 
 
+def check_model_name(name: str) -> str:
+    """Check the name of a registered model. Raises ValueError if MLflow, or models:/<name>@<alias>, cannot take it."""
+    if not name.strip() or name in (".", "..") or len(name) > 256 or _CONTROL.search(name) or set("/:@\"'") & set(name):
+        raise ValueError(
+            f"the name of a registered model, {name!r}, must have 1 to 256 characters and none of / : @ \" '"
+        )
+    return name
+
+
 RelativePath = Annotated[str, AfterValidator(check_relative_path)]
 """Path of a file below a folder."""
 

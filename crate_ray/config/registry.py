@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import AfterValidator
+
 from crate_ray.config.base import PositiveInt, Settings
 from crate_ray.config.evaluate import ProbeConfig
+from crate_ray.config.identifiers import check_model_name
 from crate_ray.config.storage import S3Config
 from crate_ray.config.training import TrackingConfig
+
+ModelName = Annotated[str, AfterValidator(check_model_name)]
 
 
 class RegisterConfig(Settings):
@@ -16,7 +23,7 @@ class RegisterConfig(Settings):
     checkpoint's folder, the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>,
     runs:/<MLflow run id>, or a published checkpoint (.pth, .pt, .ckpt, .bin, .safetensors). MLflow must know its
     run."""
-    name: str = "crate-mae"
+    name: ModelName = "crate-mae"
     """Name of the registered model."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
@@ -29,7 +36,7 @@ class PromoteConfig(Settings):
 
     version: PositiveInt
     """Version to promote."""
-    name: str = "crate-mae"
+    name: ModelName = "crate-mae"
     """Name of the registered model."""
     probe: ProbeConfig
     """Linear probe that compares the version with the champion."""
@@ -42,7 +49,7 @@ class PromoteConfig(Settings):
 class ListConfig(Settings):
     """List the versions of a registered model."""
 
-    name: str = "crate-mae"
+    name: ModelName = "crate-mae"
     """Name of the registered model."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""

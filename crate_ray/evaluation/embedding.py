@@ -44,6 +44,7 @@ from crate_ray.ray_cluster import start_ray, task_cpus
 from crate_ray.serving import FeatureExtractor, load_images
 from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.storage.lease import Lease
+from crate_ray.storage.node_folders import check_kept
 
 _MAX_PARTS = 10_000
 
@@ -58,6 +59,7 @@ def embed_dataset(config: EmbedConfig, model: MaskedAutoencoder, description: Mo
     samples are bad.
     """
     shards, output = load_dataset(open_storage(config.data, config.s3)), open_storage(config.output, config.s3)
+    check_kept(output.uri, "output")
     if output.uri == shards.storage.uri:
         raise UserError(f"--output is {output.uri}, the folder of the dataset itself; choose another folder")
     check_input(description, shards.manifest, shards.storage.uri)

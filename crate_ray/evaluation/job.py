@@ -99,7 +99,7 @@ def _log(report: Report, files: dict[str, bytes], trained: EvaluatedModel, confi
         with tempfile.TemporaryDirectory(prefix="crate-ray-") as folder:
             for name, content in files.items():
                 (Path(folder) / name).write_bytes(content)
-            client.log_artifacts(run_id, folder, _FOLDER)
+            client.log_artifacts(run_id, folder, report.folder())
     except MlflowException as error:
         print(f"the report could not be logged to MLflow ({first_line(error)}); its files are complete")
         return None

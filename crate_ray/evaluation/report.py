@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
+import re
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import version
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -78,13 +81,37 @@ class Report(Record):
     """Sentences by section."""
 
     def metrics(self) -> dict[str, float]:
-        """The main numbers, for MLflow."""
-        sections = (self.classification, self.reconstruction, self.structure, self.segmentation)
-        return {name: value for section in sections if section for name, value in section.metrics().items()}
+        """The main numbers, for MLflow, as evaluation/<dataset>/<metric>. So evaluations on several datasets stay."""
+        return {
+            f"evaluation/{_label(addresses)}/{name}": value
+            for section, addresses in self._sections()
+            for name, value in section.metrics().items()
+        }
+
+    def folder(self) -> str:
+        """Folder of the report among a run's artifacts, which names the datasets and the step."""
+        addresses = [address for _, addresses in self._sections() for address in addresses]
+        return f"evaluation/{_label(addresses)}/step-{self.model.step:08d}"
+
+    def _sections(self) -> list[tuple[Classification | Reconstruction | Structure | Segmentation, list[str]]]:
+        """The sections that were measured, with the addresses of their datasets; the first one names the section."""
+        out: list[tuple[Classification | Reconstruction | Structure | Segmentation, list[str]]] = []
+        if self.classification:
+            out.append((self.classification, [self.classification.test, self.classification.train]))
+        for section in (self.reconstruction, self.structure, self.segmentation):
+            if section:
+                out.append((section, [section.data]))
+        return out
 
     def to_json(self) -> bytes:
         """The content of report.json."""
         return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def _label(addresses: list[str]) -> str:
+    """Name of datasets in MLflow: the end of the first one's address, and the start of a digest of all addresses."""
+    end = re.sub(r"[^\w.-]+", "-", "-".join(addresses[0].rstrip("/").split("/")[-2:])).strip("-.")[-60:]
+    return f"{end}-{sha256(json.dumps(addresses).encode()).hexdigest()[:6]}"
 
 
 def describe(config: EvaluateConfig) -> tuple[str, str, dict[str, object]]:

@@ -23,8 +23,10 @@ def main(config: PrepareConfig) -> None:
     from crate_ray.data.prepare.packing import pack
     from crate_ray.data.prepare.validation import PARTS, pack_split
     from crate_ray.storage.interface import open_storage
+    from crate_ray.storage.node_folders import check_kept
 
     output = open_storage(config.output, config.s3)
+    check_kept(output.uri, "output")
     if config.source is None:
         _refuse_without_source(config)
         manifest = index_existing(

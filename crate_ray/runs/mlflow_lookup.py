@@ -29,6 +29,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 RUN_KEY_TAG = "crate_ray.run_key"
 
+_EXPERIMENTS_PER_REQUEST = 1000
+_SCHEME = re.compile(r"(file:|[A-Za-z][\w+.-]*://|databricks$|uc$)")
 
 _lock = threading.Lock()
 _LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
@@ -42,7 +44,16 @@ def tracking_uri(tracking: TrackingConfig) -> Address:
         return tracking.uri if isinstance(tracking.uri, Address) else Address(tracking.uri)
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return address_of("MLFLOW_TRACKING_URI", given)
-    return Address(f"sqlite:///{Path('mlflow.db').resolve()}")
+    return sqlite_address(Path("mlflow.db").resolve())
+
+
+def sqlite_address(path: Path) -> Address:
+    """The address of a SQLite file, whose folders may have any name, such as `main%2Ffix` or `what?`."""
+    if not re.search(r"\?|%[0-9A-Fa-f]{2}", str(path)):
+        return Address(f"sqlite:///{path}")
+    from sqlalchemy import URL  # its versions encode different characters
+
+    return Address(URL.create("sqlite", database=str(path)).render_as_string())
 
 
 def login(address: Address) -> str:
@@ -73,7 +84,11 @@ def login(address: Address) -> str:
 def sqlite_path(uri: str) -> Path | None:
     """The file of a SQLite address; None for other addresses."""
     match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", uri)
-    return Path(match[1]) if match else None
+    if match is None or "%" not in match[1]:
+        return Path(match[1]) if match else None
+    from sqlalchemy import make_url
+
+    return Path(make_url(uri).database or match[1])
 
 
 def first_line(error: Exception) -> str:
@@ -94,6 +109,16 @@ def open_client(tracking: TrackingConfig) -> MlflowClient:
             f"there is no MLflow database {path}; set --tracking.uri or MLFLOW_TRACKING_URI to "
             "where the runs are tracked"
         )
+    return connect(uri)
+
+
+def connect(uri: Address) -> MlflowClient:
+    """A client of MLflow. Raises UserError if MLflow cannot use the address."""
+    if not _SCHEME.match(uri):
+        raise UserError(
+            f"{uri!r} is not the address of an MLflow server or database, and MLflow no longer writes to folders; set "
+            f"tracking.uri to http://HOST:PORT, or to sqlite:///{Path('mlflow.db').absolute()} for a file"
+        )
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -105,9 +130,14 @@ def open_client(tracking: TrackingConfig) -> MlflowClient:
 
 def find_run(client: MlflowClient, run_key: str) -> str | None:
     """MLflow id of the run with a run key (see RunRecord); None if MLflow does not know it."""
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1)
-    return found[0].info.run_id if found else None
+    page, token = _EXPERIMENTS_PER_REQUEST, None
+    while True:
+        experiments = client.search_experiments(max_results=page, page_token=token)
+        ids = [experiment.experiment_id for experiment in experiments]
+        found = client.search_runs(ids, f"tags.`{RUN_KEY_TAG}` = '{run_key}'", max_results=1) if ids else ()
+        token = experiments.token
+        if found or not token:
+            return found[0].info.run_id if found else None
 
 
 def run_storage(run_id: str, tracking: TrackingConfig, s3: S3Config) -> Storage:

@@ -20,6 +20,9 @@ from crate_ray.runs.commits import fetch_newest, newest_complete
 from crate_ray.runs.record import FinetuneStart, RunRecord, read_record
 from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.storage.lease import Lease
+from crate_ray.storage.node_folders import check_kept
+
+_ORDER_SETTINGS = ("shuffle", "block_samples", "window_blocks", "lanes")
 
 RunConfig = PretrainConfig | FinetuneConfig
 _ConfigT = TypeVar("_ConfigT", PretrainConfig, FinetuneConfig)
@@ -74,6 +77,7 @@ def plan_run(
         UserError: the data is missing or does not fit, or the run was started with other data or another model.
     """
     storage = open_storage(config.storage, config.s3).under(config.name)
+    check_kept(storage.uri, "storage")
     record = read_record(storage)
     mixture = open_mixture(config.data.train, config.s3)
     config = _with_batch_size(config, mixture, record)
@@ -104,6 +108,12 @@ def plan_run(
         raise UserError(
             f"run {config.name!r} at {config.storage} was started with {difference}; choose another --name for a new "
             "run, or use the settings of its first start to resume it"
+        )
+    elif fixed := _without_effect(record, config, mixture, (mean, std)):
+        was = ", ".join(f"{name} {_setting(record.config, name)}" for name in fixed)
+        raise UserError(
+            f"{' and '.join(fixed)} would have no effect: run {config.name!r} at {config.storage} keeps the order and "
+            f"the normalisation of its first start ({was}); set the same values to resume it, or choose another --name"
         )
     training = config.training
     total_steps = training.steps or math.ceil((training.epochs or 0) * record.order.batches_per_epoch)
@@ -208,11 +218,38 @@ def _difference(record: RunRecord, config: RunConfig, model: CrateMAEConfig | Vi
     if isinstance(old, PretrainConfig) and isinstance(config, PretrainConfig):
         pairs["init_from"] = (old.init_from, config.init_from or old.init_from)
     elif isinstance(old, FinetuneConfig) and isinstance(config, FinetuneConfig):
-        pairs |= {name: (getattr(old, name), getattr(config, name)) for name in ("model", "pooling")}
+        own = ("model", "pooling", *(["encoder"] if config.model == "scratch" else []))
+        pairs |= {name: (getattr(old, name), getattr(config, name)) for name in own}
     for name, (was, now) in pairs.items():
         if was != now:
             return f"{name} {was}, not {now}"
     return None
+
+
+def _without_effect(
+    record: RunRecord, config: RunConfig, mixture: Mixture, mean_std: tuple[tuple[float, ...], tuple[float, ...]]
+) -> list[str]:
+    """Names of settings that differ from the first start's, and would have no effect because the record wins."""
+    old = record.config
+    fixed = [
+        name for name, was, now in zip(("mean", "std"), (record.mean, record.std), mean_std, strict=True) if was != now
+    ]
+    changed = [name for name in _ORDER_SETTINGS if getattr(old.data, name) != getattr(config.data, name)]
+    if changed:
+        # Its other settings, such as budgets and workers, have effects of their own.
+        data = old.data.model_copy(update={name: getattr(config.data, name) for name in changed})
+        planned = [
+            plan_order(mixture, one, batch_size=old.training.batch_size, seed=old.seed, workers=old.scaling.min_workers)
+            for one in (old.data, data)
+        ]
+        if planned[0] != planned[1]:
+            fixed += changed
+    return [f"data.{name}" for name in fixed if getattr(old.data, name) != getattr(config.data, name)]
+
+
+def _setting(config: RunConfig, name: str) -> Any:
+    value = getattr(config.data, name.removeprefix("data."))
+    return "null" if value is None else list(value) if isinstance(value, tuple) else value
 
 
 def _same_run(record: RunRecord, config: RunConfig, dataset: str) -> bool:

@@ -27,10 +27,12 @@ that the cache gave, and is not reached through a link.
 from __future__ import annotations
 
 import fcntl
+import getpass
 import grp
 import hashlib
 import os
 import pwd
+import re
 import shutil
 import stat
 import tempfile
@@ -47,6 +49,7 @@ from crate_ray.errors import UserError
 _LOCK = "lock"
 _MOST_LINKS = 40  # in one path, as in Linux
 _ONE_USER = "CRATE_RAY_ONE_USER"
+_SUBMITTED = re.compile(r"/runtime_resources/working_dir_files/")
 _RUN_KEY = TypeAdapter(RunKey)
 
 # --- Folders --------------------------------------------------------------------------------------------------------
@@ -215,8 +218,13 @@ def _node_folder(kind: str) -> Path:
 
 
 def _cache_folder(kind: str) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray"
     advice = "set XDG_CACHE_HOME to a folder of your own"
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crate-ray"
+    except RuntimeError:
+        raise UserError(
+            f"there is no folder for caches: HOME is not set, and user {os.getuid()} has none; {advice}"
+        ) from None
     return private_subfolder(private_folder(base, advice), kind, advice)
 
 
@@ -252,6 +260,28 @@ def _in_use(folder: Path) -> bool:
     except FileNotFoundError:  # its process is removing it now
         return False
     return False
+
+
+def user_name() -> str:
+    """Name of the user that runs this process; in a container, whose user may have none, its number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def check_kept(folder: str, setting: str) -> None:
+    """Raise UserError if a local folder is in the working directory of a submitted job, which Ray deletes.
+
+    Args:
+        folder: address of the folder.
+        setting: name of the setting that it comes from.
+    """
+    if _SUBMITTED.search(folder):
+        raise UserError(
+            f"{setting} {folder} is in the copy of the working directory that ray job submit made, which Ray deletes "
+            f"after the job; set {setting} to s3://bucket/prefix, or to a folder that all nodes share"
+        )
 
 
 # --- Locks, digests, eviction ---------------------------------------------------------------------------------------

@@ -18,7 +18,17 @@ from botocore.exceptions import ClientError, IncompleteReadError, ParamValidatio
 from crate_ray.config import S3Config
 from crate_ray.config.identifiers import leads_out
 from crate_ray.errors import UserError, first_few
-from crate_ray.storage.interface import AlreadyExists, NotFound, ObjectInfo, Replaced, Storage, check_key, open_storage
+from crate_ray.storage.credentials import only_on_driver
+from crate_ray.storage.interface import (
+    AlreadyExists,
+    CannotRead,
+    NotFound,
+    ObjectInfo,
+    Replaced,
+    Storage,
+    check_key,
+    open_storage,
+)
 from crate_ray.storage.local import arriving, local_errors
 from crate_ray.storage.s3_client import (
     REFUSED,
@@ -318,7 +328,8 @@ class S3Storage(Storage):
                 "start again, or use credentials that renew themselves, such as an instance role"
             )
         if failure == "credentials":
-            return UserError(f"no usable AWS credentials for {self.uri} ({what}); {_CREDENTIAL_HINT}")
+            hint = only_on_driver() or _CREDENTIAL_HINT
+            return UserError(f"no usable AWS credentials for {self.uri} ({what}); {hint}")
         if failure == "store":
             return UserError(
                 f"cannot {action} {address} at {where}: {what}; the store is overloaded or failing: start again later, "

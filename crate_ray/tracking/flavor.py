@@ -9,7 +9,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
 import crate_ray
@@ -44,18 +44,21 @@ def log_model(uri: Address, run_id: str, exported: Path) -> Any:
     client = mlflow.MlflowClient(store)
     for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
         client.log_artifact(run_id, (exported / name).as_posix(), "weights")
-    before = client.get_run(run_id).info.status
-    try:
-        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*input example was not provided")
-            return mlflow.pyfunc.log_model(
-                name=MODEL_NAME,
-                python_model=_CODE.as_posix(),
-                artifacts={name: (exported / name).as_posix() for name in (WEIGHTS_FILE, DESCRIPTION_FILE)},
-                code_paths=[Path(crate_ray.__file__).parent.as_posix()],
-                signature=signature,
-                pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _PACKAGES],
-                metadata=description.model_dump(mode="json", exclude={"model"}) | {"dim": description.model.dim},
-            )
-    finally:
-        client.update_run(run_id, status=before)  # start_run has marked the run as finished
+    # Not in mlflow.start_run, which would change the run's status and the time of its end.
+    run = client.get_run(run_id)
+    model = client.create_logged_model(run.info.experiment_id, MODEL_NAME, run_id, params=run.data.params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
+        return Model.log(
+            artifact_path=None,  # the old name of `name`
+            name=MODEL_NAME,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            model_id=model.model_id,
+            python_model=_CODE.as_posix(),
+            artifacts={name: (exported / name).as_posix() for name in (WEIGHTS_FILE, DESCRIPTION_FILE)},
+            code_paths=[Path(crate_ray.__file__).parent.as_posix()],
+            signature=signature,
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in _PACKAGES],
+            metadata=description.model_dump(mode="json", exclude={"model"}) | {"dim": description.model.dim},
+        )

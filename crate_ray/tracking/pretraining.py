@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from crate_ray.runs.export import export_run
 from crate_ray.runs.pretraining import Run
 from crate_ray.storage.interface import NotFound
 from crate_ray.storage.lease import Lease, LeaseLost
-from crate_ray.storage.node_folders import spool_folder
+from crate_ray.storage.node_folders import spool_folder, user_name
 from crate_ray.tracking.run_tracker import RunTracker, flatten
 
 _MODEL_FOLDER = "model"
@@ -54,6 +53,7 @@ def track(run: Run, lease: Lease, extra_tags: Mapping[str, str] | None = None) -
         parent_key=parent.run_key if parent else None,
     )
     tracker.text("environment.txt", environment())
+    tracker.check(is_new=not run.first_step)
     try:
         yield tracker
     except LeaseLost:
@@ -113,7 +113,7 @@ def source_tags(job: str) -> dict[str, str]:
         "mlflow.source.type": "JOB",
         "mlflow.source.name": f"jobs/{job}.py",
         "mlflow.source.git.commit": git_commit(),
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": user_name(),
     }
 
 

@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from crate_ray.config import S3Config, TrackingConfig
+from crate_ray.config.identifiers import check_model_name
 from crate_ray.errors import UserError
-from crate_ray.runs.mlflow_lookup import find_run, first_line, open_client, tracking_uri
+from crate_ray.runs.mlflow_lookup import find_run, first_line, login, open_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -26,7 +28,8 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
     Args:
         reference: which model; see runs/references.py.
         name: name of the registered model.
-        tracking: where MLflow is. It must know the run that trained the model.
+        tracking: where MLflow is. It must know the run that trained the model. For a published checkpoint, a run
+            that stands for its import is created.
         s3: where S3 is.
 
     Raises:
@@ -34,10 +37,16 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
             another kind (encoders, classifiers).
     """
     # Imported here because listing versions needs no model.
-    from crate_ray.runs.references import fetch, locate
+    from crate_ray.runs.references import fetch, locate, parse
     from crate_ray.tracking.flavor import log_model
 
-    client = open_client(tracking)
+    try:
+        check_model_name(name)
+    except ValueError as error:
+        raise UserError(f"{error}; give another --name") from None
+    published = parse(reference).kind == "published"
+    # No run trained a published checkpoint here, so there may be no database yet.
+    client = MlflowClient(login(tracking_uri(tracking))) if published else open_client(tracking)
     located = locate(reference, tracking, s3)
     source = reference if located is None else located.storage.uri
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
@@ -48,13 +57,18 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
             raise UserError(
                 f"{name} has versions that are {others.pop()}s, and {source} holds {_an(kind)}; give another --name"
             )
-        run_id = find_run(client, description.run_key) if description.run_key else None
+        if published and located is None:
+            run_id: str | None = _import_run(client, reference, tracking)
+        else:
+            run_id = find_run(client, description.run_key) if description.run_key else None
         if run_id is None:
             raise UserError(
                 f"MLflow at {tracking_uri(tracking)} has no record of the run that trained {source}; "
                 "set tracking.uri to where it was tracked"
             )
         info = log_model(tracking_uri(tracking), run_id, folder)
+    if published and located is None:
+        client.set_terminated(run_id)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -116,6 +130,14 @@ def list_versions(name: str, tracking: TrackingConfig) -> list[ModelVersion]:
     for version in versions:
         version.aliases = [alias for alias, number in aliases.items() if str(number) == str(version.version)]
     return versions
+
+
+def _import_run(client: MlflowClient, reference: str, tracking: TrackingConfig) -> str:
+    """Create a run that stands for the import of a published checkpoint, and return its id."""
+    found = client.get_experiment_by_name(tracking.experiment)
+    experiment = client.create_experiment(tracking.experiment) if found is None else found.experiment_id
+    name = reference.rpartition("/")[2].removeprefix("published:")
+    return str(client.create_run(experiment, run_name=name, tags={"crate_ray.imported": reference}).info.run_id)
 
 
 def _kind(version: ModelVersion) -> str:

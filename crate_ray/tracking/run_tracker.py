@@ -7,6 +7,7 @@ the run delivers them. A full disk does not stop training: records that cannot b
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,11 +18,15 @@ from mlflow.entities import Dataset
 
 from crate_ray.addresses import redact
 from crate_ray.config import TrackingConfig
+from crate_ray.errors import UserError
 from crate_ray.runs.listener import Listener
-from crate_ray.runs.mlflow_lookup import tracking_uri
+from crate_ray.runs.mlflow_lookup import sqlite_path, tracking_uri
+from crate_ray.storage.node_folders import check_kept
 from crate_ray.tracking.delivery import Delivery, RunDescription
 from crate_ray.tracking.flavor import MODEL_NAME
 from crate_ray.tracking.spool import Spool
+
+logger = logging.getLogger(__name__)
 
 
 class RunTracker(Listener):
@@ -51,12 +56,51 @@ class RunTracker(Listener):
         parent_key: str | None = None,
     ) -> None:
         self._uri, self._deliver_seconds = tracking_uri(tracking), tracking.deliver_seconds
+        if path := sqlite_path(self._uri):
+            check_kept(str(path.absolute()), "tracking.uri")
         self.is_complete = False
         """Set once the run has produced all of its results."""
         self._spool = Spool(key)
         self._spool.add("status", status="RUNNING")
         description = RunDescription(tracking.experiment, key, name, params, tags, datasets, parent_key)
         self._delivery = Delivery(self._spool, self._uri, description)
+
+    def check(self, *, is_new: bool) -> None:
+        """Wait until MLflow has taken a record and a file of this run. Record a file first.
+
+        A run that has begun before goes on without MLflow, with a warning, unless the settings are wrong.
+
+        Raises:
+            UserError: MLflow cannot record the run. Nothing of a new run is left behind.
+        """
+        found = self._delivery.first_problem()
+        if found is None:
+            return
+        lane, problem = found
+        cause = redact(" ".join(str(problem).split()))[:300] or type(problem).__name__
+        if isinstance(problem, UserError):
+            sentence = f"MLflow at {self._uri} cannot record this run: {cause}"
+        elif lane == "files":
+            sentence = (
+                f"MLflow at {self._uri} takes metrics, but no artifacts ({cause}); let this machine write to the "
+                "artifact root of its experiment, start the server with --serve-artifacts, or set another "
+                "tracking.experiment"
+            )
+        else:
+            sentence = f"MLflow at {self._uri} cannot record this run ({cause}); check tracking.uri and that it is up"
+        if not is_new and not isinstance(problem, UserError):
+            logger.warning("%s; the run goes on, and its records wait in %s", sentence, self._spool.folder)
+            return
+        if self._spool.is_new:
+            self.finish("FAILED", timeout=5.0)
+            self._spool.remove()
+        else:
+            self.abandon()
+        raise UserError(sentence)
+
+    def tag(self, name: str, value: str) -> None:
+        """Record a tag."""
+        self._add("tag", name=name, value=redact(value))
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         """Record values measured after `step` steps, at a time in milliseconds since 1970."""
@@ -75,9 +119,14 @@ class RunTracker(Listener):
         """Record a sentence about an event as an artifact notes/step-<step>-<id>.txt."""
         self._add_file("notes", f"step-{step:08d}-{uuid.uuid4().hex[:8]}.txt", f"{text}\n".encode())
 
-    def text(self, name: str, content: str) -> None:
+    def text(self, name: str, content: str, folder: str | None = None) -> None:
         """Record a text file as an artifact."""
-        self._add_file(None, name, content.encode())
+        self._add_file(folder, name, content.encode())
+
+    def file(self, path: str, content: bytes) -> None:
+        """Record a file as the artifact <path>. It replaces an earlier one."""
+        folder, _, name = path.rpartition("/")
+        self._add_file(folder or None, name, content)
 
     def model(self, exported: Path) -> None:
         """Record an exported model (see models.exported) as an MLflow model, and its files as artifacts.

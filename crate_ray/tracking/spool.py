@@ -1,11 +1,13 @@
 """Stores records for MLflow on disk, so that they survive an unavailable server and a killed process.
 
     <spool folder>/<run key>/  events.jsonl                one event a line, in order
-                               sent                        how many bytes of events.jsonl have been delivered
+                               sent                        how many bytes of events.jsonl have been delivered, of
+                                                           files and of records
                                files/<id>/<artifact name>  content of an event, under the name that MLflow shows
 
-A file is written before its event. It is deleted after `sent` says that the event was delivered. So a process may be
-killed at any moment. In the worst case an event is delivered twice.
+Files (artifacts and models) and records (metrics, tags, statuses) are delivered separately, each in their order, so
+metrics do not wait for an artifact store. A file is written before its event. It is deleted after `sent` says that the
+event was delivered. So a process may be killed at any moment. In the worst case an event is delivered twice.
 
 Events are checked when they are read. A file is uploaded and deleted only if it is in files/, not behind a link.
 """
@@ -16,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -55,6 +58,14 @@ class StatusEvent(_Event):
     """Milliseconds since 1970; None for RUNNING."""
 
 
+class TagEvent(_Event):
+    """A tag of the run."""
+
+    kind: Literal["tag"]
+    name: str
+    value: str
+
+
 class FileEvent(_Event):
     """A file that becomes an artifact."""
 
@@ -73,12 +84,16 @@ class ModelEvent(_Event):
     """Its folder, in the spool's folder."""
 
 
-Event = MetricsEvent | StatusEvent | FileEvent | ModelEvent
+Record = MetricsEvent | StatusEvent | TagEvent
+File = FileEvent | ModelEvent
+Event = Record | File
+Lane = Literal["files", "records"]
+"""The two kinds of events that are delivered separately."""
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 class Spool:
-    """The undelivered records of one run. One process writes them, while one of its threads may deliver them.
+    """The undelivered events of one run. One process writes them, while a thread for each lane may deliver them.
 
     A full disk raises no exception. Records that cannot be written are lost, `error` says why, and a warning is logged
     once.
@@ -92,14 +107,19 @@ class Spool:
 
     def __init__(self, run_key: str) -> None:
         path = spool_folder(run_key)
+        self.is_new = not path.exists()
+        """Whether no earlier process left events."""
         shutil.rmtree(_removed(path), ignore_errors=True)
         self.folder = private_folder(path, "set XDG_CACHE_HOME to a folder of your own")
         self._events, self._sent = self.folder / "events.jsonl", self.folder / "sent"
         self.error: OSError | None = None
         """Why something could not be written."""
-        self._delivered = 0  # bytes of the events
+        self._delivered: dict[Lane, int] = {"files": 0, "records": 0}  # bytes of the events
+        self._lock = threading.Lock()
         with suppress(FileNotFoundError, ValueError):
-            self._delivered = min(int(self._sent.read_text()), self.size)
+            sent = [min(int(number), self.size) for number in self._sent.read_text().split()]
+            if sent:  # one number stands for both
+                self._delivered = {"files": sent[0], "records": sent[-1]}
         with suppress(OSError), self._events.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -114,7 +134,11 @@ class Spool:
     @property
     def is_delivered(self) -> bool:
         """Whether MLflow has all events."""
-        return self._delivered >= self.size
+        return all(self.is_sent(lane) for lane in self._delivered)
+
+    def is_sent(self, lane: Lane) -> bool:
+        """Whether MLflow has all events of a lane."""
+        return self._delivered[lane] >= self.size
 
     def add(self, kind: str, **values: Any) -> bool:
         """Append an event. Returns False if it cannot be written to disk."""
@@ -139,9 +163,12 @@ class Spool:
         """Append a model event with a copy of an exported model. Returns False if it cannot be written to disk."""
         return self._add_with("model", name, lambda path: shutil.copytree(exported, path))
 
-    def undelivered(self) -> Iterator[tuple[Event, int]]:
-        """Events that have not been delivered, each with the number to call `mark_delivered` with."""
-        end = self._delivered
+    def undelivered(self, lane: Lane) -> Iterator[tuple[Event | None, int]]:
+        """Events of a lane that have not been delivered, each with the number to call `mark_delivered` with.
+
+        The last one is None with the number of the end, if other events follow.
+        """
+        end = last = self._delivered[lane]
         with self._events.open("rb") as file:
             file.seek(end)
             for line in file:
@@ -151,25 +178,30 @@ class Spool:
                 try:
                     event = _EVENT.validate_json(line)
                 except ValidationError:
-                    logger.warning("%s: skipping a line that is incomplete or not an event", self._events)
+                    if lane == "records":
+                        logger.warning("%s: skipping a line that is incomplete or not an event", self._events)
                     continue
-                yield event, end
+                if isinstance(event, File) == (lane == "files"):
+                    last = end
+                    yield event, end
+        if end > last:
+            yield None, end
 
-    def content_of(self, event: FileEvent | ModelEvent) -> Path | None:
+    def content_of(self, event: File) -> Path | None:
         """Path of an event's file or folder; None if it is gone, or is or holds a symbolic link."""
         path = self.folder / event.path
         if path.exists() and not any(p.is_symlink() for p in (path.parent.parent, path.parent, path, *path.rglob("*"))):
             return path
         return None
 
-    def mark_delivered(self, event: Event, end: int) -> None:
-        """Note that MLflow has an event and all before it, then delete the event's file."""
-        self._delivered = end
-        with suppress(OSError):  # disk full: a later start delivers the event again
+    def mark_delivered(self, lane: Lane, event: Event | None, end: int) -> None:
+        """Note that MLflow has an event and all before it in its lane, then delete the event's file."""
+        with self._lock, suppress(OSError):  # disk full: a later start delivers the event again
+            self._delivered[lane] = end
             new = self._sent.with_suffix(".new")
-            new.write_text(str(end))
+            new.write_text(f"{self._delivered['files']} {self._delivered['records']}")
             new.replace(self._sent)
-            if isinstance(event, FileEvent | ModelEvent) and not (self.folder / "files").is_symlink():
+            if isinstance(event, File) and not (self.folder / "files").is_symlink():
                 shutil.rmtree((self.folder / event.path).parent, ignore_errors=True)  # does not follow links
 
     def remove(self) -> None:

@@ -83,9 +83,12 @@ def test_report_features_cache_and_mlflow(folder: Path, ray: dict[str, str]) -> 
     assert experiment is not None
     (record,) = client.search_runs([experiment.experiment_id])
     probe = first["classification"]["encoders"]["trained"]["standard"]["linear"]
-    assert record.data.metrics["probe_accuracy_encoder"] == probe["accuracy"]
-    logged = {f.path for f in client.list_artifacts(record.info.run_id, "evaluation")}
-    assert logged == {"evaluation/report.html", "evaluation/report.json"}
+    (accuracy,) = (v for n, v in record.data.metrics.items() if n.endswith("/probe_accuracy_encoder"))
+    assert accuracy == probe["accuracy"]
+    (dataset,) = client.list_artifacts(record.info.run_id, "evaluation")
+    (step,) = client.list_artifacts(record.info.run_id, dataset.path)
+    logged = {Path(f.path).name for f in client.list_artifacts(record.info.run_id, step.path)}
+    assert logged == {"report.html", "report.json"}
 
     # Ray's tasks computed what this process computes.
     model, description = load_exported(folder / "model")

@@ -33,10 +33,11 @@ from crate_ray.runs.planning import driver_lease
 from crate_ray.runs.pretraining import open_pretraining
 from crate_ray.runs.record import FinetuneStart, Parent, RunRecord
 from crate_ray.runs.retention import delete_old_checkpoints, delete_unfinished
+from crate_ray.runs.starts import Start
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.local import LocalStorage
 from crate_ray.tracking.pretraining import publish
-from crate_ray.tracking.spool import FileEvent, MetricsEvent, ModelEvent, Spool, StatusEvent
+from crate_ray.tracking.spool import FileEvent, Lane, MetricsEvent, ModelEvent, Spool, StatusEvent, TagEvent
 from crate_ray.training.lifecycle import run_training
 from crate_ray.training.pretraining import PretrainTask
 from tests.unit.test_checkpoint import RECORD, Trainer
@@ -115,11 +116,12 @@ FREE_TEXT = {
     "Manifest.image_suffixes", "Manifest.suffixes", "Manifest.classes", "Manifest.unsafe_names",
     "ShardRecord.bad", "SampleCounts.suffixes", "SampleCounts.images", "SampleCounts.without_image_names",
     "SampleCounts.unsafe_names", "EmbeddingRecord.skipped", "EmbeddingRecord.skipped_keys", "MetricsEvent.values",
+    "TagEvent.name", "TagEvent.value", "Start.changed",
 }  # fmt: skip
 """Texts in records that only become messages, metric names or keys of samples."""
 RECORDS = [
     RunRecord, Parent, FinetuneStart, CheckpointState, Commit, FileRecord, ModelDescription, Manifest, ShardRecord,
-    EmbeddingRecord, MetricsEvent, StatusEvent, FileEvent, ModelEvent,
+    EmbeddingRecord, MetricsEvent, StatusEvent, TagEvent, FileEvent, ModelEvent, Start,
 ]  # fmt: skip
 
 
@@ -182,6 +184,9 @@ def test_a_start_only_reads_until_it_holds_the_lease(base: dict[str, Any], tmp_p
     assert after == before
 
 
+LANES: tuple[Lane, ...] = get_args(Lane)
+
+
 def events(spool: Spool, *lines: dict[str, Any]) -> None:
     with (spool.folder / "events.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -196,7 +201,7 @@ def test_a_forged_event_uploads_and_deletes_nothing_outside(
     events(spool, *({"kind": kind, "path": path, "folder": None} for path in paths for kind in ("file", "model")))
     events(spool, {"kind": "file", "path": f"files/{KEY}/x", "folder": "../x"}, {"kind": "unknown"})
     events(spool, {"kind": "status", "status": "GONE"}, {"kind": "metrics", "step": -1, "values": {}, "time": 0})
-    assert not list(spool.undelivered())
+    assert not [event for lane in LANES for event, _ in spool.undelivered(lane) if event]
 
     (spool.folder / "files").mkdir()
     links = ["1" * 32, "2" * 32, "3" * 32]
@@ -208,11 +213,11 @@ def test_a_forged_event_uploads_and_deletes_nothing_outside(
     (spool.folder / "files" / links[2] / "model" / "model.json").symlink_to(victim / "id_rsa")
     events(spool, *({"kind": "file", "path": f"files/{name}/id_rsa", "folder": None} for name in links[:2]))
     events(spool, {"kind": "model", "path": f"files/{links[2]}/model"})
-    before, forged = tree(victim), list(spool.undelivered())
+    before, forged = tree(victim), list(spool.undelivered("files"))
     assert len(forged) == 3
     for event, end in forged:
         assert isinstance(event, FileEvent | ModelEvent) and spool.content_of(event) is None
-        spool.mark_delivered(event, end)
+        spool.mark_delivered("files", event, end)
     spool.remove()
     assert tree(victim) == before
 
@@ -226,9 +231,9 @@ def test_a_spool_whose_files_are_a_link_deletes_nothing(
     (spool.folder / "files").symlink_to(victim / "files")
     events(spool, {"kind": "file", "path": f"files/{KEY}/id_rsa", "folder": None})
     before = tree(victim)
-    ((event, end),) = spool.undelivered()
+    ((event, end),) = spool.undelivered("files")
     assert isinstance(event, FileEvent) and spool.content_of(event) is None
-    spool.mark_delivered(event, end)
+    spool.mark_delivered("files", event, end)
     spool.remove()
     assert tree(victim) == before
 

@@ -228,9 +228,21 @@ def test_an_evaluation_says_which_step_it_measures(
     assert store.run.exists("evaluation/step-00000004/report.html")
     client = MlflowClient(store.tracking.uri)
     assert find_run(client, RECORD.run_key) == store.run_id
-    assert {f.path for f in client.list_artifacts(store.run_id, "evaluation")} == {
-        "evaluation/report.html", "evaluation/report.json",
+    (dataset,) = client.list_artifacts(store.run_id, "evaluation")
+    (step,) = client.list_artifacts(store.run_id, dataset.path)
+    assert step.path.endswith("/step-00000004")
+    assert {Path(f.path).name for f in client.list_artifacts(store.run_id, step.path)} == {
+        "report.html", "report.json",
     }  # fmt: skip
+    # One on other data, whose folder has the same name, stays beside it.
+    other = LocalStorage(tmp_path / "other" / "data")
+    pack(digits_source("train"), other, PrepareConfig(source="digits", output=other.uri))
+    before = client.get_run(store.run_id).data.metrics
+    evaluate_model(config.model_copy(update={"data": other.uri}))
+    after = client.get_run(store.run_id).data.metrics
+    assert before.items() <= after.items() and len(after) == 2 * len(before)
+    assert {name.split("/")[0] for name in after} == {"evaluation"}
+    assert len(client.list_artifacts(store.run_id, "evaluation")) == 2
 
 
 def test_listing_the_registry_imports_neither_torch_nor_ray(store: Store) -> None:

@@ -18,6 +18,7 @@ ROOMS = (
     ("cli",),
     ("__main__",),  # names jobs by text, and imports the one that is asked for
     ("storage",),
+    ("ray_address",),
     ("ray_cluster",),
     ("models",),
     ("structure",),
