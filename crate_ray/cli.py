@@ -27,7 +27,7 @@ from crate_ray.config.values import (
     validate,
 )
 from crate_ray.errors import UserError
-from crate_ray.output import guard_output, visible
+from crate_ray.output import guard_output, shortened, visible
 from crate_ray.quiet import quiet_driver
 
 Complete = Callable[[dict[str, Any], str], dict[str, Any]]
@@ -66,7 +66,7 @@ def reported() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(f"error: {shortened(visible(str(error)))}", file=sys.stderr)
         sys.exit(_USAGE_ERROR)
     except KeyboardInterrupt as interrupt:
         sys.exit(getattr(interrupt, "exit_code", 130))

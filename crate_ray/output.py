@@ -17,20 +17,48 @@ _CONTROL = re.compile(
 
 
 def guard_output() -> None:
-    """Guard this process's standard output and standard error."""
+    """Guard this process's standard output and standard error.
+
+    Text that goes to a file or a pipe is UTF-8 in every locale, unless PYTHONIOENCODING says otherwise.
+    """
     remember_environment()
-    for name in ("stdout", "stderr"):
+    for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None or hasattr(stream, "with_controls"):
+        if hasattr(stream, "with_controls"):
             continue
-        with suppress(AttributeError, ValueError):  # a stream of a test or a notebook
-            stream.reconfigure(errors="backslashreplace")  # an encoding without some letters
+        if stream is None:  # the process was started without it
+            _open_nowhere(number)
+            stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+        with suppress(AttributeError, ValueError, OSError):  # a stream of a test or a notebook
+            os.set_blocking(stream.fileno(), True)  # a reader may have set it otherwise, and text would be lost
+        with suppress(AttributeError, ValueError, OSError):
+            chosen = os.environ.get("PYTHONIOENCODING") or stream.isatty()
+            stream.reconfigure(encoding=None if chosen else "utf-8", errors="backslashreplace")
         setattr(sys, name, GuardedStream(stream))
+
+
+def _open_nowhere(number: int) -> None:
+    """Open a closed file descriptor, so that no other file gets its number, and with it what libraries print."""
+    try:
+        os.fstat(number)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != number:
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def visible(text: str) -> str:
     """A text from outside, such as a file's name, with all characters that do not print written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, longest: int = 4000) -> str:
+    """A text of at most about `longest` characters: if it is longer, its middle is left out and counted."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} … ({len(text) - 2 * half:,} characters left out) … {text[-half:]}"
 
 
 class GuardedStream:
@@ -56,10 +84,10 @@ class GuardedStream:
             shown = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), shown)
         try:
             self._stream.write(shown)
-        except BrokenPipeError:
-            self._discard()
-        except OSError:  # a full disk, a terminal that is gone
-            pass
+        except UnicodeEncodeError:  # a stream that could not be reconfigured
+            self.write(shown.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError) as error:
+            self._give_up(error)
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
@@ -71,17 +99,22 @@ class GuardedStream:
         """Flush the stream."""
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._discard()
-        except OSError:
-            pass
+        except (OSError, ValueError) as error:
+            self._give_up(error)
 
-    def _discard(self) -> None:
-        """Send everything from now on, and what is buffered, to nowhere: the reader is gone, as after `| head`."""
+    def _give_up(self, error: Exception) -> None:
+        """Drop everything from now on, and what is buffered: nobody can receive it.
+
+        That the reader is gone, as after `| head`, is normal. Anything else, such as a full disk, is said once.
+        """
         with suppress(OSError, ValueError):
+            number = self._stream.fileno()
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
+            os.dup2(nowhere, number)
             os.close(nowhere)
+            if number == 1 and not isinstance(error, BrokenPipeError):
+                cause = getattr(error, "strerror", None) or error
+                print(f"warning: the rest of standard output was lost ({cause})", file=sys.stderr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
