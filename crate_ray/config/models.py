@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -150,6 +150,39 @@ class CrateMAEConfig(ImageModelConfig):
     encoder_tokens: Advanced[Literal["all", "visible"]] = "all"
     """Tokens that the encoder sees: 'all' N + 1, with mask tokens for removed patches (published), or only the
     'visible' ones, as in MAE."""
+    attend_to: Advanced[Literal["all", "visible"]] = "all"
+    """Tokens that a token attends to in the encoder: 'all' (published), or the 'visible' ones and itself, so that mask
+    tokens are no keys."""
+    initialization: Advanced[Literal["published", "small"]] = "published"
+    """Initial weights of MSSA: 'published' (Xavier-uniform), or 'small', normal with standard deviation 0.02 as in
+    CRATE-α, which keeps tokens apart in deep stacks."""
+    residual: Advanced[Literal["attention", "all"]] = "attention"
+    """Residual connections: around 'attention' (published), or 'all' branches: Z' = Z½ + ISTA(LN(Z½)) in the encoder
+    and Y½ = Y + E LN(Y) in the decoder."""
+    layer_scale: Advanced[Annotated[float, Field(gt=0)] | None] = None
+    """Initial value of a learned factor per channel on each residual branch (LayerScale); by default there is none
+    (published)."""
+    dictionary: Advanced[Literal["square", "overcomplete"]] = "square"
+    """Dictionary of a layer: 'square' D ∈ R^{d×d} with one step of ISTA (published), or 'overcomplete' as in CRATE-α
+    (arXiv 2405.20299), with two steps and a second dictionary that maps codes back to tokens, also in the decoder. It
+    needs residual 'all'."""
+    dictionary_expansion: Advanced[PositiveInt] = 4
+    """Atoms of an overcomplete dictionary, as a multiple of dim."""
+    threshold: Advanced[Literal["fixed", "learned"]] = "fixed"
+    """Threshold of ISTA: 'fixed' at ηλ (published), or 'learned' for each code, starting at ηλ."""
+    decoder_activation: Advanced[Literal["none", "relu"]] = "none"
+    """Function after the decoder's map E: 'none' (published) or 'relu'."""
+
+    form: ClassVar[tuple[str, ...]] = (
+        "output_map", "attention", "decoder_maps", "encoder_tokens", "attend_to", "residual", "layer_scale",
+        "dictionary", "threshold", "decoder_activation",
+    )  # fmt: skip
+    """Settings that change the equations; their defaults are the published form."""
+
+    @property
+    def unpublished(self) -> list[str]:
+        """The settings in which the model differs from the published form."""
+        return [name for name in self.form if getattr(self, name) != type(self).model_fields[name].default]
 
     @model_validator(mode="before")
     @classmethod
@@ -179,6 +212,12 @@ class CrateMAEConfig(ImageModelConfig):
             raise ValueError(
                 f"decoder_maps 'tied' needs decoder_depth equal to depth, got {self.decoder_depth} and {self.depth}"
             )
+        if self.dictionary == "overcomplete" and (self.residual != "all" or self.decoder_maps != "free"):
+            raise ValueError("dictionary 'overcomplete' needs residual 'all' and decoder_maps 'free'")
+        if self.attend_to == "visible" and (self.attention != "softmax" or self.encoder_tokens != "all"):
+            raise ValueError("attend_to 'visible' needs attention 'softmax' and encoder_tokens 'all'")
+        if self.threshold == "learned" and self.sparsity_lambda == 0:
+            raise ValueError("threshold 'learned' starts at ηλ, so sparsity_lambda cannot be 0")
         return self
 
 
@@ -201,8 +240,9 @@ class ViTMAEConfig(ImageModelConfig):
     """Number of attention heads of the encoder."""
     decoder_dim: Advanced[PositiveInt | None] = None
     """Token dimension of the decoder; by default the encoder's."""
-    decoder_depth: Advanced[PositiveInt | None] = None
-    """Number of decoder layers; by default the same as in the encoder."""
+    decoder_depth: Advanced[Annotated[int, Field(ge=0)] | None] = None
+    """Number of decoder layers; by default the same as in the encoder. 0: the model is an encoder alone, as published
+    checkpoints are, and cannot be pretrained."""
     decoder_num_heads: Advanced[PositiveInt | None] = None
     """Number of attention heads of the decoder; by default the encoder's."""
     mlp_ratio: Advanced[Annotated[float, Field(gt=0)]] = 4.0

@@ -7,6 +7,7 @@ CRATE-MAE and ViT-MAE share it. Shapes: B batch, C channels, N patches, V visibl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
@@ -27,6 +28,7 @@ from crate_ray.models.patches import (
     take_tokens,
     unpatchify,
 )
+from crate_ray.models.preprocess import Preprocess
 
 
 class Encoded(NamedTuple):
@@ -76,8 +78,8 @@ class EncoderLayerProtocol(Protocol):
     def __call__(self, z: Tensor) -> Tensor:
         """Tokens (B, T, D) to tokens (B, T, D)."""
 
-    def attention(self, z: Tensor) -> Tensor:
-        """Attention maps, (B, K, T, T)."""
+    def attention(self, z: Tensor, **masked: Tensor) -> Tensor:
+        """Attention maps, (B, K, T, T). For masked images, `MaskedAutoencoder.layer_mask` gives more arguments."""
 
     def keys(self, z: Tensor) -> Tensor:
         """Keys of all heads side by side, (B, T, K·P)."""
@@ -111,6 +113,9 @@ class MaskedAutoencoder(nn.Module):
         If patches of a single number are to be normalised.
     """
 
+    preprocess: Preprocess
+    """Turns pictures into the input. `crate_ray.load_model` sets it; a model that is built has none."""
+
     def __init__(
         self,
         config: ImageModelConfig,
@@ -137,6 +142,8 @@ class MaskedAutoencoder(nn.Module):
         self.num_visible = config.num_visible
         self.norm_pix_loss = config.norm_pix_loss
         self.visible_only = encoder_tokens == "visible"
+        self.has_decoder = True
+        """False for an encoder alone, as published checkpoints of ViT-MAE are."""
         self.checkpoint_layers = False
         """Activation checkpointing: keep only each layer's input, and recompute the layer in the backward pass."""
         self.bf16_tokens = False
@@ -247,7 +254,17 @@ class MaskedAutoencoder(nn.Module):
             `Encoded.masking`; needed if the encoder saw only the visible patches of masked images.
         return_layers
             Also return the output of each decoder layer.
+
+        Raises
+        ------
+        UserError
+            If the model has no decoder.
         """
+        if not self.has_decoder:
+            raise UserError(
+                "this model is an encoder without a decoder, so it predicts no patches; probe it, fine-tune it or use "
+                "its embeddings"
+            )
         y_BTD = self.decoder_embed(tokens)
         if self.visible_only:
             y_BTD = self._restore_removed(y_BTD, masking)
@@ -263,12 +280,17 @@ class MaskedAutoencoder(nn.Module):
         """Tokens after decoder layer `index`. Models whose decoder uses the encoder's weights override this."""
         return self.run_layer(self.decoder[index], y)
 
-    def run_layer(self, layer: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def layer_mask(self, masking: Masking | None) -> dict[str, Tensor]:
+        """What an encoder layer needs to know of a mask, as keyword arguments. Most models' layers need nothing."""
+        return {}
+
+    def run_layer(self, layer: Callable[..., Tensor], *inputs: Tensor, **masked: Tensor) -> Tensor:
         """Output of a layer. All layers run through this method, which applies `checkpoint_layers`."""
         if self.checkpoint_layers and torch.is_grad_enabled():
             # Layers use no random numbers, so there is no generator state to preserve.
+            layer = partial(layer, **masked)
             return cast("Tensor", checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False))
-        return layer(*inputs)
+        return layer(*inputs, **masked)
 
     def target(self, images: Tensor) -> Tensor:
         """Target of the prediction: the patches (B, N, X). With `norm_pix_loss` each patch is normalised by itself."""
@@ -292,6 +314,12 @@ class MaskedAutoencoder(nn.Module):
             mean_BN1, std_BN1 = patch_statistics(self.patchify(images))
             prediction = prediction * std_BN1 + mean_BN1
         return self.unpatchify(prediction)
+
+    def drop_decoder(self) -> None:
+        """Delete what only the decoder needs. What is left can `embed` and `encode` images without a mask."""
+        for name in ("mask_token", "decoder_embed", "decoder", "decoder_norm", "prediction"):
+            if hasattr(self, name):
+                delattr(self, name)
 
     def _embed(self, patches_BNX: Tensor, noise_BN: Tensor | None) -> tuple[Tensor, Masking | None]:
         # Compute the convolution as a matrix product. The backward pass is faster, and so is the forward pass in bf16
@@ -319,12 +347,13 @@ class MaskedAutoencoder(nn.Module):
         layers: list[Tensor] = []
         attention: list[Tensor] = []
         keys: list[Tensor] = []
+        masked = self.layer_mask(masking)
         for layer in cast("Iterable[EncoderLayerProtocol]", self.encoder):
             if return_attention:
-                attention.append(layer.attention(z_BTD))
+                attention.append(layer.attention(z_BTD, **masked))
             if return_keys:
                 keys.append(layer.keys(z_BTD))
-            z_BTD = self.run_layer(layer, z_BTD)
+            z_BTD = self.run_layer(layer, z_BTD, **masked)
             if return_layers:
                 layers.append(z_BTD)
         return Encoded(

@@ -24,19 +24,24 @@ from crate_ray.models.kernels.attention import (
     merge_heads,
     self_attention,
     split_heads,
+    visible_attention,
+    visible_maps,
 )
 from crate_ray.models.kernels.ista import gradient_step, relu
 from crate_ray.models.kernels.linear import Product, linear
+from crate_ray.models.patches import Masking
+from crate_ray.models.successors import LayerScale, OvercompleteISTA, reset_threshold, subtract_threshold
 
 # --- Compression: a step that lowers the coding rate R^c(Z | U_[K]) --------------------------------------------------
 
 
-def subspace_attention(coordinates: Tensor) -> Tensor:
+def subspace_attention(coordinates: Tensor, visible: Tensor | None = None) -> Tensor:
     """SSA(Z | U_k) = (U_kᵀZ) softmax((U_kᵀZ)ᵀ(U_kᵀZ) / √p)    (4)
 
     Maps the coordinates U_kᵀZ in all subspaces, (B, K, T, P), to (B, K, T, P). They are query, key and value at once.
+    With `visible` (B, T), each token attends to the visible tokens and to itself only.
     """
-    return self_attention(coordinates)
+    return self_attention(coordinates) if visible is None else visible_attention(coordinates, visible)
 
 
 def linear_subspace_attention(coordinates: Tensor) -> Tensor:
@@ -102,14 +107,15 @@ class MSSA(nn.Module):
         if self.subspaces is not None:
             nn.init.xavier_uniform_(self.subspaces)
 
-    def forward(self, z: Tensor, subspaces: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, subspaces: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Update of every token, (B, T, D), from normalised tokens (B, T, D).
 
-        `subspaces` is the codebook (C, D) with the rows U_1ᵀ … U_Kᵀ, for a layer without its own.
+        `subspaces` is the codebook (C, D) with the rows U_1ᵀ … U_Kᵀ, for a layer without its own. `visible` (B, T)
+        restricts attention; see `subspace_attention`.
         """
         codebook_CD = self._codebook(subspaces)
         w_BKTP = split_heads(self.product(z, codebook_CD), self.num_subspaces)
-        o_BKTP = linear_subspace_attention(w_BKTP) if self.linear_attention else subspace_attention(w_BKTP)
+        o_BKTP = linear_subspace_attention(w_BKTP) if self.linear_attention else subspace_attention(w_BKTP, visible)
         o_BTC = merge_heads(o_BKTP)
         if self.output is None:
             return self.product(o_BTC, codebook_CD.t())
@@ -119,12 +125,12 @@ class MSSA(nn.Module):
         """Coordinates U_kᵀz of every token in all subspaces, (B, T, K·P)."""
         return linear(z, self._codebook(subspaces))
 
-    def attention(self, z: Tensor, subspaces: Tensor | None = None) -> Tensor:
+    def attention(self, z: Tensor, subspaces: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Attention maps, (B, K, T, T); entry [.., i, j] is the weight of token j in the update of token i."""
         w_BKTP = split_heads(self.keys(z, subspaces), self.num_subspaces)
         if self.linear_attention:
             return (w_BKTP * _linear_scale(w_BKTP)) @ w_BKTP.transpose(-1, -2)
-        return attention_maps(w_BKTP, w_BKTP)
+        return attention_maps(w_BKTP, w_BKTP) if visible is None else visible_maps(w_BKTP, visible)
 
     def _codebook(self, subspaces_CD: Tensor | None) -> Tensor:
         codebook_CD = self.subspaces if subspaces_CD is None else subspaces_CD
@@ -148,25 +154,32 @@ class ISTA(nn.Module):
         d.
     step_size, sparsity_lambda
         η and λ.
+    learned_threshold
+        Learn the threshold of each code, starting at ηλ.
     """
 
-    def __init__(self, dim: int, *, step_size: float, sparsity_lambda: float) -> None:
+    def __init__(self, dim: int, *, step_size: float, sparsity_lambda: float, learned_threshold: bool = False) -> None:
         super().__init__()
         self.step_size = step_size
         self.sparsity_lambda = sparsity_lambda
         self.dictionary = nn.Parameter(torch.empty(dim, dim))
+        self.log_threshold = nn.Parameter(torch.empty(dim)) if learned_threshold else None
         self.product: Product = F.linear
         """Computes the product of many tokens with Dᵀ − DᵀD."""
 
     def reset_parameters(self) -> None:
         """Draw D Kaiming-uniform, as published."""
         nn.init.kaiming_uniform_(self.dictionary)
+        reset_threshold(self.log_threshold, self.step_size, self.sparsity_lambda)
 
     def forward(self, z: Tensor) -> Tensor:
         """Sparser, non-negative codes (B, T, D) of normalised tokens (B, T, D)."""
-        return relu(
-            gradient_step(z, self.dictionary, self.step_size, self.product) - self.step_size * self.sparsity_lambda
-        )
+        x_BTD = gradient_step(z, self.dictionary, self.step_size, self.product)
+        return relu(subtract_threshold(x_BTD, self.log_threshold, self.step_size, self.sparsity_lambda))
+
+    def codes(self, z: Tensor) -> Tensor:
+        """The codes themselves."""
+        return self(z)
 
 
 # --- Layers ---------------------------------------------------------------------------------------------------------
@@ -183,36 +196,48 @@ class TokenNorm(nn.LayerNorm):
 class EncoderLayer(nn.Module):
     """Z½ = Z + MSSA(LN(Z));  Z' = ISTA(LN(Z½))    (7)
 
-    Compression, then sparsification. There is no residual around ISTA.
+    Compression, then sparsification. As published, there is no residual around ISTA. With `residual` 'all',
+    Z' = Z½ + ISTA(LN(Z½)).
     """
-
-    num_branches = 1
-    """Residual branches that drop path may skip."""
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
+        self.residual = config.residual == "all"
+        self.num_branches = 1 + self.residual
+        """Residual branches that drop path may skip."""
         self.mssa_norm = TokenNorm(config.dim)
         self.mssa = _build_mssa(config)
         self.ista_norm = TokenNorm(config.dim)
-        self.ista = ISTA(config.dim, step_size=config.step_size, sparsity_lambda=config.sparsity_lambda)
+        self.ista = _build_ista(config)
+        self.mssa_scale = _build_scale(config)
+        self.ista_scale = _build_scale(config) if self.residual else None
 
-    def compress(self, z: Tensor) -> Tensor:
+    def compress(self, z: Tensor, scale: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Z½, the tokens after the compression step. R^c is measured on them."""
-        return z + self.mssa(self.mssa_norm(z))
+        return z + _scaled(self.mssa(self.mssa_norm(z), visible=visible), self.mssa_scale, scale)
 
-    def sparsify(self, z_half: Tensor) -> Tensor:
-        """Z', the tokens after the sparsification step. Sparsity is measured on them."""
-        return self.ista(self.ista_norm(z_half))
+    def sparsify(self, z_half: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Z', the tokens after the sparsification step."""
+        step_BTD = self.ista(self.ista_norm(z_half))
+        return z_half + _scaled(step_BTD, self.ista_scale, scale) if self.residual else step_BTD
 
-    def forward(self, z: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, D) after this layer. `scale` (B, 1) multiplies the compression step (drop path)."""
+    def codes(self, z_half: Tensor) -> Tensor:
+        """The codes of the sparsification step. Sparsity is measured on them. As published, they are Z'."""
+        return self.ista.codes(self.ista_norm(z_half))
+
+    def forward(self, z: Tensor, scale: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D) after this layer.
+
+        `scale` (B, branches) multiplies the residual branches (drop path). With `visible` (B, T), tokens attend to the
+        visible ones and to themselves only.
+        """
         if scale is None:
-            return self.sparsify(self.compress(z))
-        return self.sparsify(z + scale[:, :1, None].to(z.dtype) * self.mssa(self.mssa_norm(z)))
+            return self.sparsify(self.compress(z, visible=visible))
+        return self.sparsify(self.compress(z, scale[:, :1], visible), scale[:, 1:])
 
-    def attention(self, z: Tensor) -> Tensor:
+    def attention(self, z: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attention maps (B, K, T, T) of this layer for its input tokens."""
-        return self.mssa.attention(self.mssa_norm(z))
+        return self.mssa.attention(self.mssa_norm(z), visible=visible)
 
     def keys(self, z: Tensor) -> Tensor:
         """Subspace coordinates Uᵀ LN(z), (B, T, K·P), of this layer's input tokens."""
@@ -224,16 +249,23 @@ class DecoderLayer(nn.Module):
 
     The encoder layer reversed in time: E ∈ R^{d×d} undoes the sparsification, and the step against MSSA the
     compression. With `decoder_maps` 'tied' the layer has neither E nor a codebook; `forward` gets those of the mirrored
-    encoder layer.
+    encoder layer. With `residual` 'all', Y½ = Y + E LN(Y). With an overcomplete dictionary, Y½ = Y + ISTA(LN(Y)) takes
+    the step of the encoder layer's second half, in the order of time reversal.
     """
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
         own = config.decoder_maps == "free"
+        square = config.dictionary == "square"
+        self.residual = config.residual == "all"
+        self.relu = config.decoder_activation == "relu"
         self.expansion_norm = TokenNorm(config.dim)
-        self.expansion = nn.Parameter(torch.empty(config.dim, config.dim)) if own else None
+        self.expansion = nn.Parameter(torch.empty(config.dim, config.dim)) if own and square else None
+        self.ista = None if square else _build_ista(config)
         self.mssa_norm = TokenNorm(config.dim)
         self.mssa = _build_mssa(config, own_subspaces=own)
+        self.expansion_scale = _build_scale(config) if self.residual else None
+        self.mssa_scale = _build_scale(config)
         self.product: Product = linear
         """Computes the product of tokens and E."""
 
@@ -244,10 +276,37 @@ class DecoderLayer(nn.Module):
 
     def forward(self, y: Tensor, expansion: Tensor | None = None, subspaces: Tensor | None = None) -> Tensor:
         """Tokens (B, T, D) after this layer. E (D, D) and the codebook (C, D) are given if the layer has none."""
-        expansion_DD = self.expansion if expansion is None else expansion
+        y_half_BTD = self._expand(self.expansion_norm(y), expansion)
+        if self.residual:
+            y_half_BTD = y + _scaled(y_half_BTD, self.expansion_scale)
+        return y_half_BTD - _scaled(self.mssa(self.mssa_norm(y_half_BTD), subspaces), self.mssa_scale)
+
+    def _expand(self, y_BTD: Tensor, expansion_DD: Tensor | None) -> Tensor:
+        if self.ista is not None:
+            return self.ista(y_BTD)
+        expansion_DD = self.expansion if expansion_DD is None else expansion_DD
         assert expansion_DD is not None, "a tied decoder layer needs the encoder's maps"
-        y_half_BTD = self.product(self.expansion_norm(y), expansion_DD)
-        return y_half_BTD - self.mssa(self.mssa_norm(y_half_BTD), subspaces)
+        expanded_BTD = self.product(y_BTD, expansion_DD)
+        return relu(expanded_BTD) if self.relu else expanded_BTD
+
+
+def _scaled(branch_BTD: Tensor, layer_scale: nn.Module | None, scale_B1: Tensor | None = None) -> Tensor:
+    """A residual branch times its LayerScale and its factors of drop path, if there are any."""
+    if layer_scale is not None:
+        branch_BTD = layer_scale(branch_BTD)
+    return branch_BTD if scale_B1 is None else scale_B1[:, :, None].to(branch_BTD.dtype) * branch_BTD
+
+
+def _build_scale(config: CrateMAEConfig) -> nn.Module | None:
+    return None if config.layer_scale is None else LayerScale(config.dim, config.layer_scale)
+
+
+def _build_ista(config: CrateMAEConfig) -> ISTA | OvercompleteISTA:
+    learned, sizes = config.threshold == "learned", (config.step_size, config.sparsity_lambda)
+    if config.dictionary == "square":
+        return ISTA(config.dim, step_size=sizes[0], sparsity_lambda=sizes[1], learned_threshold=learned)
+    atoms = config.dictionary_expansion * config.dim
+    return OvercompleteISTA(config.dim, atoms, step_size=sizes[0], sparsity_lambda=sizes[1], learned_threshold=learned)
 
 
 def _build_mssa(config: CrateMAEConfig, *, own_subspaces: bool = True) -> MSSA:
@@ -273,6 +332,18 @@ def build_layers(config: CrateMAEConfig) -> tuple[Iterable[nn.Module], Iterable[
     return encoder, decoder
 
 
+def _draw_small(model: nn.Module) -> None:
+    """Draw U and W of every MSSA from N(0, 0.02²), as CRATE-α does (arXiv 2405.20299)."""
+    for module in model.modules():
+        if isinstance(module, MSSA):
+            for weight in (module.subspaces, None if module.output is None else module.output.weight):
+                if weight is not None and not weight.is_meta:
+                    nn.init.normal_(weight, std=_SMALL_STD)
+
+
+_SMALL_STD = 0.02
+
+
 class CrateMAE(MaskedAutoencoder):
     """CRATE-MAE: encoder layers (7) and decoder layers (8) in the masked autoencoder (9)-(11).
 
@@ -296,6 +367,14 @@ class CrateMAE(MaskedAutoencoder):
         self.unused_published: dict[str, Tensor] = {}
         """Tensors of an imported checkpoint that the model does not use, kept for the export; see `published`."""
         initialize_weights(self)
+        if config.initialization == "small":
+            _draw_small(self)
+
+    def layer_mask(self, masking: Masking | None) -> dict[str, Tensor]:
+        """Which tokens are visible, (B, T), if encoder layers attend to these only."""
+        if masking is None or self.config.attend_to == "all":
+            return {}
+        return {"visible": F.pad(~masking.removed, (1, 0), value=True)}
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
@@ -321,4 +400,5 @@ class CrateMAE(MaskedAutoencoder):
             return super().decoder_layer(index, y)
         mirrored = cast("EncoderLayer", self.encoder[len(self.encoder) - 1 - index])
         codebook_CD = cast("Tensor", mirrored.mssa.subspaces)
+        assert isinstance(mirrored.ista, ISTA)  # by the config's validation
         return self.run_layer(self.decoder[index], y, mirrored.ista.dictionary.t(), codebook_CD)

@@ -128,11 +128,9 @@ class ReferenceCrateMAE(nn.Module):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__()
-        form = (config.output_map, config.attention, config.decoder_maps, config.encoder_tokens)
-        if form != ("learned", "softmax", "free", "all"):
+        if config.unpublished:
             raise UserError(
-                "the reference model has the published form only; leave output_map, attention, decoder_maps and "
-                "encoder_tokens at their defaults"
+                f"the reference model has the published form only; leave {', '.join(config.unpublished)} at the default"
             )
         assert config.decoder_depth is not None
         self.config = config

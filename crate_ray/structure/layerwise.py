@@ -28,7 +28,7 @@ from crate_ray.structure.coding_rate import (
 from crate_ray.structure.sparsity import gini, zero_share
 
 THRESHOLDS = (0.01, 0.1)
-"""Entries of a token up to these multiples of the token's root mean square count as small."""
+"""Codes of a token up to these multiples of their root mean square count as small."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class LayerOperators:
     """The layer's first half: its input Z to Z½, the tokens after attention."""
     second_step: Callable[[Tensor], Tensor]
     """The layer's second half: Z½ to its output Z'."""
+    codes: Callable[[Tensor], Tensor]
+    """Z½ to what should be sparse: the codes of ISTA, which are Z' as published; for a transformer, Z'."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ class LayerMeasures:
     rate_reduction_raw: Tensor
     """ΔR = R(Z½) − R^c(Z½ | U)."""
     zero_share: Tensor
-    """Share of zeros in Z', the tokens after the sparsification step. The paper claims that it rises."""
+    """Share of zeros in the codes of the sparsification step, which are Z' as published. The paper claims that it rises.
+    """
     below_01: Tensor
-    """Share of entries of Z' up to 0.01 of their token's root mean square."""
+    """Share of codes up to 0.01 of their token's root mean square."""
     below_1: Tensor
-    """Share of entries of Z' up to 0.1 of their token's root mean square."""
+    """Share of codes up to 0.1 of their token's root mean square."""
     gini: Tensor
-    """Gini index of Z'."""
+    """Gini index of the codes."""
     effective_rank: Tensor
     """Effective rank of U_kᵀ LN(Z½) for each subspace, (L, B, K); from 1 to p."""
 
@@ -102,14 +105,19 @@ def layer_operators(layer: nn.Module) -> LayerOperators:
     if isinstance(layer, EncoderLayer):
         assert layer.mssa.subspaces is not None  # an encoder layer has its own codebook
         codebook = layer.mssa.subspaces.unflatten(0, (layer.mssa.num_subspaces, -1))
-        return LayerOperators(codebook, layer.mssa_norm, layer.compress, layer.sparsify)
+        return LayerOperators(codebook, layer.mssa_norm, layer.compress, layer.sparsify, layer.codes)
     transformer = cast(TransformerLayer, layer)
     keys = transformer.qkv.weight.chunk(3)[1].unflatten(0, (transformer.num_heads, -1))
+
+    def second_step(z_half: Tensor) -> Tensor:
+        return z_half + transformer.mlp_branch(z_half)
+
     return LayerOperators(
         keys,
         transformer.attention_norm,
         lambda z: z + transformer.attention_branch(z),
-        lambda z_half: z_half + transformer.mlp_branch(z_half),
+        second_step,
+        second_step,
     )
 
 
@@ -127,7 +135,7 @@ def measure_layers(
         layer = layer_operators(module)
         half_BTD = layer.attention_step(z_BTD)
         next_BTD = layer.second_step(half_BTD)
-        layers.append(_rates(layer, z_BTD, half_BTD, epsilon) | _sparsity(next_BTD))
+        layers.append(_rates(layer, z_BTD, half_BTD, epsilon) | _sparsity(layer.codes(half_BTD)))
         z_BTD = next_BTD
     return LayerMeasures(**{name: torch.stack([measured[name] for measured in layers]).cpu() for name in layers[0]})
 
@@ -156,10 +164,10 @@ def _rates(layer: LayerOperators, z_BTD: Tensor, half_BTD: Tensor, epsilon: floa
     }
 
 
-def _sparsity(next_BTD: Tensor) -> dict[str, Tensor]:
-    relative_BTD = next_BTD / next_BTD.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    below_01, below_1 = (zero_share(relative_BTD, threshold) for threshold in THRESHOLDS)
-    return {"zero_share": zero_share(next_BTD), "below_01": below_01, "below_1": below_1, "gini": gini(next_BTD)}
+def _sparsity(codes_BTM: Tensor) -> dict[str, Tensor]:
+    relative_BTM = codes_BTM / codes_BTM.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    below_01, below_1 = (zero_share(relative_BTM, threshold) for threshold in THRESHOLDS)
+    return {"zero_share": zero_share(codes_BTM), "below_01": below_01, "below_1": below_1, "gini": gini(codes_BTM)}
 
 
 @torch.no_grad()
@@ -200,8 +208,10 @@ def measure_inversion(model: MaskedAutoencoder, images: Tensor) -> InversionErro
     """Compare the output of decoder layers with the input of the mirrored encoder layers, on whole images.
 
     Needs at least two images (B, channels, H, W). None if decoder and encoder differ in width or depth, so that layers
-    have no counterparts.
+    have no counterparts, and for a model without a decoder.
     """
+    if not model.has_decoder:
+        return None
     embedded_BTD, _ = model.embed(images)
     encoded = model.encode(images, return_layers=True)
     decoded = model.decode(encoded.tokens, return_layers=True)

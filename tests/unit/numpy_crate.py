@@ -50,14 +50,19 @@ def softmax_columns(scores: Array) -> Array:
     return powers / powers.sum(axis=0)
 
 
-def mssa(state: State, config: CrateMAEConfig, name: str, codebook: Array, z: Array) -> tuple[Array, list[Array]]:
-    """MSSA(Z) (5), and each subspace's attention map, whose columns sum to one."""
+def mssa(
+    state: State, config: CrateMAEConfig, name: str, codebook: Array, z: Array, hidden: set[int] | None = None
+) -> tuple[Array, list[Array]]:
+    """MSSA(Z) (5), and each subspace's attention map, whose columns sum to one. Only itself attends to a hidden token.
+    """
     p = config.subspace_dim
     assert p is not None
     heads, maps = [], []
     for k in range(config.num_subspaces):
         projected = codebook[k * p : (k + 1) * p] @ z
         scores = projected.T @ projected / math.sqrt(p)
+        for key in hidden or ():
+            scores[key, [token for token in range(z.shape[1]) if token != key]] = -math.inf
         maps.append(softmax_columns(scores) if config.attention == "softmax" else scores / z.shape[1])
         heads.append(projected @ maps[-1])
     stacked = np.concatenate(heads)
@@ -65,32 +70,56 @@ def mssa(state: State, config: CrateMAEConfig, name: str, codebook: Array, z: Ar
     return out, maps
 
 
-def ista(config: CrateMAEConfig, D: Array, z: Array) -> Array:
-    """ISTA(Z) (6)."""
-    eta, lam = config.step_size, config.sparsity_lambda
-    return np.maximum(z + eta * (D.T @ z - D.T @ (D @ z)) - eta * lam, 0)
+def ista(state: State, config: CrateMAEConfig, name: str, z: Array) -> Array:
+    """ISTA(Z) (6), or D' A₂ of an overcomplete dictionary (6α)."""
+    eta, D = config.step_size, state[f"{name}.dictionary"]
+    threshold: Any = eta * config.sparsity_lambda
+    if config.threshold == "learned":
+        threshold = np.exp(state[f"{name}.log_threshold"])[:, None]
+    if config.dictionary == "square":
+        return np.maximum(z + eta * (D.T @ z - D.T @ (D @ z)) - threshold, 0)
+    codes = np.zeros((D.shape[1], z.shape[1]))
+    for _ in range(2):
+        codes = np.maximum(codes - eta * D.T @ (D @ codes - z) - threshold, 0)
+    return state[f"{name}.synthesis"] @ codes
 
 
-def crate_encoder_layer(state: State, config: CrateMAEConfig, index: int, z: Array, result: Result) -> Array:
+def scaled(state: State, name: str, z: Array) -> Array:
+    """A residual branch, times its LayerScale if there is one."""
+    return state[f"{name}.factor"][:, None] * z if f"{name}.factor" in state else z
+
+
+def crate_encoder_layer(
+    state: State, config: CrateMAEConfig, index: int, z: Array, result: Result, removed: set[int]
+) -> Array:
     """Encoder layer (7)."""
     name = f"encoder.{index}"
     codebook = state[f"{name}.mssa.subspaces"]
     normed = norm(state, f"{name}.mssa_norm", z, 1e-5)
-    update, maps = mssa(state, config, f"{name}.mssa", codebook, normed)
+    hidden = removed if config.attend_to == "visible" else set()
+    update, maps = mssa(state, config, f"{name}.mssa", codebook, normed, hidden)
     result.attention.append(np.stack([a.T for a in maps]))
     result.keys.append((codebook @ normed).T)
-    return ista(config, state[f"{name}.ista.dictionary"], norm(state, f"{name}.ista_norm", z + update, 1e-5))
+    half = z + scaled(state, f"{name}.mssa_scale", update)
+    step = ista(state, config, f"{name}.ista", norm(state, f"{name}.ista_norm", half, 1e-5))
+    return half + scaled(state, f"{name}.ista_scale", step) if config.residual == "all" else step
 
 
 def crate_decoder_layer(state: State, config: CrateMAEConfig, index: int, y: Array) -> Array:
     """Decoder layer (8)."""
     name, mirrored = f"decoder.{index}", f"encoder.{config.depth - 1 - index}"
-    if config.decoder_maps == "tied":
-        E, codebook = state[f"{mirrored}.ista.dictionary"].T, state[f"{mirrored}.mssa.subspaces"]
+    tied = config.decoder_maps == "tied"
+    codebook = state[f"{mirrored if tied else name}.mssa.subspaces"]
+    normed = norm(state, f"{name}.expansion_norm", y, 1e-5)
+    if config.dictionary == "overcomplete":
+        half = ista(state, config, f"{name}.ista", normed)
     else:
-        E, codebook = state[f"{name}.expansion"], state[f"{name}.mssa.subspaces"]
-    half = E @ norm(state, f"{name}.expansion_norm", y, 1e-5)
-    return half - mssa(state, config, f"{name}.mssa", codebook, norm(state, f"{name}.mssa_norm", half, 1e-5))[0]
+        E = state[f"{mirrored}.ista.dictionary"].T if tied else state[f"{name}.expansion"]
+        half = np.maximum(E @ normed, 0) if config.decoder_activation == "relu" else E @ normed
+    if config.residual == "all":
+        half = y + scaled(state, f"{name}.expansion_scale", half)
+    update = mssa(state, config, f"{name}.mssa", codebook, norm(state, f"{name}.mssa_norm", half, 1e-5))[0]
+    return half - scaled(state, f"{name}.mssa_scale", update)
 
 
 def transformer_layer(state: State, name: str, heads: int, z: Array, result: Result | None) -> Array:
@@ -154,7 +183,7 @@ def forward(
     z = np.stack(columns, axis=1)
     for index in range(config.depth):
         if crate:
-            z = crate_encoder_layer(state, config, index, z, result)
+            z = crate_encoder_layer(state, config, index, z, result, {1 + n for n in range(count) if n not in keep})
         else:
             z = transformer_layer(state, f"encoder.{index}", config.num_heads, z, result)
         result.encoder_layers.append(z.T)

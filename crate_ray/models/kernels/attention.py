@@ -59,6 +59,25 @@ def self_attention(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x)
 
 
+def visible_attention(x: Tensor, visible: Tensor) -> Tensor:
+    """As `self_attention`, but each token attends to the visible tokens, (B, T) bool, and to itself only."""
+    allowed_BTT = _allowed(visible)[:, None]
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[-2] < _MAX_EXPLICIT_TOKENS:
+        return visible_maps(x, visible) @ x
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=allowed_BTT)
+
+
+def visible_maps(x: Tensor, visible: Tensor) -> Tensor:
+    """The attention maps of `visible_attention`, (B, K, T, T)."""
+    scores_BKTT = (x * x.shape[-1] ** -0.5) @ x.transpose(-1, -2)
+    return scores_BKTT.masked_fill(~_allowed(visible)[:, None], -torch.inf).softmax(-1)
+
+
+def _allowed(visible_BT: Tensor) -> Tensor:
+    tokens = visible_BT.shape[1]
+    return visible_BT[:, None, :] | torch.eye(tokens, dtype=torch.bool, device=visible_BT.device)
+
+
 _fused_is_faster: set[tuple[int, int, torch.dtype]] = set()
 """Tokens, dimension and dtype for which `choose_self_attention` has found the Triton kernel to be faster."""
 
