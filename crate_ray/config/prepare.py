@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, StringConstraints
 
 from crate_ray.bounded import MAX_LEASE_SECONDS
 from crate_ray.config.base import Advanced, PositiveInt, Settings
+from crate_ray.config.data import DataConfig
 from crate_ray.config.storage import S3Config
+
+_MAX_PIXELS = DataConfig.model_fields["max_pixels"].default
 
 
 class PrepareConfig(Settings):
@@ -27,6 +30,9 @@ class PrepareConfig(Settings):
     """Shards to index or repack: 'train-*.tar', 'train-{00000..00049}.tar', '{train,extra}-*.tar'. Every alternative in
     braces must exist. To index shards in another place, which are only read, give their address:
     's3://bucket/cifar10/train-{00000..00049}.tar' or '/data/cifar10/*.tar'."""
+    image: Annotated[str, StringConstraints(to_lower=True, pattern=r"^[^/\s]+$")] | None = None
+    """Which member of each sample holds its image, for shards whose samples hold several: 'left.jpg', or 'left' for any
+    format. Default: jpg, jpeg, png, webp or npy, in this order."""
     split: Literal["all", "train", "test"] = "all"
     """Part of a built-in set: all samples, the fixed 80 % for training, or the other 20 % for testing."""
     num_samples: PositiveInt = 2000
@@ -47,6 +53,13 @@ class PrepareConfig(Settings):
     re-encoded. Typical values: 256 to 480."""
     quality: Advanced[Annotated[int, Field(ge=1, le=100)]] = 90
     """Quality of JPEGs and WebPs that max_side re-encodes, 1 to 100. PNGs stay PNGs."""
+    max_pixels: Advanced[PositiveInt | None] = None
+    """Images with more pixels are bad samples, since they may be decompression bombs. Default: 2²⁶, as in training
+    (data.max_pixels); with max_side 2²⁷, because large images are stored smaller. PNG and WebP images have at most
+    178,956,970, Pillow's limit."""
+    grid_axes: Advanced[Literal["auto", "CHW", "HWC"]] = "auto"
+    """Order of the axes of .npy grids with three axes: channels, height, width. auto: HWC if the last axis is the
+    shortest, else CHW. HWC grids are packed as CHW. A grid with two axes has one channel."""
     overwrite: bool = False
     """Replace a dataset, or an unfinished one, that is already at output."""
     lease_seconds: Advanced[Annotated[float, Field(ge=1, le=MAX_LEASE_SECONDS)]] = 30.0
@@ -54,3 +67,8 @@ class PrepareConfig(Settings):
     seconds. Make it longer than any pause of the machine or the store."""
     s3: S3Config = S3Config()
     """Object storage."""
+
+    @property
+    def largest_image(self) -> int:
+        """max_pixels or its default."""
+        return self.max_pixels or (_MAX_PIXELS if self.max_side is None else 2 * _MAX_PIXELS)

@@ -209,13 +209,15 @@ class BatchDecoder:
     def _replace(self, batch: Batch, row: int) -> bool:
         """Replace a bad sample; every worker would choose the same replacement."""
         assert self._replacements is not None
-        bad_key = batch.keys[row]
-        for number in self._replacements(batch.step, self._slots[0] + row, int(batch.samples[row])):
+        bad, bad_key = int(batch.samples[row]), batch.keys[row]
+        for number in self._replacements(batch.step, self._slots[0] + row, bad):
             sample = self._reader.read(range(number, number + 1))[0]
             batch.samples[row], batch.keys[row] = number, sample.key
             if self._try(batch, slice(row, row + 1), [sample])[0] is None:
                 return True
+        name = self._reader.source_name(bad)
         raise UserError(
-            f"sample {bad_key!r} of {self._mixture.uri} is unusable, and so are all replacements that were tried; "
+            f"sample {bad_key!r}{f' ({name})' if name else ''} of {self._mixture.uri} is unusable, and so are all "
+            "replacements that were tried; "
             "pack the good samples again with `crate-ray prepare`"
         )

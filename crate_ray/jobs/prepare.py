@@ -30,7 +30,13 @@ def main(config: PrepareConfig) -> None:
     if config.source is None:
         _refuse_without_source(config)
         manifest = index_existing(
-            output, shards=config.shards, overwrite=config.overwrite, lease_seconds=config.lease_seconds
+            output,
+            shards=config.shards,
+            image=config.image,
+            max_pixels=config.largest_image,
+            grid_axes=config.grid_axes,
+            overwrite=config.overwrite,
+            lease_seconds=config.lease_seconds,
         )
         written = {"train": (output.uri, manifest)}
     elif config.validation is None:
@@ -76,6 +82,8 @@ def find_source(config: PrepareConfig, output_uri: str) -> Source:
         raise UserError(
             f"split {config.split!r} is already one side of a fixed split; leave out --validation, or use --split all"
         )
+    if config.image is not None and config.source in ("digits", "shapes", "plain-shapes"):
+        raise UserError(f"image chooses a member of each sample in shards; leave it out for {config.source!r}")
     if config.source == "digits":
         return digits_source(config.split)
     if config.source in ("shapes", "plain-shapes"):
@@ -91,7 +99,7 @@ def find_source(config: PrepareConfig, output_uri: str) -> Source:
     storage = open_storage(config.source, config.s3)
     if storage.uri == output_uri:
         raise UserError(f"source and output are both {output_uri}; use another output")
-    return open_source(storage, config.shards)
+    return open_source(storage, config.shards, config.image)
 
 
 def run() -> NoReturn:

@@ -75,6 +75,13 @@ def test_contract(storage: Storage, endpoint: str, tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
 
     assert [info.key for info in storage.list()] == ["a-b", "a/1/file", "a/1/x", "a/2", "b"]
+    assert storage.survey() == (list(storage.list()), {}) and storage.survey("a/") == (list(storage.list("a/")), {})
+    storage.write("empty", b"")
+    assert [storage.info(info.key) for info in storage.list()] == list(storage.list())
+    storage.delete("empty")
+    for absent in ("a/1", "absent", "b/c"):
+        with pytest.raises(UserError):
+            storage.info(absent)
     assert [(info.key, info.size) for info in storage.list("a/1/")] == [("a/1/file", 11_000), ("a/1/x", 5)]
     assert [info.key for info in storage.list("a")] == ["a-b", "a/1/file", "a/1/x", "a/2"]
     assert [info.key for info in storage.under("a/1").list()] == ["file", "x"]

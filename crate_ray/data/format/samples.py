@@ -115,7 +115,7 @@ def read_table(buffer: Buffer, where: str) -> Table:
     rows: dict[str, TableRow] = {}
     contents: dict[str, tuple[int, int]] = {}  # by name, for hard links
     linked: set[str] = set()
-    ignored = 0
+    ignored: list[str] = []
     unsafe: list[str] = []
     for name, start, data, size, link in whole_members(memoryview(buffer), where):
         content = (data, size) if link is None else contents.get(relative(link))
@@ -130,7 +130,8 @@ def read_table(buffer: Buffer, where: str) -> Table:
             if is_refused(name):
                 unsafe.append(printable(name[:MAX_NAME]))
             else:
-                ignored += not is_metadata(name)
+                if not is_metadata(name):
+                    ignored.append(name)
             continue
         key, suffix = parts
         row = rows.get(key)
@@ -146,7 +147,7 @@ def read_table(buffer: Buffer, where: str) -> Table:
         if link is not None:
             linked.add(key)
     if ignored:
-        logger.warning("%s: ignored %d members without a suffix", where, ignored)
+        logger.warning("%s: ignored %d members without a suffix, such as %s", where, len(ignored), ignored[0][:_SHOWN])
     if unsafe:
         logger.warning(
             "%s: skipped %d members with unsafe names (absolute, with '..', or of more than %d bytes): %s",

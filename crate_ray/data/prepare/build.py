@@ -16,8 +16,9 @@ import numpy as np
 from crate_ray.data.format.dataset import load_dataset, save_dataset
 from crate_ray.data.format.index import SHARD_DTYPE
 from crate_ray.data.format.manifest import MANIFEST_NAME, NAMES_NAME, TABLE_SUFFIX, DamagedDataset, Manifest
+from crate_ray.data.format.source_names import SOURCE_NAMES_SUFFIX
 from crate_ray.data.prepare.records import Finished, begin, load_records, remove, unfinished_plan
-from crate_ray.data.prepare.sources import tables
+from crate_ray.data.prepare.sources import files_of_shards
 from crate_ray.data.prepare.statistics import DatasetStatistics, SampleCounts
 from crate_ray.data.prepare.tasks import Report, run_tasks, wants_cluster
 from crate_ray.errors import UserError
@@ -67,6 +68,8 @@ class Plan:
     detail: Callable[[int], Any]
     """Returns the details that this function needs, by the shard's number."""
     describe: Describe
+    note: Callable[[DatasetStatistics], str | None]
+    """Makes a line for the user about the form of the samples."""
     samples: int
     """Number of samples to pack; 0 if unknown."""
     size: int
@@ -117,7 +120,8 @@ def build_dataset(storage: Storage, plan: Plan, *, overwrite: bool, lease_second
             finished[left[order]] = result
         good, bad = sum(f.record.samples for f in finished.values()), sum(len(f.record.bad) for f in finished.values())
         display.update(plan.samples or len(finished), good + bad - skipped, bad)
-        return _conclude(storage, plan, [finished[number] for number in range(len(plan.names))], lease)
+        shards = [finished[number] for number in range(len(plan.names))]
+        return _conclude(storage, plan, shards, lease, display.say)
 
 
 def refuse_existing(storage: Storage, plan: Plan, *, overwrite: bool) -> None:
@@ -172,6 +176,7 @@ def _resume(storage: Storage, plan: Plan) -> dict[int, Finished]:
         for number, shard in sorted(finished.items())
         if (not plan.packs or not shard.record.samples or sizes.get(shard.record.name) == shard.record.bytes)
         and (not shard.record.table or shard.record.name + TABLE_SUFFIX in sizes)
+        and (not plan.packs or not shard.record.samples or shard.record.name + SOURCE_NAMES_SUFFIX in sizes)
     }
 
 
@@ -198,7 +203,9 @@ def _described(storage: Storage, plan: Plan) -> set[str] | None:
     return {dataset.shard_name(shard) for shard in range(dataset.manifest.num_shards)}
 
 
-def _conclude(storage: Storage, plan: Plan, finished: list[Finished], lease: Lease) -> Manifest:
+def _conclude(
+    storage: Storage, plan: Plan, finished: list[Finished], lease: Lease, say: Callable[[str], None]
+) -> Manifest:
     """Remove the files of an older dataset, and save the new one."""
     counts, statistics = SampleCounts(), DatasetStatistics()
     bad: list[str] = []
@@ -209,19 +216,22 @@ def _conclude(storage: Storage, plan: Plan, finished: list[Finished], lease: Lea
     try:
         described = plan.describe(counts, statistics, bad)
     except UserError:
-        if plan.packs and not counts.samples:  # no shard was written, so there is nothing to resume
+        if not counts.samples:  # no shard was written or has samples, so there is nothing to resume
             remove(storage)
         raise
+    if note := plan.note(statistics):
+        say(f"{storage.uri}: {note}")
     stored = _stored(plan, finished)
     names = [shard.record.name for shard in stored]
     lease.check()
     storage.delete(MANIFEST_NAME)
     storage.delete(NAMES_NAME)
     if plan.packs:
-        for name in set(_packed_shards(storage)).difference(names):
+        written = {*names, *(name + SOURCE_NAMES_SUFFIX for name in names)}
+        for name in {*_packed_shards(storage), *_packed_shards(storage, SOURCE_NAMES_SUFFIX)}.difference(written):
             storage.delete(name)
     needed = {shard.record.name + TABLE_SUFFIX for shard in stored if shard.record.table}
-    for name in set(tables(info.key for info in storage.list())).difference(needed):
+    for name in set(files_of_shards((info.key for info in storage.list()), TABLE_SUFFIX)).difference(needed):
         storage.delete(name)
     manifest = save_dataset(storage, names, _rows(stored), [shard.entries for shard in stored], **described)
     remove(storage)
@@ -237,6 +247,7 @@ def _rows(finished: Sequence[Finished]) -> np.ndarray[Any, np.dtype[np.void]]:
     return np.array([shard.row for shard in finished], SHARD_DTYPE)
 
 
-def _packed_shards(storage: Storage) -> Iterator[str]:
-    """Names of shards that were packed here."""
-    return (info.key for info in storage.list("shard-") if _OUR_SHARD.fullmatch(info.key))
+def _packed_shards(storage: Storage, suffix: str = "") -> Iterator[str]:
+    """Names of shards that were packed here; with a suffix, of the files that are named like them with this suffix."""
+    names = (info.key for info in storage.list("shard-") if info.key.endswith(suffix))
+    return (name for name in names if _OUR_SHARD.fullmatch(name.removesuffix(suffix)))

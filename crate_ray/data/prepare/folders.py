@@ -71,7 +71,7 @@ class ClassFolders(NamedTuple):
         return name.split("/")[self.depth]
 
 
-def class_folders(names: Sequence[str], uri: str) -> ClassFolders | None:
+def class_folders(names: Sequence[str], everything: Sequence[str], uri: str) -> ClassFolders | None:
     """The classes of the files to pack; None if they have none. Warnings say which folders are not used as labels.
 
     If all files lie in folders, the folders at the top are the classes. If these are the parts of a split (`train`,
@@ -79,6 +79,7 @@ def class_folders(names: Sequence[str], uri: str) -> ClassFolders | None:
 
     Args:
         names: the images or grids, with '/' between folders.
+        everything: all files.
         uri: address of their folder, for messages.
     """
     loose = [name for name in names if "/" not in name]
@@ -103,6 +104,10 @@ def class_folders(names: Sequence[str], uri: str) -> ClassFolders | None:
             "the folders %s are classes here, among %d; if they are parts of a split, pack each on its own: %s",
             " and ".join(parts), len(tops), _commands(uri, train, held_out),
         )  # fmt: skip
+    if without := sorted({name.partition("/")[0] for name in everything if "/" in name}.difference(tops)):
+        logger.warning(
+            "%d folders hold no images or grids, so they are no classes: %s", len(without), first_few(without)
+        )
     deep = [name for name in names if name.count("/") > 1]
     if len(tops) == 1 and deep:
         logger.warning(

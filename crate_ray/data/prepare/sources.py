@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -23,16 +23,18 @@ from typing import NamedTuple, TypeVar
 
 from braceexpand import braceexpand
 
-from crate_ray.bounded import MAX_MEMBER_BYTES
+from crate_ray.bounded import MAX_MEMBER_BYTES, open_regular
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.format.manifest import INDEX_NAME, MANIFEST_NAME, NAMES_NAME, SHARDS_NAME, TABLE_SUFFIX
 from crate_ray.data.format.names import IMAGE_SUFFIXES, printable
 from crate_ray.data.format.samples import Table, read_table
+from crate_ray.data.format.source_names import SOURCE_NAMES_SUFFIX, read_source_names
 from crate_ray.data.format.tar import BLOCK
-from crate_ray.data.prepare.statistics import checked_size
+from crate_ray.data.prepare.folders import class_folders, usable_names
+from crate_ray.data.prepare.statistics import UnreadableSample, checked_size
 from crate_ray.data.prepare.tasks import Report, run_tasks, wants_cluster
 from crate_ray.errors import UserError, first_few
-from crate_ray.storage.interface import ObjectInfo, Storage
+from crate_ray.storage.interface import CannotRead, NotFound, ObjectInfo, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ _COMPRESSED_NAME = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 _WILDCARD = re.compile(r"[*?[]")
 _CLASS_BYTES = 2  # approximate size of a `cls` member
 _AHEAD_BYTES = 2**28  # samples that are read ahead
+_CONCURRENT_REQUESTS = 32
 _GAP_BYTES = 2**16  # reading a gap of this size costs less than another request
 
 T = TypeVar("T")
@@ -60,6 +63,13 @@ class Item(NamedTuple):
     """Estimated bytes in a shard, tar headers included."""
     version: str = ""
     """Changes when the content does."""
+    original: str = ""
+    """Its name in the source of its source, if that is a dataset which keeps such names."""
+
+    @property
+    def label(self) -> str:
+        """Its names, for messages."""
+        return f"{self.name}, {self.original}" if self.original else self.name
 
 
 @dataclass(frozen=True)
@@ -81,24 +91,30 @@ def size_in_tar(*sizes: int) -> int:
 # --- Samples to pack ------------------------------------------------------------------------------------------------
 
 
-def open_source(storage: Storage, shards: str = "*.tar") -> Source:
+def open_source(storage: Storage, shards: str = "*.tar", image: str | None = None) -> Source:
     """Samples of a folder: its images or .npy grids, or else the samples of its .tar shards.
 
-    If all files lie in sub-folders, these are the classes: `a/b.jpg` belongs to class `a`. `b.mask.png` beside `b.jpg`
-    becomes its `mask.png` member. Files and folders whose names begin with a dot are skipped.
+    If all files lie in sub-folders, these are the classes (`class_folders`): `a/b.jpg` belongs to class `a`.
+    `b.mask.png` beside `b.jpg` becomes its `mask.png` member. Folders behind symbolic links count. Warnings say what is
+    left out.
 
     Args:
         storage: the folder.
         shards: names of the shards to use if the folder holds no images, with wildcards and braces.
+        image: which member of the shards' samples will be used (`image_suffix`).
 
     Raises:
-        UserError: there is nothing to pack, or the folder holds both images and grids.
+        UserError: there is nothing to pack, the folder holds both images and grids, or `image` is given without shards.
     """
-    infos = {info.key: info for info in storage.list() if not _is_hidden(info.key)}
-    names = list(infos)
+    path = storage.local_path("")
+    if path is not None and path.is_file():
+        raise UserError(f"{storage.uri} is a file; give the folder that holds the images, .npy grids or .tar shards")
+    listed, unlisted = storage.survey()
+    infos = {info.key: info for info in listed}
+    names = usable_names(list(infos), unlisted)
     indexed = {PurePosixPath(name).parent for name in names if PurePosixPath(name).name == MANIFEST_NAME}
-    shard_tables = set(tables(names))
-    names = [n for n in names if n not in shard_tables and not _describes_dataset(PurePosixPath(n), indexed)]
+    beside = {*files_of_shards(names, TABLE_SUFFIX), *files_of_shards(names, SOURCE_NAMES_SUFFIX)}
+    names = [n for n in names if n not in beside and not _describes_dataset(PurePosixPath(n), indexed)]
     suffixes = {name: PurePosixPath(name).suffix[1:].lower() for name in names}
     masks = {name[: -len(".mask.png")]: name for name in names if name.lower().endswith(".mask.png")}
     mask_names = set(masks.values())
@@ -115,18 +131,24 @@ def open_source(storage: Storage, shards: str = "*.tar") -> Source:
             f"no images (.jpg .jpeg .png .webp), .npy grids or .tar shards under {storage.uri}"
             + (f"; it holds {first_few(names)}" if names else ", which is empty or does not exist")
         )
+    if image is not None:
+        raise UserError(
+            f"image chooses a member of each sample in shards, but in {storage.uri} each file is a sample of its own, "
+            f"such as {files[0]}; leave --image out"
+        )
     stems = {name.rpartition(".")[0] for name in files}
     if lost := [name for stem, name in masks.items() if stem not in stems]:
         logger.warning("skipped %d masks without an image beside them: %s", len(lost), first_few(lost))
     if others := Counter(f".{suffixes[n]}" for n in names if suffixes[n] not in (*IMAGE_SUFFIXES, "npy")):
-        logger.warning("skipped %d other files (%s)", sum(others.values()), ", ".join(sorted(others)))
-    classes: tuple[str, ...] | None = None
-    if all("/" in name for name in files):
-        classes = tuple(sorted({name.split("/", 1)[0] for name in files}))
-    numbers = {name: number for number, name in enumerate(classes or ())}
+        example = next(n for n in names if suffixes[n] not in (*IMAGE_SUFFIXES, "npy"))
+        logger.warning(
+            "skipped %d other files (%s), such as %s", sum(others.values()), ", ".join(sorted(others)), example
+        )
+    folders = class_folders(files, names, storage.uri)
+    numbers = {name: number for number, name in enumerate(folders.classes if folders else ())}
 
     def item(name: str) -> Item:
-        label = str(numbers[name.split("/", 1)[0]]).encode() if classes else None
+        label = str(numbers[folders.folder(name)]).encode() if folders else None
         mask = masks.get(name.rpartition(".")[0])
         parts = [infos[part] for part in (name, mask) if part is not None]
         return Item(
@@ -136,7 +158,7 @@ def open_source(storage: Storage, shards: str = "*.tar") -> Source:
             " ".join(info.etag for info in parts),
         )
 
-    named = None if classes is None else tuple(map(printable, classes))
+    named = None if folders is None else tuple(map(printable, folders.classes))
     return Source([item(name) for name in files], named)
 
 
@@ -150,14 +172,13 @@ def _read_files(storage: Storage, name: str, suffix: str, mask: str | None, labe
 
 
 def _read_member(storage: Storage, name: str) -> bytes:
-    """Raises BadSample if the file is too large."""
-    data = storage.read(name, 0, MAX_MEMBER_BYTES + 1)
+    """Raises BadSample if the file is too large or cannot be read."""
+    try:
+        data = storage.read(name, 0, MAX_MEMBER_BYTES + 1)
+    except (CannotRead, NotFound) as error:
+        raise UnreadableSample(str(error)) from None
     checked_size(len(data))
     return data
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or "/." in name
 
 
 def _describes_dataset(name: PurePosixPath, indexed: set[PurePosixPath]) -> bool:
@@ -165,11 +186,14 @@ def _describes_dataset(name: PurePosixPath, indexed: set[PurePosixPath]) -> bool
     return name.parent in indexed and name.name in (MANIFEST_NAME, SHARDS_NAME, INDEX_NAME, NAMES_NAME)
 
 
-def tables(names: Iterable[str]) -> Iterator[str]:
-    """Select the tables of members among some files: a table's shard is among the files, or its name ends with .tar."""
+def files_of_shards(names: Iterable[str], suffix: str) -> Iterator[str]:
+    """Select the files that are named like a shard with this suffix, such as TABLE_SUFFIX.
+
+    The shard is among the files, or its name ends with .tar.
+    """
     present = set(names)
     for name in present:
-        shard = name.removesuffix(TABLE_SUFFIX)
+        shard = name.removesuffix(suffix)
         if shard != name and (shard in present or shard.endswith(".tar")):
             yield name
 
@@ -196,11 +220,21 @@ def _shard_source(storage: Storage, shards: Sequence[ObjectInfo], classes: tuple
             partial(_read_members, storage, info.key, row.members),
             size_in_tar(*(size for _, size in row.members.values())),
             info.etag,
+            originals.get(row.key, ""),
         )
         for number, info in enumerate(shards)
+        for originals in [_original_names(storage, info.key)]
         for row in found.pop(number).rows
     ]
     return Source(items, classes, unsafe)
+
+
+def _original_names(storage: Storage, shard: str) -> dict[str, str]:
+    """The source names of a shard's samples by key; empty if they are not known."""
+    try:
+        return dict(read_source_names(storage, shard))
+    except (UserError, ValueError):
+        return {}
 
 
 def _read_table(job: tuple[Storage, str], _: Report) -> Table:
@@ -282,7 +316,10 @@ def list_shards(storage: Storage, shards: str) -> list[ObjectInfo]:
     patterns = _expanded(shards)
     before = [_WILDCARD.split(pattern, maxsplit=1)[0] for pattern in patterns]
     prefix = os.path.commonprefix(before)  # noqa: RUF071 - of characters, not folders, as a listing needs it
-    present = {info.key: info for info in storage.list(prefix)}
+    if any(map(_WILDCARD.search, patterns)):
+        present = {info.key: info for info in storage.survey(prefix)[0]}
+    else:  # the permission to list is not needed
+        present = _named(storage, patterns)
     names = list(present)
     visible = [name for name in names if not posixpath.basename(name).startswith(".")]
     found: dict[str, None] = {}
@@ -295,11 +332,26 @@ def list_shards(storage: Storage, shards: str) -> list[ObjectInfo]:
             missing.append(pattern)
         found.update(dict.fromkeys(matches))
     if missing:
+        with suppress(UserError):
+            names = [info.key for info in storage.survey(prefix)[0]]
         compressed = [name for name in names if _COMPRESSED_NAME.search(name) and name not in found]
         hint = f"; compressed ones such as {compressed[0]} must be decompressed first" if compressed else ""
         of_set = f" ({len(missing)} of {len(patterns)} are missing)" if len(patterns) > 1 else ""
         raise UserError(f"no shards named {first_few(missing)} under {storage.uri}{of_set}{hint}")
     return [present[name] for name in found]
+
+
+def _named(storage: Storage, names: Iterable[str]) -> dict[str, ObjectInfo]:
+    """Those of some shards that exist, by name."""
+
+    def find(name: str) -> ObjectInfo | None:
+        try:
+            return storage.info(name)
+        except NotFound:
+            return None
+
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+        return {info.key: info for info in pool.map(find, names) if info is not None}
 
 
 def _expanded(shards: str) -> list[str]:
@@ -328,7 +380,7 @@ def open_shard(storage: Storage, name: str) -> Iterator[mmap.mmap | bytes]:
 @contextmanager
 def map_file(path: Path) -> Iterator[mmap.mmap | bytes]:
     """A local file, memory-mapped."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:
             yield b""
             return
