@@ -52,8 +52,9 @@ _MAX_PARTS = 10_000
 def embed_dataset(config: EmbedConfig, model: MaskedAutoencoder, description: ModelDescription) -> EmbeddingRecord:
     """Embed every sample of a dataset once and write Parquet files. If they are already complete, do nothing.
 
-    Rows: `key` of the sample, `sample` (its number in the dataset), `label` (if every sample has a class), `embedding`
-    (dim × float32). Bad samples are skipped and listed in the record. Starts Ray, or uses the one that is running.
+    Rows: `key` of the sample, `name` (of the file that was packed, if the dataset has names), `sample` (its number in
+    the dataset), `label` (if every sample has a class), `embedding` (dim × float32). Bad samples are skipped and listed
+    in the record. Starts Ray, or uses the one that is running.
 
     Raises UserError if the data does not fit the model, if the output holds other data or is in use, or if too many
     samples are bad.
@@ -220,26 +221,34 @@ class _Encoder:
         images, decode_errors = load_images(
             contents.encoded, self._extractor.description, threads=torch.get_num_threads()
         )
-        keys = [sample.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for sample in samples]
+        keys = [_readable(sample.key) for sample in samples]
+        names = [self._reader.source_name(number) for number in range(first, first + len(samples))]
+        names = [name if name is None else _readable(name) for name in names]
         good, errors = [], []
         for i, (error, decode_error) in enumerate(zip(contents.errors, decode_errors, strict=True)):
             if error is None and decode_error is None:
                 good.append(i)
             elif error is not None:
-                errors.append(error._replace(key=keys[i]))
+                errors.append(error._replace(key=keys[i]).of_source(names[i]))
             else:
                 assert decode_error is not None
-                errors.append(SampleError.of_decode_error(keys[i], decode_error))
+                errors.append(SampleError.of_decode_error(keys[i], decode_error).of_source(names[i]))
         dim = self._extractor.description.model.dim
         vectors = self._extractor(images[good]).numpy() if good else np.empty((0, dim), np.float32)
         columns: dict[str, Any] = {
             "key": pa.array([keys[i] for i in good], pa.string()),
+            **({"name": pa.array([names[i] for i in good], pa.string())} if manifest.source_names else {}),
             "sample": pa.array([first + i for i in good], pa.int64()),
         }
         if labelled:
             columns["label"] = pa.array([contents.labels[i] for i in good], pa.int64())
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
         return pa.table(columns), errors
+
+
+def _readable(name: str) -> str:
+    """A key or a name as UTF-8. Bytes that are not become `\\x…`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 _RESULT = pa.schema(

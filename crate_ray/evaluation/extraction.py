@@ -162,15 +162,19 @@ def _encode(job: _Job, first: int) -> _Block:
     manifest = reader.shards.manifest
     numbers = spread(manifest.num_samples, job.max_samples)[first : first + _BATCH]
     samples = read_samples(reader, numbers)
-    contents = sample_contents(samples, manifest.image_suffixes, "optional")
+    contents = sample_contents(
+        samples, manifest.image_suffixes, "optional" if manifest.num_classes is None else "required"
+    )
     labels, errors = np.array(contents.labels, np.int64), []
     description = ModelDescription.model_validate_json(job.description_json)
     images, decode_errors = load_images(contents.encoded, description, threads=torch.get_num_threads())
     for i, (error, decode_error) in enumerate(zip(contents.errors, decode_errors, strict=True)):
         if decode_error is not None:
             images[i] = 0  # the slot of a bad sample is undefined
+            error = error or SampleError.of_decode_error(samples[i].key, decode_error)
+        if error is not None:
             labels[i] = UNUSABLE
-            errors.append(error or SampleError.of_decode_error(samples[i].key, decode_error))
+            errors.append(error.of_source(reader.source_name(int(numbers[i]))))
     if job.points is None:
         features = pixel_features(images)
     else:

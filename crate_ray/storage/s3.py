@@ -135,6 +135,10 @@ class S3Storage(Storage):
         if unusable:
             logger.warning("%s: left out objects with absolute names or '..': %s", self.uri, first_few(unusable))
 
+    def info(self, key: str) -> ObjectInfo:
+        found = self._fetch(key, 0, 1)
+        return ObjectInfo(key, found.size, found.etag)
+
     def exists(self, key: str) -> bool:
         def send(client: Any, _: Attempts) -> None:  # not a HEAD, whose errors do not state a cause
             try:
@@ -366,13 +370,14 @@ class S3Storage(Storage):
         if code(error) in REFUSED:
             return UserError(f"{where} rejects the AWS credentials ({code(error)}); {_CREDENTIAL_HINT}")
         if status(error) == 403:
-            return UserError(
+            return (CannotRead if action == "read" else UserError)(
                 f"access denied: these AWS credentials may not {action} {address} at {where}; "
                 "request that permission or use other credentials"
             )
         if status(error) == 301 or code(error) in ("PermanentRedirect", "AuthorizationHeaderMalformed"):
             return UserError(f"bucket {self.bucket!r} is in another region; set s3.region")
-        return UserError(f"cannot {action} {address} at {where}: {cause(error)}")
+        kind = CannotRead if action == "read" else UserError  # for example an archived object
+        return kind(f"cannot {action} {address} at {where}: {cause(error)}")
 
     def _replaced(self, key: str) -> Replaced:
         return Replaced(f"{self.uri}/{key} was replaced while it was being read; start again when nothing writes to it")
