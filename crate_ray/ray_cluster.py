@@ -111,20 +111,22 @@ def worker_resources(scaling: ScalingConfig, nodes: Sequence[Node]) -> tuple[dic
             "to train on CPUs, or set scaling.gpu true and scaling.cpus_per_worker if an autoscaler will add nodes"
         )
     if cpus is None:
-        eligible = [(cpu, gpu if use_gpu else cpu) for cpu, gpu in nodes if gpu or not use_gpu]
-
-        def room(cpus_each: int) -> int:
-            return sum(min(cpu // cpus_each, most) for cpu, most in eligible)
-
-        workers = min(scaling.max_workers, room(1))
+        room = workers_that_fit(nodes, 1, gpu=use_gpu)
+        workers = min(scaling.max_workers, room)
         if workers < needed:
             kind = "nodes with GPUs have" if use_gpu else "cluster has"
             raise UserError(
-                f"{needed} workers need a CPU each, the {kind} room for {room(1)}; lower scaling.workers, "
+                f"{needed} workers need a CPU each, the {kind} room for {room}; lower scaling.workers, "
                 "add nodes, or set scaling.cpus_per_worker if an autoscaler will add them"
             )
-        cpus = max(c for c in range(1, max(cpu for cpu, _ in eligible) + 1) if room(c) >= workers)
+        most = max(node.cpus for node in nodes)
+        cpus = max(c for c in range(1, most + 1) if workers_that_fit(nodes, c, gpu=use_gpu) >= workers)
     return ({"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}), use_gpu
+
+
+def workers_that_fit(nodes: Sequence[Node], cpus_each: int, *, gpu: bool) -> int:
+    """Number of workers with this many CPUs each, and a GPU each if `gpu`, that the nodes have room for."""
+    return sum(min(node.cpus // cpus_each, node.gpus if gpu else node.cpus) for node in nodes)
 
 
 def task_cpus(tasks: int, gpu: bool) -> int:

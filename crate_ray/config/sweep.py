@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from crate_ray.config.base import Advanced, ConfigFile, PositiveInt, RunName, Settings
 from crate_ray.config.evaluate import ProbeConfig
+from crate_ray.config.registry import ModelName
 from crate_ray.config.storage import S3Config
 from crate_ray.config.training import TrackingConfig
 
@@ -73,24 +74,43 @@ class SweepConfig(Settings):
     search: dict[str, SearchSpace]
     """Dotted pretraining settings to search over, with their values, such as
     {model.num_subspaces: {choice: [4, 8]}, optim.lr: {loguniform: [1e-4, 1e-2]}}."""
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """How values are chosen: from the results so far (Optuna's multivariate TPE), at random, or every combination of
+    choices and integers. No combination is tried twice."""
     trials: PositiveInt = 8
-    """Number of trials."""
+    """Largest number of trials. By default 8; for a grid all combinations; with `hours` up to 1,000."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """Hours after which no new trial starts, earlier starts of the sweep included."""
+    patience: PositiveInt | None = None
+    """Stop the sweep if this many trials in a row have not improved the best objective."""
+    min_delta: Advanced[Annotated[float, Field(ge=0)]] = 0.0
+    """Smallest change of the best objective that counts as an improvement for `patience`."""
+    warm_start: str | None = None
+    """Settings to try first: the folder of an earlier sweep, whose best trials are taken, or a YAML file of pretraining
+    settings, such as a best.yaml. Settings that are not searched, and values outside of their range, are left out."""
     max_concurrent: PositiveInt = 1
-    """Trials that run at the same time; each starts scaling.workers workers."""
-    objective: Literal["validation_loss", "probe_accuracy"] = "validation_loss"
-    """Objective to optimise: the masked loss on data.validation, or the accuracy of a linear probe."""
+    """Trials that run at the same time. They share the cluster equally; each starts scaling.workers workers."""
+    objective: Literal["validation_loss", "probe_accuracy", "knn_accuracy"] = "validation_loss"
+    """Objective to optimise: the masked loss on data.validation, or the accuracy of a linear probe or of k-NN on the
+    datasets of `probe`."""
     against: Literal["parameters", "images_per_second", "memory"] | None = None
     """A second objective. The search then looks for the best trade-offs: the number of parameters and the memory are to
     be small, the images per second many."""
     probe: ProbeConfig | None = None
-    """Linear probe; needed for objective probe_accuracy."""
+    """Labelled datasets and the linear probe; needed for objectives probe_accuracy and knn_accuracy."""
+    early_stopping: Literal["none", "asha", "median"] = "none"
+    """Stop bad trials early: those that are not among the best at a rung ('asha'), or whose best objective is worse
+    than the median of the other trials' means so far ('median'). The objective is measured every
+    training.validate_every steps."""
     grace_steps: PositiveInt | None = None
-    """Stop bad trials early (ASHA on the validation loss), but not before this many steps; off by default. Needs
-    training.validate_every and objective validation_loss."""
+    """Steps before which no trial is stopped early; by default a quarter of the run. Without early_stopping, this turns
+    on 'asha'."""
     reduction_factor: Advanced[Annotated[int, Field(ge=2)]] = 2
     """ASHA continues one of this many trials at each rung."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the search (Optuna's TPE)."""
+    """Seed of the search."""
+    register_best: ModelName | None = None
+    """Name of a registered model. The best trial's model becomes its new version when the sweep has ended."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow: one parent run for the sweep, one child run per trial."""
     s3: S3Config = S3Config()
@@ -104,16 +124,29 @@ class SweepConfig(Settings):
     @property
     def directions(self) -> dict[str, Literal["minimize", "maximize"]]:
         """Every objective by name, the first one first, and whether it is to be small or large."""
-        largest = {"probe_accuracy", "images_per_second"}
+        largest = {"probe_accuracy", "knn_accuracy", "images_per_second"}
         names = [self.objective, *([self.against] if self.against else [])]
         return {name: "maximize" if name in largest else "minimize" for name in names}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _grace_steps_mean_asha(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("grace_steps") and "early_stopping" not in values:
+            return {**values, "early_stopping": "asha"}
+        return values
+
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
-        if self.objective == "probe_accuracy" and self.probe is None:
-            raise ValueError("objective 'probe_accuracy' needs probe.train and probe.test")
-        if self.grace_steps and self.objective != "validation_loss":
-            raise ValueError("grace_steps (ASHA) needs objective 'validation_loss', which is measured during training")
+        if self.objective != "validation_loss" and self.probe is None:
+            raise ValueError(f"objective {self.objective!r} needs probe.train and probe.test")
+        if self.against and (self.early_stopping != "none" or self.patience):
+            raise ValueError(
+                "early_stopping and patience look at the first objective alone, and would end the search for "
+                "trade-offs too early; leave them out, or leave out `against`"
+            )
         if not self.search:
             raise ValueError("search is empty; name at least one setting to search over")
+        continuous = [name for name, space in self.search.items() if space.uniform or space.loguniform]
+        if self.sampler == "grid" and continuous:
+            raise ValueError(f"sampler 'grid' needs a choice or integers for each setting, not {continuous[0]}")
         return self

@@ -79,13 +79,20 @@ def reference_training_flops(config: CrateMAEConfig, batch_size: int) -> int:
 
 
 def _count(build: Callable[[Any], nn.Module], config: ModelConfig, batch_size: int) -> int:
-    """Count models with few layers and extrapolate. All layers of a stack are equal, and counting each takes time."""
+    return by_layers(build, config, lambda model: count_step(model, config, batch_size))
+
+
+def by_layers(build: Callable[[Any], nn.Module], config: ModelConfig, measure: Callable[[nn.Module], int]) -> int:
+    """Measure models on the meta device that have few layers, and extrapolate to the layers of the config.
+
+    All layers of a stack are equal, and measuring each takes time.
+    """
     assert config.decoder_depth is not None  # set by the config's validation
 
     def count(depth: int, decoder_depth: int) -> int:
         with torch.device("meta"):
             model = build(config.model_copy(update={"depth": depth, "decoder_depth": decoder_depth}))
-        return count_step(model.to("meta"), config, batch_size)  # buffers are on the meta device only now
+        return measure(model.to("meta"))  # buffers are on the meta device only now
 
     smallest = count(1, 1)
     encoder_layer, decoder_layer = count(2, 1) - smallest, count(1, 2) - smallest

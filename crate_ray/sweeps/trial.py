@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field, ValidationError
 from ray import tune
 
 from crate_ray.addresses import redact
-from crate_ray.config import PretrainConfig, Record, SweepConfig
-from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.config import ModelConfig, OnlineProbeConfig, PretrainConfig, Record, SweepConfig
 from crate_ray.errors import UserError, invalid_value
-from crate_ray.evaluation.probe import probe_encoder
-from crate_ray.models.exported import Normalizer
+from crate_ray.evaluation.online import measure_checkpoint
+from crate_ray.ray_cluster import cluster_nodes
 from crate_ray.runs.listener import Listener
-from crate_ray.runs.metrics import VALIDATION_LOSS
 from crate_ray.runs.planning import Run
 from crate_ray.runs.pretraining import open_pretraining
-from crate_ray.runs.references import load_encoder
 from crate_ray.storage.interface import Storage, open_storage
+from crate_ray.sweeps.objectives import DURING_TRAINING, Followed, num_parameters, objectives
+from crate_ray.sweeps.placement import trial_scaling
 from crate_ray.sweeps.space import trial_config
 from crate_ray.tracking.run_tracker import RunTracker
 from crate_ray.training.lifecycle import run_training
-from crate_ray.training.pretraining import PretrainTask, validation_loss
+from crate_ray.training.pretraining import PretrainTask
 
 PARENT_TAG, TRIAL_TAG = "mlflow.parentRunId", "crate_ray.trial"
 RECORDS = "results/"
+METRIC, STEP = "objective", "step"
+"""What a trial reports to Ray Tune."""
 
 
 class TrialRecord(Record):
@@ -49,10 +51,12 @@ class TrialRecord(Record):
     """Wall time of the trial over all its starts."""
     parameters: int = 0
     """Number of parameters of its model; 0 in records of earlier versions."""
+    number: int = 0
+    """Place in the order in which trials started, from 1; 0 in records of earlier versions."""
     step: int = 0
     """Optimizer steps done at that time."""
     losses: dict[int, float] = Field(default_factory=dict)
-    """Validation losses by step, as reported for early stopping."""
+    """Objectives during training by step, as reported for early stopping."""
     cause: str = ""
     """Why it failed or was pruned; empty otherwise."""
     run_key: str = ""
@@ -60,43 +64,90 @@ class TrialRecord(Record):
 
 
 def run_trial(suggested: dict[str, Any], sweep: SweepConfig, shared: dict[str, Any], parent_run: str) -> None:
-    """Train with sampled values, and report validation losses and the objective. Ray Tune calls this.
+    """Train with sampled values, and report the objective, during training and at the end. Ray Tune calls this.
 
     `suggested` comes from search.TrialSearch. The run of an interrupted trial resumes from its newest checkpoint.
     """
     trial, values = suggested["trial"], suggested["values"]
-    record = _Record(open_storage(sweep.storage, sweep.s3).under(sweep.name), trial, values)
+    folder = open_storage(sweep.storage, sweep.s3).under(sweep.name)
+    record = _Record(folder, TrialRecord(trial=trial, number=suggested["number"], values=values))
     try:
         config = trial_config(sweep, shared, values, f"trial-{trial}")
-        reporter = _Reporter(record, sweep.objective == "validation_loss")
+        scaling = trial_scaling(config.scaling, sweep.max_concurrent, cluster_nodes())
+        config = config.model_copy(update={"scaling": scaling, "probe": config.probe or _online_probe(sweep, config)})
+        reporter = _Reporter(sweep, record, config.model)
 
         def start(config: PretrainConfig) -> Run:
-            run = open_pretraining(config)
-            record.update(run_key=run.record.run_key)
+            run = _with_threads(open_pretraining(config))
+            record.update(run_key=run.record.run_key, parameters=num_parameters(config.model))
             reporter.total_steps = run.total_steps
             return run
 
-        def measure(run: Run, tracker: RunTracker) -> float:
-            objective = _objective(sweep, config, run, reporter.last_loss)
-            if sweep.objective == "probe_accuracy":
-                tracker.metrics(run.total_steps, {"probe_accuracy_encoder": objective}, int(time.time() * 1000))
-            return objective
+        def finish(run: Run, tracker: RunTracker) -> dict[str, float]:
+            found = objectives(sweep, run, reporter.followed, record.now.objectives)
+            if sweep.objective != "validation_loss":
+                metrics = {f"{sweep.objective}_encoder": found[sweep.objective]}
+                tracker.metrics(run.total_steps, metrics, int(time.time() * 1000))
+            return found
 
         tags = {TRIAL_TAG: trial} | ({PARENT_TAG: parent_run} if parent_run else {})
         finished = run_training(
-            config, PretrainTask, start, measure, listeners=[reporter], tags=tags, show_progress=False
+            config,
+            PretrainTask,
+            start,
+            finish,
+            listeners=[reporter],
+            tags=tags,
+            show_progress=False,
+            measure=measure_checkpoint,
         )
     except Exception as error:
         record.update(status="failed", cause=redact(" ".join(str(error).split()))[:500] or type(error).__name__)
         raise
-    objective, step = finished.result, finished.run.total_steps
-    record.update(status="finished", objective=objective, step=step)
-    tune.report({"objective": objective, "step": step})
+    found, step = finished.result or record.now.objectives, finished.run.total_steps
+    objective = found[sweep.objective]
+    record.update(status="finished", objective=objective, objectives=found, step=step)
+    tune.report({METRIC: objective, STEP: step, "objectives": found})
+
+
+def _online_probe(sweep: SweepConfig, config: PretrainConfig) -> OnlineProbeConfig | None:
+    """Measures the objective during training, if early stopping needs it and it is an accuracy."""
+    if sweep.early_stopping == "none" or sweep.objective == "validation_loss" or sweep.probe is None:
+        return None
+    given = sweep.probe.model_dump(include={"train", "test", "feature"})
+    return OnlineProbeConfig(**given, every=config.training.validate_every)
+
+
+def _with_threads(run: Run) -> Run:
+    """The run with the CPUs per worker of its first start, on which its results depend, also if the cluster changed."""
+    if not run.record.threads:
+        return run
+    scaling = run.config.scaling.model_copy(update={"cpus_per_worker": run.record.threads})
+    return replace(run, config=run.config.model_copy(update={"scaling": scaling}))
 
 
 def read_records(sweep: Storage) -> list[TrialRecord]:
     """The records of all trials in a sweep's folder, by id. Raises UserError if one is damaged."""
     return sorted((_read_record(sweep, info.key) for info in sweep.list(RECORDS)), key=lambda record: record.trial)
+
+
+class RecordReader:
+    """Reads the records of all trials again and again. A record is read only if it has changed.
+
+    Args:
+        sweep: the sweep's folder.
+    """
+
+    def __init__(self, sweep: Storage) -> None:
+        self._sweep = sweep
+        self._known: dict[str, tuple[str, TrialRecord]] = {}
+
+    def read(self) -> list[TrialRecord]:
+        """The records as `read_records` gives them."""
+        for info in self._sweep.list(RECORDS):
+            if self._known.get(info.key, ("",))[0] != info.etag:
+                self._known[info.key] = info.etag, _read_record(self._sweep, info.key)
+        return sorted((record for _, record in self._known.values()), key=lambda record: record.trial)
 
 
 def write_record(sweep: Storage, record: TrialRecord) -> None:
@@ -123,52 +174,38 @@ def _read_record(sweep: Storage, name: str) -> TrialRecord:
 class _Record:
     """The trial's record, written to storage at every change. That of an interrupted trial is continued."""
 
-    def __init__(self, sweep: Storage, trial: str, values: dict[str, Any]) -> None:
-        self._sweep = sweep
-        new = TrialRecord(trial=trial, values=values)
-        self._record = _read_record(sweep, _record_name(trial)) if sweep.exists(_record_name(trial)) else new
+    def __init__(self, sweep: Storage, new: TrialRecord) -> None:
+        self._sweep, self._began = sweep, time.monotonic()
+        name = _record_name(new.trial)
+        self.now = _read_record(sweep, name) if sweep.exists(name) else new
+        self._earlier = self.now.seconds
         self.update()
 
     def update(self, **changes: Any) -> None:
         """Change fields and write the record."""
-        self._record = self._record.model_copy(update=changes)
-        write_record(self._sweep, self._record)
-
-    def add_loss(self, step: int, loss: float) -> None:
-        """Add a validation loss."""
-        self.update(objective=loss, step=step, losses=self._record.losses | {step: loss})
+        seconds = self._earlier + time.monotonic() - self._began
+        self.now = self.now.model_copy(update={"seconds": seconds, **changes})
+        write_record(self._sweep, self.now)
 
 
 class _Reporter(Listener):
-    """Reports validation losses to Ray Tune, for early stopping."""
+    """Follows a trial. Reports its objective to Ray Tune during training, for early stopping."""
 
-    def __init__(self, record: _Record, report: bool) -> None:
-        self._record, self._report = record, report
+    def __init__(self, sweep: SweepConfig, record: _Record, model: ModelConfig) -> None:
+        self._sweep, self._record, self._model = sweep, record, model
+        self.followed = Followed()
         self.total_steps = 0
-        self.last_loss: float | None = None
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
-        """Report a validation loss."""
-        if VALIDATION_LOSS in values:
-            self.last_loss = values[VALIDATION_LOSS]
-            # Any report may end the trial's process. So run_trial reports the last loss, after the workers have ended.
-            if self._report and step < self.total_steps:
-                self._record.add_loss(step, self.last_loss)
-                tune.report({"objective": self.last_loss, "step": step})
-
-
-def _objective(settings: SweepConfig, config: PretrainConfig, run: Run, last_loss: float | None) -> float:
-    if settings.objective == "validation_loss" and last_loss is not None:
-        return last_loss
-    model, description = load_encoder(run.storage.uri, config.tracking, config.s3)
-
-    def dataset(uri: str) -> ShardSet:
-        return load_dataset(open_storage(uri, config.s3))
-
-    if settings.objective == "probe_accuracy" and settings.probe is not None:
-        train, test = dataset(settings.probe.train), dataset(settings.probe.test)
-        return probe_encoder(model, description, train, test, settings.probe).accuracy
-    # The run had finished before the trial was interrupted: measure its model again.
-    assert config.data.validation is not None
-    normalizer = Normalizer.of(description.mean, description.std, torch.device("cpu"))
-    return validation_loss(model, dataset(config.data.validation), config, normalizer, None)
+        """Report the objective, if it is among the values."""
+        self.followed.add(values)
+        objective = values.get(DURING_TRAINING.get(self._sweep.objective, ""))
+        # Any report may end the trial's process. So run_trial reports the last one, after the workers have ended.
+        if objective is None or step >= self.total_steps:
+            return
+        if not math.isfinite(objective):
+            raise UserError(f"{self._sweep.objective} is {objective} at step {step}; try lower learning rates")
+        known = {self._sweep.objective: objective, **self.followed.against(self._sweep, self._model)}
+        losses = {**self._record.now.losses, step: objective}
+        self._record.update(objective=objective, objectives=known, step=step, losses=losses)
+        tune.report({METRIC: objective, STEP: step})
