@@ -150,6 +150,12 @@ class RecordReader:
         return sorted((record for _, record in self._known.values()), key=lambda record: record.trial)
 
 
+def read_record(sweep: Storage, trial: str) -> TrialRecord | None:
+    """The record of a trial; None if there is none. Raises UserError if it is damaged."""
+    name = _record_name(trial)
+    return _read_record(sweep, name) if sweep.exists(name) else None
+
+
 def write_record(sweep: Storage, record: TrialRecord) -> None:
     """Write a trial's record to a sweep's folder."""
     sweep.write(_record_name(record.trial), record.model_dump_json().encode())
@@ -176,8 +182,7 @@ class _Record:
 
     def __init__(self, sweep: Storage, new: TrialRecord) -> None:
         self._sweep, self._began = sweep, time.monotonic()
-        name = _record_name(new.trial)
-        self.now = _read_record(sweep, name) if sweep.exists(name) else new
+        self.now = read_record(sweep, new.trial) or new
         self._earlier = self.now.seconds
         self.update()
 
