@@ -107,7 +107,7 @@ def _check_temporary_folder(environment: dict[str, str] | os._Environ[str]) -> N
     if name and length > _LONGEST_SOCKET:
         raise UserError(
             f"{name} is {folder}, whose name is {length - _LONGEST_SOCKET} bytes too long for Ray's sockets; set "
-            f"RAY_TMPDIR to a shorter one on the node's own disk, such as /tmp"
+            "RAY_TMPDIR to a shorter one on the node's own disk, such as /tmp"
         )
 
 

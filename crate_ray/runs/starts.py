@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from crate_ray.config import FinetuneConfig, PretrainConfig, Settings
 from crate_ray.config.identifiers import Count
-from crate_ray.runs.planning import Run
+from crate_ray.runs.planning import Run, RunConfig
 from crate_ray.runs.record import read_record
 from crate_ray.storage.interface import NotFound, Storage
 
@@ -55,15 +55,15 @@ class Start(Settings):
 
 def record_start(run: Run) -> Start:
     """Record a start of a run in its folder. Needs the run's lease (see planning.driver_lease)."""
-    before = _newest(run.storage)
+    last, before = _newest(run.storage)
     if before is None and run.first_step and (record := read_record(run.storage)):
-        before = Start(number=1, step=0, total_steps=0, config=record.config)
+        last, before = max(last, 1), record.config
     start = Start(
-        number=before.number + 1 if before else 1,
+        number=last + 1,
         step=run.first_step,
         total_steps=run.total_steps,
         config=run.config,
-        changed=changed_settings(before.config, run.config) if before else {},
+        changed=changed_settings(before, run.config) if before else {},
     )
     run.storage.write(f"{FOLDER}/{start.name}", start.model_dump_json(indent=2).encode())
     return start
@@ -84,15 +84,16 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _newest(storage: Storage) -> Start | None:
-    """The newest record. One that is damaged counts as one without changes: it is only for people."""
+def _newest(storage: Storage) -> tuple[int, RunConfig | None]:
+    """Number and settings of the newest start. A damaged record counts as one without settings: people read them."""
     found = [(int(match[1]), info.key) for info in storage.list(f"{FOLDER}/") if (match := _NAME.fullmatch(info.key))]
-    for number, key in sorted(found, reverse=True):
+    last = max(found, default=(0, ""))[0]
+    for _, key in sorted(found, reverse=True):
         try:
-            return Start.model_validate_json(storage.read_small(key)).model_copy(update={"number": number})
+            return last, Start.model_validate_json(storage.read_small(key)).config
         except (NotFound, ValidationError):
             continue
-    return None
+    return last, None
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""MLflow that cannot record a run stops it before it trains, and says why; what MLflow cannot take costs only itself."""
+"""MLflow that cannot record a run stops it before it trains, with the cause; what it cannot take costs only itself."""
 
 from __future__ import annotations
 
