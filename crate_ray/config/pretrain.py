@@ -74,6 +74,12 @@ class PretrainConfig(Settings):
     """Object storage."""
 
     @model_validator(mode="after")
+    def _check_decoder(self) -> Self:
+        if self.model.decoder_depth == 0:
+            raise ValueError("model.decoder_depth 0 is an encoder alone, which cannot be pretrained; give it layers")
+        return self
+
+    @model_validator(mode="after")
     def _check_keep_best(self) -> Self:
         by = self.checkpoint.keep_best_by
         if by != "validation_loss" and self.probe is None:

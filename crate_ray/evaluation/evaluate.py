@@ -57,12 +57,18 @@ def evaluate(
         extraction = Extraction(cache, config.s3, config.workers, config.gpu)
         classification = classify(all_evaluated, labelled[0], labelled[1], config, probe, extraction)
         said["classification"] = conclusions.on_classification(classification)
+    left_out = _left_out(config)
     if held_out:
         uri = held_out.storage.uri
-        log("reconstruction")
-        reconstruction, reconstructed = measure_reconstruction(all_evaluated, loaded, config.mask_ratios, uri, device)
-        pictures.append(figures.reconstruction_pictures(reconstructed))
-        said["reconstruction"] = conclusions.on_reconstruction(reconstruction)
+        if without := [evaluated.title for evaluated in all_evaluated if not evaluated.model.has_decoder]:
+            left_out["reconstruction"] = f"the {without[0]} has no decoder"
+        else:
+            log("reconstruction")
+            reconstruction, reconstructed = measure_reconstruction(
+                all_evaluated, loaded, config.mask_ratios, uri, device
+            )
+            pictures.append(figures.reconstruction_pictures(reconstructed))
+            said["reconstruction"] = conclusions.on_reconstruction(reconstruction)
         log("structure of the layers")
         structure = measure_structure(all_evaluated, loaded, uri, EPSILON, device)
         said["structure"] = conclusions.on_structure(structure)
@@ -82,7 +88,7 @@ def evaluate(
         model=ModelFacts.of(trained, config.model),
         baseline=ModelFacts.of(baseline, config.baseline or "") if baseline else None,
         settings=settings,
-        left_out=_left_out(config),
+        left_out=left_out,
         classification=classification,
         reconstruction=reconstruction,
         structure=structure,

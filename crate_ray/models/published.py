@@ -1,59 +1,97 @@
-"""Import and export of checkpoints in the form of the published code, exact in both directions.
+"""Import of published checkpoints of CRATE-MAE and ViT-MAE, and export of CRATE-MAE, exact in both directions.
 
-Files are read as tensors only (`weights_only=True` or safetensors), so that no code in them is ever executed.
+`checkpoint_file` reads the files, `published_vit` has the names of ViT-MAE.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import numpy as np
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from crate_ray.config import CRATE_PRESETS, CrateMAEConfig
+from crate_ray.config import CRATE_PRESETS, CrateMAEConfig, ViTMAEConfig
 from crate_ray.errors import UserError, invalid_value
+from crate_ray.models.checkpoint_file import listing, plain_tensors, read_checkpoint, saved_arguments
 from crate_ray.models.crate import CrateMAE
-from crate_ray.models.fit import check_not_empty, check_plain_zip, check_stored, safetensors_shapes
-from crate_ray.models.patches import sincos_positions
+from crate_ray.models.position_tables import position_table, table_grid
+from crate_ray.models.published_vit import is_vit, load_vit
+from crate_ray.models.vit import ViTMAE
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 UNUSED = (*POSITION_TABLES, "decoder_embed.weight", "decoder_embed.bias")
-"""Tensors of every published checkpoint that are not trained."""
+"""Tensors of every published checkpoint of CRATE-MAE that are not trained."""
 
-POSITION_TOLERANCE = 1e-6
+
+@overload
+def load_published(
+    source: str | Path | Mapping[str, Any], config: CrateMAEConfig, *, name: str | None = None
+) -> CrateMAE: ...
+
+
+@overload
+def load_published(
+    source: str | Path | Mapping[str, Any], config: ViTMAEConfig, *, name: str | None = None
+) -> ViTMAE: ...
+
+
+@overload
+def load_published(
+    source: str | Path | Mapping[str, Any],
+    config: CrateMAEConfig | ViTMAEConfig | None = None,
+    *,
+    name: str | None = None,
+) -> CrateMAE | ViTMAE: ...
 
 
 def load_published(
     source: str | Path | Mapping[str, Any],
-    config: CrateMAEConfig | None = None,
-) -> CrateMAE:
-    """Load a published checkpoint into a CRATE-MAE on the CPU, in the checkpoint's dtype.
+    config: CrateMAEConfig | ViTMAEConfig | None = None,
+    *,
+    name: str | None = None,
+) -> CrateMAE | ViTMAE:
+    """Load a published checkpoint of CRATE-MAE or ViT-MAE on the CPU, in the checkpoint's dtype.
 
     Parameters
     ----------
     source
-        A safetensors file (by its suffix) or a file of `torch.save`, or the content of one: tensors or NumPy arrays
-        by published name, at the top level or under 'model' or 'state_dict', with or without the prefix 'module.'.
+        A safetensors file or a file of `torch.save`, or the content of one: tensors or NumPy arrays by published name.
+        They may be stored under 'model', 'state_dict', 'teacher' and the like, and their names may begin with
+        'module.', '_orig_mod.' and the like.
     config
         Config of the model. By default it is inferred from the tensors' shapes, for a square grid of patches. No shape
-        depends on the number of subspaces, which is that of the preset with the same sizes. Settings that no shape
-        depends on (λ, η, mask ratio, loss) have the published defaults.
+        depends on the number of subspaces or heads, which is that of the published model with the same sizes. Settings
+        that no shape depends on (λ, η, mask ratio, loss) have the published defaults. The image size may be another one
+        than the checkpoint's, because positions are computed.
+    name
+        Name of the file in messages, if it is another one.
 
     Raises
     ------
     UserError
         If the file is not a checkpoint of tensors, names are missing or unexpected, the config cannot be inferred or
-        disagrees with the sizes, dtypes are mixed, or the position tables are not those of the model.
+        disagrees with the sizes, dtypes are mixed, or the positions are learned.
     """
-    state = _plain_state(_read(Path(source)) if isinstance(source, str | Path) else source)
+    content = read_checkpoint(Path(source), name) if isinstance(source, str | Path) else source
+    state = plain_tensors(content)
+    where = name or (str(source) if isinstance(source, str | Path) else "the checkpoint")
+    if is_vit(state):
+        if isinstance(config, CrateMAEConfig):
+            raise UserError(f"{where} is a checkpoint of ViT-MAE; set model.architecture vit_mae")
+        return load_vit(state, config, saved_arguments(content))
+    if isinstance(config, ViTMAEConfig):
+        if "blocks.0.layers.0.0.fn.qkv.weight" in state:
+            raise UserError(f"{where} is a checkpoint of CRATE-MAE; set model.architecture crate_mae")
+        raise UserError(f"{where} is not a checkpoint of ViT-MAE: it has no blocks.0.attn.qkv.weight")
+    return _load_crate(state, config)
+
+
+def _load_crate(state: Mapping[str, Tensor], config: CrateMAEConfig | None) -> CrateMAE:
     sizes = _sizes(state)
     if config is None:
         config = _infer_config(sizes)
@@ -75,12 +113,13 @@ def load_published(
         if state[name].shape != own_shapes[own]
     ]
     if wrong:
-        raise UserError(f"shapes in the checkpoint differ from those of the config: {_listing(wrong)}")
-    _check_positions(state, config)
+        raise UserError(f"shapes in the checkpoint differ from those of the config: {listing(wrong)}")
+    same_grid = _check_positions(state, config)
 
     model = CrateMAE(config).to(dtypes.pop())
     model.load_state_dict({own: state[name] for name, own in names.items()})
-    model.unused_published = {name: state[name].clone() for name in UNUSED}
+    unused = UNUSED if same_grid else [name for name in UNUSED if name not in POSITION_TABLES]
+    model.unused_published = {name: state[name].clone() for name in unused}
     return model
 
 
@@ -100,7 +139,7 @@ def export_published(model: CrateMAE) -> dict[str, Tensor]:
     exported = {name: own[own_name].detach().cpu().clone() for name, own_name in _parameter_names(model.config)}
     # load_published would not recognise tables of lower precision than float32.
     dtype = exported["cls_token"].dtype
-    table = _position_table(model.config).to(torch.promote_types(dtype, torch.float32))
+    table = position_table(model.config.dim, model.config.grid_hw).to(torch.promote_types(dtype, torch.float32))
     dim = model.config.dim
     fresh = {
         "pos_embed": table,
@@ -140,54 +179,16 @@ def _parameter_names(config: CrateMAEConfig) -> Iterator[tuple[str, str]]:
             yield f"{layer}.{map_index}.fn.weight", f"{own}.{map_weight}"
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            check_not_empty(safetensors_shapes(path))
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            check_plain_zip(path)
-            # MAE's training script saves its parsed arguments with the weights. They are plain attributes, not code.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise any exception
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{path} is not a readable checkpoint of tensors, and nothing in it was executed "
-            f"({type(error).__name__}: {reason})"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    return content
-
-
-def _plain_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), Mapping):
-            content = content[key]
-    state: dict[str, Tensor] = {}
-    for name, value in content.items():
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(np.array(value))
-        if not isinstance(value, Tensor):
-            raise UserError(f"entry {name!r} of the checkpoint is a {type(value).__name__}, not a tensor")
-        try:
-            check_stored(str(name), value)
-        except ValueError as error:
-            raise UserError(f"the checkpoint is damaged: {error}") from None
-        state[str(name).removeprefix("module.")] = value.detach().cpu()
-    return state
-
-
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sizes of the model, inferred from the shapes, by their name in the config or a description."""
     kernel, table, qkv = "patch_embed.proj.weight", "decoder_pos_embed", "blocks.0.layers.0.0.fn.qkv.weight"
     dimensions = {kernel: 4, table: 3, qkv: 2}
     missing = [name for name in dimensions if name not in state]
     if missing:
-        raise UserError(f"this is not a published CRATE-MAE checkpoint: missing {_listing(missing)}")
+        raise UserError(
+            f"this is a checkpoint of neither CRATE-MAE nor ViT-MAE: missing {listing(missing)}; its names are "
+            f"{listing(sorted(state), 4) or 'none'}"
+        )
     for name, expected in dimensions.items():
         if state[name].ndim != expected:
             raise UserError(f"{name} of the checkpoint has {state[name].ndim} dimensions instead of {expected}")
@@ -252,7 +253,7 @@ def _check_sizes(sizes: Mapping[str, Any], config: CrateMAEConfig) -> None:
     wrong = [
         f"{name} is {sizes[name]} in the checkpoint and {expected} in the config"
         for name, expected in _config_sizes(config).items()
-        if sizes[name] != expected
+        if sizes[name] != expected and name != "number of patches"  # positions are computed
     ]
     if wrong:
         raise UserError(f"the config does not match the checkpoint: {'; '.join(wrong)}")
@@ -260,46 +261,24 @@ def _check_sizes(sizes: Mapping[str, Any], config: CrateMAEConfig) -> None:
 
 def _check_names(state: Mapping[str, Tensor], expected: set[str]) -> None:
     missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-    parts = [f"missing {_listing(missing)}"] if missing else []
-    parts += [f"unexpected {_listing(unexpected)}"] if unexpected else []
+    parts = [f"missing {listing(missing)}"] if missing else []
+    parts += [f"unexpected {listing(unexpected)}"] if unexpected else []
     if parts:
         raise UserError(f"the checkpoint's names are not those of a published CRATE-MAE: {'; '.join(parts)}")
 
 
-def _check_positions(state: Mapping[str, Tensor], config: CrateMAEConfig) -> None:
-    shape = (1, config.num_patches + 1, config.dim)
+def _check_positions(state: Mapping[str, Tensor], config: CrateMAEConfig) -> bool:
+    """Whether the position tables are those of the config's grid. Raises UserError if they are of none."""
+    shape = state[POSITION_TABLES[1]].shape  # `_sizes` has checked this one
     for name in POSITION_TABLES:
         if state[name].shape != shape:
-            raise UserError(f"{name} of the checkpoint has shape {tuple(state[name].shape)}, not {shape}")
-    ours = _position_table(config).double()
-    for name in POSITION_TABLES:
-        theirs = state[name]
-        tolerance = POSITION_TOLERANCE
-        if theirs.is_floating_point():  # a checkpoint in half precision rounds its tables
-            tolerance = max(tolerance, torch.finfo(theirs.dtype).eps if theirs.element_size() < 4 else 0)
-        difference = (theirs.double() - ours).abs().max().item()
-        if not difference <= tolerance:
-            grid = " × ".join(map(str, config.grid_hw))
-            raise UserError(
-                f"{name} of the checkpoint differs by up to {difference:.2g} from the sine-cosine positions of a grid "
-                f"of {grid} patches; for another grid pass a config with its image_size"
-            )
-
-
-def _position_table(config: CrateMAEConfig) -> Tensor:
-    """The published table (1, 1 + N, D): a zero position for the CLS token, then the grid's."""
-    return torch.nn.functional.pad(sincos_positions(config.dim, config.grid_hw), (0, 0, 1, 0))
+            raise UserError(f"{name} of the checkpoint has shape {tuple(state[name].shape)}, not {tuple(shape)}")
+    grids = {table_grid(name, state[name], config.dim, config.grid_hw) for name in POSITION_TABLES}
+    return grids == {config.grid_hw}
 
 
 def _require_published_form(config: CrateMAEConfig) -> None:
-    switches = {"output_map": "learned", "attention": "softmax", "decoder_maps": "free", "encoder_tokens": "all"}
-    other = [name for name, value in switches.items() if getattr(config, name) != value]
-    if other:
-        raise UserError(f"published checkpoints exist only with the default of {_listing(other)}")
+    if config.unpublished:
+        raise UserError(f"published checkpoints exist only with the default of {listing(config.unpublished)}")
     if config.num_subspaces == 1 and config.subspace_dim == config.dim:
         raise UserError("the published model has no output map W if there is one subspace of the full dimension")
-
-
-def _listing(names: list[str], limit: int = 8) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

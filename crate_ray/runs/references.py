@@ -6,7 +6,8 @@
     runs/mine/model                             an exported model (model.safetensors and model.json)
     models:/<name>@<alias>, models:/<name>/<version>    a model in MLflow's registry
     runs:/<id>, <id>                            a run by its MLflow id; also with @<step> or @best
-    weights.pth, published:<file>               a checkpoint of the published code (.pth .pt .ckpt .bin .safetensors)
+    weights.pth, published:<file>               a published checkpoint of CRATE-MAE or ViT-MAE (.pth .pt .ckpt .bin
+                                                .safetensors, also .pth.tar)
 
 Folders and files may be local or on S3 (s3://bucket/prefix).
 """
@@ -16,14 +17,14 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
-from crate_ray.config import CrateMAEConfig, ModelConfig, S3Config, TrackingConfig
+from crate_ray.config import CrateMAEConfig, ModelConfig, S3Config, TrackingConfig, ViTMAEConfig
 from crate_ray.errors import UserError
-from crate_ray.models import CrateMAE, MaskedAutoencoder, load_published
+from crate_ray.models import CrateMAE, MaskedAutoencoder, ViTMAE, load_published
 from crate_ray.models.classifier import Classifier
 from crate_ray.models.exported import (
     DESCRIPTION_FILE,
@@ -40,7 +41,7 @@ from crate_ray.runs.mlflow_lookup import download_registered, run_storage
 from crate_ray.runs.record import RUN_FILE
 from crate_ray.storage.interface import Storage, open_storage
 
-PUBLISHED_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+PUBLISHED_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".pt.tar", ".ckpt.tar")
 FORMS = (
     "a run's folder (its newest checkpoint), <run>@<step>, <run>@best (lowest validation loss), a checkpoint's folder, "
     "the folder of an exported model, models:/<name>@<alias>, models:/<name>/<version>, runs:/<MLflow run id>, or a "
@@ -92,7 +93,7 @@ def parse(text: str) -> Reference:
         return Reference(text, "registered", text)
     if text.startswith(_PUBLISHED):
         return Reference(text, "published", text.removeprefix(_PUBLISHED))
-    if PurePosixPath(text).suffix in PUBLISHED_SUFFIXES and not text.endswith("/"):
+    if text.rpartition("/")[2].lstrip(".").endswith(PUBLISHED_SUFFIXES):
         return Reference(text, "published", text)
     if checkpoint := _CHECKPOINT.fullmatch(text):
         return Reference(text, "folder", "." if checkpoint[1] is None else checkpoint[1] or "/", checkpoint[2])
@@ -192,11 +193,13 @@ def load_weights(text: str, model: ModelConfig, tracking: TrackingConfig, s3: S3
     reference = _without_suffix_trap(parse(text), s3)
     if reference.kind != "published":
         return load_encoder(text, tracking, s3)[0].state_dict()
-    if not isinstance(model, CrateMAEConfig):
+    found = _download_published(reference.path, model, s3)
+    if not found.has_decoder:
         raise UserError(
-            f"{text} is a published CRATE-MAE checkpoint; set model.architecture crate_mae to start from it"
+            f"{text} holds an encoder without a decoder, which pretraining needs; give a checkpoint with both, or use "
+            "this one with finetune, evaluate, embed or register"
         )
-    return _download_published(reference.path, model, s3).state_dict()
+    return found.state_dict()
 
 
 def load_model(
@@ -229,15 +232,22 @@ def _without_suffix_trap(reference: Reference, s3: S3Config) -> Reference:
     return reference
 
 
-def _download_published(path: str, config: CrateMAEConfig | None, s3: S3Config) -> CrateMAE:
+def _download_published(path: str, config: CrateMAEConfig | ViTMAEConfig | None, s3: S3Config) -> CrateMAE | ViTMAE:
     parent, _, name = path.rpartition("/")
+    storage = open_storage(parent or ("/" if path.startswith("/") else "."), s3)
+    if (file := storage.local_path(name)) is not None:
+        return _evaluated(load_published(file, config, name=path))
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         local = Path(temporary) / name
-        open_storage(parent or ("/" if path.startswith("/") else "."), s3).download(name, local)
-        return load_published(local, config).float().eval()
+        storage.download(name, local)
+        return _evaluated(load_published(local, config, name=path))
 
 
-def _describe_published(model: CrateMAE, text: str) -> ModelDescription:
+def _evaluated(model: CrateMAE | ViTMAE) -> CrateMAE | ViTMAE:
+    return model.float().eval()
+
+
+def _describe_published(model: CrateMAE | ViTMAE, text: str) -> ModelDescription:
     """Describe a published model. Like MAE, it was trained on images normalised with ImageNet's statistics."""
     if model.config.channels != len(_IMAGENET_MEAN):
         raise UserError(f"{text} is a model of {model.config.channels} channels; published checkpoints have 3")

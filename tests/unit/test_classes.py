@@ -121,6 +121,7 @@ def indexed(folder: Path, labels: list[bytes | None], colours: list[str]) -> Sha
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
             sample = {"__key__": f"{number:03d}", "png": path.read_bytes()}
             writer.write(sample | ({} if label is None else {"cls": label}))
+            path.unlink()
     storage = LocalStorage(folder)
     index_existing(storage)
     return load_dataset(storage)
@@ -224,10 +225,31 @@ def test_class_numbers_with_gaps_take_no_memory_in_a_probe(tmp_path: Path) -> No
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
-def test_samples_without_a_class_are_counted(tmp_path: Path, train: ShardSet) -> None:
+def test_samples_without_a_class_are_counted(tmp_path: Path, train: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
     colours = ["ant", "bee"] * 6
     shards = indexed(tmp_path / "some", [None, b"cat", b"3.0", b"-1", *[b"0", b"1"] * 4], colours)
     assert shards.manifest.num_classes is None
+    told = "some counts as unlabelled: 4 of 12 samples have no class number 0, 1, 2, … in 'cls': x-000000.tar/000 (no "
+    assert told + "'cls'), x-000000.tar/001 ('cls' is 'cat'), x-000000.tar/002 ('cls' is '3.0'), x-0" in caplog.text
+    caplog.clear()
+    storage = LocalStorage(tmp_path / "again")
+    pack(open_source(shards.storage), storage, PrepareConfig(source="x", output=storage.uri))
+    assert "again counts as unlabelled: 4 of 12 samples have no class number" in caplog.text
+    assert "('cls' is 'cat')" in caplog.text
+    caplog.clear()
+    indexed(tmp_path / "none", [None] * 12, colours)
+    assert "unlabelled" not in caplog.text
+    assert indexed(tmp_path / "large", [b"0", b"70000"] * 6, colours).manifest.num_classes == 70001
+    assert "the class numbers in 'cls' go up to 70000, and there are 12 samples" in caplog.text
+    # 10¹² is no class: such a sample is a bad one, and is counted before memory is taken for it.
+    wrong = indexed(tmp_path / "wrong", [b"0", b"1", b"1000000000000", *[b"0", b"1"] * 5], [*colours, "cat"])
+    assert wrong.manifest.num_classes == 2
+    assert "x-000000.tar/002 (its class number is not below" in caplog.text
+    bad: dict[str, str] = {}
+    model = ByColour(("ant", "bee"))
+    config = FinetuneConfig.model_validate({"data": {"train": "x"}, "training": {"steps": 1}, "model": "x"})
+    measure_accuracy(model, wrong, config.data, Normalizer.of(DESCRIPTION.mean, DESCRIPTION.std), bad=bad)
+    assert bad == {"002": "no_label"}
     probe = ProbeConfig(train="", test="")
     config = EvaluateConfig(model="x", probe=probe)
     for pair in ((shards, train), (train, shards)):

@@ -25,6 +25,8 @@ def test_contents_and_labels_of_good_samples() -> None:
     assert found.labels == [3, 0] and found.errors == [None, None]
     assert sample_contents(GOOD, ["jpg"], "ignored").labels == [NO_LABEL, NO_LABEL]
     assert sample_contents([], ["jpg"], "required") == ([], [], [])
+    lines = [sample("a", jpg=b"A", cls=b"3\n"), sample("b", jpg=b"B", cls=b" 12 \r\n")]
+    assert sample_contents(lines, ["jpg"], "required").labels == [3, 12]
 
 
 def test_the_first_suffix_in_the_dataset_order_counts() -> None:
@@ -44,7 +46,7 @@ def test_bad_samples_have_a_key_and_a_cause_and_leave_the_others_alone(suffixes:
     assert found.errors[0] is None and found.errors[3] is None
 
 
-@pytest.mark.parametrize("label", [None, b"", b"dog", b"-5", b"1.5"])
+@pytest.mark.parametrize("label", [None, b"", b"dog", b"-5", b"1.5", b"3.0", b"-1", b"+3", b"1_0", b"1 0"])
 @pytest.mark.parametrize("use", ["required", "optional", "ignored"])
 def test_a_missing_label_is_an_error_only_if_labels_are_required(label: bytes | None, use: LabelUse) -> None:
     odd = sample("odd", jpg=b"X") if label is None else sample("odd", jpg=b"X", cls=label)

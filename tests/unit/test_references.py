@@ -29,7 +29,7 @@ from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
 from crate_ray.evaluation.job import evaluate_model
 from crate_ray.models import CrateMAE, export_published
-from crate_ray.models.exported import load_exported
+from crate_ray.models.exported import ModelDescription, export_model, load_exported
 from crate_ray.runs.commits import BEST, committed
 from crate_ray.runs.export import export_run
 from crate_ray.runs.mlflow_lookup import find_run
@@ -210,11 +210,19 @@ def test_what_does_not_exist_is_one_sentence(store: Store, tmp_path: Path) -> No
     assert not (tmp_path / "absent.db").exists()
 
 
+def untracked() -> tuple[dict[str, torch.Tensor], ModelDescription]:
+    """A model whose run MLflow does not know."""
+    model = CrateMAE.from_preset("tiny", image_size=32)
+    description = ModelDescription(model=model.config, mean=(0.5,) * 3, std=(0.2,) * 3, kind="image", run_key="9" * 32)
+    return model.state_dict(), description
+
+
 def test_a_version_says_which_checkpoint_it_is(store: Store) -> None:
     (version,) = list_versions("mine", store.tracking)
     assert (version.tags["step"], version.tags["run"]) == ("4", store.run.uri)
-    with pytest.raises(UserError, match=r"has no record of the run that trained \S+mae.pth"):
-        register(str(store.folder / "mae.pth"), "other", store.tracking, S3)
+    export_model(store.folder / "unknown", *untracked())
+    with pytest.raises(UserError, match=r"has no record of the run that trained \S+unknown"):
+        register(str(store.folder / "unknown"), "other", store.tracking, S3)
 
 
 def test_an_evaluation_says_which_step_it_measures(

@@ -14,6 +14,8 @@ from crate_ray.data.format.samples import Sample, class_number
 from crate_ray.data.read.bad_samples import SampleError
 from crate_ray.data.read.shard_reader import Unreadable
 
+_DIGITS = b"0123456789 \t\r\n"
+
 NO_LABEL = -1
 """Label of a sample without a class."""
 
@@ -69,8 +71,11 @@ def _encoded(
 def _labels(samples: Sequence[Sample | Unreadable], errors: list[SampleError | None], *, required: bool) -> list[int]:
     """Class numbers. If they are required, samples without one get an error."""
     with suppress(KeyError, ValueError):  # fast path: nearly always, every sample has a valid label
-        labels = [int(bytes(sample.members["cls"])) for sample in samples]
-        if min(labels, default=0) >= 0 and max(labels, default=0) < MAX_CLASSES:
+        contents = [bytes(sample.members["cls"]) for sample in samples]
+        labels = list(map(int, contents))
+        text = b"".join(contents)
+        plain = text.isdigit() or not text.translate(None, _DIGITS)  # int() also reads '+3' and '1_0'
+        if plain and max(labels, default=0) < MAX_CLASSES:
             return labels
     labels = []
     for i, sample in enumerate(samples):
