@@ -14,7 +14,8 @@ class DataConfig(Settings):
 
     train: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | str
     """Training dataset: local folder or s3://bucket/prefix of prepared shards. Or several datasets with their relative
-    shares of every batch: {s3://data/photos: 3, s3://data/drawings: 1}."""
+    shares of every batch: {s3://data/photos: 3, s3://data/drawings: 1}. On the command line also
+    s3://data/photos=3,s3://data/drawings=1."""
     validation: str | None = None
     """Held-out dataset for the masked validation loss and the pictures."""
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)

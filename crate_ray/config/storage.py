@@ -13,7 +13,8 @@ class S3Config(Settings):
     """Access to S3. Credentials come only from the usual AWS chain: environment, ~/.aws, instance role."""
 
     endpoint_url: ServerAddress | None = None
-    """Address of an S3-compatible store, such as http://127.0.0.1:7480; by default AWS_ENDPOINT_URL, or AWS itself."""
+    """Address of an S3-compatible store, such as http://127.0.0.1:7480; by default that of the AWS
+    chain (AWS_ENDPOINT_URL, ~/.aws/config), or AWS itself."""
     region: Advanced[str | None] = None
     """Region name; by default that of the AWS chain."""
     connect_timeout: Advanced[Annotated[float, Field(gt=0)]] = 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,7 +178,7 @@ def numbers(config_class: type[BaseModel], prefix: str = "") -> dict[str, int]:
         text, name = str(field.annotation), prefix + (field.alias or python_name)
         for group in models_in(field.annotation):
             found |= numbers(group, f"{name}.")
-        if "float" in text and "dict" not in text:
+        if re.search(r"\bfloat\b", text) and "dict" not in text:
             found[name] = 2 if "tuple" in text else 1
     return found
 
