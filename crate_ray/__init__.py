@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crate_ray.models.backbone import Backbone
     from crate_ray.runs.references import load_model
 
-__all__ = ["load_model"]
+__all__ = ["Backbone", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from crate_ray.runs.references import load_model
 
         return load_model
+    if name == "Backbone":
+        from crate_ray.models.backbone import Backbone
+
+        return Backbone
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

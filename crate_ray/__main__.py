@@ -20,6 +20,7 @@ COMMANDS = {
     "sweep": "search over pretraining settings",
     "register": "add a model to the MLflow registry, promote a version, list versions",
     "embed": "compute an embedding of every sample of a dataset",
+    "export": "write a model as ONNX, torch.export, safetensors or for Hugging Face",
     "benchmark": "measure data loading, training, overhead and scaling",
     "configs": "list, show and copy example configurations",
 }

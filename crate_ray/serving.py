@@ -10,12 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from crate_ray.bounded import MAX_MEMBER_BYTES, read_small
 from crate_ray.config import Feature
 from crate_ray.data.decode.errors import DecodeError
+from crate_ray.data.decode.pillow import to_eight_bits
 from crate_ray.data.decode.received import received_image
 from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import Crops, Int64, centre_crops
@@ -118,6 +122,68 @@ class Predictor:
     def load(self, items: Sequence[bytes | NDArray[Any]]) -> Tensor:
         """Decode images for the model; see `load_all`."""
         return load_all(items, self.description)
+
+
+class Preprocessor:
+    """Turns pictures into the normalised batch that a model takes, with the crop and the resizing of evaluation.
+
+    `crate_ray.load_model` gives it to each model as `model.preprocess`.
+
+    Args:
+        description: the model's description.
+    """
+
+    def __init__(self, description: ModelDescription) -> None:
+        self.description = description
+        self._normalizer = Normalizer.of(description.mean, description.std)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel that is subtracted (images are on the scale 0 to 1)."""
+        return self.description.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel, by which the input is divided."""
+        return self.description.std
+
+    def __call__(self, images: Any) -> Tensor:
+        """Preprocess one picture or a list of them, of any size.
+
+        Args:
+            images: PIL images, encoded images (bytes), paths of files, or uint8 arrays (H, W) or (H, W, channels); for
+                grids, arrays (channels, H, W) or the bytes or path of a .npy file. A 4-D array is a batch.
+
+        Returns:
+            (B, channels, H, W), float32 on the CPU.
+
+        Raises:
+            UserError: a picture cannot be used.
+        """
+        several = isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4)
+        items = list(images) if several else [images]
+        out, errors = load_received([self._plain(item) for item in items], self.description)
+        for number, error in enumerate(errors, 1):
+            if error is not None:
+                raise UserError(f"image {number} of {len(items)} cannot be used: {error}")
+        return self._normalizer(out)
+
+    def _plain(self, item: Any) -> Any:
+        """Bytes or an array of a picture."""
+        if isinstance(item, str | Path):
+            try:
+                return read_small(Path(item), MAX_MEMBER_BYTES)
+            except OSError as error:
+                raise UserError(f"{item} cannot be read: {error.strerror or error}") from None
+        channels = self.description.model.channels
+        if isinstance(item, Image.Image):
+            upright = ImageOps.exif_transpose(item)
+            return np.asarray(to_eight_bits(upright).convert("L" if channels == 1 else "RGB")).reshape(
+                upright.height, upright.width, -1
+            )
+        if isinstance(item, np.ndarray) and item.ndim == 2 and self.description.kind == "image":
+            return np.repeat(item[:, :, None], channels, axis=2)
+        return item
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from crate_ray.config.compare import CompareConfig
 from crate_ray.config.data import DataConfig
 from crate_ray.config.embed import EmbedConfig
 from crate_ray.config.evaluate import EvaluateConfig, Feature, ProbeConfig
+from crate_ray.config.export import ExportConfig
 from crate_ray.config.finetune import FINETUNE_RECIPES, AugmentConfig, ClassifierConfig, FinetuneConfig, Pooling
 from crate_ray.config.models import (
     CRATE_PRESETS,
@@ -52,6 +53,7 @@ __all__ = [
     "DataConfig",
     "EmbedConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "Feature",
     "FinetuneConfig",
     "Fraction",

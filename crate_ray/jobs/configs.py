@@ -24,6 +24,7 @@ JOBS: dict[str, tuple[type[config.Settings], ...]] = {
     "register promote": (config.PromoteConfig,),
     "register list": (config.ListConfig,),
     "embed": (config.EmbedConfig,),
+    "export": (config.ExportConfig,),
     "benchmark data": (config.BenchmarkDataConfig,),
     "benchmark order": (config.BenchmarkOrderConfig,),
     "benchmark train": (config.BenchmarkTrainConfig,),

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from crate_ray.config import ClassifierConfig, CrateMAEConfig, ViTMAEConfig
 from crate_ray.models.autoencoder import MaskedAutoencoder
 from crate_ray.models.crate import CrateMAE
+from crate_ray.models.preprocess import Preprocess
 from crate_ray.models.vit import ViTMAE
-
-_DECODER = ("mask_token", "encoder_norm", "decoder_embed", "decoder", "decoder_norm", "prediction")
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,14 @@ class Classifier(nn.Module):
     fresh, from torch's global generator; `load_encoder` loads those of a pretrained model.
     """
 
+    preprocess: Preprocess
+    """Turns pictures into the input. `crate_ray.load_model` sets it; a model that is built has none."""
+
     def __init__(self, encoder: CrateMAEConfig | ViTMAEConfig, config: ClassifierConfig) -> None:
         super().__init__()
         autoencoder = CrateMAE(encoder) if isinstance(encoder, CrateMAEConfig) else ViTMAE(encoder)
-        for name in _DECODER:
-            delattr(autoencoder, name)
+        autoencoder.drop_decoder()
+        del autoencoder.encoder_norm
         self.autoencoder: MaskedAutoencoder = autoencoder
         """The model without its decoder; only `embed` and `run_layer` work."""
         self.encoder_config, self.config = encoder, config

@@ -39,6 +39,7 @@ from crate_ray.runs.commits import BEST, CHECKPOINT_FOLDER, Which
 from crate_ray.runs.export import export_run
 from crate_ray.runs.mlflow_lookup import download_registered, run_storage
 from crate_ray.runs.record import RUN_FILE
+from crate_ray.serving import Preprocessor
 from crate_ray.storage.interface import Storage, open_storage
 
 PUBLISHED_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".pt.tar", ".ckpt.tar")
@@ -214,12 +215,15 @@ def load_model(
         s3: where S3 is; by default the usual AWS settings.
 
     Returns:
-        A masked autoencoder or a fine-tuned classifier, a torch module in evaluation mode on the CPU.
+        A masked autoencoder or a fine-tuned classifier, a torch module in evaluation mode on the CPU. It takes
+        normalised images; `model.preprocess(images)` makes them (see serving.Preprocessor).
 
     Raises:
         UserError: there is no such model.
     """
-    return load(reference, tracking or TrackingConfig(), s3 or S3Config())[0]
+    model, description = load(reference, tracking or TrackingConfig(), s3 or S3Config())
+    model.preprocess = Preprocessor(description)
+    return model
 
 
 def _without_suffix_trap(reference: Reference, s3: S3Config) -> Reference:

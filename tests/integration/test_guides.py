@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import boto3
@@ -118,6 +119,8 @@ def test_the_commands_of_the_guides_work(
             name = words[0]
             if shlex.join(words) in done or words[-1] in ("s3://data/photos", "benchmark"):
                 continue  # packed before, since other guides need it earlier
+            if "onnx" in words and find_spec("onnxscript") is None:
+                continue  # an optional package
             done.add(shlex.join(words))
             if "--training.epochs" in words:
                 at = words.index("--training.epochs")

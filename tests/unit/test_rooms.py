@@ -28,6 +28,7 @@ ROOMS = (
     ("tracking",),
     ("training",),
     ("evaluation", "finetuning"),
+    ("exporting",),
     ("sweeps",),
     ("comparison",),
     ("benchmarks",),

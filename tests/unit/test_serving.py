@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlflow
 import numpy as np
@@ -26,13 +26,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
 from PIL import Image
 
+import crate_ray
 from crate_ray.addresses import Address
 from crate_ray.config import ClassifierConfig, CrateMAEConfig
 from crate_ray.data.decode.errors import DecodeError
 from crate_ray.data.decode.received import received_image
+from crate_ray.errors import UserError
 from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
-from crate_ray.models.exported import ModelDescription, export_model
+from crate_ray.models.exported import ModelDescription, export_model, read_description
 from crate_ray.serving import FeatureExtractor, Predictor, load_images
 from crate_ray.tracking.flavor import log_model
 
@@ -280,3 +282,87 @@ def test_a_served_model_runs_in_an_environment_made_of_its_own_requirements(
     absent = subprocess.run([python, "-c", "import boto3"], capture_output=True, check=False)
     assert absent.returncode != 0  # else it would show nothing
     serve(python, folder, images, ())
+
+
+# --- What load_model's preprocess takes ------------------------------------------------------------------------------
+
+
+def exported(folder: Path, channels: int, kind: Literal["image", "grid"]) -> Any:
+    """A model of 16 × 24 pixels with uneven statistics, as load_model gives it."""
+    model = CrateMAEConfig(image_size=(16, 24), patch_size=4, dim=16, num_subspaces=2, depth=1, channels=channels)
+    mean, std = tuple(0.1 * (i + 1) for i in range(channels)), tuple(0.3 + 0.1 * i for i in range(channels))
+    export_model(folder, build_model(model).state_dict(), ModelDescription(model=model, mean=mean, std=std, kind=kind))
+    return crate_ray.load_model(str(folder))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "I;16"])
+def test_a_loaded_model_takes_every_form_of_a_picture(channels: int, mode: str, tmp_path: Path) -> None:
+    model = exported(tmp_path / "model", channels, "image")
+    random = np.random.default_rng(0)
+    if mode == "I;16":
+        picture = Image.fromarray(random.integers(0, 2**16, (50, 70), np.uint16))
+    else:
+        blobs = Image.fromarray(random.integers(0, 256, (5, 7, 3), np.uint8))
+        picture = blobs.resize((70, 50), Image.Resampling.BILINEAR).convert(mode)
+    picture.getexif()[0x0112] = 6  # to be turned by 90 degrees
+    picture.save(tmp_path / "picture.png", exif=picture.getexif())
+    content = (tmp_path / "picture.png").read_bytes()
+    found = model.preprocess(content)
+    assert found.shape == (1, channels, 16, 24) and found.dtype == torch.float32
+    with Image.open(tmp_path / "picture.png") as opened:
+        for path in (tmp_path / "picture.png", str(tmp_path / "picture.png")):
+            assert torch.equal(model.preprocess(path), found)
+        for form in (opened, picture):  # turned before they are resized instead of after
+            levels = (model.preprocess(form) - found) * 255 * torch.tensor(model.preprocess.std)[:, None, None]
+            assert levels.abs().max() < 3 and levels.abs().mean() < 0.5
+            assert model.preprocess(form).std() > 0.1
+    assert torch.equal(model.preprocess([content, content]), found.repeat(2, 1, 1, 1))
+    # Undone, it is what the job of embedding loads.
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.preprocess.mean, model.preprocess.std))
+    pixels = (found * std + mean) * 255
+    description = read_description(tmp_path / "model")
+    assert (pixels - load_images([content], description)[0]).abs().max() < 1e-3
+    assert model.encode(found).tokens.shape == (1, 25, 16)
+
+
+def test_a_loaded_model_takes_arrays(tmp_path: Path) -> None:
+    model = exported(tmp_path / "model", 3, "image")
+    array = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), np.uint8)
+    found = model.preprocess(array)
+    assert found.shape == (3, 3, 16, 24)
+    assert torch.equal(model.preprocess(list(array)), found)
+    assert torch.equal(model.preprocess(array[0]), found[:1])
+    assert torch.equal(model.preprocess(array[0, :, :, 0]), model.preprocess(array[0, :, :, :1].repeat(3, 2)))
+    assert torch.equal(model.preprocess(Image.fromarray(array[0])), found[:1])
+
+
+def test_a_loaded_model_takes_grids(tmp_path: Path) -> None:
+    model = exported(tmp_path / "model", 5, "grid")
+    grids = np.random.default_rng(0).standard_normal((2, 5, 16, 24), np.float32)
+    np.save(tmp_path / "grid.npy", grids[0])
+    found = model.preprocess(grids)
+    mean, std = (np.array(values)[:, None, None] for values in (model.preprocess.mean, model.preprocess.std))
+    assert np.abs(found.numpy() - (grids - mean) / std).max() < 1e-5
+    for form in (grids[0], tmp_path / "grid.npy", (tmp_path / "grid.npy").read_bytes()):
+        assert torch.equal(model.preprocess(form), found[:1])
+
+
+def test_a_picture_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
+    model = exported(tmp_path / "model", 3, "image")
+    good = np.zeros((20, 20, 3), np.uint8)
+    for bad, cause in (
+        (b"no picture", "not a JPEG, PNG or WebP image"),
+        (np.zeros((4, 4, 2), np.uint8), "uint8 of shape"),
+        (np.full((4, 4, 3), 0.5), "its pixels are not whole numbers"),
+        (object(), "it is a object"),
+    ):
+        with pytest.raises(UserError, match=f"^image 2 of 2 cannot be used: {cause}"):
+            model.preprocess([good, bad])
+    with pytest.raises(UserError, match=r"none\.png cannot be read: No such file"):
+        model.preprocess(str(tmp_path / "none.png"))
+
+
+def test_a_model_that_was_not_loaded_has_no_preprocessing() -> None:
+    with pytest.raises(AttributeError, match="preprocess"):
+        _ = build_model(MODEL).preprocess
