@@ -16,24 +16,31 @@ from crate_ray.progress import console
 
 
 def main(config: SweepConfig) -> None:
-    """Run or continue the sweep, and show its trials."""
+    """Run or continue the sweep, and show its trials and what it found."""
     from crate_ray.ray_cluster import start_ray
-    from crate_ray.sweeps.report import best_trial, results_table
-    from crate_ray.sweeps.run import BEST_FILE, open_sweep, run_sweep
+    from crate_ray.sweeps.axes import value_text
+    from crate_ray.sweeps.report import BEST_FILE, SUMMARY_FILE, results_table
+    from crate_ray.sweeps.run import open_sweep, run_sweep
 
     sweep, shared = open_sweep(config)
     start_ray(dashboard=True)  # Ray Train uses it to find killed trials and to release their resources
-    records = run_sweep(sweep, shared)
-    frame = results_table(records, sweep)
+    records, summary, registered = run_sweep(sweep, shared)
+    frame = results_table(records, sweep).drop(columns=["seconds", "parameters"])
     table = Table(title=f"{sweep.name}: {sweep.objective}")
     for name in frame.columns:
         table.add_column(name)
     for row in frame.itertuples(index=False):
-        table.add_row(*(f"{v:.5g}" if isinstance(v, float) else str(v) for v in row))
+        table.add_row(*("" if value is None or value != value else value_text(value) for value in row))
     console().print(table)
-    if best_trial(records, sweep) is None:
+    if summary is None or not summary.best:
         raise UserError("no trial finished; the table's last column says why")
-    print(f"best: {sweep.storage}/{sweep.name}/{BEST_FILE}  ({command('pretrain')} --config …)")
+    for line in summary.lines():
+        console().print(line, soft_wrap=True)
+    folder = f"{sweep.storage}/{sweep.name}"
+    print(f"summary    {folder}/{SUMMARY_FILE}")
+    if registered is not None:
+        print(f"registered {sweep.register_best} version {registered}")
+    print(f"next       {command('pretrain')} --config {folder}/{BEST_FILE}")
 
 
 def run() -> NoReturn:

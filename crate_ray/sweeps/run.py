@@ -4,34 +4,54 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
-import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from mlflow import MlflowClient
 from ray import tune
 
-from crate_ray.addresses import redact
-from crate_ray.config import SweepConfig
-from crate_ray.config.yaml_text import dump_yaml, parse_number
+from crate_ray.config import PretrainConfig, SweepConfig
+from crate_ray.config.yaml_text import parse_number
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
 from crate_ray.runs.mlflow_lookup import find_run, login, tracking_uri
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import NotFound, Storage, open_storage
 from crate_ray.storage.lease import Lease
-from crate_ray.sweeps.report import best_trial, picture, results_table
-from crate_ray.sweeps.search import TrialSearch, early_stopping
-from crate_ray.sweeps.space import shared_values, trial_config
+from crate_ray.sweeps.best import register_best
+from crate_ray.sweeps.combinations import MAX_GRID, Values, grid_size, valid_combination
+from crate_ray.sweeps.early_stopping import early_stopping
+from crate_ray.sweeps.ends import RecordEnds
+from crate_ray.sweeps.placement import connected_cluster, trial_scaling, why_too_large
+from crate_ray.sweeps.report import SweepReport
+from crate_ray.sweeps.results import best_trial
+from crate_ray.sweeps.search import TrialSearch
+from crate_ray.sweeps.space import reference_config, shared_values, trial_config, why_invalid
+from crate_ray.sweeps.summary import Summary
 from crate_ray.sweeps.trial import TrialRecord, read_records, run_trial, write_record
-from crate_ray.tracking.pretraining import source_tags
+from crate_ray.sweeps.warm_start import RECORD_FILE, warm_start
+from crate_ray.tracking.pretraining import environment, source_tags
 from crate_ray.tracking.run_tracker import RunTracker, flatten
 from crate_ray.training.ray.internals import keep_credentials_here
 
-RECORD_FILE, BEST_FILE, RESULTS_FILE = "sweep.json", "best.yaml", "results.csv"
 # A trial reserves no CPUs, because its workers need them. Ray Tune refuses trials that reserve nothing.
 _TRIAL_RESOURCES = {"memory": 2**20}
+_MOST_TRIALS = 1000
+"""Number of trials of a sweep that is limited by hours."""
+
+
+class SweepResult(NamedTuple):
+    """What a sweep has run and found."""
+
+    records: list[TrialRecord]
+    """Of all trials."""
+    summary: Summary | None
+    """None if there are no trials."""
+    registered: int | None
+    """Version of the registered model, if the best trial's model was to be registered."""
 
 
 def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
@@ -46,8 +66,9 @@ def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
             "tracking": sweep.tracking.model_copy(update={"uri": tracking_uri(sweep.tracking)}),
         }
     )
+    sweep = sweep.model_copy(update={"trials": _trials(sweep)})
     shared = shared_values(sweep)
-    data = open_run(trial_config(sweep, shared, {}, "check")).config.data
+    data = open_run(reference_config(sweep, shared)).config.data
     addresses = {"train": data.train, "validation": data.validation}
     shared = {**shared, "data": {**shared["data"], **{name: uri for name, uri in addresses.items() if uri}}}
     if sweep.probe:
@@ -56,34 +77,60 @@ def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
             load_dataset(storage)
         uris = {name: storage.uri for name, storage in probe.items()}
         sweep = sweep.model_copy(update={"probe": sweep.probe.model_copy(update=uris)})
+    warm_start(sweep)
     return sweep, shared
 
 
-def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> list[TrialRecord]:
-    """Run or continue a sweep that `open_sweep` has checked. Needs Ray. Returns the record of every trial.
+def _trials(sweep: SweepConfig) -> int:
+    """Largest number of trials."""
+    size = grid_size(sweep)
+    if sweep.sampler == "grid" and size is not None and size > MAX_GRID:
+        raise UserError(
+            f"the grid has {size:,} combinations, more than {MAX_GRID:,}; search fewer values, or use sampler tpe"
+        )
+    if "trials" in sweep.model_fields_set:
+        return sweep.trials
+    if sweep.sampler == "grid" and size is not None:
+        return size
+    return _MOST_TRIALS if sweep.hours else sweep.trials
 
-    Writes results.csv and best.yaml to the sweep's folder, and both with a picture to its MLflow run. Raises UserError
-    if another process runs this sweep.
+
+def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> SweepResult:
+    """Run or continue a sweep that `open_sweep` has checked. Needs Ray.
+
+    Reports go to the sweep's folder and to its MLflow run (see sweeps/report.py).
+
+    Raises:
+        UserError: another process runs this sweep, or its best model cannot be registered.
     """
     folder = open_storage(sweep.storage, sweep.s3).under(sweep.name)
-    seconds = trial_config(sweep, shared, {}, "check").scaling.lease_seconds
+    seconds = reference_config(sweep, shared).scaling.lease_seconds
     with Lease(folder, "sweep.lease", f"sweep {sweep.name!r}", lease_seconds=seconds):
-        return _run_sweep(sweep, shared, folder)
+        records, summary = _run_sweep(sweep, shared, folder)
+    best = best_trial(records, sweep)
+    registered = register_best(sweep, best, sweep.register_best) if sweep.register_best and best else None
+    return SweepResult(records, summary, registered)
 
 
-def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> list[TrialRecord]:
+def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> tuple[list[TrialRecord], Summary | None]:
     key = _key(folder, sweep, shared)
     params = flatten(sweep.model_dump(mode="json"))
     tracker = RunTracker(sweep.tracking, key, sweep.name, params, source_tags("sweep"))
+    tracker.text("environment.txt", environment())
+    tracker.check(is_new=not read_records(folder))
+    report, summary = SweepReport(sweep, shared, folder, tracker), None
     status = "FAILED"
     try:
-        _run_trials(sweep, shared, folder, tracker.wait_for_run())
+        with report.following():
+            over = _run_trials(sweep, shared, folder, tracker.wait_for_run())
         records = read_records(folder)
         if records:
-            _report(sweep, shared, folder, records, tracker)
+            summary = report.finish(records)
         _end_stopped_runs(sweep, records)
-        ended = sum(record.status != "running" for record in records)
-        if ended < sweep.trials:  # Ray Tune returns when it is interrupted
+        ended = _ended(records)
+        if over:
+            print(f"ended after {ended} trials: {over}")
+        elif ended < sweep.trials:  # Ray Tune returns when it is interrupted
             print(f"stopped after {ended} of {sweep.trials} trials; the same command continues the sweep")
             raise KeyboardInterrupt
         status = "FINISHED"
@@ -93,36 +140,13 @@ def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> l
     finally:
         if not tracker.finish(status):
             print(tracker.undelivered)
-    return records
-
-
-def _report(
-    sweep: SweepConfig, shared: dict[str, Any], folder: Storage, records: list[TrialRecord], tracker: RunTracker
-) -> None:
-    table = results_table(records, sweep).to_csv(index=False)
-    folder.write(RESULTS_FILE, table.encode())
-    tracker.text(RESULTS_FILE, table)
-    best = best_trial(records, sweep)
-    if best is None or best.objective is None:
-        return
-    tracker.picture(len(records), "objective", picture(records, sweep))
-    text = best_yaml(sweep, shared, best)
-    folder.write(BEST_FILE, text.encode())
-    tracker.text(BEST_FILE, text)
-    tracker.metrics(len(records), {f"best_{sweep.objective}": best.objective}, int(time.time() * 1000))
-
-
-def best_yaml(sweep: SweepConfig, shared: dict[str, Any], best: TrialRecord) -> str:
-    """The best trial's complete pretraining settings, as a file for crate-ray pretrain --config."""
-    config = trial_config(sweep, shared, best.values, f"{sweep.name}-best")
-    settings = config.model_dump(mode="json") | {"storage": sweep.storage}
-    head = f"# Best of sweep {sweep.name}: {sweep.objective} {best.objective:.6g} (trial {best.trial})\n"
-    return head + dump_yaml(settings)
+    return records, summary
 
 
 def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     """Key of the sweep in MLflow. The settings are stored at the first start, and compared with at later ones."""
-    may_change = {"trials", "max_concurrent", "tracking", "base"}  # the content of the base is in `shared`
+    may_change = {"trials", "hours", "patience", "min_delta", "max_concurrent", "tracking"}
+    may_change |= {"register_best", "base"}  # its content is in `shared`
     # Trials take these groups from the sweep, and in the base they may hold secrets.
     shared = {name: value for name, value in shared.items() if name not in ("tracking", "s3")}
     now = {"sweep": sweep.model_dump(mode="json", exclude=may_change), "shared": shared}
@@ -156,49 +180,73 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _run_trials(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, parent_run: str) -> None:
-    """Run the trials that remain; each writes its record. Ray Tune's own state is temporary."""
+def _run_trials(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, parent_run: str) -> str:
+    """Run the trials that remain; each writes its record. Ray Tune's own state is temporary.
+
+    Returns why the sweep is over before its last trial; empty if it is not.
+    """
     records = read_records(folder)
-    remaining = sweep.trials - sum(record.status != "running" for record in records)
+    remaining = sweep.trials - _ended(records)
     if remaining <= 0:
-        return
+        return ""
+    why_impossible, reference = _check_trials(sweep, shared)
+    search = TrialSearch(sweep, records, why_impossible, lambda record: write_record(folder, record), warm_start(sweep))
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, sweep=sweep, shared=shared, parent_run=parent_run),
         _TRIAL_RESOURCES,
     )
     keep_credentials_here()
-    for name in ("tune", "analysis.experiment_analysis"):  # they advise to restore Ray Tune's state
-        logging.getLogger(f"ray.tune.{name}").setLevel(logging.ERROR)
-    total_steps = open_run(trial_config(sweep, shared, {}, "check")).total_steps
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output of Ray Tune is not silent when it is told to be
+    # They advise to restore Ray Tune's state, and print tracebacks of failed trials, whose cause is in the record.
+    for name in ("tune", "analysis.experiment_analysis", "execution.tune_controller"):
+        logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 num_samples=remaining,
                 max_concurrent_trials=sweep.max_concurrent,
-                search_alg=TrialSearch(sweep, records),
-                scheduler=early_stopping(sweep, total_steps, records),
+                search_alg=search,
+                scheduler=early_stopping(sweep, open_run(reference).total_steps, records),
             ),
-            run_config=tune.RunConfig(name=sweep.name, storage_path=temporary, verbose=1),
+            run_config=tune.RunConfig(
+                name=sweep.name, storage_path=temporary, verbose=0, callbacks=[RecordEnds(folder)]
+            ),
         )
-        _record_ends(folder, tuner.fit())
+        tuner.fit()
+    return search.ended
 
 
-def _record_ends(folder: Storage, grid: tune.ResultGrid) -> None:
-    """Add to the records which trials Ray Tune stopped early, and which trials' processes died."""
-    records = {record.trial: record for record in read_records(folder)}
-    for result in grid:
-        if not result.config:
-            continue
-        # A process that died at its start has written no record.
-        record = records.get(result.config["trial"]) or TrialRecord.model_validate(result.config)
-        if record.status != "running":
-            continue
-        if result.error is not None:
-            cause = redact(str(result.error).strip().splitlines()[-1])
-            write_record(folder, record.model_copy(update={"status": "failed", "cause": cause}))
-        elif (result.metrics or {}).get("done"):  # else the sweep was interrupted
-            write_record(folder, record.model_copy(update={"status": "stopped early"}))
+def _ended(records: list[TrialRecord]) -> int:
+    """Number of trials that ran and ended."""
+    return sum(record.status not in ("running", "pruned") for record in records)
+
+
+def _check_trials(sweep: SweepConfig, shared: dict[str, Any]) -> tuple[Callable[[Values], str], PretrainConfig]:
+    """A function that says why a combination cannot work on this cluster, and settings of one that can.
+
+    Raises:
+        UserError: no combination can work, or the cluster has no room for so many trials at the same time.
+    """
+    cluster, reference = connected_cluster(), reference_config(sweep, shared)
+    trial_scaling(reference.scaling, sweep.max_concurrent, cluster.nodes)
+
+    def why_impossible(values: Values) -> str:
+        if cause := why_invalid(sweep, shared, values):
+            return cause
+        config = trial_config(sweep, shared, values, "check")
+        try:
+            open_run(config)
+        except UserError as error:
+            open_run(reference)  # raises an error that has nothing to do with the combination
+            return str(error)
+        return why_too_large(config, sweep.max_concurrent, cluster)
+
+    try:
+        values = valid_combination(sweep, why_impossible)
+    except UserError as error:
+        raise UserError(f"no combination of the searched values can work: {error}") from None
+    return why_impossible, trial_config(sweep, shared, values, "check")
 
 
 def _end_stopped_runs(sweep: SweepConfig, records: list[TrialRecord]) -> None:
