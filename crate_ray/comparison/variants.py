@@ -27,6 +27,22 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 """Ablations by name: settings that each change one choice of the published model."""
 
+_RESIDUAL = {"model.residual": "all"}
+_OVERCOMPLETE = {**_RESIDUAL, "model.dictionary": "overcomplete"}
+SUCCESSORS: dict[str, dict[str, Any]] = {
+    "small initialisation": {"model.initialization": "small"},
+    "layer scale": {"model.layer_scale": 0.1},
+    "all residuals": _RESIDUAL,
+    "all residuals, small initialisation": {**_RESIDUAL, "model.initialization": "small"},
+    "decoder with ReLU": {**_RESIDUAL, "model.decoder_activation": "relu"},
+    "overcomplete x2": {**_OVERCOMPLETE, "model.dictionary_expansion": 2, "model.initialization": "small"},
+    "overcomplete x4": {**_OVERCOMPLETE, "model.dictionary_expansion": 4, "model.initialization": "small"},
+    "visible keys": {"model.attend_to": "visible"},
+    "long steps": {"model.step_size": 1.0, "model.sparsity_lambda": 0.1},
+    "learned thresholds": {"model.threshold": "learned"},
+}
+"""Variants by name that followed the published model (docs/equations.md), with as many parameters as the base model."""
+
 
 def count_parameters(model: ModelConfig) -> int:
     """Number of trainable parameters of a model."""
@@ -83,6 +99,28 @@ def vit_of_as_many_parameters(model: CrateMAEConfig) -> ViTMAEConfig:
     return min(found, key=lambda pair: pair[0])[1]
 
 
+def crate_of_as_many_parameters(model: CrateMAEConfig, wanted: int) -> CrateMAEConfig:
+    """The same CRATE-MAE with another width, then another dimension p of its subspaces, to have so many parameters."""
+
+    def candidate(dim: int, subspace_dim: int) -> CrateMAEConfig:
+        values = model.model_dump(exclude={"preset"}) | {"dim": dim, "subspace_dim": subspace_dim}
+        return CrateMAEConfig.model_validate(values)
+
+    def error(found: CrateMAEConfig) -> float:
+        return abs(count_parameters(found) / wanted - 1)
+
+    def at(dim: int) -> int:
+        return max(1, round(dim / model.num_subspaces))
+
+    dims = range(4, 4 * model.dim, 4)
+    middle = bisect.bisect(dims, wanted, key=lambda dim: count_parameters(candidate(dim, at(dim))))
+    near = [candidate(dim, at(dim)) for dim in dims[max(0, middle - 2) : middle + 2]]
+    found = min(near, key=error)
+    if error(found) < _CLOSE:
+        return found
+    return min((candidate(found.dim, at(found.dim) + more) for more in range(-3, 4) if at(found.dim) + more), key=error)
+
+
 def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
     """Validated settings of every run: by variant, one per seed.
 
@@ -103,6 +141,13 @@ def plan_variants(config: CompareConfig) -> dict[str, list[PretrainConfig]]:
         changes[SAME_PARAMETERS] = {"model": vit_of_as_many_parameters(model).model_dump(mode="json")}
     if config.ablations:
         changes |= {name: nested(values) for name, values in ABLATIONS.items()}
+    if config.successors:
+        wanted = count_parameters(model)
+        for name, values in SUCCESSORS.items():
+            changed = _run(config, base, name, nested(values), 0).model
+            assert isinstance(changed, CrateMAEConfig)
+            fitting = crate_of_as_many_parameters(changed, wanted)
+            changes[name] = {"model": fitting.model_dump(mode="json", exclude={"preset"})}
     for name, values in config.variants.items():
         if name in changes:
             raise UserError(f"variants: {name!r} is the name of a variant that compare makes itself; choose another")

@@ -267,7 +267,7 @@ class MaskedAutoencoder(nn.Module):
             )
         y_BTD = self.decoder_embed(tokens)
         if self.visible_only:
-            y_BTD = self._restore_removed(y_BTD, masking)
+            y_BTD = self.restore_removed(y_BTD, masking)
         layers: list[Tensor] = []
         for index in range(len(self.decoder)):
             y_BTD = self.decoder_layer(index, y_BTD)
@@ -364,7 +364,7 @@ class MaskedAutoencoder(nn.Module):
             keys if return_keys else None,
         )
 
-    def _restore_removed(self, y_BTD: Tensor, masking: Masking | None) -> Tensor:
+    def restore_removed(self, y_BTD: Tensor, masking: Masking | None) -> Tensor:
         """Put mask tokens in place of the removed patches and add positions to all patches, (B, 1 + N, D)."""
         assert self.decoder_positions is not None
         cls_B1D, y_BND = y_BTD[:, :1], y_BTD[:, 1:]

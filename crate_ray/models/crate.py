@@ -276,10 +276,13 @@ class DecoderLayer(nn.Module):
 
     def forward(self, y: Tensor, expansion: Tensor | None = None, subspaces: Tensor | None = None) -> Tensor:
         """Tokens (B, T, D) after this layer. E (D, D) and the codebook (C, D) are given if the layer has none."""
-        y_half_BTD = self._expand(self.expansion_norm(y), expansion)
-        if self.residual:
-            y_half_BTD = y + _scaled(y_half_BTD, self.expansion_scale)
+        y_half_BTD = self.expand(y, expansion)
         return y_half_BTD - _scaled(self.mssa(self.mssa_norm(y_half_BTD), subspaces), self.mssa_scale)
+
+    def expand(self, y: Tensor, expansion: Tensor | None = None) -> Tensor:
+        """Y½, the tokens before the step against MSSA."""
+        y_half_BTD = self._expand(self.expansion_norm(y), expansion)
+        return y + _scaled(y_half_BTD, self.expansion_scale) if self.residual else y_half_BTD
 
     def _expand(self, y_BTD: Tensor, expansion_DD: Tensor | None) -> Tensor:
         if self.ista is not None:
@@ -396,9 +399,12 @@ class CrateMAE(MaskedAutoencoder):
 
     def decoder_layer(self, index: int, y: Tensor) -> Tensor:
         """Tokens after decoder layer `index`, which uses the mirrored encoder layer's maps if they are tied."""
+        return self.run_layer(self.decoder[index], y, *self.tied_maps(index))
+
+    def tied_maps(self, index: int) -> tuple[Tensor, ...]:
+        """E and the codebook that decoder layer `index` gets from the mirrored encoder layer; empty if it has its own."""
         if not self.tied_decoder:
-            return super().decoder_layer(index, y)
+            return ()
         mirrored = cast("EncoderLayer", self.encoder[len(self.encoder) - 1 - index])
         codebook_CD = cast("Tensor", mirrored.mssa.subspaces)
-        assert isinstance(mirrored.ista, ISTA)  # by the config's validation
-        return self.run_layer(self.decoder[index], y, mirrored.ista.dictionary.t(), codebook_CD)
+        return mirrored.ista.dictionary.t(), codebook_CD

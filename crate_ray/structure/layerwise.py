@@ -79,8 +79,7 @@ class LayerMeasures:
     rate_reduction_raw: Tensor
     """ΔR = R(Z½) − R^c(Z½ | U)."""
     zero_share: Tensor
-    """Share of zeros in the codes of the sparsification step, which are Z' as published. The paper claims that it rises.
-    """
+    """Share of zeros in the codes of the sparsification step (Z' as published). The paper claims that it rises."""
     below_01: Tensor
     """Share of codes up to 0.01 of their token's root mean square."""
     below_1: Tensor
