@@ -101,6 +101,7 @@ def prepare_data(source: Storage, folder: Storage, values: dict[str, Any]) -> Pr
         UserError: the folder holds nothing to train on.
     """
     from crate_ray.data.format.manifest import MANIFEST_NAME
+    from crate_ray.data.prepare.folders import is_hidden
 
     train, validation = _split_folders(source)
     given = (values.get("data") or {}).get("validation")
@@ -109,7 +110,7 @@ def prepare_data(source: Storage, folder: Storage, values: dict[str, Any]) -> Pr
         return PreparedData(
             train.uri, given or (validation.uri if validation and has_manifest else None), "as prepared"
         )
-    files = [(i.key, i.size, i.etag) for i in source.list() if not f"/{i.key}".startswith("/.") and "/." not in i.key]
+    files = [(i.key, i.size, i.etag) for i in source.survey()[0] if not is_hidden(i.key)]
     image_size = _image_size(values)
     key = hashlib.sha256(repr([files, image_size, bool(given)]).encode()).hexdigest()[:16]
     target = folder.under(f"{run_name(source.uri)}-{key}")
@@ -123,6 +124,7 @@ def _packed(
     train: Storage, validation: Storage | None, target: Storage, image_size: int, *, split: bool, given: str | None
 ) -> PreparedData:
     """Pack a folder of images or grids. With `split`, some of them are held out."""
+    from crate_ray.data.format.dataset import load_dataset
     from crate_ray.data.format.manifest import MANIFEST_NAME
     from crate_ray.data.prepare.packing import pack
     from crate_ray.data.prepare.sources import open_source
@@ -146,10 +148,11 @@ def _packed(
                 pack(samples, parts[name], config)
     held_out = parts.get("validation")
     has_held_out = held_out is not None and held_out.exists(MANIFEST_NAME)
+    kind = load_dataset(parts["train"]).manifest.kind
     return PreparedData(
         parts["train"].uri,
         given or (held_out.uri if held_out and has_held_out else None),
-        f"packed into {target.uri}, larger ones with a shortest side of {side}",
+        f"packed into {target.uri}" + (f", larger ones with a shortest side of {side}" if kind == "image" else ""),
     )
 
 
