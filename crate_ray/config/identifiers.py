@@ -29,8 +29,15 @@ def leads_out(name: str) -> bool:
     return name.startswith("/") or "\0" in name or ".." in name.split("/")
 
 
+def _check_unicode(text: str) -> None:
+    """Raise ValueError if a text has bytes that are not UTF-8, as file names may. A record, which is JSON, cannot."""
+    if not text.isascii() and (readable := text.encode("utf-8", "backslashreplace").decode()) != text:
+        raise ValueError(f"'{readable}' is not UTF-8")
+
+
 def check_relative_path(path: str) -> str:
     """Check a path below a folder: names with '/' between them. Raises ValueError if it is anything else."""
+    _check_unicode(path)
     if _CONTROL.search(path) or any(name in ("", ".", "..") or len(name.encode()) > 255 for name in path.split("/")):
         raise ValueError(f"{path!r} is not a relative path without '.', '..' and control characters")
     return path
@@ -45,6 +52,7 @@ def check_file_name(name: str) -> str:
 
 def check_address(address: str) -> str:
     """Check an absolute address: a local folder or s3://bucket/prefix. Raises ValueError if it is anything else."""
+    _check_unicode(address)
     scheme = _SCHEME.match(address)
     path = address[scheme.end() :] if scheme else address
     local = scheme is None and path.startswith("/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -183,6 +184,19 @@ def test_the_command_packs_a_folder_whose_path_is_latin_1(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "crate_ray", "prepare", "--source", source, "--output", output]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 0 and b"2 images" in done.stdout, done.stderr
+
+
+def test_records_that_cannot_hold_a_name_say_so_before_anything_is_read(tmp_path: Path) -> None:
+    out, latin = local(tmp_path / "out"), os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    pack(Source([Item("x", lambda: {"png": picture(1)})]), out, PrepareConfig(output="x"))
+    Path(latin).mkdir()
+    shutil.copy(tmp_path / "out" / "shard-000000.tar", latin)
+    with pytest.raises(UserError, match=r"folder of the shards, '.*caf\\udce9' is not UTF-8; rename it"):
+        index_existing(local(tmp_path / "elsewhere"), shards=f"{latin}/*.tar")
+    assert index_existing(open_storage(latin, S3Config())).num_samples == 1
+    (tmp_path / "out" / os.fsdecode(b"\xe9.tar")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"name of a shard, '\\udce9\.tar' is not UTF-8; rename it under"):
+        index_existing(out, overwrite=True)
 
 
 def test_pipes_and_devices_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

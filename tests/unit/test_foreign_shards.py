@@ -190,8 +190,17 @@ def test_without_the_setting_the_message_names_it(tmp_path: Path, caplog: pytest
         pack(open_source(local(tmp_path)), local(tmp_path / "out"), PrepareConfig(output="unused"))
     write_tar(tmp_path / "0.tar", [(f"{i}.{s}", picture(i)) for i in range(5) for s in ("png", "depth.png")])
     assert index_existing(local(tmp_path)).image_suffixes == ("png",)
-    assert "5 of 5 samples hold several images or grids (depth.png, png), of which png is used; choose" in caplog.text
+    assert (
+        "5 of 5 samples hold several images or grids (depth.png, png), of which png is used; --image chooses one"
+        in caplog.text
+    )
     assert "--image depth.png" in caplog.text
+
+
+def test_a_choice_is_not_questioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stereo(tmp_path)
+    index_existing(local(tmp_path), image="left")
+    assert "several" not in caplog.text
 
 
 def test_a_mask_is_no_second_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

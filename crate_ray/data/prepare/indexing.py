@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal, NamedTuple
 
+from crate_ray.config.identifiers import check_address
 from crate_ray.data.decode.arrays import looks_like_hwc
 from crate_ray.data.decode.errors import MAX_PIXELS
 from crate_ray.data.format.dataset import check_shard_names
@@ -83,6 +84,11 @@ def index_existing(
     source, pattern = split_address(storage, shards)
     infos = list_shards(source, pattern)
     check_shard_names((info.key for info in infos), source.uri)
+    try:
+        check_address(source.uri)
+    except ValueError as error:
+        if source.uri != storage.uri:
+            raise UserError(f"the folder of the shards, {error}; rename it") from None
     if empty := [info.key for info in infos if not info.size]:
         logger.warning(
             "%d of %d shards have 0 bytes, so they may not be complete: %s", len(empty), len(infos), first_few(empty)
@@ -91,7 +97,7 @@ def index_existing(
 
     def describe(counts: SampleCounts, statistics: DatasetStatistics, bad: list[str]) -> dict[str, object]:
         statistics.warn(source.uri)
-        described = counts.describe(source.uri) | {"classes": known_classes(source)}
+        described = counts.describe(source.uri, image) | {"classes": known_classes(source)}
         if bad:
             logger.warning(
                 "%d samples, of all classes and some images that were checked, are unusable: %s",

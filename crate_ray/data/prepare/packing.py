@@ -137,7 +137,7 @@ def plan_packing(source: Source, uri: str, config: PrepareConfig, title: str = "
             raise UserError(f"none of the {len(items)} samples can be packed: {first_few(bad)}")
         counts.add_unsafe(source.unsafe_names)
         statistics.warn(uri)
-        described = counts.describe(uri) | statistics.describe() | {"classes": source.classes}
+        described = counts.describe(uri, config.image) | statistics.describe() | {"classes": source.classes}
         if (
             described["num_classes"] is not None and source.classes is not None
         ):  # the last class may have no good sample

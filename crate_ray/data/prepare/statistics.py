@@ -399,8 +399,12 @@ class SampleCounts(BaseModel):
         self.num_unsafe += other.num_unsafe
         self.unsafe_names = (self.unsafe_names + other.unsafe_names)[:_REPORTED_UNSAFE]
 
-    def describe(self, uri: str) -> dict[str, Any]:
+    def describe(self, uri: str, image: str | None = None) -> dict[str, Any]:
         """The manifest's fields for kind, suffixes and classes. Logs what is left out, and if samples disagree.
+
+        Args:
+            uri: the dataset's address.
+            image: the member that the user has chosen.
 
         Raises:
             UserError: no sample has an image or grid, or some have images and some grids.
@@ -413,11 +417,11 @@ class SampleCounts(BaseModel):
             else ""
         )
         others = sorted(self.several - self.images)
-        choose = f"; choose another with --image, such as --image {shlex.quote(others[0])}" if others else ""
+        choose = f"--image chooses one, such as --image {shlex.quote(others[0])}" if others else ""
         if not self.images:
             raise UserError(
                 f"no sample under {uri} has an image or grid, only {', '.join(sorted(self.suffixes)) or 'nothing'}; "
-                f"one of {', '.join(_FORMATS)} is needed{choose}{hint}"
+                f"one of {', '.join(_FORMATS)} is needed{f'; {choose}' if choose else ''}{hint}"
             )
         if len({is_grid(suffix) for suffix in self.images}) > 1:
             raise UserError(f"{uri} holds samples with images and samples with .npy grids; make them two datasets")
@@ -440,9 +444,9 @@ class SampleCounts(BaseModel):
                 "%s: the class numbers in 'cls' go up to %d, and there are %d samples; a classifier takes memory for "
                 "each number up to the largest", uri, self.max_label, self.samples,
             )  # fmt: skip
-        if self.with_several:
+        if self.with_several and image is None:
             logger.warning(
-                "%d of %d samples hold several images or grids (%s), of which %s is used%s",
+                "%d of %d samples hold several images or grids (%s), of which %s is used; %s",
                 self.with_several, self.samples, ", ".join(sorted(self.several)), " or ".join(sorted(self.images)),
                 choose,
             )  # fmt: skip
