@@ -37,7 +37,7 @@ def set_up_ray_process() -> None:
     from crate_ray.output import guard_output
 
     guard_output()  # Ray keeps the output of its processes in log files
-    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # the driver's may be "local" or "auto"
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 import uuid
@@ -247,9 +248,9 @@ def _without_effect(
     return [f"data.{name}" for name in fixed if getattr(old.data, name) != getattr(config.data, name)]
 
 
-def _setting(config: RunConfig, name: str) -> Any:
+def _setting(config: RunConfig, name: str) -> str:
     value = getattr(config.data, name.removeprefix("data."))
-    return "null" if value is None else list(value) if isinstance(value, tuple) else value
+    return json.dumps(value)  # as in YAML
 
 
 def _same_run(record: RunRecord, config: RunConfig, dataset: str) -> bool:

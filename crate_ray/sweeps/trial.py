@@ -99,6 +99,7 @@ def run_trial(suggested: dict[str, Any], sweep: SweepConfig, shared: dict[str, A
             listeners=[reporter],
             tags=tags,
             show_progress=False,
+            must_record=False,
             measure=measure_checkpoint,
         )
     except Exception as error:

@@ -29,10 +29,15 @@ _DESCRIPTION = f"{_MODEL_FOLDER}/{DESCRIPTION_FILE}"
 
 
 @contextmanager
-def track(run: Run, lease: Lease, extra_tags: Mapping[str, str] | None = None) -> Iterator[RunTracker]:
+def track(
+    run: Run, lease: Lease, extra_tags: Mapping[str, str] | None = None, *, must_record: bool = True
+) -> Iterator[RunTracker]:
     """Track a run in MLflow. Its status is RUNNING inside the context, then FINISHED, FAILED or (Ctrl-C) KILLED.
 
     Hold the run's lease, because drivers of the same run share its MLflow run and, on one machine, its spool.
+
+    Raises:
+        UserError: MLflow cannot record a new run, and `must_record` is set.
     """
     lease.check()
     config = run.config
@@ -53,7 +58,7 @@ def track(run: Run, lease: Lease, extra_tags: Mapping[str, str] | None = None) -
         parent_key=parent.run_key if parent else None,
     )
     tracker.text("environment.txt", environment())
-    tracker.check(is_new=not run.first_step)
+    tracker.check(is_new=must_record and not run.first_step)
     try:
         yield tracker
     except LeaseLost:

@@ -44,6 +44,7 @@ def run_training(
     listeners: Sequence[Listener] = (),
     tags: Mapping[str, str] | None = None,
     show_progress: bool = True,
+    must_record: bool = True,
     measure: Measure | None = None,
 ) -> Finished[_ResultT]:
     """Start or resume a run and train it to its last step. Does nothing if it is finished and its model is published.
@@ -59,6 +60,7 @@ def run_training(
         listeners: receive the run's events, in addition to MLflow and the progress display.
         tags: additional MLflow tags.
         show_progress: show a progress display on the terminal.
+        must_record: stop a new run that MLflow cannot record. false: go on, because MLflow was checked before.
         measure: measures checkpoints of a pretraining run that has a `probe`; evaluation.online.measure_checkpoint.
 
     Raises:
@@ -69,7 +71,7 @@ def run_training(
         run = open_run(config)
         if run.is_finished and is_published(run):
             return Finished(run, None, "")
-        with track(run, lease, tags) as tracker:
+        with track(run, lease, tags, must_record=must_record) as tracker:
             if not run.is_finished:
                 start_ray()
                 with ExitStack() as stack:

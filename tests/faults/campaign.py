@@ -112,7 +112,8 @@ class Disturbed:
 
     def hit(self, name: str, last: int) -> None:
         """Wait for a random step up to `last`, then for a random time, and cause a fault."""
-        step = self.chance.randrange(0, last + 1, EVERY)
+        # A new run that MLflow cannot record does not train.
+        step = self.chance.randrange(EVERY if KINDS[name].needs == "MLflow" else 0, last + 1, EVERY)
         while self.is_running and newest_commit(self.run) < step:
             time.sleep(0.05)
         time.sleep(self.chance.uniform(0, 1))
@@ -255,8 +256,8 @@ class Kind(NamedTuple):
     """Causes the fault. Returns whether it could strike."""
     needs: Literal["", "two", "S3", "MLflow", "nodes"] = ""
     """What the fault needs: at least two workers, S3 as storage, an MLflow server, or nodes that may be lost."""
-    place: Literal["any", "first", "before"] = "any"
-    """When it strikes: 'first' if it lasts while others strike, 'before' if it begins before the driver starts."""
+    place: Literal["any", "first"] = "any"
+    """When it strikes: 'first' if it lasts while others strike."""
 
 
 KINDS: dict[str, Kind] = {
@@ -275,14 +276,12 @@ KINDS: dict[str, Kind] = {
     "store away": Kind(store_away, "S3"),
     "MLflow away": Kind(mlflow_away, "MLflow"),
     "MLflow away for a minute": Kind(partial(mlflow_away_long, (60, 70)), "MLflow", "first"),
-    "MLflow away from the start": Kind(partial(mlflow_away_long, (20, 60)), "MLflow", "before"),
     "MLflow away for good": Kind(partial(mlflow_away_long, None), "MLflow", "first"),
-    "MLflow never there": Kind(partial(mlflow_away_long, None), "MLflow", "before"),
     "raylet killed": Kind(kill_raylet, "nodes"),
     "node switched off": Kind(switch_off_node, "nodes"),
     "node preempted": Kind(take_node, "nodes"),
 }
-FOR_EVER = {"MLflow away for good", "MLflow never there"}
+FOR_EVER = {"MLflow away for good"}
 
 
 def _workers(it: Disturbed) -> list[psutil.Process]:
@@ -427,12 +426,9 @@ class Campaign:
             and kind.needs in {*it.has, ""}
             and not (kind.needs == first.needs and first.place != "any")  # it would end the first fault, which lasts
         ]
-        if first.place == "before":
-            it.strike(it.first)
         it.start()
         try:
-            if first.place != "before":
-                it.hit(it.first, STEPS // 2)
+            it.hit(it.first, STEPS // 2)
             for name in it.chance.choices(more, k=it.chance.randint(0, 2)) if more else []:
                 if it.go_on():
                     it.hit(name, STEPS - 1)

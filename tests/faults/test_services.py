@@ -54,9 +54,17 @@ def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
     run, port, server = run_in(tmp_path), free_port(), tmp_path / "server"
     server.mkdir()
     command = pretrain(digits, tracking__uri=f"http://127.0.0.1:{port}", scaling__max_failures=0)
-    job = start(command, tmp_path, cluster)
-    try:
-        workers = wait_for_workers(job, 2)
+    # A new run that MLflow cannot record does not train.
+    refused = start(command, tmp_path, cluster)
+    assert refused.wait(120) == 2 and f"MLflow at http://127.0.0.1:{port} cannot record this run" in refused.log
+    with mlflow_server(server, port):
+        job = start(command, tmp_path, cluster)
+        try:
+            workers = wait_for_workers(job, 2)
+        except BaseException:
+            end(job)
+            raise
+    try:  # and without MLflow from here
         wait_for_commit(run, EVERY, job)
         # For some seconds (its log cannot grow either): the upload is repeated, by the same workers.
         with full_disk(workers[0]):
@@ -76,7 +84,7 @@ def test_a_disk_that_is_full_and_an_mlflow_server_that_comes_and_goes(
         r"^error: rank \d cannot continue: .*File too large.*; fix that and run the same command again", job.log, re.M
     )
     assert committed <= newest_commit(run) < STEPS
-    # MLflow was not there at all, which stopped nothing.
+    # MLflow went away, which stopped nothing.
     spool = tmp_path / "cache" / "crate-ray" / "spool" / json.loads(run.read("run.json"))["run_key"]
     assert f"the rest is in {spool}" in job.log
 
