@@ -132,9 +132,7 @@ def _mapping(name: str, text: str) -> dict[str, str]:
     for part in text.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key:
-            raise UserError(
-                f"--{kebab(name)}: {part!r} is not NAME=VALUE; give it such as '{{name: value}}'"
-            )
+            raise UserError(f"--{kebab(name)}: {part!r} is not NAME=VALUE; give it such as '{{name: value}}'")
         if key in found:
             raise UserError(f"--{kebab(name)}: {key!r} is given twice; give it once")
         found[key] = value

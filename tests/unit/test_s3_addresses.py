@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -31,7 +31,7 @@ class Recorder:
 
     port: int
     seen: list[tuple[str, str, str, str]] = field(default_factory=list)
-    """Host, path, access key and region of each request."""
+    """Host, path (of a list with its prefix), access key and region of each request."""
 
     def at(self, host: str = "127.0.0.1", scheme: str = "http") -> str:
         """Its address."""
@@ -47,7 +47,9 @@ def server() -> Iterator[Recorder]:
             signed = re.search(r"Credential=([^/]+)/\d+/([^/]+)/", self.headers.get("Authorization", ""))
             assert signed
             host = self.headers["Host"].partition(":")[0]
-            recorder.seen.append((host, urlsplit(self.path).path, signed[1], signed[2]))
+            address = urlsplit(self.path)
+            listed = "".join(f"/{prefix}" for prefix in parse_qs(address.query).get("prefix", []))
+            recorder.seen.append((host, address.path + listed, signed[1], signed[2]))
             self.send_response(206)
             for name, value in (("Content-Length", "4"), ("Content-Range", "bytes 0-3/4"), ("ETag", '"e"')):
                 self.send_header(name, value)
@@ -219,4 +221,4 @@ def test_every_job_asks_the_endpoint_of_the_profile(
     assert done.stdout.splitlines() == [f"{job} 2" for job in JOBS], done.stderr
     asked = {path for _, path, *_ in server.seen}
     for job in JOBS:
-        assert any(path.startswith(f"/bucket/{job}") or path == "/bucket" for path in asked), job
+        assert any(path.startswith(f"/bucket/{job}") for path in asked), job
