@@ -62,12 +62,12 @@ def comparable(records: Sequence[TrialRecord], sweep: SweepConfig) -> Comparison
 def without_outliers(values: Sequence[float], sweep: SweepConfig) -> list[float]:
     """Objectives in which very bad ones are replaced by a bound. One diverged trial would hide all other differences.
 
-    The bound is three times as far from the median as the best value, on the other side.
+    The bound is twice as far from the median as the best value, on the other side.
     """
     if not values:
         return []
     middle, best = float(np.median(values)), min(values) if sweep.minimizes else max(values)
-    bound = middle + 3 * (middle - best)
+    bound = middle + 2 * (middle - best)
     return [min(value, bound) if sweep.minimizes else max(value, bound) for value in values]
 
 
