@@ -219,8 +219,10 @@ def _difference(record: RunRecord, config: RunConfig, model: CrateMAEConfig | Vi
     if isinstance(old, PretrainConfig) and isinstance(config, PretrainConfig):
         pairs["init_from"] = (old.init_from, config.init_from or old.init_from)
     elif isinstance(old, FinetuneConfig) and isinstance(config, FinetuneConfig):
-        own = ("model", "pooling", *(["encoder"] if config.model == "scratch" else []))
-        pairs |= {name: (getattr(old, name), getattr(config, name)) for name in own}
+        pairs |= {name: (getattr(old, name), getattr(config, name)) for name in ("model", "pooling")}
+        if config.model == "scratch":
+            was, now = old.encoder.model_dump(), config.encoder.model_dump()
+            pairs |= {f"encoder.{name}": (was.get(name), now.get(name)) for name in {**was, **now}}
     for name, (was, now) in pairs.items():
         if was != now:
             return f"{name} {was}, not {now}"

@@ -325,6 +325,17 @@ def test_a_global_batch_is_the_same_for_every_number_of_workers(digits: str, tmp
 # --- A run ----------------------------------------------------------------------------------------------------------
 
 
+def test_another_encoder_of_a_run_from_scratch_is_refused(digits: str, tmp_path: Path) -> None:
+    config = configured(digits, tmp_path, model="scratch", encoder=CRATE)
+    run = open_finetuning(config, refuse)
+    write_record(run.storage, run.record)
+    save(run.storage, new_classifier(run.record, 0).state_dict(), run.record, 1, tmp_path / "scratch")
+    wider = config.model_copy(update={"encoder": CRATE.model_copy(update={"depth": CRATE.depth + 1})})
+    with pytest.raises(UserError, match=r"was started with encoder\.depth \d, not \d"):
+        open_finetuning(wider, refuse)
+    open_finetuning(config, refuse)
+
+
 def refuse(reference: str) -> tuple[MaskedAutoencoder, ModelDescription]:
     raise AssertionError(f"{reference} is looked up")
 

@@ -115,7 +115,8 @@ FREE_TEXT = {
     "Manifest.shard_pattern",  # has its own validator
     "Manifest.image_suffixes", "Manifest.suffixes", "Manifest.classes", "Manifest.unsafe_names",
     "ShardRecord.bad", "SampleCounts.suffixes", "SampleCounts.images", "SampleCounts.without_image_names",
-    "SampleCounts.several", "SampleCounts.unlabelled_names", "DatasetStatistics.dtypes", "DatasetStatistics.refused_names",
+    "SampleCounts.several", "SampleCounts.unlabelled_names", "DatasetStatistics.dtypes",
+    "DatasetStatistics.refused_names",
     "SampleCounts.unsafe_names", "EmbeddingRecord.skipped", "EmbeddingRecord.skipped_keys", "MetricsEvent.values",
     "TagEvent.name", "TagEvent.value", "Start.changed",
 }  # fmt: skip
