@@ -33,7 +33,17 @@ MODELS: dict[str, ModelConfig] = {
     "ablated": CrateMAEConfig(
         **SIZES, num_subspaces=4, attention="linear", output_map="tied", decoder_maps="tied", encoder_tokens="visible"
     ),
+    "successor": CrateMAEConfig(
+        **SIZES,
+        num_subspaces=4,
+        residual="all",
+        dictionary="overcomplete",
+        layer_scale=0.5,
+        threshold="learned",
+        attend_to="visible",
+    ),
     "vit": ViTMAEConfig(**SIZES, num_heads=4),
+    "no decoder": ViTMAEConfig(**SIZES, num_heads=4, decoder_depth=0, qkv_bias=False),
     "gray": CrateMAEConfig(**SIZES, num_subspaces=4, channels=1),
     "grid": ViTMAEConfig(**SIZES | {"image_size": (8, 16), "patch_size": (2, 4)}, num_heads=4, channels=5),
 }
@@ -42,7 +52,7 @@ HEADS: dict[str, ClassifierConfig | None] = {
     "cls": ClassifierConfig(num_classes=7, pooling="cls"),
     "mean": ClassifierConfig(num_classes=7, pooling="mean"),
 }
-KINDS = [(model, head) for model in MODELS for head in HEADS]
+KINDS = [(model, head) for model in MODELS for head in HEADS if model in ("crate", "vit", "grid") or head != "mean"]
 
 
 def make(model: str, head: str, folder: Path) -> tuple[MaskedAutoencoder | Classifier, ModelDescription]:
@@ -185,7 +195,10 @@ def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
             compare(np.load(folder / f"found-{size}.npz"), wanted, 1e-4)
 
 
-@pytest.mark.parametrize(("name", "head"), [("crate", "cls"), ("ablated", "encoder"), ("vit", "mean"), ("grid", "cls")])
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("crate", "cls"), ("ablated", "encoder"), ("successor", "encoder"), ("vit", "mean"), ("grid", "cls")],
+)
 def test_onnx_runtime_computes_the_same(name: str, head: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -16,6 +16,7 @@ import crate_ray
 from crate_ray.config import (
     EmbedConfig,
     EvaluateConfig,
+    ExportConfig,
     FinetuneConfig,
     PrepareConfig,
     PretrainConfig,
@@ -267,7 +268,7 @@ def test_listing_the_registry_imports_neither_torch_nor_ray(store: Store) -> Non
 def test_every_setting_that_names_a_model_says_the_forms_in_the_same_words() -> None:
     settings: list[tuple[type[Settings], str]] = [
         (PretrainConfig, "init_from"), (FinetuneConfig, "model"), (EvaluateConfig, "model"), (EmbedConfig, "model"),
-        (RegisterConfig, "run"),
+        (RegisterConfig, "run"), (ExportConfig, "model"),
     ]  # fmt: skip
     for config, name in settings:
         assert FORMS in " ".join((config.model_fields[name].description or "").split()), config
