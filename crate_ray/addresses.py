@@ -87,8 +87,11 @@ class Address(str):
 
 
 def has_secret(address: str) -> bool:
-    """Whether an address of a folder holds a user name, a password, or a parameter that is named like a secret."""
-    return any(pattern.search(address) for pattern, _ in _IN_TEXT)
+    """Whether an address of a folder holds a user name, a password, or a parameter that is named like a secret.
+
+    False for a text that `redact` has returned. Such texts are stored.
+    """
+    return any(pattern.sub(replacement, address) != address for pattern, replacement in _IN_TEXT)
 
 
 def redact(text: str) -> str:

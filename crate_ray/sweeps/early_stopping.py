@@ -43,7 +43,7 @@ def early_stopping(sweep: SweepConfig, total_steps: int, records: Sequence[Trial
         trial = _Known(record.trial, {"trial": record.trial})
         scheduler.on_trial_add(None, trial)
         for step, loss in sorted(record.losses.items()):
-            scheduler.on_trial_result(None, trial, {STEP: step, METRIC: loss})
+            scheduler.learn(trial, {STEP: step, METRIC: loss})
     return scheduler
 
 
@@ -85,11 +85,15 @@ class _ByRecord(TrialScheduler):
 
 
 class _Asha(_ByRecord, ASHAScheduler):
-    pass
+    def learn(self, trial: _Known, result: dict[str, Any]) -> None:
+        """Add an earlier result."""
+        self.on_trial_result(None, trial, result)
 
 
 class _Median(_ByRecord, MedianStoppingRule):
-    pass
+    def learn(self, trial: _Known, result: dict[str, Any]) -> None:
+        """Add an earlier result without a decision: the rule refuses further results of a trial that it stopped."""
+        self.on_trial_complete(None, trial, result)
 
 
 def _identified(trial: Any) -> Any:

@@ -53,8 +53,15 @@ def test_a_second_driver_of_a_sweep_is_refused_and_writes_nothing(tmp_path: Path
 def test_a_sweeps_lease_lasts_as_long_as_that_of_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sweep(tmp_path, {"model.num_subspaces": {"choice": [2]}}, storage=str(tmp_path / "runs"))
     config = config.model_copy(update={"settings": {"scaling.lease_seconds": 7}})
-    monkeypatch.setattr("crate_ray.sweeps.run._run_sweep", lambda sweep, shared, folder: folder.read("sweep.lease"))
-    assert json.loads(run_sweep(config, shared_values(config)))["seconds"] == 7
+    leases: list[bytes] = []
+
+    def read_lease(sweep: SweepConfig, shared: dict[str, Any], folder: Any) -> tuple[list[TrialRecord], None]:
+        leases.append(folder.read("sweep.lease"))
+        return [], None
+
+    monkeypatch.setattr("crate_ray.sweeps.run._run_sweep", read_lease)
+    run_sweep(config, shared_values(config))
+    assert json.loads(leases[0])["seconds"] == 7
 
 
 @pytest.mark.parametrize(
