@@ -7,8 +7,12 @@ from typing import Literal
 from crate_ray.evaluation.classification import Classification, FeatureScores
 from crate_ray.evaluation.intervals import Estimate
 from crate_ray.evaluation.layers import EncoderStructure, Structure, Trend
+from crate_ray.evaluation.learning import Learning
 from crate_ray.evaluation.reconstruction import VISIBLE_MEAN, Reconstruction
 from crate_ray.evaluation.segmentation import Segmentation
+
+_COLLAPSED = 0.9
+"""Mean cosine between the tokens of an image from which on they count as collapsed."""
 
 
 def on_classification(result: Classification) -> list[str]:
@@ -117,6 +121,31 @@ def on_structure(result: Structure) -> list[str]:
                 "the architecture, and no evidence of learning by itself."
             )
     return said + _on_undoing(result)
+
+
+def on_learning(result: Learning) -> list[str]:
+    """Whether tokens collapse, branches fade, codes stay unused, and masked tokens look at visible ones."""
+    said = []
+    for name, model in result.models.items():
+        cosine, rank = model.encoder["token_cosine"], model.encoder["token_rank"]
+        said.append(
+            f"{_capital(model.title)}: the cosine between two tokens goes from {cosine[0]:.2f} after the first encoder "
+            f"layer to {cosine[-1]:.2f} after the last, their effective rank from {rank[0]:.1f} to {rank[-1]:.1f}."
+        )
+        if name == "trained" and cosine[-1] > _COLLAPSED:
+            said.append(
+                "So its last tokens are nearly the same, and little of an image is left in them. Small initial weights "
+                "(model.initialization small) and residuals (model.residual all) keep tokens apart."
+            )
+    own = result.models["trained"].encoder
+    unused = own["unused_codes"]
+    said.append(f"In the trained encoder, {min(unused):.0%} to {max(unused):.0%} of a layer's codes are never used.")
+    if visible := own.get("visible_attention"):
+        said.append(
+            f"Tokens of removed patches give {min(visible):.2f} to {max(visible):.2f} of their attention to visible "
+            f"patches; uniform attention would give {result.visible_share:.2f}."
+        )
+    return said
 
 
 def on_segmentation(result: Segmentation) -> list[str]:

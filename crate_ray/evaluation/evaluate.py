@@ -17,6 +17,7 @@ from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.evaluation.features import compute_device, iterate_dataset
 from crate_ray.evaluation.figures import Image
 from crate_ray.evaluation.layers import measure_structure
+from crate_ray.evaluation.learning import measure_learning
 from crate_ray.evaluation.reconstruction import measure_reconstruction
 from crate_ray.evaluation.report import ModelFacts, Report, charts, describe
 from crate_ray.evaluation.segmentation import ATTENTION_MASS, measure_segmentation
@@ -49,7 +50,7 @@ def evaluate(
     pictures: list[Image] = []
     said: dict[str, list[str]] = {}
 
-    classification = reconstruction = structure = segmentation = None
+    classification = reconstruction = structure = learning = segmentation = None
     if probe and labelled:
         log("linear probe and k-NN")
         folder = Path(config.features_dir) if config.features_dir else feature_folder()
@@ -72,6 +73,9 @@ def evaluate(
         log("structure of the layers")
         structure = measure_structure(all_evaluated, loaded, uri, EPSILON, device)
         said["structure"] = conclusions.on_structure(structure)
+        log("signals of learning")
+        if (learning := measure_learning(all_evaluated, loaded, uri, device)) is not None:
+            said["learning"] = conclusions.on_learning(learning)
     if masked:
         log("attention and segmentation")
         seed = probe.seed if probe else 0
@@ -92,6 +96,7 @@ def evaluate(
         classification=classification,
         reconstruction=reconstruction,
         structure=structure,
+        learning=learning,
         segmentation=segmentation,
         conclusions=said,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from crate_ray.evaluation.classification import Classification, EncoderScores
 from crate_ray.evaluation.intervals import Estimate
 from crate_ray.evaluation.layers import Structure
+from crate_ray.evaluation.learning import Learning
 from crate_ray.evaluation.reconstruction import VISIBLE_MEAN, Pictures, Reconstruction
 from crate_ray.evaluation.segmentation import Example, MapScore, Segmentation
 
@@ -199,6 +200,50 @@ def layer_measures(result: Structure) -> Image:
             "codebook on three scales; the paper says it falls. Bottom: sparsity after the layer; the paper says it "
             "rises. Effective rank: mean over the subspaces; dotted: their minimum and maximum.",
         )
+
+
+def signals(result: Learning) -> Image:
+    """Signals of learning by layer: the encoder's, then the decoder's."""
+    panels = {
+        "token_cosine": "cosine between tokens",
+        "token_rank": "effective rank of the tokens",
+        "attention_branch": "attention branch / stream",
+        "second_branch": "second branch / stream",
+        "unused_codes": "unused codes / %",
+        "visible_attention": "attention to visible patches",
+        "attention_entropy": "entropy of attention",
+        "gradients": "gradient norm, all weights",
+    }
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.6, 5.2), layout="constrained")
+        axes = figure.subplots(2, 4)
+        for axis, (signal, label) in zip(axes.ravel(), panels.items(), strict=True):
+            for name, model in result.models.items():
+                values = [*_signal(model.encoder, signal), *_signal(model.decoder, signal)]
+                drawn = 100 * np.array(values) if label.endswith("%") else np.array(values)
+                style = {"color": _INK[name], "marker": _MARKER[name], "linestyle": _LINE[name]}
+                axis.plot(range(1, len(drawn) + 1), drawn, markersize=3, label=model.title, **style)
+            axis.axvline(len(result.models["trained"].encoder["token_cosine"]) + 0.5, color="0.7", linewidth=0.8)
+            axis.set_title(label)
+            axis.set_xlabel("layer")
+        axes[1, 1].axhline(result.visible_share, color="0.7", linewidth=0.8, linestyle=":")
+        axes[1, 3].set_yscale("log")
+        _legend(figure, axes[0, 0])
+        return _svg(
+            figure,
+            "Signals of learning by layer",
+            f"On {result.images} masked images. Left of the line: encoder layers; right of it: decoder layers. Cosines "
+            "near 1 and ranks near 1 mean that the tokens of an image coincide. Dotted: uniform attention.",
+        )
+
+
+def _signal(signals_of: dict[str, tuple[float, ...]], name: str) -> list[float]:
+    """A signal by layer, not a number for layers of a model that has none; of the gradients, the norm over weights."""
+    depth = len(signals_of["token_cosine"])
+    if name != "gradients":
+        return list(signals_of.get(name, (np.nan,) * depth))
+    parts = [values for key, values in signals_of.items() if key.startswith("gradient of")]
+    return np.sqrt((np.array(parts) ** 2).sum(0)).tolist()
 
 
 def compression_steps(result: Structure) -> Image:

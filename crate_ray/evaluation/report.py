@@ -18,11 +18,15 @@ from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.figures import Image
 from crate_ray.evaluation.intervals import Estimate
 from crate_ray.evaluation.layers import Structure
+from crate_ray.evaluation.learning import Learning
 from crate_ray.evaluation.reconstruction import Reconstruction
 from crate_ray.evaluation.segmentation import Segmentation
 
 HTML_FILE, JSON_FILE = "report.html", "report.json"
 _TEMPLATE = "report.html.j2"
+
+
+_Section = Classification | Reconstruction | Structure | Learning | Segmentation
 
 
 class ModelFacts(Record):
@@ -76,6 +80,7 @@ class Report(Record):
     classification: Classification | None = None
     reconstruction: Reconstruction | None = None
     structure: Structure | None = None
+    learning: Learning | None = None
     segmentation: Segmentation | None = None
     conclusions: dict[str, list[str]]
     """Sentences by section."""
@@ -93,12 +98,12 @@ class Report(Record):
         addresses = [address for _, addresses in self._sections() for address in addresses]
         return f"evaluation/{_label(addresses)}/step-{self.model.step:08d}"
 
-    def _sections(self) -> list[tuple[Classification | Reconstruction | Structure | Segmentation, list[str]]]:
+    def _sections(self) -> list[tuple[_Section, list[str]]]:
         """The sections that were measured, with the addresses of their datasets; the first one names the section."""
-        out: list[tuple[Classification | Reconstruction | Structure | Segmentation, list[str]]] = []
+        out: list[tuple[_Section, list[str]]] = []
         if self.classification:
             out.append((self.classification, [self.classification.test, self.classification.train]))
-        for section in (self.reconstruction, self.structure, self.segmentation):
+        for section in (self.reconstruction, self.structure, self.learning, self.segmentation):
             if section:
                 out.append((section, [section.data]))
         return out
@@ -145,6 +150,8 @@ def charts(report: Report) -> dict[str, list[Image]]:
     if report.structure:
         draw = (figures.layer_measures, figures.compression_steps, figures.codebooks_and_undoing)
         out["structure"] = [one(report.structure) for one in draw]
+    if report.learning:
+        out["learning"] = [figures.signals(report.learning)]
     if report.segmentation:
         out["segmentation"] = [figures.foregrounds(report.segmentation), figures.head_table(report.segmentation)]
     return out
