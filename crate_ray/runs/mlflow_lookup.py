@@ -56,6 +56,13 @@ def sqlite_address(path: Path) -> Address:
     return Address(URL.create("sqlite", database=str(path)).render_as_string())
 
 
+def absolute_tracking_uri(tracking: TrackingConfig) -> Address:
+    """The address for processes with other working folders: that of a SQLite file has an absolute path."""
+    uri = tracking_uri(tracking)
+    path = sqlite_path(uri)
+    return uri if path is None or path.is_absolute() else sqlite_address(path.absolute())
+
+
 def login(address: Address) -> str:
     """The address by which MLflow reaches a server.
 

@@ -71,6 +71,7 @@ class SweepReport:
         """Follow the records in a thread: show them, and update the reports when a trial has ended."""
         over = threading.Event()
         with SweepDisplay(self._sweep, self._total_steps) as display:
+            display.update(self._records.read())  # what an earlier start has left
             thread = threading.Thread(target=self._follow, args=(display, over), name="sweep report", daemon=True)
             thread.start()
             try:
@@ -103,12 +104,13 @@ class SweepReport:
         return summary
 
     def _follow(self, display: SweepDisplay, over: threading.Event) -> None:
-        problem = ""
-        while not over.wait(_POLL_SECONDS):
+        problem, is_over = "", False
+        while not is_over:
+            is_over = over.wait(_POLL_SECONDS)
             try:
                 records = self._records.read()
                 display.update(records)
-                if ended(records):
+                if ended(records) and not is_over:
                     self.update(records)
             except Exception as error:  # the sweep goes on; at its end, `finish` raises the error
                 if str(error) != problem:

@@ -17,7 +17,7 @@ from crate_ray.config import PretrainConfig, SweepConfig
 from crate_ray.config.yaml_text import parse_number
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.errors import UserError
-from crate_ray.runs.mlflow_lookup import find_run, login, tracking_uri
+from crate_ray.runs.mlflow_lookup import absolute_tracking_uri, find_run, login, tracking_uri
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import NotFound, Storage, open_storage
 from crate_ray.storage.lease import Lease
@@ -63,7 +63,7 @@ def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
     sweep = sweep.model_copy(
         update={
             "storage": open_storage(sweep.storage, s3).uri,
-            "tracking": sweep.tracking.model_copy(update={"uri": tracking_uri(sweep.tracking)}),
+            "tracking": sweep.tracking.model_copy(update={"uri": absolute_tracking_uri(sweep.tracking)}),
         }
     )
     sweep = sweep.model_copy(update={"trials": _trials(sweep)})
@@ -88,11 +88,10 @@ def _trials(sweep: SweepConfig) -> int:
         raise UserError(
             f"the grid has {size:,} combinations, more than {MAX_GRID:,}; search fewer values, or use sampler tpe"
         )
-    if "trials" in sweep.model_fields_set:
-        return sweep.trials
-    if sweep.sampler == "grid" and size is not None:
-        return size
-    return _MOST_TRIALS if sweep.hours else sweep.trials
+    wanted = sweep.trials
+    if "trials" not in sweep.model_fields_set:
+        wanted = size if sweep.sampler == "grid" and size is not None else _MOST_TRIALS if sweep.hours else wanted
+    return wanted if size is None else min(wanted, size)
 
 
 def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> SweepResult:
@@ -129,7 +128,7 @@ def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> t
         _end_stopped_runs(sweep, records)
         ended = _ended(records)
         if over:
-            print(f"ended after {ended} trials: {over}")
+            print(f"the sweep ended after {ended} of {sweep.trials} trials: {over}")
         elif ended < sweep.trials:  # Ray Tune returns when it is interrupted
             print(f"stopped after {ended} of {sweep.trials} trials; the same command continues the sweep")
             raise KeyboardInterrupt

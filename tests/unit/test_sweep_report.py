@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from crate_ray.cli import parse_config
-from crate_ray.config import PrepareConfig, PretrainConfig, S3Config, SweepConfig
+from crate_ray.config import PrepareConfig, PretrainConfig, S3Config, SweepConfig, TrackingConfig
 from crate_ray.data.prepare.builtin import digits_source
 from crate_ray.data.prepare.packing import pack
 from crate_ray.errors import UserError
@@ -33,6 +33,7 @@ from crate_ray.sweeps.display import SweepDisplay
 from crate_ray.sweeps.importance import Importance, importances
 from crate_ray.sweeps.report import SweepReport, results_table
 from crate_ray.sweeps.results import best_trial, comparable, front, without_outliers
+from crate_ray.sweeps.run import open_sweep
 from crate_ray.sweeps.savings import full_curves, replay_asha
 from crate_ray.sweeps.space import shared_values, why_invalid
 from crate_ray.sweeps.summary import Summary, summarise
@@ -466,14 +467,37 @@ def test_a_problem_of_the_report_does_not_end_the_sweep(
     folder = open_storage(config.storage, S3Config()).under(config.name)
     tracker = RunTracker(config.tracking, "c" * 32, config.name, {}, {})
     report = SweepReport(config, shared, folder, tracker)
-    folder.write("results/a.json", b"{}")
     with report.following():
+        folder.write("results/a.json", b"{}")
         for _ in range(500):
             if caplog.records:
                 break
             time.sleep(0.01)
     assert "is not up to date" in caplog.text and "results/a.json cannot be read" in caplog.text
     tracker.finish("FINISHED", timeout=60)
+
+
+def test_what_is_shown_last_is_how_the_sweep_ended(
+    world: tuple[SweepConfig, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, shared = world
+    folder = open_storage(config.storage, S3Config()).under(config.name)
+    tracker = RunTracker(config.tracking, "d" * 32, config.name, {}, {})
+    with SweepReport(config, shared, folder, tracker).following():
+        write_record(folder, records(1, two_settings)[0].model_copy(update={"status": "stopped early"}))
+    assert "t-001 stopped early at step 120/120" in capsys.readouterr().err
+    tracker.finish("FINISHED", timeout=60)
+
+
+def test_trials_track_in_the_sweeps_sqlite_file_wherever_they_run(
+    world: tuple[SweepConfig, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Tune gives each trial a working folder of its own, which is deleted."""
+    monkeypatch.chdir(tmp_path)
+    given = world[0].model_copy(update={"tracking": TrackingConfig(uri="sqlite:///demo/mlflow.db")})
+    assert open_sweep(given)[0].tracking.uri == f"sqlite:///{tmp_path}/demo/mlflow.db"
+    server = world[0].model_copy(update={"tracking": TrackingConfig(uri="http://127.0.0.1:5000")})
+    assert open_sweep(server)[0].tracking.uri == "http://127.0.0.1:5000"
 
 
 def test_records_are_read_again_only_when_they_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
