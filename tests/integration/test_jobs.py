@@ -255,9 +255,15 @@ def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, tr
         "name": "codebook",
         "storage": "s3://runs",
         "base": str(base),
-        # K = 8 and d = 60 are both possible beside the base's values, but not together: that trial fails.
-        "search": {"model.num_subspaces": {"choice": [8]}, "model.dim": {"choice": [64, 60]}},
-        "trials": 3,
+        # K = 8 does not divide d = 60: that combination is pruned. A learning rate of 1e30 fails.
+        "search": {
+            "model.num_subspaces": {"choice": [8]},
+            "model.dim": {"choice": [64, 60]},
+            "optim.lr": {"choice": [1e-3, 2e-3, 1e30]},
+        },
+        "trials": 6,
+        "sampler": "grid",
+        "against": "parameters",
         "tracking": {"experiment": "it", "picture_every": None},
     }
     sweep.write_text(yaml.safe_dump(settings))
@@ -280,11 +286,15 @@ def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, tr
     after = finished()
     assert done.items() <= after.items()  # nothing that was finished ran again
     ended = [json.loads(records.read(info.key)) for info in records.list()]
-    failed = [r for r in ended if r["status"] == "failed"]
-    assert len(ended) == 3
-    assert len(failed) == sum(r["values"]["model.dim"] == 60 for r in ended) >= 1
-    assert len(after) == 3 - len(failed)
-    assert all("dim 60 is not divisible by num_subspaces 8" in r["cause"] for r in failed)
+    by_status = {status: [r for r in ended if r["status"] == status] for status in ("finished", "failed", "pruned")}
+    assert [len(records) for records in by_status.values()] == [2, 1, 3]
+    assert all("dim 60 is not divisible by num_subspaces 8" in r["cause"] for r in by_status["pruned"])
+    assert by_status["failed"][0]["values"]["optim.lr"] == 1e30
+    assert by_status["failed"][0]["cause"]
+    for record in by_status["finished"]:
+        assert record["objectives"] == {"validation_loss": record["objective"], "parameters": record["parameters"]}
+        assert record["seconds"] > 0
+    assert sorted(record["number"] for record in ended) == list(range(1, 7))
     folder = open_storage("s3://runs/codebook", S3Config())
     best = PretrainConfig.model_validate(yaml.safe_load(folder.read("best.yaml")))
     assert best.model.dim == 64

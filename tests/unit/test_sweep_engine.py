@@ -300,10 +300,12 @@ def test_the_number_of_trials_follows_the_budget(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("crate_ray.sweeps.run.open_run", lambda config: SimpleNamespace(config=config))
     search = {"model.num_subspaces": {"choice": [2, 4]}, "model.depth": {"integers": [1, 5]}}
 
-    def trials(**settings: Any) -> int:
+    def trials(search: dict[str, Any] = LR, **settings: Any) -> int:
         return open_sweep(sweep(tmp_path, search, storage=str(tmp_path), **settings))[0].trials
 
-    assert [trials(), trials(sampler="grid"), trials(sampler="grid", trials=3), trials(hours=2.0)] == [8, 10, 3, 1000]
+    assert [trials(), trials(hours=2.0), trials(hours=2.0, trials=3)] == [8, 1000, 3]
+    grid = [trials(search), trials(search, sampler="grid"), trials(search, sampler="grid", trials=3)]
+    assert [*grid, trials(search, hours=2.0)] == [8, 10, 3, 10]
 
 
 # --- Early stopping ---------------------------------------------------------------------------------------------------
