@@ -100,7 +100,8 @@ _Output = SimpleNamespace
 def _config(backbone: Backbone, description: ModelDescription) -> dict[str, Any]:
     head = description.classifier
     module = MODELING_FILE.removesuffix(".py")
-    labels = {i: f"LABEL_{i}" for i in range(backbone.num_classes)}
+    names = (head and head.classes) or [f"LABEL_{i}" for i in range(backbone.num_classes)]
+    labels = dict(enumerate(names))
     return {
         "model_type": "crate_ray",
         "architectures": [_CLASSES["AutoModel" if head is None else "AutoModelForImageClassification"]],

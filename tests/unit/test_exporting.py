@@ -49,7 +49,7 @@ MODELS: dict[str, ModelConfig] = {
 }
 HEADS: dict[str, ClassifierConfig | None] = {
     "encoder": None,
-    "cls": ClassifierConfig(num_classes=7, pooling="cls"),
+    "cls": ClassifierConfig(num_classes=7, pooling="cls", classes=tuple("abcdefg")),
     "mean": ClassifierConfig(num_classes=7, pooling="mean"),
 }
 KINDS = [(model, head) for model in MODELS for head in HEADS if model in ("crate", "vit", "grid") or head != "mean"]
@@ -283,6 +283,8 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         assert len(encoded.attentions) == 3 and encoded.attentions[0].shape[-1] == tokens.shape[1]
         logits = classifier(x).logits
     if "logits" in content:
+        names = list("abcdefg") if folder.name.endswith("cls") else [f"LABEL_{i}" for i in range(7)]
+        assert list(classifier.config.id2label.values()) == names
         assert abs(logits - torch.from_numpy(content["logits"])).max() < 1e-6, folder
     else:  # a new head, and training reaches every parameter
         classifier(x, labels=torch.tensor([0, 1, 0])).loss.backward()
@@ -327,6 +329,8 @@ def export_all(folder: Path) -> None:
 def test_a_hugging_face_folder_holds_a_model_that_computes_the_same(tmp_path: Path) -> None:
     """The modelling file runs with stand-ins for transformers, as at each export."""
     export_all(tmp_path)
+    names = json.loads((tmp_path / "exported/vit-cls/config.json").read_text())["id2label"]
+    assert names == {str(i): name for i, name in enumerate("abcdefg")}
     source = (tmp_path / "exported/vit-cls/modeling_crate.py").read_text()
     assert source == modeling_source()
     assert "import crate_ray" not in source and "from crate_ray" not in source
