@@ -1,4 +1,4 @@
-"""Images to features or class probabilities: a trained model with its preprocessing.
+"""Images to features: a trained encoder with its preprocessing.
 
 Served models import this file. It needs no storage, no data loader and no Ray.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from crate_ray.bounded import MAX_MEMBER_BYTES, read_small
 from crate_ray.config import Feature
+from crate_ray.config.export import ExportFeature
 from crate_ray.data.decode.errors import DecodeError
 from crate_ray.data.decode.pillow import to_eight_bits
 from crate_ray.data.decode.received import received_image
@@ -25,21 +26,20 @@ from crate_ray.data.decode.samples import decode_batch
 from crate_ray.data.decode.transforms import Crops, Int64, centre_crops
 from crate_ray.errors import UserError
 from crate_ray.models import MaskedAutoencoder
-from crate_ray.models.classifier import Classifier, class_probabilities
-from crate_ray.models.exported import ModelDescription, Normalizer, load_any, load_exported
+from crate_ray.models.exported import ModelDescription, Normalizer, load_exported
 
 
 class FeaturePoint(NamedTuple):
     """A feature of the encoder: which tokens, of which layer."""
 
-    feature: Feature = "mean"
-    """Mean of the patch tokens, or the CLS token."""
+    feature: ExportFeature = "mean"
+    """Mean of the patch tokens, the CLS token, or all patch tokens."""
     layer: int | None = None
     """Encoder layer, 1 to L; None: after the encoder's last norm, as embeddings are."""
 
     def __str__(self) -> str:
-        name = "mean of patch tokens" if self.feature == "mean" else "CLS token"
-        return f"{name}, {'after the last norm' if self.layer is None else f'layer {self.layer}'}"
+        names = {"mean": "mean of patch tokens", "cls": "CLS token", "patch": "patch tokens"}
+        return f"{names[self.feature]}, {'after the last norm' if self.layer is None else f'layer {self.layer}'}"
 
 
 class FeatureExtractor:
@@ -56,7 +56,7 @@ class FeatureExtractor:
         self,
         model: MaskedAutoencoder,
         description: ModelDescription,
-        feature: Feature = "mean",
+        feature: ExportFeature = "mean",
         device: torch.device | str = "cpu",
     ) -> None:
         self.model, self.description, self.feature = model.to(device).eval(), description, feature
@@ -71,7 +71,10 @@ class FeatureExtractor:
         return cls(*load_exported(folder), feature, device)
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Embed loaded images (uint8, or float32 grids) of the model's size. Returns (B, dim) float32 on the CPU."""
+        """Embed loaded images (uint8, or float32 grids) of the model's size.
+
+        Returns (B, dim), or (B, patches, dim) for the feature 'patch', float32 on the CPU.
+        """
         return self.pooled(images_BCHW, [FeaturePoint(self.feature)])[0]
 
     @torch.no_grad()
@@ -79,45 +82,6 @@ class FeatureExtractor:
         """Several features of the same images, each as __call__ returns it."""
         images = self._normalizer(images_BCHW.to(self._device))
         return [feature.cpu() for feature in pooled_features(self.model, images, points)]
-
-    def load(self, items: Sequence[bytes | NDArray[Any]]) -> Tensor:
-        """Decode images for the model; see `load_all`."""
-        return load_all(items, self.description)
-
-
-class Predictor:
-    """A fine-tuned classifier with its preprocessing.
-
-    Args:
-        model: the classifier.
-        description: how its input is normalised.
-        device: where to compute.
-    """
-
-    def __init__(self, model: Classifier, description: ModelDescription, device: torch.device | str = "cpu") -> None:
-        self.model, self.description = model.to(device).eval(), description
-        self._device = torch.device(device)
-        self._normalizer = Normalizer.of(description.mean, description.std, device)
-
-    @classmethod
-    def from_folder(cls, folder: Path, device: torch.device | str = "cpu") -> Predictor:
-        """Load an exported classifier from a local folder.
-
-        Raises:
-            UserError: the folder holds no model, or one without classes.
-        """
-        model, description = load_any(folder)
-        if not isinstance(model, Classifier):
-            raise UserError(f"{folder} holds an encoder without classes; fine-tune it with crate-ray finetune first")
-        return cls(model, description, device)
-
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Classify loaded images (uint8, or float32 grids) of the model's size.
-
-        Returns:
-            Class probabilities (B, num_classes), float32 on the CPU.
-        """
-        return class_probabilities(self.model, self._normalizer(images_BCHW.to(self._device))).cpu()
 
     def load(self, items: Sequence[bytes | NDArray[Any]]) -> Tensor:
         """Decode images for the model; see `load_all`."""
@@ -188,7 +152,9 @@ class Preprocessor:
 
 @torch.no_grad()
 def pooled_features(model: MaskedAutoencoder, images_BCHW: Tensor, points: Sequence[FeaturePoint]) -> list[Tensor]:
-    """Compute features (B, dim) of normalised images in one pass, holding the tokens of one layer at a time.
+    """Compute features of normalised images in one pass, holding the tokens of one layer at a time.
+
+    They are (B, dim), or (B, patches, dim) for the feature 'patch'.
 
     Raises:
         UserError: the encoder does not have a layer.
@@ -197,8 +163,10 @@ def pooled_features(model: MaskedAutoencoder, images_BCHW: Tensor, points: Seque
     if beyond := [point.layer for point in points if point.layer is not None and not 1 <= point.layer <= depth]:
         raise UserError(f"there is no encoder layer {beyond[0]}; the model's layers are 1 to {depth}")
 
-    def pool(z_BTD: Tensor, feature: Feature) -> Tensor:
-        return z_BTD[:, 1:].mean(1) if feature == "mean" else z_BTD[:, 0]
+    def pool(z_BTD: Tensor, feature: ExportFeature) -> Tensor:
+        if feature == "cls":
+            return z_BTD[:, 0]
+        return z_BTD[:, 1:].mean(1) if feature == "mean" else z_BTD[:, 1:]
 
     found: dict[FeaturePoint, Tensor] = {}
     z_BTD, _ = model.embed(images_BCHW)

@@ -35,7 +35,7 @@ from crate_ray.runs.planning import Run, driver_lease
 from crate_ray.runs.pretraining import open_run
 from crate_ray.runs.record import write_record
 from crate_ray.runs.references import load_encoder
-from crate_ray.serving import Predictor
+from crate_ray.served_model import ServedModel
 from crate_ray.storage.interface import open_storage
 from crate_ray.tracking.pretraining import is_published, publish, track
 from crate_ray.tracking.registry import register
@@ -167,7 +167,7 @@ def test_a_pretrained_encoder_becomes_a_registered_classifier(
     held_out = load_dataset(open_storage(digits[1], S3Config()))
     with evaluation_loader(held_out, earlier.model, DataConfig(train=digits[1]), batch_size=1000) as loader:
         batch = next(iter(loader))
-    predictor = Predictor.from_folder(tmp_path / "runs" / "tuned" / "model")
+    predictor = ServedModel.from_folder(tmp_path / "runs" / "tuned" / "model")
     probabilities = predictor(batch.images)
     assert (probabilities.argmax(1).numpy() == batch.labels).mean() == pytest.approx(top1[STEPS], abs=0.003)
     mlflow.set_tracking_uri(config.tracking.uri or "")

@@ -49,7 +49,7 @@ from crate_ray.runs.commits import fetch_newest
 from crate_ray.runs.export import export_run
 from crate_ray.runs.planning import Run
 from crate_ray.runs.record import write_record
-from crate_ray.serving import Predictor
+from crate_ray.served_model import ServedModel
 from crate_ray.storage.interface import open_storage
 from crate_ray.training.optimizer import learning_rate
 from crate_ray.training.step import train_step
@@ -399,7 +399,7 @@ def test_a_resumed_run_goes_on_bitwise_the_same(digits: str, tmp_path: Path) -> 
     assert isinstance(loaded, Classifier) and description.step == 6 and description.run_key == run.record.run_key
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    predictor = Predictor.from_folder(tmp_path / "model")
+    predictor = ServedModel.from_folder(tmp_path / "model")
     with torch.no_grad():
         scores = resumed.model.eval()(Normalizer.of(run.record.mean, run.record.std)(images)).scores
     torch.testing.assert_close(predictor(predictor.load(list(pixels))), scores.softmax(1))

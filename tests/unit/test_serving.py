@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +35,10 @@ from crate_ray.data.decode.received import received_image
 from crate_ray.errors import UserError
 from crate_ray.models import build_model
 from crate_ray.models.classifier import Classifier
-from crate_ray.models.exported import ModelDescription, export_model, read_description
-from crate_ray.serving import FeatureExtractor, Predictor, load_images
+from crate_ray.models.exported import ModelDescription, Normalizer, export_model, load_exported, read_description
+from crate_ray.served_model import ServedModel
+from crate_ray.serving import FeatureExtractor, load_images
+from crate_ray.structure.attention import patch_maps
 from crate_ray.tracking.flavor import log_model
 
 MODEL = CrateMAEConfig(image_size=16, patch_size=4, dim=16, num_subspaces=2, depth=2)
@@ -99,7 +102,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         )  # fmt: skip
         module = Classifier(MODEL, head) if kind == "classifier" else build_model(MODEL)
         export_model(folder / f"exported-{kind}", module.state_dict(), description)
-        made = (Predictor if kind == "classifier" else FeatureExtractor).from_folder(folder / f"exported-{kind}")
+        made = (ServedModel if kind == "classifier" else FeatureExtractor).from_folder(folder / f"exported-{kind}")
         np.save(images / f"expected-{kind}.npy", made(made.load(encoded)).numpy())
         run_id = client.create_run(experiment).info.run_id
         info = log_model(Address(uri), run_id, folder / f"exported-{kind}")
@@ -144,10 +147,10 @@ def test_threads_decode_the_same_images_and_find_the_same_errors() -> None:
 Answer = tuple[int, dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def ask(logged: tuple[Path, Path]) -> Iterator[Callable[[str, str], Answer]]:
-    """Asks MLflow's server for the logged encoder, as `mlflow models serve` runs it: status and answer."""
-    app = scoring_server.init(mlflow.pyfunc.load_model(str(logged[0] / "encoder")))
+@contextmanager
+def mlflow_server(model: Path) -> Iterator[Callable[[str, str], Answer]]:
+    """Asks MLflow's server for a logged model, as `mlflow models serve` runs it: status and answer."""
+    app = scoring_server.init(mlflow.pyfunc.load_model(str(model)))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -164,9 +167,18 @@ def ask(logged: tuple[Path, Path]) -> Iterator[Callable[[str, str], Answer]]:
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    yield send
-    server.should_exit = True
-    thread.join()
+    try:
+        yield send
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def ask(logged: tuple[Path, Path]) -> Iterator[Callable[[str, str], Answer]]:
+    """MLflow's server of the encoder."""
+    with mlflow_server(logged[0] / "encoder") as send:
+        yield send
 
 
 def bodies(texts: list[str]) -> dict[str, tuple[str, str]]:
@@ -260,6 +272,120 @@ def test_what_a_client_means() -> None:
     ):  # fmt: skip
         with pytest.raises(DecodeError, match=message):
             received_image(value, "image")
+
+
+# --- Outputs --------------------------------------------------------------------------------------------------------
+
+
+def asked(images: Path, **params: Any) -> tuple[str, str]:
+    """A request for an output of all images."""
+    texts = [base64.b64encode(path.read_bytes()).decode() for path in sorted(images.glob("*.png"))]
+    return json.dumps({"inputs": {"image": texts}, "params": params}), "application/json"
+
+
+def test_http_clients_choose_the_output(ask: Callable[[str, str], Answer], logged: tuple[Path, Path]) -> None:
+    folder, images = logged
+    model, description = load_exported(folder / "exported-encoder")
+    pixels, _ = load_images([path.read_bytes() for path in sorted(images.glob("*.png"))], description)
+    inputs = Normalizer.of(description.mean, description.std)(pixels)
+    with torch.no_grad():
+        tokens = model.encode(inputs).tokens
+    expected = {
+        "mean": tokens[:, 1:].mean(1), "cls": tokens[:, 0], "patch": tokens[:, 1:],
+        "attention": patch_maps(model, inputs).attention[:, -1],
+    }  # fmt: skip
+    for output, values in expected.items():
+        status, answer = ask(*asked(images, output=output))
+        found = torch.tensor(answer["predictions"])
+        assert status == 200 and found.shape == values.shape, output
+        torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-5)
+    assert found.shape == (5, 2, 4, 4) and (found.sum((2, 3)) < 1).all()  # CLS attends to itself, too
+
+
+def test_http_clients_get_hidden_patches_as_the_model_predicts_them(
+    ask: Callable[[str, str], Answer], logged: tuple[Path, Path]
+) -> None:
+    folder, images = logged
+    model, description = load_exported(folder / "exported-encoder")
+    pixels, _ = load_images([path.read_bytes() for path in sorted(images.glob("*.png"))], description)
+    normalizer = Normalizer.of(description.mean, description.std)
+
+    def reconstructed(**params: Any) -> torch.Tensor:
+        status, answer = ask(*asked(images, output="reconstruction", **params))
+        assert status == 200, answer
+        return torch.tensor(answer["predictions"]).permute(0, 3, 1, 2)
+
+    for ratio, hidden in ((0.75, 12), (0.5, 8), (0.0, 0)):
+        found = reconstructed(mask_ratio=ratio, seed=3)
+        assert found.shape == pixels.shape
+        changed = ((found - pixels).abs() > 0.01).any(1).unflatten(2, (4, 4)).unflatten(1, (4, 4)).any(4).any(2)
+        assert (changed.sum((1, 2)) == hidden).all() and (changed == changed[0]).all()  # the same patches of each image
+        if not hidden:
+            continue
+        # What a model with this ratio predicts where these patches are hidden.
+        other = build_model(MODEL.model_copy(update={"mask_ratio": ratio}))
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            noise = changed.flatten(1).float()
+            predicted = other.reconstruct(other.eval()(normalizer(pixels), noise).prediction, normalizer(pixels))
+        mask = changed.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+        expected = torch.where(mask, (255 * normalizer.undo(predicted)).clamp(0, 255), pixels.float())
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
+    assert torch.equal(reconstructed(), reconstructed(mask_ratio=MODEL.mask_ratio, seed=0))
+    assert not torch.equal(reconstructed(seed=1), reconstructed(seed=2))
+
+
+def test_http_clients_get_one_sentence_for_what_a_model_cannot_give(
+    ask: Callable[[str, str], Answer], logged: tuple[Path, Path]
+) -> None:
+    some = "mean, cls, patch, attention"
+    for params, message in (
+        ({"output": "logits"}, f"output 'logits' is not one of {some}, reconstruction"),
+        ({"output": "probabilities"},
+         f"this model is an encoder without classes; output 'probabilities' is not one of {some}, reconstruction"),
+        ({"output": "reconstruction", "mask_ratio": 1.5},
+         "the parameter mask_ratio: Input should be less than 1"),
+        ({"output": "reconstruction", "mask_ratio": 0.99},
+         "mask_ratio 0.99 leaves none of the 16 patches visible; lower it"),
+        ({"output": "reconstruction", "seed": -1}, "the parameter seed: Input should be greater than or equal to 0"),
+    ):  # fmt: skip
+        status, answer = ask(*asked(logged[1], **params))
+        assert (status, answer["message"]) == (400, message)
+
+
+def test_http_clients_of_a_classifier_get_probabilities_or_features(logged: tuple[Path, Path]) -> None:
+    folder, images = logged
+    model = ServedModel.from_folder(folder / "exported-classifier").model
+    assert isinstance(model, Classifier)
+    description = read_description(folder / "exported-classifier")
+    pixels, _ = load_images([path.read_bytes() for path in sorted(images.glob("*.png"))], description)
+    tokens = crate_ray.Backbone(model).forward_features(Normalizer.of(description.mean, description.std)(pixels))
+    probabilities = torch.from_numpy(np.load(images / "expected-classifier.npy"))
+    with mlflow_server(folder / "classifier") as ask:
+        for params, expected in (
+            ({}, probabilities), ({"output": "probabilities"}, probabilities), ({"output": "cls"}, tokens[:, 0]),
+            ({"output": "mean"}, tokens[:, 1:].mean(1)), ({"output": "patch"}, tokens[:, 1:]),
+        ):  # fmt: skip
+            status, answer = ask(*asked(images, **params))
+            assert status == 200, answer
+            torch.testing.assert_close(torch.tensor(answer["predictions"]), expected, atol=1e-5, rtol=1e-5)
+        status, answer = ask(*asked(images, output="attention"))
+        assert status == 200 and np.shape(answer["predictions"]) == (5, 2, 4, 4)
+        status, answer = ask(*asked(images, output="reconstruction"))
+    assert status == 400 and answer["message"] == (
+        "this model has no decoder, so it reconstructs nothing; output 'reconstruction' is not one of probabilities, "
+        "mean, cls, patch, attention"
+    )
+
+
+def test_a_grid_is_reconstructed_in_its_own_numbers(tmp_path: Path) -> None:
+    exported(tmp_path / "model", 5, "grid")
+    model = ServedModel.from_folder(tmp_path / "model")
+    grids = np.random.default_rng(0).standard_normal((2, 5, 16, 24), np.float32) * 40
+    params = model.params({"output": "reconstruction", "mask_ratio": 0.5})
+    found = model(model.receive(list(grids)), params).numpy()
+    same = np.isclose(found, grids, atol=1e-4).all(1).reshape(2, 4, 4, 6, 4).all((2, 4))
+    assert found.shape == grids.shape and (same.sum((1, 2)) == 12).all()
 
 
 # --- Its own environment --------------------------------------------------------------------------------------------
