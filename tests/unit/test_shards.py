@@ -26,7 +26,7 @@ from crate_ray.config import PrepareConfig, S3Config
 from crate_ray.data.format import tar as tar_module
 from crate_ray.data.format.dataset import ShardSet, load_dataset, save_dataset
 from crate_ray.data.format.index import SHARD_DTYPE, index_shard
-from crate_ray.data.format.manifest import name_pattern, parse_manifest
+from crate_ray.data.format.manifest import TABLE_SUFFIX, name_pattern, parse_manifest
 from crate_ray.data.format.names import split_name
 from crate_ray.data.format.samples import parse_samples, read_table
 from crate_ray.data.format.tar import DamagedShard, Member, range_members, whole_members
@@ -34,8 +34,10 @@ from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack, shard_writer
 from crate_ray.data.prepare.sources import Item, Source, find_shards, open_source
 from crate_ray.data.prepare.statistics import SampleCounts
+from crate_ray.data.read.shard_reader import ShardReader
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import AlreadyExists, Storage, open_storage
+from crate_ray.storage.local import LocalStorage
 
 Samples = list[tuple[str, dict[str, bytes]]]
 
@@ -890,3 +892,30 @@ def test_split_name_is_webdatasets_rule(name: str) -> None:
     if name.startswith(("/", "./", "__")) or ".." in name.split("/"):
         return  # where ours differs, see above
     assert split_name(name) == (None if key is None else (key, suffix.lower()))
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["contiguous", "table"])
+def test_keys_that_are_not_utf8_are_text_that_can_be_written(split: bool, tmp_path: Path) -> None:
+    """The sample 'caf\xe9' of a Latin-1 archive has the key 'caf\\xe9' wherever it is read; UTF-8 keys stay."""
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for suffix in ("jpg", "cls"):
+            for name in ("caf\xe9", "plain"):
+                if suffix == "cls" and not split:
+                    continue
+                info = tarfile.TarInfo(f"{name}.{suffix}")
+                info.size = 1
+                archive.addfile(info, io.BytesIO(b"1"))
+    table = read_table((tmp_path / "0.tar").read_bytes(), "0.tar").rows
+    assert [row.key for row in table] == ["caf\udce9", "plain"]
+    indexed = index_shard((tmp_path / "0.tar").read_bytes(), table)
+    assert (indexed.table is not None) == split
+    storage = LocalStorage(tmp_path)
+    if indexed.table is not None:
+        storage.write(f"0.tar{TABLE_SUFFIX}", indexed.table)
+    rows = np.array([indexed.row], SHARD_DTYPE)
+    described = {"kind": "image", "image_suffixes": ("jpg",), "suffixes": ("jpg",), "channels": 3}
+    save_dataset(
+        storage, ["0.tar"], rows, [indexed.entries], mean=(0.0,) * 3, std=(1.0,) * 3, num_measured=0, **described
+    )
+    keys = [sample.key for sample in ShardReader(load_dataset(storage)).read(0, 2)]
+    assert keys == ["caf\\xe9", "plain"] and all(key.encode() for key in keys)

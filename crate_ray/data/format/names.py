@@ -65,3 +65,8 @@ def relative(name: str) -> str:
 def printable(name: str) -> str:
     """A name that can be written as UTF-8: what is not becomes `\\udc…`. File systems and tars allow any bytes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def readable(key: str) -> str:
+    """A sample's key as text that can be written: bytes that are not UTF-8, such as Latin-1, become `\\xe9`."""
+    return key if key.isascii() else key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -6,7 +6,7 @@ import logging
 from typing import NamedTuple
 
 from crate_ray.bounded import MAX_CLASSES, MAX_NAME
-from crate_ray.data.format.names import is_metadata, is_refused, printable, relative, split_name
+from crate_ray.data.format.names import is_metadata, is_refused, printable, readable, relative, split_name
 from crate_ray.data.format.tar import Buffer, DamagedShard, range_members, whole_members
 from crate_ray.errors import UserError, first_few
 
@@ -22,6 +22,7 @@ class Sample(NamedTuple):
     """A sample: its key, and the bytes of its members by suffix."""
 
     key: str
+    """See names.readable."""
     members: dict[str, memoryview]
 
 
@@ -82,7 +83,7 @@ def parse_samples(buffer: Buffer, where: str = "a shard") -> list[Sample]:
             raise DamagedShard(f"{where} holds a hard link, {name!r}, that is not in its index; index it again")
         if parts[0] != key:
             key, members = parts[0], {}
-            samples.append(Sample(key, members))
+            samples.append(Sample(readable(key), members))
         if parts[1] in members:
             raise DamagedShard(f"{where} holds {name!r} twice")
         members[parts[1]] = view[data : data + size]

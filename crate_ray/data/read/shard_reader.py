@@ -177,7 +177,7 @@ class ShardReader:
         samples: list[Sample] = []
         for number, members in groupby(range(len(rows)), key=lambda i: int(rows["sample"][i])):
             listed = list(members)
-            key = bytes(rows["key"][listed[0]]).decode("utf-8", "surrogateescape")
+            key = bytes(rows["key"][listed[0]]).decode("utf-8", "backslashreplace")
             suffixes = (bytes(rows["suffix"][i]).decode("utf-8", "surrogateescape") for i in listed)
             assert number == first + len(samples)
             samples.append(Sample(key, {s: contents[i] for s, i in zip(suffixes, listed, strict=True)}))
