@@ -48,6 +48,8 @@ def export(config: ExportConfig) -> Exported:
     if config.format == "onnx":
         onnx_graph.check_installed()
     storage = open_storage(config.output, config.s3)
+    if (local := storage.local_path("model")) is not None and local.parent.is_file():
+        raise UserError(f"{storage.uri} is a file; name a folder that is new or empty")
     if (first := next(iter(storage.list()), None)) is not None:
         raise UserError(f"{storage.uri} is not empty, it holds {first.key}; name another output or empty it")
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:

@@ -390,6 +390,8 @@ def test_an_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"out is not empty, it holds thesis\.txt; name another output or empty it"):
             run_export(tmp_path / "model", tmp_path / "out", "--format", form)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match=r"thesis\.txt is a file; name a folder"):
+        run_export(tmp_path / "model", tmp_path / "out" / "thesis.txt", "--format", "huggingface")
 
 
 def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
