@@ -402,7 +402,7 @@ class CrateMAE(MaskedAutoencoder):
         return self.run_layer(self.decoder[index], y, *self.tied_maps(index))
 
     def tied_maps(self, index: int) -> tuple[Tensor, ...]:
-        """E and the codebook that decoder layer `index` gets from the mirrored encoder layer; empty if it has its own."""
+        """E and the codebook that a decoder layer gets from the mirrored encoder layer; empty if it has its own."""
         if not self.tied_decoder:
             return ()
         mirrored = cast("EncoderLayer", self.encoder[len(self.encoder) - 1 - index])

@@ -467,6 +467,7 @@ SHIPPED: dict[str, type[Settings]] = {
     "prepare": PrepareConfig,
     "spoken-digits": PretrainConfig,
     "sweep-codebook": SweepConfig,
+    "sweep-variants": SweepConfig,
 }
 
 
