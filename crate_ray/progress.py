@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any, Self
 
 from rich.console import Console
@@ -19,7 +20,7 @@ class CountDisplay:
     """Shows how many samples are packed or how many shards are indexed. Use it as a context manager."""
 
     def __init__(self, title: str, total: int) -> None:
-        self._title, self._total, self._done = title, total, 0
+        self._title, self._total, self._before = title, total, 0  # before: what an earlier run has done
         self._console = error_console()
         self._began = self._printed = time.monotonic()
         self._live: Progress | None = None
@@ -48,12 +49,18 @@ class CountDisplay:
     def update(self, done: int, images: int, bad: int) -> None:
         """Show the count, and how many good and bad images this run has processed so far."""
         now = time.monotonic()
-        text = f"{images / max(now - self._began, 1e-3):,.0f} images/s" + (f", {bad:,} bad" if bad else "")
+        seconds = max(now - self._began, 1e-3)
+        text = f"{images / seconds:,.0f} images/s" + (f", {bad:,} bad" if bad else "")
+        if not images:
+            self._before = done
         if self._live:
             self._live.update(self._task, completed=done, values=text)
         elif now - self._printed >= _PLAIN_SECONDS:
             self._printed = now
-            self._console.print(f"{self._title} {done:,}/{self._total:,}  {text}", soft_wrap=True)
+            left = seconds * (self._total - done) / max(done - self._before, 1)
+            self._console.print(
+                f"{self._title} {done:,}/{self._total:,}  {text}, {timedelta(seconds=int(left))} left", soft_wrap=True
+            )
 
     def say(self, text: str) -> None:
         """Print a line."""

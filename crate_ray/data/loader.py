@@ -137,6 +137,10 @@ class Loader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def source_name(self, sample: int) -> str | None:
+        """Name of a sample in the source that it was packed from; see `ShardReader.source_name`."""
+        return self._reader.source_name(sample)
+
     def state_dict(self) -> LoaderState:
         """Position after the last batch that was returned. It does not depend on the number of workers."""
         return {"step": self._step, "dataset": self._mixture.digest, "order": self._order.describe()}
@@ -284,6 +288,7 @@ def evaluation_loader(
     world_size: int = 1,
     device: torch.device = _CPU,
     max_samples: int | None = None,
+    samples: range | None = None,
     causes: dict[str, str] | None = None,
 ) -> Loader:
     """Every sample exactly once, centre-cropped. Batch t holds samples tB .. (t+1)B, split over the workers.
@@ -299,11 +304,12 @@ def evaluation_loader(
         rank, world_size: this worker, and the number of workers.
         device: where to put batches.
         max_samples: use at most this many samples, evenly spread over the dataset.
+        samples: use only these consecutive samples of the dataset.
         causes: filled with the cause of each bad sample, by key; for callers that count over several passes.
     """
-    total = shards.manifest.num_samples
-    stride = stride_of(total, max_samples)
-    order = SequentialOrder(total, batch_size, max(256 // stride, INDEX_STRIDE), stride)
+    samples = range(shards.manifest.num_samples) if samples is None else samples
+    stride = stride_of(len(samples), max_samples)
+    order = SequentialOrder(len(samples), batch_size, max(256 // stride, INDEX_STRIDE), stride, samples.start)
     slots = worker_slots(batch_size, rank, world_size)
 
     def make_crops(draw: Draw) -> CropRule:

@@ -1,265 +1,219 @@
-"""Embeddings of a whole dataset: Ray Data over ranges of samples, encoders as actors, Parquet out."""
+"""Embeddings of a whole dataset: in this process if the work is small, else on Ray; one file per range of samples."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
-from collections.abc import Iterator
-from functools import cached_property
-from typing import Any, NamedTuple
+import os
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
-import ray.data
-import ray.exceptions
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 
-from crate_ray.config import EmbedConfig, Feature, S3Config
+from crate_ray.__main__ import version
+from crate_ray.config import EmbedConfig
+from crate_ray.data.format.classes import class_names
 from crate_ray.data.format.dataset import ShardSet, load_dataset
-from crate_ray.data.format.samples import Sample
+from crate_ray.data.format.index import INDEX_STRIDE
 from crate_ray.data.read.bad_samples import BadSampleCounter, SampleError
-from crate_ray.data.read.content import sample_contents
-from crate_ray.data.read.shard_reader import ShardReader, Unreadable
 from crate_ray.errors import UserError
 from crate_ray.evaluation.embedding_output import (
     LEASE_FILE,
+    MAX_PARTS,
     EmbeddingRecord,
     Part,
+    PartReport,
     claim,
     find_complete,
-    part_name,
     publish,
 )
+from crate_ray.evaluation.embedding_parts import PartWriter, Progress, dataset_counter
 from crate_ray.evaluation.evaluated_model import check_input
 from crate_ray.evaluation.features import compute_device
-from crate_ray.models import MaskedAutoencoder, build_model
+from crate_ray.models import MaskedAutoencoder
+from crate_ray.models.classifier import Classifier, encoder_of
 from crate_ray.models.exported import ModelDescription
+from crate_ray.models.flops import encoding_flops
 from crate_ray.progress import CountDisplay
-from crate_ray.ray_cluster import start_ray, task_cpus
-from crate_ray.serving import FeatureExtractor, load_images
 from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.storage.lease import Lease
 from crate_ray.storage.node_folders import check_kept
 
-_MAX_PARTS = 10_000
+_CPU_FLOPS, _GPU_FLOPS = 2e10, 3e13
+"""Rough rates of a CPU core and of a GPU in fp32, to estimate how long the work takes."""
+_SMALL_SECONDS = 600.0
+_PART_SECONDS, _PART_SAMPLES, _PART_BYTES = 600.0, 50_000, 2**27
+_PARTS_PER_WORKER = 4
+_ROW_BYTES = 100  # of a row without its embedding
 
 
-def embed_dataset(config: EmbedConfig, model: MaskedAutoencoder, description: ModelDescription) -> EmbeddingRecord:
-    """Embed every sample of a dataset once and write Parquet files. If they are already complete, do nothing.
+def embed_dataset(
+    config: EmbedConfig, model: MaskedAutoencoder | Classifier, description: ModelDescription, reference: str
+) -> EmbeddingRecord:
+    """Embed every sample of a dataset once and write files. If they are complete, do nothing.
 
-    Rows: `key` of the sample, `name` (of the file that was packed, if the dataset has names), `sample` (its number in
-    the dataset), `label` (if every sample has a class), `embedding` (dim × float32). Bad samples are skipped and listed
-    in the record. Starts Ray, or uses the one that is running.
+    An output that an earlier call left incomplete is completed. Rows: `key` of the sample, `name` (of the file that was
+    packed, if the dataset has names), `shard`, `sample` (its number in the dataset), `label` (if every sample has a
+    class), `embedding`. Bad samples are skipped and listed in the record.
 
-    Raises UserError if the data does not fit the model, if the output holds other data or is in use, or if too many
-    samples are bad.
+    Args:
+        config: what to do.
+        model: the model, whose encoder is used.
+        description: how its input is prepared.
+        reference: names the model in the record.
+
+    Raises:
+        UserError: the data does not fit the model, the output holds other data or is in use, or too many samples are
+            bad.
     """
     shards, output = load_dataset(open_storage(config.data, config.s3)), open_storage(config.output, config.s3)
     check_kept(output.uri, "output")
     if output.uri == shards.storage.uri:
         raise UserError(f"--output is {output.uri}, the folder of the dataset itself; choose another folder")
     check_input(description, shards.manifest, shards.storage.uri)
-    weights = safetensors.torch.save({name: value.contiguous() for name, value in model.state_dict().items()})
-    record = EmbeddingRecord(
+    weights = weights_of(model)
+    wanted = EmbeddingRecord(
         model=hashlib.sha256(weights).hexdigest(),
         dataset=shards.manifest.digest(),
         feature=config.feature,
         num_samples=shards.manifest.num_samples,
         dim=description.model.dim,
-        part_samples=(_part_samples(config, shards),),
+        version=version(),
+        format=config.format,
+        dtype=config.dtype,
+        patches=description.model.num_patches if config.feature == "patch" else None,
+        preparation=preparation_digest(description),
+        reference=reference,
+        data=shards.storage.uri,
+        classes=class_names(shards.manifest),
     )
-    if done := find_complete(output, record):
+    if done := find_complete(output, wanted):
         return done
     with Lease(output, LEASE_FILE, f"the output {output.uri}") as lease:
-        if done := find_complete(output, record):
+        if done := find_complete(output, wanted):
             return done
-        record = claim(output, record)
-        start_ray()
-        parts, bad = _compute(config, shards, output, description, weights)
+        return _Embedding(config, shards, output, wanted, encoder_of(model), description, weights).run(lease)
+
+
+def weights_of(model: MaskedAutoencoder | Classifier) -> bytes:
+    """A model's weights as a safetensors file."""
+    return safetensors.torch.save({name: value.contiguous() for name, value in model.state_dict().items()})
+
+
+def preparation_digest(description: ModelDescription) -> str:
+    """Digest of the settings that features depend on beside the weights."""
+    fields = {"model", "mean", "std", "kind"}
+    # Without defaults, so that the digest stays when a later version has more settings.
+    return hashlib.sha256(description.model_dump_json(include=fields, exclude_defaults=True).encode()).hexdigest()
+
+
+class _Embedding:
+    """An attempt to complete an output."""
+
+    def __init__(
+        self,
+        config: EmbedConfig,
+        shards: ShardSet,
+        output: Storage,
+        wanted: EmbeddingRecord,
+        encoder: MaskedAutoencoder,
+        description: ModelDescription,
+        weights: bytes,
+    ) -> None:
+        self._config, self._shards, self._output, self._wanted = config, shards, output, wanted
+        self._encoder, self._description, self._weights = encoder, description, weights
+        self._flops = encoding_flops(description.model)
+
+    def run(self, lease: Lease) -> EmbeddingRecord:
+        """Write the parts that are missing, and mark the output complete."""
+        config, total = self._config, self._wanted.num_samples
+        device = compute_device(config.gpu)
+        seconds = total * self._flops / self._rate(device)
+        here = config.workers is None and seconds <= _SMALL_SECONDS and not (config.gpu and device.type == "cpu")
+        workers, gpu = (1, device.type == "cuda") if here else self._on_cluster()
+        size = config.part_samples or self._part_samples(workers, gpu, here)
+        record, reports = claim(self._output, self._wanted.model_copy(update={"part_samples": (size,)}))
+        if config.part_samples not in (None, record.part_samples[0]):
+            raise UserError(
+                f"{self._output.uri} was begun with files of {record.part_samples[0]:,} samples; leave out "
+                "--part-samples, or choose another --output"
+            )
+        bad = dataset_counter(record, self._shards, config.max_bad_fraction)
+        parts = [self._count(bad, report) for report in reports]
+        finished = {part.start for part in parts}
+        missing = [samples for samples in record.ranges() if samples.start not in finished]
+        with CountDisplay("embedding", total) as display:
+            work = f"{sum(map(len, missing)):,} samples × {self._flops / 1e9:.3g} GFLOP"
+            where = f"in this process ({device.type})" if here else f"on Ray with {workers} encoders"
+            display.say(f"embedding {work} {where}" + (f", about {seconds:.0f} s" if here and seconds > 1 else ""))
+            before = sum(part.stop - part.start for part in parts)
+            if parts:
+                display.say(f"{len(parts)} of {len(record.ranges())} files were finished by an earlier run")
+            display.update(before, 0, bad.counts.total())
+            run = self._here(record, missing, device) if here else self._on_ray(record, missing, workers, gpu, display)
+            running: dict[int, Progress] = {}
+            for samples, progress in run:
+                running[samples.start] = progress
+                if progress.report is not None:
+                    lease.check()
+                    parts.append(self._count(bad, progress.report))
+                done = sum(progress.samples for progress in running.values())
+                display.update(before + done, done, sum(progress.bad for progress in running.values()))
         record = record.model_copy(update={"skipped": dict(bad.counts), "skipped_keys": bad.causes})
         lease.check()
-        return publish(output, record, parts)
+        return publish(self._output, record, parts)
 
+    @staticmethod
+    def _count(bad: BadSampleCounter, report: PartReport) -> Part:
+        last = None if report.last_error is None else SampleError(*report.last_error)
+        bad.add_counted(report.part.skipped, report.skipped_keys, last)
+        return report.part
 
-def _compute(
-    config: EmbedConfig, shards: ShardSet, output: Storage, description: ModelDescription, weights: bytes
-) -> tuple[list[Part], BadSampleCounter]:
-    """Write all parts. Raises UserError as soon as too many samples are bad."""
-    total, size = shards.manifest.num_samples, _part_samples(config, shards)
-    ranges = [{"start": start, "stop": min(start + size, total)} for start in range(0, total, size)]
-    job = _Job(
-        data=shards.storage.uri,
-        output=output.uri,
-        s3=config.s3,
-        description_json=description.model_dump_json(),
-        weights=ray.put(weights),
-        feature=config.feature,
-        batch_size=config.batch_size,
-        gpu=config.gpu,
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False  # CountDisplay shows samples instead of blocks
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # "Starting execution of Dataset", and the like
-    written = ray.data.from_items(ranges, override_num_blocks=len(ranges)).map_batches(
-        _Encoder,
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=config.workers),
-        num_cpus=task_cpus(config.workers, config.gpu),
-        num_gpus=1 if config.gpu else 0,
-        fn_constructor_args=(job,),
-    )
-    bad = BadSampleCounter(config.max_bad_fraction, shards.storage.uri, setting="max_bad_fraction")
-    bad.count_drawn(total)
-    parts: list[Part] = []
-    done = 0
-    with CountDisplay("embedding", total) as display:
-        for result in _results(written):
-            for error in result.errors:
-                bad.add(error)
-            parts.append(result.part)
-            done += result.part.rows + len(result.errors)
-            display.update(done, done, bad.counts.total())
-    return parts, bad
-
-
-def _part_samples(config: EmbedConfig, shards: ShardSet) -> int:
-    """Samples per part: a batch, or several so that there are not too many parts."""
-    return config.batch_size * max(1, -(-shards.manifest.num_samples // (config.batch_size * _MAX_PARTS)))
-
-
-class _Job(NamedTuple):
-    """Data that all encoders share."""
-
-    data: str
-    output: str
-    s3: S3Config
-    description_json: str
-    weights: Any
-    """Ray's reference to the weights in safetensors."""
-    feature: Feature
-    batch_size: int
-    gpu: bool
-    """Whether encoders have a GPU. Ray does not hide the node's GPUs from actors that asked for none."""
-
-
-class _Result(NamedTuple):
-    """A part that was written, and the bad samples that are missing in it."""
-
-    part: Part
-    errors: list[SampleError]
-
-
-def _results(written: ray.data.Dataset) -> Iterator[_Result]:
-    """Results of the encoders, in the order of completion. Raises UserError if an encoder raised it or Ray lost one."""
-    try:
-        for table in written.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in table.to_pylist():
-                if row["failure"]:
-                    raise UserError(row["failure"])
-                errors = [SampleError(*e) for e in zip(row["keys"], row["causes"], row["messages"], strict=True)]
-                yield _Result(Part(row["name"], row["rows"], row["size"]), errors)
-    except ray.exceptions.RayTaskError:
-        raise
-    except ray.exceptions.RayError as error:
-        raise UserError(
-            f"Ray lost an encoder ({type(error).__name__}: {str(error).strip().splitlines()[0]}); start the job again"
-        ) from error
-
-
-class _Encoder:
-    """Actor that embeds ranges of samples and writes each as one part."""
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-
-    @cached_property
-    def _reader(self) -> ShardReader:
-        return ShardReader(load_dataset(open_storage(self._job.data, self._job.s3)))
-
-    @cached_property
-    def _extractor(self) -> FeatureExtractor:
-        description = ModelDescription.model_validate_json(self._job.description_json)
-        model = build_model(description.model)
-        model.load_state_dict(safetensors.torch.load(ray.get(self._job.weights)))
-        return FeatureExtractor(model, description, self._job.feature, compute_device(self._job.gpu))
-
-    def __call__(self, batch: dict[str, NDArray[np.int64]]) -> pa.Table:
-        name, rows, size, failure = "", 0, 0, ""
-        errors: list[SampleError] = []
-        try:
-            (name, rows, size), errors = self._write_part(int(batch["start"][0]), int(batch["stop"][0]))
-        except UserError as error:  # raised again by the driver; Ray would wrap it in a page of text
-            failure = str(error)
-        columns = {"name": [name], "rows": [rows], "size": [size], "failure": [failure]}
-        for column, values in zip(("keys", "causes", "messages"), zip(*errors, strict=True), strict=False):
-            columns[column] = [list(values)]
-        return pa.table({column: columns.get(column, [[]]) for column in _RESULT.names}, schema=_RESULT)
-
-    def _write_part(self, start: int, stop: int) -> _Result:
-        tables, errors = [], []
-        for first in range(start, stop, self._job.batch_size):
-            samples = self._reader.read(first, min(self._job.batch_size, stop - first))
-            table, bad = self._embed(first, samples)
-            tables.append(table)
-            errors += bad
-        file = io.BytesIO()
-        pq.write_table(pa.concat_tables(tables), file)
-        part = Part(part_name(start, stop), sum(map(len, tables)), file.tell())
-        open_storage(self._job.output, self._job.s3).write(part.name, file.getvalue())
-        return _Result(part, errors)
-
-    def _embed(self, first: int, samples: list[Sample | Unreadable]) -> tuple[pa.Table, list[SampleError]]:
-        """Embeddings of the good samples, and errors of the bad ones. The samples are numbered first, first + 1, …."""
-        manifest = self._reader.shards.manifest
-        labelled = manifest.num_classes is not None
-        contents = sample_contents(samples, manifest.image_suffixes, "required" if labelled else "ignored")
-        images, decode_errors = load_images(
-            contents.encoded, self._extractor.description, threads=torch.get_num_threads()
+    def _here(
+        self, record: EmbeddingRecord, parts: Sequence[range], device: torch.device
+    ) -> Iterator[tuple[range, Progress]]:
+        writer = PartWriter(
+            self._shards,
+            self._output,
+            record,
+            self._encoder,
+            self._description,
+            device,
+            batch_size=self._config.batch_size,
+            max_bad_fraction=self._config.max_bad_fraction,
         )
-        keys = [_readable(sample.key) for sample in samples]
-        names = [self._reader.source_name(number) for number in range(first, first + len(samples))]
-        names = [name if name is None else _readable(name) for name in names]
-        good, errors = [], []
-        for i, (error, decode_error) in enumerate(zip(contents.errors, decode_errors, strict=True)):
-            if error is None and decode_error is None:
-                good.append(i)
-            elif error is not None:
-                errors.append(error._replace(key=keys[i]).of_source(names[i]))
-            else:
-                assert decode_error is not None
-                errors.append(SampleError.of_decode_error(keys[i], decode_error).of_source(names[i]))
-        dim = self._extractor.description.model.dim
-        vectors = self._extractor(images[good]).numpy() if good else np.empty((0, dim), np.float32)
-        columns: dict[str, Any] = {
-            "key": pa.array([keys[i] for i in good], pa.string()),
-            **({"name": pa.array([names[i] for i in good], pa.string())} if manifest.source_names else {}),
-            "sample": pa.array([first + i for i in good], pa.int64()),
-        }
-        if labelled:
-            columns["label"] = pa.array([contents.labels[i] for i in good], pa.int64())
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim)
-        return pa.table(columns), errors
+        for samples in parts:
+            for progress in writer.write(samples):
+                yield samples, progress
 
+    def _on_ray(
+        self, record: EmbeddingRecord, parts: Sequence[range], workers: int, gpu: bool, display: CountDisplay
+    ) -> Iterator[tuple[range, Progress]]:
+        from crate_ray.evaluation.embedding_on_ray import write_parts
 
-def _readable(name: str) -> str:
-    """A key or a name as UTF-8. Bytes that are not become `\\x…`."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return write_parts(self._config, record, self._description, self._weights, parts, workers, gpu, display)
 
+    def _on_cluster(self) -> tuple[int, bool]:
+        """Start Ray. Returns the number of encoders, and whether each has a GPU."""
+        import ray
 
-_RESULT = pa.schema(
-    {
-        "name": pa.string(),
-        "rows": pa.int64(),
-        "size": pa.int64(),
-        "failure": pa.string(),
-        "keys": pa.list_(pa.string()),
-        "causes": pa.list_(pa.string()),
-        "messages": pa.list_(pa.string()),
-    }
-)
-"""Schema of an encoder's result for each part."""
+        from crate_ray.ray_cluster import start_ray
+
+        start_ray()
+        resources = ray.cluster_resources()
+        gpu = resources.get("GPU", 0) >= 1 if self._config.gpu is None else self._config.gpu
+        return self._config.workers or max(1, int(resources.get("GPU" if gpu else "CPU", 1))), gpu
+
+    def _part_samples(self, workers: int, gpu: bool, here: bool) -> int:
+        """Samples per part."""
+        total, record = self._wanted.num_samples, self._wanted
+        row = _ROW_BYTES + (record.patches or 1) * record.dim * (2 if record.dtype == "float16" else 4)
+        rate = _GPU_FLOPS if gpu else _CPU_FLOPS
+        size = min(_PART_SAMPLES, _PART_BYTES // row, int(_PART_SECONDS * rate / self._flops))
+        if not here:  # each encoder has work until the end
+            size = min(size, -(-total // (_PARTS_PER_WORKER * workers)))
+        size = max(size, self._config.batch_size if record.patches is None else 1, -(-total // MAX_PARTS))
+        return -(-size // INDEX_STRIDE) * INDEX_STRIDE
+
+    def _rate(self, device: torch.device) -> float:
+        """FLOP/s of this process."""
+        return _GPU_FLOPS if device.type == "cuda" else _CPU_FLOPS * min(torch.get_num_threads(), os.cpu_count() or 1)

@@ -102,6 +102,14 @@ class Classifier(nn.Module):
         return ClassifierOutput(scores_BC, loss_B)
 
 
+def encoder_of(model: MaskedAutoencoder | Classifier) -> MaskedAutoencoder:
+    """The encoder of a model, for features. A classifier's tokens are those of its last layer, without a norm."""
+    if isinstance(model, MaskedAutoencoder):
+        return model
+    setattr(model.autoencoder, "encoder_norm", nn.Identity())  # noqa: B010 - of another type than a trained norm
+    return model.autoencoder
+
+
 @torch.no_grad()
 def class_probabilities(model: Classifier, images: Tensor) -> Tensor:
     """Class probabilities (B, C) float32 of normalised images (B, channels, H, W)."""

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_ray.config import CrateMAEConfig, ModelConfig
-from crate_ray.models import build_model
+from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.reference import ReferenceCrateMAE
 
 GPU_PEAK_FLOPS: dict[str, float] = {
@@ -76,6 +76,22 @@ def training_flops(config: ModelConfig, batch_size: int) -> int:
 def reference_training_flops(config: CrateMAEConfig, batch_size: int) -> int:
     """FLOPs of one forward and backward pass of `ReferenceCrateMAE`, whose ISTA takes three products."""
     return _count(ReferenceCrateMAE, config, batch_size)
+
+
+@lru_cache(maxsize=256)
+def encoding_flops(config: ModelConfig) -> int:
+    """FLOPs of the encoder for one image, of which it sees all patches."""
+
+    def measure(model: nn.Module) -> int:
+        assert isinstance(model, MaskedAutoencoder)
+        images = torch.empty(1, config.channels, *config.image_hw, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            z_BTD, _ = model.embed(images)
+            for layer in model.encoder:
+                z_BTD = layer(z_BTD)
+        return counter.get_total_flops()
+
+    return by_layers(build_model, config, measure)
 
 
 def _count(build: Callable[[Any], nn.Module], config: ModelConfig, batch_size: int) -> int:

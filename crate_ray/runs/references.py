@@ -168,6 +168,29 @@ def load(text: str, tracking: TrackingConfig, s3: S3Config) -> tuple[MaskedAutoe
         return load_any(Path(temporary))
 
 
+def pinned(text: str, step: int, tracking: TrackingConfig, s3: S3Config) -> str:
+    """A reference that names the same model in any working directory, and after the run has gone on.
+
+    Args:
+        text: a reference to a model.
+        step: the step of the model that it refers to now.
+        tracking: where MLflow is.
+        s3: where S3 is.
+    """
+    reference = _without_suffix_trap(parse(text), s3)
+    if reference.kind == "registered":
+        return text
+    if reference.kind == "published":
+        parent, _, name = reference.path.rpartition("/")
+        folder = open_storage(parent or ("/" if reference.path.startswith("/") else "."), s3).uri
+        return f"{_PUBLISHED}{folder.rstrip('/')}/{name}"
+    if reference.kind == "mlflow_run":
+        return f"{_MLFLOW_RUN}{reference.path}@{step}"
+    located = locate(text, tracking, s3)
+    assert located is not None
+    return f"{located.storage.uri}@{step}" if located.is_run else located.storage.uri
+
+
 def load_encoder(text: str, tracking: TrackingConfig, s3: S3Config) -> tuple[MaskedAutoencoder, ModelDescription]:
     """Load the masked autoencoder behind a reference, in evaluation mode on the CPU, and its description.
 

@@ -12,14 +12,17 @@ from crate_ray.evaluation.embedding_output import (
     RECORD_FILE,
     EmbeddingRecord,
     Part,
+    PartReport,
     claim,
     find_complete,
-    part_name,
     publish,
+    write_part,
 )
 from crate_ray.storage.interface import Storage, open_storage
 
-WANTED = EmbeddingRecord(model="a" * 64, dataset="b" * 64, feature="mean", num_samples=10, dim=4, part_samples=(5,))
+WANTED = EmbeddingRecord(
+    model="a" * 64, dataset="b" * 64, feature="mean", num_samples=10, dim=4, part_samples=(5,), version="1"
+)
 
 
 @pytest.fixture
@@ -27,9 +30,15 @@ def output(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "out"), S3Config())
 
 
-def write(output: Storage, start: int, stop: int, rows: int | None = None) -> Part:
-    part = Part(part_name(start, stop), stop - start if rows is None else rows, stop - start)
-    output.write(part.name, bytes(part.size))
+def part_name(start: int, stop: int) -> str:
+    return WANTED.part_name(range(start, stop))
+
+
+def write(output: Storage, start: int, stop: int, skipped: int = 0, keys: tuple[str, ...] = ()) -> Part:
+    bad = {"truncated": skipped} if skipped else {}
+    part = Part(start=start, stop=stop, rows=stop - start - skipped, size=stop - start, skipped=bad)
+    report = PartReport(part=part, skipped_keys=dict.fromkeys(keys, "truncated"))
+    write_part(output, WANTED, range(start, stop), bytes(part.size), report)
     return part
 
 
@@ -37,38 +46,80 @@ def names(output: Storage) -> set[str]:
     return {info.key for info in output.list()}
 
 
-def test_leftovers_of_a_stopped_attempt_do_not_end_up_in_the_result(output: Storage) -> None:
+def test_a_stopped_attempt_goes_on_with_its_whole_parts(output: Storage) -> None:
     assert find_complete(output, WANTED) is None
-    for size in (3, 6):  # stopped, and started again with another batch size
-        claim(output, WANTED.model_copy(update={"part_samples": (size,)}))
-        write(output, 0, size)
-    assert find_complete(output, WANTED) is None
-    record = claim(output, WANTED)
-    assert names(output) == {RECORD_FILE}
+    claim(output, WANTED)
+    kept = write(output, 0, 5, skipped=1, keys=("k",))
+    output.write(part_name(5, 10), b"written, but not recorded")
+    # Another size of parts is asked for, but the parts that exist count.
+    record, done = claim(output, WANTED.model_copy(update={"part_samples": (2,)}))
+    assert record.part_samples == (5,) and [report.part for report in done] == [kept]
+    assert done[0].skipped_keys == {"k": "truncated"}
+    assert part_name(0, 5) in names(output) and part_name(5, 10) not in names(output)
+    assert len(claim(output, WANTED)[1]) == 1
+    output.write(part_name(0, 5), bytes(4))  # not as long as its report says
+    assert claim(output, WANTED)[1] == [] and part_name(0, 5) not in names(output)
+
+
+def test_a_report_of_something_else_does_not_count(output: Storage) -> None:
+    claim(output, WANTED)
+    part = write(output, 0, 5)
+    for wrong in (b"{}", b"x", PartReport(part=part.model_copy(update={"stop": 4})).model_dump_json().encode(),
+                  PartReport(part=part.model_copy(update={"rows": 4})).model_dump_json().encode()):  # fmt: skip
+        write(output, 0, 5)
+        output.write("_part-000000000000-000000000005.json", wrong)
+        assert claim(output, WANTED)[1] == []
+
+
+def test_parts_of_an_early_version_are_computed_again(output: Storage) -> None:
+    early = WANTED.model_copy(update={"part_samples": (3,), "version": ""})
+    output.write(RECORD_FILE, early.model_dump_json().encode())
+    output.write(early.part_name(range(3)), b"abc")
+    record, done = claim(output, WANTED)
+    assert done == [] and record.part_samples == (5, 3) and names(output) == {RECORD_FILE}
     parts = [write(output, 0, 5), write(output, 5, 10)]
-    write(output, 3, 6)  # late, by a worker of the first attempt
+    output.write(part_name(3, 6), b"late, by a worker of the first attempt")
     output.write("notes/mine.parquet", b"not ours")
-    done = publish(output, record, parts)
-    assert done.complete and done.num_rows == 10
-    assert names(output) == {RECORD_FILE, parts[0].name, parts[1].name, "notes/mine.parquet"}
-    assert find_complete(output, WANTED) == done
+    complete = publish(output, record, parts)
+    assert complete.complete and complete.num_rows == 10
+    assert names(output) == {RECORD_FILE, part_name(0, 5), part_name(5, 10), "notes/mine.parquet"}
+    assert find_complete(output, WANTED) == complete
 
 
 def test_an_output_without_all_parts_and_rows_is_not_complete(output: Storage) -> None:
     claim(output, WANTED)
     parts = [write(output, 0, 5), write(output, 5, 10)]
-    output.delete(parts[0].name)
-    with pytest.raises(UserError, match=f"{parts[0].name} was deleted or changed"):
+    output.delete(part_name(0, 5))
+    with pytest.raises(UserError, match=f"{part_name(0, 5)} was deleted or changed"):
         publish(output, WANTED, parts)
-    output.write(parts[0].name, bytes(2))  # truncated
+    output.write(part_name(0, 5), bytes(2))  # truncated
     with pytest.raises(UserError, match="was deleted or changed"):
         publish(output, WANTED, parts)
-    output.write(parts[0].name, bytes(5))
+    output.write(part_name(0, 5), bytes(5))
     with pytest.raises(UserError, match="has 9 rows instead of 10"):
-        publish(output, WANTED, [parts[0], parts[1]._replace(rows=4)])
+        publish(output, WANTED, [parts[0], parts[1].model_copy(update={"rows": 4})])
     assert find_complete(output, WANTED) is None
-    skipped = WANTED.model_copy(update={"skipped": {"damaged": 1}, "skipped_keys": {"k": "damaged"}})
-    assert publish(output, skipped, [parts[0], parts[1]._replace(rows=4)]).num_rows == 9
+    parts[1] = write(output, 5, 10, skipped=1)
+    skipped = WANTED.model_copy(update={"skipped": {"truncated": 1}, "skipped_keys": {"k": "truncated"}})
+    assert publish(output, skipped, parts).num_rows == 9
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter"])
+def test_a_complete_output_that_lost_a_file_is_completed(output: Storage, damage: str) -> None:
+    record, _ = claim(output, WANTED)
+    parts = [write(output, 0, 5, skipped=1, keys=("k",)), write(output, 5, 10)]
+    bad = {"skipped": {"truncated": 1}, "skipped_keys": {"k": "truncated"}}
+    publish(output, record.model_copy(update=bad), parts)
+    assert find_complete(output, WANTED) is not None
+    output.delete(part_name(5, 10))
+    if damage == "shorter":
+        output.write(part_name(5, 10), bytes(3))
+    assert find_complete(output, WANTED) is None
+    record, done = claim(output, WANTED)
+    assert [report.part for report in done] == [parts[0]] and record.skipped_keys == {"k": "truncated"}
+    assert find_complete(output, WANTED) is None
+    again = publish(output, record.model_copy(update=bad), [done[0].part, write(output, 5, 10)])
+    assert find_complete(output, WANTED) == again
 
 
 @pytest.mark.parametrize(
@@ -77,14 +128,15 @@ def test_an_output_without_all_parts_and_rows_is_not_complete(output: Storage) -
         ({"model": "c" * 64}, "embeddings of another model"),
         ({"dataset": "c" * 64}, "embeddings of another dataset"),
         ({"feature": "cls"}, "embeddings of another feature"),
+        ({"dtype": "float16"}, "embeddings of another dtype"),
     ],
 )
 def test_embeddings_of_something_else_are_never_touched(output: Storage, change: dict[str, str], words: str) -> None:
     claim(output, WANTED)
-    part = write(output, 0, 5)
+    write(output, 0, 5)
     with pytest.raises(UserError, match=words):
         find_complete(output, WANTED.model_copy(update=change))
-    assert part.name in names(output)
+    assert part_name(0, 5) in names(output)
 
 
 def test_files_that_no_embedding_job_wrote_are_never_touched(output: Storage) -> None:
@@ -112,9 +164,16 @@ def test_only_parts_that_the_record_names_are_deleted(output: Storage, name: str
 
 
 def test_a_record_of_an_earlier_version_is_still_read(output: Storage) -> None:
-    earlier = WANTED.model_copy(update={"complete": True}).model_dump_json(
-        exclude={"skipped", "skipped_keys", "part_samples"}
+    later = {"version", "format", "dtype", "patches", "preparation", "reference", "data", "classes", "parts"}
+    complete = WANTED.model_copy(update={"complete": True})
+    output.write(RECORD_FILE, complete.model_dump_json(exclude=later).encode())
+    assert find_complete(output, WANTED) is None  # it names its parts, which are missing
+    for samples in WANTED.ranges():
+        output.write(WANTED.part_name(samples), b"x")
+    found = find_complete(output, WANTED)
+    assert found is not None and found.num_rows == 10
+    output.write(
+        RECORD_FILE, complete.model_dump_json(exclude={*later, "skipped", "skipped_keys", "part_samples"}).encode()
     )
-    output.write(RECORD_FILE, earlier.encode())
     found = find_complete(output, WANTED)
     assert found is not None and found.num_rows == 10

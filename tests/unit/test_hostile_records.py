@@ -25,7 +25,7 @@ from crate_ray.data.prepare.builtin import shapes_source
 from crate_ray.data.prepare.packing import pack, plan_packing
 from crate_ray.data.prepare.records import ShardRecord, begin, load_records
 from crate_ray.errors import UserError
-from crate_ray.evaluation.embedding_output import EmbeddingRecord
+from crate_ray.evaluation.embedding_output import EmbeddingRecord, PartReport
 from crate_ray.models.exported import ModelDescription
 from crate_ray.runs.checkpoint_files import CheckpointState
 from crate_ray.runs.commits import Commit, FileRecord, committed, fetch_newest
@@ -117,13 +117,14 @@ FREE_TEXT = {
     "ShardRecord.bad", "SampleCounts.suffixes", "SampleCounts.images", "SampleCounts.without_image_names",
     "SampleCounts.several", "SampleCounts.unlabelled_names", "DatasetStatistics.dtypes",
     "DatasetStatistics.refused_names",
-    "SampleCounts.unsafe_names", "EmbeddingRecord.skipped", "EmbeddingRecord.skipped_keys", "MetricsEvent.values",
+    "SampleCounts.unsafe_names", "EmbeddingRecord.skipped", "EmbeddingRecord.skipped_keys", "EmbeddingRecord.version",
+    "EmbeddingRecord.reference", "EmbeddingRecord.classes", "PartReport.last_error", "MetricsEvent.values",
     "TagEvent.name", "TagEvent.value", "Start.changed",
 }  # fmt: skip
 """Texts in records that only become messages, metric names or keys of samples."""
 RECORDS = [
     RunRecord, Parent, FinetuneStart, CheckpointState, Commit, FileRecord, ModelDescription, Manifest, ShardRecord,
-    EmbeddingRecord, MetricsEvent, StatusEvent, TagEvent, FileEvent, ModelEvent, Start,
+    EmbeddingRecord, PartReport, MetricsEvent, StatusEvent, TagEvent, FileEvent, ModelEvent, Start,
 ]  # fmt: skip
 
 

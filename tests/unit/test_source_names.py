@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from crate_ray.config import CrateMAEConfig, PrepareConfig, S3Config
+from crate_ray.config import CrateMAEConfig, EmbedConfig, PrepareConfig, S3Config
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.data.format.manifest import Manifest, parse_manifest
+from crate_ray.data.format.names import printable
 from crate_ray.data.format.source_names import read_source_names, source_names_content
 from crate_ray.data.prepare.indexing import index_existing
 from crate_ray.data.prepare.packing import pack
@@ -29,10 +31,9 @@ from crate_ray.data.prepare.validation import pack_split
 from crate_ray.data.read.shard_reader import ShardReader
 from crate_ray.data.stream import stream
 from crate_ray.errors import UserError
-from crate_ray.evaluation.embedding import _Encoder, _Job
+from crate_ray.evaluation.embedding import embed_dataset
 from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription
-from crate_ray.serving import FeatureExtractor
 from crate_ray.storage.interface import Storage, open_storage
 
 NAMES = [
@@ -255,16 +256,16 @@ def test_bad_samples_are_listed_with_their_names(tmp_path: Path, source: dict[st
 MODEL = CrateMAEConfig(image_size=16, patch_size=8, dim=16, depth=1, num_subspaces=2)
 
 
-def embedded(folder: Path) -> tuple[pa.Table, list[tuple[str, str, str]]]:
-    """What an encoder writes for a dataset, and the bad samples."""
+def embedded(folder: Path) -> tuple[pa.Table, dict[str, str]]:
+    """What is written for a dataset, and the causes of the bad samples by key."""
     manifest = load_dataset(local(folder)).manifest
     description = ModelDescription(model=MODEL, mean=manifest.mean, std=manifest.std, kind="image")
-    job = _Job(str(folder), f"{folder}-embeddings", S3Config(), "", None, "mean", 16, gpu=False)
-    encoder = _Encoder(job)
     torch.manual_seed(0)
-    encoder.__dict__["_extractor"] = FeatureExtractor(build_model(MODEL), description)
-    (part, errors) = encoder._write_part(0, manifest.num_samples)
-    return pq.read_table(Path(f"{folder}-embeddings") / part.name), [tuple(error) for error in errors]
+    output = f"{folder}-embeddings"
+    shutil.rmtree(output, ignore_errors=True)
+    settings = EmbedConfig(data=str(folder), output=output, max_bad_fraction=0.5)
+    record = embed_dataset(settings, build_model(MODEL), description, "mine")
+    return pq.read_table(output), record.skipped_keys
 
 
 def test_embeddings_have_a_column_of_names(tmp_path: Path, source: dict[str, bytes]) -> None:
@@ -273,11 +274,11 @@ def test_embeddings_have_a_column_of_names(tmp_path: Path, source: dict[str, byt
     table, errors = embedded(folder)
     found = [name for _, name in read_source_names(local(folder), "shard-000000.tar")]
     readable = [name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in found]
-    assert table.column_names == ["key", "name", "sample", "label", "embedding"] and not errors
+    assert table.column_names == ["key", "name", "shard", "sample", "label", "embedding"] and not errors
     assert table["name"].to_pylist() == readable and r"caf\xe9/\xfc.jpg" in readable
     damage(folder)
     table, errors = embedded(folder)
-    assert len(table) == 32 and {key.split(" (")[1] for key, _, _ in errors} == {f"{name})" for name in readable[32:]}
+    assert len(table) == 32 and {key.split(" (")[1] for key in errors} == {f"{printable(name)})" for name in found[32:]}
     (folder / LIST).unlink()
     table, _ = embedded(folder)
     assert table["name"].null_count == len(table) == 32
@@ -295,9 +296,9 @@ def test_keys_in_latin_1_become_embeddings(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(content))
     index_existing(local(folder))
     table, errors = embedded(folder)
-    assert table.column_names == ["key", "sample", "embedding"]
+    assert table.column_names == ["key", "shard", "sample", "embedding"]
     assert table["key"].to_pylist() == [rf"caf\xe9-{number}" for number in range(1, 4)]
-    assert [key for key, _, _ in errors] == [r"caf\xe9-0"]
+    assert list(errors) == [r"caf\xe9-0"]
 
 
 def test_items_that_are_generated_have_names(tmp_path: Path) -> None:

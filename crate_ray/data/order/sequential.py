@@ -1,4 +1,4 @@
-"""The order of evaluation: every stride-th sample of a dataset exactly once, shard after shard."""
+"""The order of evaluation: every stride-th sample of a dataset, or of a part of it, once, shard after shard."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ def stride_of(num_samples: int, max_samples: int | None) -> int:
 
 
 class SequentialOrder:
-    """Every stride-th sample exactly once, in the order of the shards. The last batch may be short."""
+    """Every stride-th of num_samples samples exactly once, in the order of the shards. The last batch may be short.
 
-    def __init__(self, num_samples: int, batch_size: int, block_samples: int, stride: int = 1) -> None:
+    `first` is the number of the first sample, for a part of a dataset.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, block_samples: int, stride: int = 1, first: int = 0) -> None:
         self.num_samples, self.batch_size, self.block_samples = -(-num_samples // stride), batch_size, block_samples
-        self.stride = stride
+        self.stride, self.first = stride, first
 
     def describe(self) -> dict[str, object]:
         """Everything the order depends on, as plain data."""
-        return {"num_samples": self.num_samples, "batch_size": self.batch_size, "stride": self.stride}
+        described: dict[str, object] = {
+            "num_samples": self.num_samples,
+            "batch_size": self.batch_size,
+            "stride": self.stride,
+        }
+        return described | ({"first": self.first} if self.first else {})
 
     @property
     def num_steps(self) -> int:
@@ -37,7 +45,7 @@ class SequentialOrder:
     def draw(self, step: int, start: int, stop: int) -> Draw:
         """Samples of slots [start, stop) of a step; fewer at the end of the dataset."""
         low, high = self._positions(step, start, stop)
-        return Draw(np.arange(low, high, dtype=np.int64) * self.stride, np.zeros(high - low, np.int64))
+        return Draw(self.first + np.arange(low, high, dtype=np.int64) * self.stride, np.zeros(high - low, np.int64))
 
     def windows(self, step: int, start: int, stop: int) -> list[Window]:
         """Windows that these slots draw from. A window is one block."""
@@ -49,13 +57,12 @@ class SequentialOrder:
 
     def blocks(self, window: Window) -> list[range]:
         """Sample numbers to read for a window: one range, or one per sample if they are far apart."""
-        first = window.round * self.block_samples
-        numbers = range(first, min(first + self.block_samples, self.num_samples))
-        if not numbers:
+        begin = window.round * self.block_samples
+        positions = range(begin, min(begin + self.block_samples, self.num_samples))
+        if not positions:
             return []
-        if self.stride < INDEX_STRIDE:
-            return [range(numbers[0] * self.stride, numbers[-1] * self.stride + 1)]
-        return [range(number * self.stride, number * self.stride + 1) for number in numbers]
+        numbers = range(self.first + positions[0] * self.stride, self.first + positions[-1] * self.stride + 1)
+        return [numbers] if self.stride < INDEX_STRIDE else [range(n, n + 1) for n in numbers[:: self.stride]]
 
     def _positions(self, step: int, start: int, stop: int) -> tuple[int, int]:
         first = step * self.batch_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple, get_args
 
 from crate_ray.data.decode.errors import Cause, DecodeError
@@ -66,6 +67,8 @@ class BadSampleCounter:
         """Cause of the first MAX_LISTED bad samples, by key."""
         self.counts: Counter[str] = Counter()
         """Number of bad samples by cause. A sample counts again each time it is drawn."""
+        self.last: SampleError | None = None
+        """The last bad sample."""
 
     def take_counts(self) -> list[int]:
         """Counts since the last call, in the order of BAD_CAUSES."""
@@ -81,12 +84,28 @@ class BadSampleCounter:
     def add(self, error: SampleError) -> None:
         """Count a bad sample. Raises UserError if there are too many."""
         with self._lock:
+            self.last = error
             self._bad += 1
             self.counts[error.cause] += 1
             if len(self.causes) < MAX_LISTED:
                 self.causes.setdefault(printable(error.key), error.cause)
-            if self._bad > self._max_fraction * max(self._drawn, _MIN_SAMPLES):
-                raise UserError(self._too_many(error))
+            self._check(error)
+
+    def add_counted(self, counts: Mapping[str, int], causes: Mapping[str, str], last: SampleError | None) -> None:
+        """Add what another counter has found in other samples. Raises UserError if there are too many."""
+        with self._lock:
+            self.last = last or self.last
+            self._bad += sum(counts.values())
+            self.counts.update(counts)
+            for key, cause in causes.items():
+                if len(self.causes) < MAX_LISTED:
+                    self.causes.setdefault(key, cause)
+            if last is not None:
+                self._check(last)
+
+    def _check(self, error: SampleError) -> None:
+        if self._bad > self._max_fraction * max(self._drawn, _MIN_SAMPLES):
+            raise UserError(self._too_many(error))
 
     def _too_many(self, last: SampleError) -> str:
         kinds = ", ".join(f"{count} {cause}" for cause, count in self.counts.most_common())
