@@ -19,12 +19,14 @@ def main(config: SweepConfig) -> None:
     """Run or continue the sweep, and show its trials and what it found."""
     from crate_ray.ray_cluster import start_ray
     from crate_ray.sweeps.axes import value_text
+    from crate_ray.sweeps.best import register_best
     from crate_ray.sweeps.report import BEST_FILE, SUMMARY_FILE, results_table
+    from crate_ray.sweeps.results import best_trial
     from crate_ray.sweeps.run import open_sweep, run_sweep
 
     sweep, shared = open_sweep(config)
     start_ray(dashboard=True)  # Ray Train uses it to find killed trials and to release their resources
-    records, summary, registered = run_sweep(sweep, shared)
+    records, summary = run_sweep(sweep, shared)
     frame = results_table(records, sweep).drop(columns=["seconds", "parameters"])
     table = Table(title=f"{sweep.name}: {sweep.objective}")
     for name in frame.columns:
@@ -32,15 +34,17 @@ def main(config: SweepConfig) -> None:
     for row in frame.itertuples(index=False):
         table.add_row(*("" if value is None or value != value else value_text(value) for value in row))
     console().print(table)
-    if summary is None or not summary.best:
+    best = best_trial(records, sweep)
+    if summary is None or best is None:
         raise UserError("no trial finished; the table's last column says why")
     for line in summary.lines():
         console().print(line, soft_wrap=True)
     folder = f"{sweep.storage}/{sweep.name}"
     print(f"summary    {folder}/{SUMMARY_FILE}")
-    if registered is not None:
-        print(f"registered {sweep.register_best} version {registered}")
     print(f"next       {command('pretrain')} --config {folder}/{BEST_FILE}")
+    if sweep.register_best:
+        version = register_best(sweep, best, sweep.register_best)
+        print(f"registered {sweep.register_best} version {version} is the model of trial {best.trial}")
 
 
 def run() -> NoReturn:

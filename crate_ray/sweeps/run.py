@@ -21,13 +21,11 @@ from crate_ray.runs.mlflow_lookup import absolute_tracking_uri, find_run, login,
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import NotFound, Storage, open_storage
 from crate_ray.storage.lease import Lease
-from crate_ray.sweeps.best import register_best
 from crate_ray.sweeps.combinations import MAX_GRID, Values, grid_size, valid_combination
 from crate_ray.sweeps.early_stopping import early_stopping
 from crate_ray.sweeps.ends import RecordEnds
 from crate_ray.sweeps.placement import connected_cluster, trial_scaling, why_too_large
 from crate_ray.sweeps.report import SweepReport
-from crate_ray.sweeps.results import best_trial
 from crate_ray.sweeps.search import TrialSearch
 from crate_ray.sweeps.space import reference_config, shared_values, trial_config, why_invalid
 from crate_ray.sweeps.summary import Summary
@@ -50,8 +48,6 @@ class SweepResult(NamedTuple):
     """Of all trials."""
     summary: Summary | None
     """None if there are no trials."""
-    registered: int | None
-    """Version of the registered model, if the best trial's model was to be registered."""
 
 
 def open_sweep(sweep: SweepConfig) -> tuple[SweepConfig, dict[str, Any]]:
@@ -100,18 +96,15 @@ def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> SweepResult:
     Reports go to the sweep's folder and to its MLflow run (see sweeps/report.py).
 
     Raises:
-        UserError: another process runs this sweep, or its best model cannot be registered.
+        UserError: another process runs this sweep.
     """
     folder = open_storage(sweep.storage, sweep.s3).under(sweep.name)
     seconds = reference_config(sweep, shared).scaling.lease_seconds
     with Lease(folder, "sweep.lease", f"sweep {sweep.name!r}", lease_seconds=seconds):
-        records, summary = _run_sweep(sweep, shared, folder)
-    best = best_trial(records, sweep)
-    registered = register_best(sweep, best, sweep.register_best) if sweep.register_best and best else None
-    return SweepResult(records, summary, registered)
+        return _run_sweep(sweep, shared, folder)
 
 
-def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> tuple[list[TrialRecord], Summary | None]:
+def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> SweepResult:
     key = _key(folder, sweep, shared)
     params = flatten(sweep.model_dump(mode="json"))
     tracker = RunTracker(sweep.tracking, key, sweep.name, params, source_tags("sweep"))
@@ -139,7 +132,7 @@ def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> t
     finally:
         if not tracker.finish(status):
             print(tracker.undelivered)
-    return records, summary
+    return SweepResult(records, summary)
 
 
 def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:

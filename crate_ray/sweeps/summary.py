@@ -56,7 +56,7 @@ class Summary:
     def lines(self) -> list[str]:
         """The summary in a few lines, for a terminal."""
         settings = ", ".join(f"{name} {value}" for name, value in self.settings)
-        best = [f"{self.best}: {settings}"] if self.best else []
+        best = [f"{self.best}, with {settings}"] if self.best else []
         return [*best, *self.mattered, *filter(None, [self.early_stopping]), *(f"next: {text}" for text in self.next)]
 
     def markdown(self) -> str:
