@@ -27,6 +27,15 @@ _PACKAGES = ("torch", "numpy", "pillow", "simplejpeg", "safetensors", "pydantic"
 """Packages that pyfunc_model.py imports, directly or through crate_ray, in addition to MLflow."""
 
 
+class _Flavor:
+    """MLflow's pyfunc flavor, as `Model.log` calls it."""
+
+    @staticmethod
+    def save_model(*, validate_serving_input: bool, **given: Any) -> None:
+        """Save a model. `mlflow.pyfunc` does not take the option that `Model.log` reads."""
+        mlflow.pyfunc.save_model(**given)
+
+
 def log_model(uri: Address, run_id: str, exported: Path) -> Any:
     """Log an exported model to a run: as the MLflow model 'model', and its two files as artifacts under 'weights'.
 
@@ -58,12 +67,12 @@ def log_model(uri: Address, run_id: str, exported: Path) -> Any:
         return Model.log(
             artifact_path=None,  # the old name of `name`
             name=MODEL_NAME,
-            flavor=mlflow.pyfunc,
+            flavor=_Flavor,
             run_id=run_id,
             step=description.step,  # MLflow links the run's metrics of this step to the model
             model_id=model.model_id,
             input_example=_example(description),
-            validate_serving_input=False,  # it would load the model
+            validate_serving_input=False,  # it would load the model in this process
             python_model=_CODE.as_posix(),
             artifacts={name: (exported / name).as_posix() for name in (WEIGHTS_FILE, DESCRIPTION_FILE)},
             code_paths=[Path(crate_ray.__file__).parent.as_posix()],
