@@ -121,6 +121,12 @@ class ServedModel:
                 )
         return images
 
+    def blank(self) -> Tensor:
+        """A batch of one black image, or of a grid of zeros."""
+        config = self.description.model
+        dtype = torch.float32 if self.description.kind == "grid" else torch.uint8
+        return torch.zeros(1, config.channels, *config.image_hw, dtype=dtype)
+
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor, params: InferenceParams | None = None) -> Tensor:
         """Compute an output of loaded images (uint8, or float32 grids) of the model's size.

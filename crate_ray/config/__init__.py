@@ -29,7 +29,17 @@ from crate_ray.config.models import (
 )
 from crate_ray.config.prepare import PrepareConfig
 from crate_ray.config.pretrain import OnlineProbeConfig, PretrainConfig
-from crate_ray.config.registry import ListConfig, PromoteConfig, RegisterConfig
+from crate_ray.config.registry import (
+    CardConfig,
+    Criterion,
+    ListConfig,
+    PromoteConfig,
+    PromotionProbe,
+    RegisterConfig,
+    RollbackConfig,
+)
+from crate_ray.config.serve import ServeConfig
+from crate_ray.config.search import SearchConfig
 from crate_ray.config.storage import S3Config
 from crate_ray.config.sweep import SearchSpace, SweepConfig
 from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConfig, TrackingConfig, TrainingConfig
@@ -45,11 +55,13 @@ __all__ = [
     "BenchmarkRooflineConfig",
     "BenchmarkScalingConfig",
     "BenchmarkTrainConfig",
+    "CardConfig",
     "CheckpointConfig",
     "ClassifierConfig",
     "CompareConfig",
     "Contestant",
     "CrateMAEConfig",
+    "Criterion",
     "DataConfig",
     "EmbedConfig",
     "EvaluateConfig",
@@ -70,12 +82,16 @@ __all__ = [
     "PretrainConfig",
     "ProbeConfig",
     "PromoteConfig",
+    "PromotionProbe",
     "Record",
     "RegisterConfig",
+    "RollbackConfig",
     "RunName",
     "S3Config",
     "ScalingConfig",
+    "SearchConfig",
     "SearchSpace",
+    "ServeConfig",
     "Settings",
     "SweepConfig",
     "TrackingConfig",

@@ -171,6 +171,23 @@ def run_storage(run_id: str, tracking: TrackingConfig, s3: S3Config) -> Storage:
     return open_storage(params["storage"], s3).under(params["name"])
 
 
+def version_of_alias(name: str, alias: str, tracking: TrackingConfig) -> str:
+    """Number of the registered model's version that has an alias.
+
+    Raises:
+        UserError: there is none, or MLflow does not answer.
+    """
+    client = open_client(tracking)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_model_version_by_alias(name, alias).version)
+    except MlflowException as error:
+        raise UserError(
+            f"MLflow at {tracking_uri(tracking)} cannot find models:/{name}@{alias}: {first_line(error)}"
+        ) from None
+
+
 def download_registered(uri: str, names: tuple[str, ...], folder: Path, tracking: TrackingConfig) -> None:
     """Copy files of a registered model, models:/<name>@<alias> or models:/<name>/<version>, into a local folder.
 

@@ -1,0 +1,1 @@
+"""A model over HTTP on Ray Serve, for `crate-ray serve`."""
