@@ -42,19 +42,19 @@ _LATE = 0.2
 """Part of a run that may be above the axis of the learning curves, because losses fall steeply at first."""
 
 
-def slices(compared: Comparison, axes: Sequence[SettingAxis], sweep: SweepConfig) -> bytes:
-    """The objective of every trial over the value of each searched setting."""
+def slices(shown: Comparison, axes: Sequence[SettingAxis], sweep: SweepConfig) -> bytes:
+    """The last objective of every trial over the value of each searched setting."""
     columns = min(len(axes), 3)
     rows = -(-len(axes) // columns)
     with rc_context(_STYLE):
         figure = _figure(3.4 * columns + 0.6, 2.6 * rows + 0.5)
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-        heights = without_outliers(compared.values, sweep)
-        best = _best_index(compared, sweep)
+        heights = without_outliers(shown.values, sweep)
+        best = _best_index(shown, sweep)
         for panel, axis in zip(panels.ravel(), axes, strict=False):
-            places = [axis.place(trial.values[axis.name]) for trial in compared.trials]
+            places = [axis.place(trial.values[axis.name]) for trial in shown.trials]
             for status, face in ((FINISHED, _BLUE), (STOPPED, "none")):
-                chosen = [i for i, trial in enumerate(compared.trials) if trial.status == status and i != best]
+                chosen = [i for i, trial in enumerate(shown.trials) if trial.status == status and i != best]
                 panel.scatter(
                     [places[i] for i in chosen], [heights[i] for i in chosen], s=26, facecolors=face, edgecolors=_BLUE
                 )
@@ -66,9 +66,9 @@ def slices(compared: Comparison, axes: Sequence[SettingAxis], sweep: SweepConfig
         for panel in panels.ravel()[len(axes) :]:
             panel.set_visible(False)
         for panel in panels[:, 0]:
-            panel.set_ylabel(_objective(compared, sweep))
+            panel.set_ylabel(_words(sweep.objective))
         entries = [("o", _BLUE, _BLUE, "finished"), ("*", _BEST, _BEST, "best")]
-        if any(trial.status == STOPPED for trial in compared.trials):
+        if any(trial.status == STOPPED for trial in shown.trials):
             entries.insert(1, ("o", "none", _BLUE, "stopped early"))
         handles = [
             panels[0, 0].plot([], [], mark, color=edge, markerfacecolor=face, label=label)[0]
@@ -78,18 +78,21 @@ def slices(compared: Comparison, axes: Sequence[SettingAxis], sweep: SweepConfig
         return _png(figure)
 
 
-def parallel_coordinates(compared: Comparison, axes: Sequence[SettingAxis], sweep: SweepConfig) -> bytes:
-    """Every trial as a line through its values, the objective last. Better trials are bluer and drawn on top."""
+def parallel_coordinates(shown: Comparison, axes: Sequence[SettingAxis], sweep: SweepConfig) -> bytes:
+    """Every trial as a line through its values, the objective last. Better trials are bluer and drawn on top; those
+    that were stopped early are dashed.
+    """
     with rc_context({**_STYLE, "axes.grid": False}):
         figure = _figure(1.7 * len(axes) + 3.0, 4.0)
         panel = figure.subplots()
         sign = 1 if sweep.minimizes else -1
-        heights = without_outliers(compared.values, sweep)
+        heights = without_outliers(shown.values, sweep)
         low, high = min(heights), max(heights)
-        order = sorted(range(len(heights)), key=lambda i: -sign * heights[i])  # the best one is drawn last
+        best = _best_index(shown, sweep)
+        order = sorted(range(len(heights)), key=lambda i: (i == best, -sign * heights[i]))  # the best one is drawn last
         ranks = LinearSegmentedColormap.from_list("ranks", [_STOPPED, _BLUE])(np.linspace(0, 1, len(order)))
         for rank, i in enumerate(order):
-            trial, is_best = compared.trials[i], rank == len(order) - 1
+            trial, is_best = shown.trials[i], i == best
             places = [_share(axis.place(trial.values[axis.name]), axis.low, axis.high) for axis in axes]
             panel.plot(
                 range(len(axes) + 1),
@@ -97,6 +100,7 @@ def parallel_coordinates(compared: Comparison, axes: Sequence[SettingAxis], swee
                 color=_BEST if is_best else ranks[rank],
                 alpha=1.0 if is_best else 0.3 + 0.6 * rank / len(order),
                 linewidth=2.6 if is_best else 1.2,
+                linestyle="--" if trial.status == STOPPED else "-",
                 marker="o",
                 markersize=4 if is_best else 2.5,
                 clip_on=False,
@@ -105,9 +109,9 @@ def parallel_coordinates(compared: Comparison, axes: Sequence[SettingAxis], swee
         panel.set_xlim(0, len(axes))
         panel.set_ylim(0, 1)
         panel.set_xticks(range(len(axes) + 1), [*(axis.name.replace(".", ".\n") for axis in axes), ""])
-        panel.text(len(axes), -0.035, _objective(compared, sweep, "\n"), ha="center", va="top")
+        panel.text(len(axes), -0.06, _words(sweep.objective), ha="center", va="top")
         panel.set_yticks([])
-        panel.tick_params(length=0)
+        panel.tick_params(length=0, pad=9)
         panel.spines["left"].set_visible(False)
         panel.spines["bottom"].set_visible(False)
         scales: list[list[tuple[float, str]]] = [
@@ -158,8 +162,8 @@ def importance(found: Sequence[Importance]) -> bytes:
 
 def curves(records: Sequence[TrialRecord], sweep: SweepConfig) -> bytes | None:
     """The objective of every trial over its steps; None if it was not measured during training."""
-    found = [(record, points) for record in records if len(points := curve(record)) > 1]
-    if not found:
+    found = [(record, points) for record in records if (points := curve(record))]
+    if all(len(points) < 2 for _, points in found):
         return None
     best = best_trial(records, sweep)
     with rc_context(_STYLE):
@@ -175,11 +179,7 @@ def curves(records: Sequence[TrialRecord], sweep: SweepConfig) -> bytes | None:
             steps, values = list(points), list(points.values())
             panel.plot(steps, values, **style)
             panel.plot(steps[-1], values[-1], "x" if record.status == STOPPED else "o", color=style["color"], ms=4)
-        longest = max(max(points) for _, points in found)
-        late = [value for _, points in found for step, value in points.items() if step >= _LATE * longest]
-        every = without_outliers(late, sweep)
-        margin = 0.05 * (max(every) - min(every)) or 1.0
-        panel.set_ylim(min(every) - margin, max(every) + margin)
+        panel.set_ylim(*_limits([points for _, points in found], sweep))
         panel.set_xlabel("step")
         panel.set_ylabel(_words(sweep.objective))
         entries = [(_BEST, "o-", "best"), (_BLUE, "o-", "finished or running"), (_STOPPED, "x--", "stopped early")]
@@ -243,16 +243,25 @@ def _png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def _best_index(compared: Comparison, sweep: SweepConfig) -> int:
-    best = best_trial(compared.trials, sweep)
+def _best_index(shown: Comparison, sweep: SweepConfig) -> int:
+    best = best_trial(shown.trials, sweep)
     if best is not None:
-        return next(i for i, trial in enumerate(compared.trials) if trial.trial == best.trial)
+        return next(i for i, trial in enumerate(shown.trials) if trial.trial == best.trial)
     sign = 1 if sweep.minimizes else -1
-    return min(range(len(compared.values)), key=lambda i: sign * compared.values[i])
+    return min(range(len(shown.values)), key=lambda i: sign * shown.values[i])
 
 
-def _objective(compared: Comparison, sweep: SweepConfig, separator: str = " ") -> str:
-    return _words(sweep.objective) + ("" if compared.step is None else f"{separator}at step {compared.step:,}")
+def _limits(curves: Sequence[dict[int, float]], sweep: SweepConfig) -> tuple[float, float]:
+    """Ends of the axis of learning curves. Bad beginnings and diverged trials go beyond it."""
+    sign, longest = 1 if sweep.minimizes else -1, max(max(points) for points in curves)
+    losses = [{step: sign * value for step, value in points.items()} for points in curves]
+    early = [next((v for step, v in points.items() if step >= _LATE * longest), None) for points in losses]
+    starts = [value for value in early if value is not None]
+    best = min(min(points.values()) for points in losses)
+    worst = min(max(starts), best + 2 * (float(np.median(starts)) - best))
+    margin = 0.05 * (worst - best) or 1.0
+    low, high = sorted((sign * (best - margin), sign * (worst + margin)))
+    return low, high
 
 
 def _words(name: str) -> str:

@@ -26,7 +26,7 @@ from crate_ray.sweeps.axes import setting_axes
 from crate_ray.sweeps.best import best_yaml
 from crate_ray.sweeps.display import SweepDisplay
 from crate_ray.sweeps.importance import importances
-from crate_ray.sweeps.results import best_trial, comparable, ended, without_outliers
+from crate_ray.sweeps.results import best_trial, comparable, ended, latest, without_outliers
 from crate_ray.sweeps.space import trial_config, why_invalid
 from crate_ray.sweeps.summary import Summary, summarise
 from crate_ray.sweeps.trial import RecordReader, TrialRecord
@@ -71,7 +71,9 @@ class SweepReport:
         """Follow the records in a thread: show them, and update the reports when a trial has ended."""
         over = threading.Event()
         with SweepDisplay(self._sweep, self._total_steps) as display:
-            display.update(self._records.read())  # what an earlier start has left
+            records = self._records.read()  # what an earlier start has left
+            display.update(records)
+            self._ended = len(ended(records))
             thread = threading.Thread(target=self._follow, args=(display, over), name="sweep report", daemon=True)
             thread.start()
             try:
@@ -136,9 +138,9 @@ class SweepReport:
         pictures = {"learning-curves": figures.curves(records, sweep), "trade-offs": figures.trade_offs(records, sweep)}
         settings = [trial.values for trial in compared.trials]
         found = importances(axes, settings, without_outliers(compared.values, sweep))
-        if compared.trials:
-            pictures["slices"] = figures.slices(compared, axes, sweep)
-            pictures["parallel-coordinates"] = figures.parallel_coordinates(compared, axes, sweep)
+        if (shown := latest(records)).trials:
+            pictures["slices"] = figures.slices(shown, axes, sweep)
+            pictures["parallel-coordinates"] = figures.parallel_coordinates(shown, axes, sweep)
         if found:
             pictures["importance"] = figures.importance(found)
         for name, picture in pictures.items():

@@ -59,6 +59,12 @@ def comparable(records: Sequence[TrialRecord], sweep: SweepConfig) -> Comparison
     return Comparison(finished, [float(record.objective or 0.0) for record in finished], None)
 
 
+def latest(records: Sequence[TrialRecord]) -> Comparison:
+    """Trials with their last objectives, those that were stopped early included."""
+    trials = [*_finished(records), *(record for record in records if record.status == STOPPED and curve(record))]
+    return Comparison(trials, [float(record.objective or 0.0) for record in trials], None)
+
+
 def without_outliers(values: Sequence[float], sweep: SweepConfig) -> list[float]:
     """Objectives in which very bad ones are replaced by a bound. One diverged trial would hide all other differences.
 

@@ -32,7 +32,7 @@ from crate_ray.sweeps.best import best_yaml
 from crate_ray.sweeps.display import SweepDisplay
 from crate_ray.sweeps.importance import Importance, importances
 from crate_ray.sweeps.report import SweepReport, results_table
-from crate_ray.sweeps.results import best_trial, comparable, front, without_outliers
+from crate_ray.sweeps.results import best_trial, comparable, front, latest, without_outliers
 from crate_ray.sweeps.run import open_sweep
 from crate_ray.sweeps.savings import full_curves, replay_asha
 from crate_ray.sweeps.space import shared_values, why_invalid
@@ -300,13 +300,13 @@ def test_figures_can_be_read_on_light_and_dark_pages() -> None:
     config = sweep(against="parameters")
     of = records(20, two_settings)
     of[4] = stop(of[4], 60)
-    compared, axes = comparable(of, config), setting_axes(config, of)
+    shown, axes = latest(of), setting_axes(config, of)
     found = [
         Importance("optim.lr", 0.6, 0.4, 0.8, 0.02, 0.1),
         Importance("model.num_subspaces", 0.2, 0.01, 0.5, 0.03, 0.1),
         Importance("model.subspace_dim", 0.02, 0.0, 0.1, 0.03, 0.1),
     ]
-    made = [figures.slices(compared, axes, config), figures.parallel_coordinates(compared, axes, config),
+    made = [figures.slices(shown, axes, config), figures.parallel_coordinates(shown, axes, config),
             figures.importance(found), figures.curves(of, config), figures.trade_offs(of, config)]  # fmt: skip
     for png in made:
         image = pixels(png)
@@ -333,12 +333,12 @@ def test_all_kinds_of_settings_are_drawn_and_compared(space: dict[str, Any]) -> 
         for i in range(12)
     ]  # fmt: skip
     stored = [TrialRecord.model_validate_json(record.model_dump_json()) for record in of]
-    compared, axes = comparable(stored, config), setting_axes(config, stored)
+    shown, axes = latest(stored), setting_axes(config, stored)
     assert [axes[0].place(r.values["some.setting"]) for r in stored] == [
         setting_axes(config, of)[0].place(r.values["some.setting"]) for r in of
     ]
-    pixels(figures.slices(compared, axes, config))
-    pixels(figures.parallel_coordinates(compared, axes, config))
+    pixels(figures.slices(shown, axes, config))
+    pixels(figures.parallel_coordinates(shown, axes, config))
     summary_of(config, stored).markdown()
 
 
