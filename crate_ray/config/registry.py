@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field, model_validator
 
 from crate_ray.config.base import PositiveInt, Settings
 from crate_ray.config.evaluate import ProbeConfig
@@ -31,19 +31,71 @@ class RegisterConfig(Settings):
     """Object storage."""
 
 
+Criterion = Literal["probe", "knn", "rank"]
+
+
+class PromotionProbe(ProbeConfig):
+    """Labelled data on which a version and the champion are measured. `train` is not needed for a classifier."""
+
+    train: str | None = None  # type: ignore[assignment]
+    """Local folder or s3://bucket/prefix of labelled shards (member `cls`) to fit the probe on, for an encoder."""
+    test: str
+    """Labelled shards to measure the accuracy on. They must not be among the shards of `train`."""
+
+
 class PromoteConfig(Settings):
-    """Give a version the alias @champion if its probe accuracy is at least that of the current champion."""
+    """Give a version the alias @champion if it is better than the current champion on the same labelled samples.
+
+    Encoders are compared by linear probe and k-NN, classifiers by their accuracy on probe.test. The first champion must
+    beat an untrained encoder and raw pixels, or, for a classifier, the most frequent class.
+    """
 
     version: PositiveInt
     """Version to promote."""
     name: ModelName = "crate-mae"
     """Name of the registered model."""
-    probe: ProbeConfig
-    """Linear probe that compares the version with the champion."""
+    probe: PromotionProbe
+    """Labelled data, and the linear probe."""
+    criteria: Annotated[tuple[Criterion, ...], Field(min_length=1)] = ("probe", "knn")
+    """Measures of an encoder in which the version must pass: linear 'probe', 'knn', and the effective 'rank' of the
+    features. All of them must pass."""
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """How much worse than the champion the version may be. With 95 % confidence, the difference must be above -margin:
+    with 0 the version must be better, with 0.01 at most one point of accuracy worse. For the rank it is relative."""
+    force: bool = False
+    """Promote even if the version does not pass; give the reason, too."""
+    reason: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Why the version is promoted by force. It is recorded."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     s3: S3Config = S3Config()
     """Object storage."""
+
+    @model_validator(mode="after")
+    def _check_force(self) -> Self:
+        if self.force != (self.reason is not None):
+            raise ValueError("give --force true and --reason TEXT together, or neither of them")
+        return self
+
+
+class RollbackConfig(Settings):
+    """Give the alias @champion back to the champion before."""
+
+    name: ModelName = "crate-mae"
+    """Name of the registered model."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+
+
+class CardConfig(Settings):
+    """Print the model card of a version: data, recipe, figures, promotion, limits."""
+
+    version: PositiveInt | None = None
+    """Version; by default the champion."""
+    name: ModelName = "crate-mae"
+    """Name of the registered model."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
 
 
 class ListConfig(Settings):

@@ -97,11 +97,24 @@ def fit_probe(
         solver: scikit-learn or torch.
         device: where the torch solver computes.
     """
+    predicted, strength = predict_by_probe(train_x, train_y, test_x, seed, solver, device)
+    interval = share(int((predicted == test_y).sum()), len(test_y))
+    return ProbeScore(accuracy=interval.value, interval=interval, strength=strength, solver=solver)
+
+
+def predict_by_probe(
+    train_x: NDArray[np.float32],
+    train_y: NDArray[np.int64],
+    test_x: NDArray[np.float32],
+    seed: int = 0,
+    solver: Solver = "sklearn",
+    device: torch.device | str = "cpu",
+) -> tuple[NDArray[np.int64], float]:
+    """Classes (m,) that the probe of `fit_probe` predicts for the test samples, and its inverse L2 strength."""
     rows = split_rows(train_y, seed)
     best = _STRENGTHS[int(np.argmax(_held_out(train_x, train_y, rows, _STRENGTHS, solver, device)))]
     (predicted,) = _predictions(train_x, train_y, None, test_x, None, (best,), solver, device)
-    interval = share(int((predicted == test_y).sum()), len(test_y))
-    return ProbeScore(accuracy=interval.value, interval=interval, strength=best, solver=solver)
+    return predicted, best
 
 
 def held_out_accuracy(

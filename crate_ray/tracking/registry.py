@@ -1,7 +1,8 @@
-"""MLflow's model registry: register, promote and list models. The alias @champion only moves to a better model."""
+"""MLflow's model registry: register and list models. See champions.py for the alias @champion, card.py for cards."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +14,26 @@ from crate_ray.config import S3Config, TrackingConfig
 from crate_ray.config.identifiers import check_model_name
 from crate_ray.errors import UserError
 from crate_ray.runs.mlflow_lookup import find_run, first_line, login, open_client, tracking_uri
+from crate_ray.tracking.decision import CHAMPION, Measure
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-CHAMPION = "champion"
-PROBE_TAG = "crate_ray.probe_accuracy"
 KIND_TAG = "crate_ray.kind"
+CONFIG_TAG = "crate_ray.config"
+COMMIT_TAG = "crate_ray.commit"
+PARAMETERS_TAG = "crate_ray.parameters"
+DECISION_TAG = "crate_ray.promotion"
+"""The last decision on the version; see decision.py."""
+DATA_TAG = "crate_ray.measured_on"
+"""Data that the numbers in MEASURE_TAGS were measured on."""
+MEASURE_TAGS: dict[Measure, str] = {
+    "probe": "crate_ray.probe_accuracy",
+    "knn": "crate_ray.knn_accuracy",
+    "rank": "crate_ray.effective_rank",
+    "top1": "crate_ray.top1_accuracy",
+}
+"""The last numbers of the version."""
 
 
 def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) -> ModelVersion:
@@ -37,7 +51,10 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
             another kind (encoders, classifiers).
     """
     # Imported here because listing versions needs no model.
+    from crate_ray.models.exported import WEIGHTS_FILE
+    from crate_ray.models.fit import safetensors_shapes
     from crate_ray.runs.references import fetch, locate, parse
+    from crate_ray.tracking.card import update_card
     from crate_ray.tracking.flavor import log_model
 
     try:
@@ -53,7 +70,7 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
         folder = Path(temporary)
         description = fetch(reference, folder, tracking, s3)
         kind = "encoder" if description.classifier is None else "classifier"
-        if others := {_kind(version) for version in client.search_model_versions(f"name = '{name}'")} - {kind}:
+        if others := {kind_of(version) for version in client.search_model_versions(f"name = '{name}'")} - {kind}:
             raise UserError(
                 f"{name} has versions that are {others.pop()}s, and {source} holds {_an(kind)}; give another --name"
             )
@@ -67,6 +84,7 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
                 "set tracking.uri to where it was tracked"
             )
         info = log_model(tracking_uri(tracking), run_id, folder)
+        parameters = sum(math.prod(shape) for shape in safetensors_shapes(folder / WEIGHTS_FILE).values())
     if published and located is None:
         client.set_terminated(run_id)
     try:
@@ -74,43 +92,18 @@ def register(reference: str, name: str, tracking: TrackingConfig, s3: S3Config) 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {"step": str(description.step), "dataset": description.dataset or "", "run": source, KIND_TAG: kind}
-    return client.create_model_version(name, info.model_uri, run_id, tags=tags, model_id=info.model_id)
-
-
-def promote(
-    name: str, version: int, accuracy: float, champion_accuracy: float | None, tracking: TrackingConfig
-) -> None:
-    """Give a version the alias @champion if its accuracy is at least the champion's.
-
-    Args:
-        name: name of the registered model.
-        version: the version.
-        accuracy: its accuracy.
-        champion_accuracy: the champion's, by the same probe; None if there is no champion.
-        tracking: where MLflow is.
-
-    Raises:
-        UserError: the accuracy is below the champion's.
-    """
-    client = open_client(tracking)
-    client.set_model_version_tag(name, str(version), PROBE_TAG, f"{accuracy:.4f}")
-    if champion_accuracy is not None and accuracy < champion_accuracy:
-        raise UserError(
-            f"{name} version {version} is not promoted: its probe accuracy {accuracy:.4f} is below the champion's "
-            f"{champion_accuracy:.4f}"
-        )
-    client.set_registered_model_alias(name, CHAMPION, str(version))
-
-
-def champion_version(name: str, tracking: TrackingConfig) -> int | None:
-    """The version that has the alias @champion; None before the first promotion.
-
-    Raises:
-        UserError: there is no such registered model.
-    """
-    versions = list_versions(name, tracking)
-    return next((int(v.version) for v in versions if CHAMPION in v.aliases), None)
+    tags = {
+        "step": str(description.step),
+        "dataset": description.dataset or "",
+        "run": source,
+        KIND_TAG: kind,
+        CONFIG_TAG: description.model_dump_json(include={"model", "classifier", "kind"}, exclude_none=True),
+        COMMIT_TAG: client.get_run(run_id).data.tags.get("mlflow.source.git.commit", "unknown"),
+        PARAMETERS_TAG: str(parameters),
+    }
+    version = client.create_model_version(name, info.model_uri, run_id, tags=tags, model_id=info.model_id)
+    update_card(client, name, int(version.version))
+    return version
 
 
 def list_versions(name: str, tracking: TrackingConfig) -> list[ModelVersion]:
@@ -132,6 +125,21 @@ def list_versions(name: str, tracking: TrackingConfig) -> list[ModelVersion]:
     return versions
 
 
+def find_version(name: str, version: int | None, tracking: TrackingConfig) -> ModelVersion:
+    """A version of a registered model; None: the champion.
+
+    Raises:
+        UserError: there is no such version.
+    """
+    versions = list_versions(name, tracking)
+    for found in versions:
+        if int(found.version) == version or (version is None and CHAMPION in found.aliases):
+            return found
+    numbers = ", ".join(str(each.version) for each in reversed(versions)) or "none"
+    wanted = f"@{CHAMPION}" if version is None else f"version {version}"
+    raise UserError(f"{name} has no {wanted}; it has these versions: {numbers}")
+
+
 def _import_run(client: MlflowClient, reference: str, tracking: TrackingConfig) -> str:
     """Create a run that stands for the import of a published checkpoint, and return its id."""
     found = client.get_experiment_by_name(tracking.experiment)
@@ -140,7 +148,8 @@ def _import_run(client: MlflowClient, reference: str, tracking: TrackingConfig) 
     return str(client.create_run(experiment, run_name=name, tags={"crate_ray.imported": reference}).info.run_id)
 
 
-def _kind(version: ModelVersion) -> str:
+def kind_of(version: ModelVersion) -> str:
+    """'encoder' or 'classifier'."""
     return str(version.tags.get(KIND_TAG, "encoder"))
 
 

@@ -31,6 +31,7 @@ SMALL = {
     "pretrain": [*MODEL, *STEPS],
     "finetune": STEPS,
     "compare": ["--settings", '{"training.steps": 4}', "--seeds", "0", "--baselines", "false"],
+    "register promote": ["--force", "true", "--reason", "pictures of noise"],
     "sweep": ["--settings", '{"training.steps": 4, "training.validate_every": 2}', "--trials", "1",
               "--grace-steps", "null"],
 }  # fmt: skip
@@ -126,5 +127,9 @@ def test_the_commands_of_the_guides_work(
                 at = words.index("--training.epochs")
                 words = [*words[:at], *words[at + 2 :]]
             named = name in ("pretrain", "finetune") and "--name" not in words
-            run(*words, *SMALL.get(name, []), *(["--name", f"{guide}-{number}"] if named else []))
+            run(
+                *words,
+                *SMALL.get(name, SMALL.get(shlex.join(words[:2]), [])),
+                *(["--name", f"{guide}-{number}"] if named else []),
+            )
     assert len(done) >= 22

@@ -35,7 +35,8 @@ from crate_ray.runs.references import load_model
 from crate_ray.serving import FeatureExtractor
 from crate_ray.storage.lease import LeaseLost
 from crate_ray.storage.local import LocalStorage
-from crate_ray.tracking.registry import list_versions, promote, register
+from crate_ray.tracking.champions import rollback
+from crate_ray.tracking.registry import list_versions, register
 from crate_ray.tracking.run_tracker import RunTracker, flatten
 
 ROOT = Path(__file__).parents[2]
@@ -454,7 +455,7 @@ def test_reading_creates_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyP
         lambda: load_model("models:/any@champion", tracking=tracking),
         lambda: load_model("runs:/0123", tracking=tracking),
         lambda: register("0123", "any", tracking, s3),
-        lambda: promote("any", 1, 0.5, None, tracking),
+        lambda: rollback("any", tracking),
     ]
     for read in reads:
         with pytest.raises(UserError, match=rf"there is no MLflow database {tmp_path}/mlflow\.db; set --tracking\.uri"):
