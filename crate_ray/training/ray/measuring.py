@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from crate_ray.errors import UserError
@@ -34,11 +35,14 @@ class Measurements:
 
     def __init__(self, measure: Measure, config: Any, every: int | None, total_steps: int, mailbox: Any) -> None:
         self._every, self._total_steps, self._mailbox = every, total_steps, mailbox
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0)(_Measurer).options(scheduling_strategy=here, max_restarts=-1)
-        self._actor = actor.remote([ray.put(measure)], config, mailbox)
-        self._running: Any = None
+        self._given = ([ray.put(measure)], config, mailbox)
+        self._actor = self._start()
+        self._running: tuple[int, Any] | None = None
         self._waiting: int | None = None
+
+    def _start(self) -> Any:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return ray.remote(num_cpus=0)(_Measurer).options(scheduling_strategy=here).remote(*self._given)
 
     def committed(self, step: int) -> None:
         """A checkpoint of a step was committed."""
@@ -48,15 +52,22 @@ class Measurements:
 
     def advance(self) -> None:
         """Start the measurement that waits, if the one before has ended."""
-        if self._running is not None and ray.wait([self._running], timeout=0)[0]:
+        if self._running is not None and ray.wait([self._running[1]], timeout=0)[0]:
+            step, done = self._running
             self._running = None
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:  # the process was killed, for example because memory ran out
+                cause = str(error).strip().partition("\n")[0]
+                self._mailbox.put.remote(("note", step, f"the features of step {step} were not measured: {cause}"))
+                self._actor = self._start()
         if self._running is None and self._waiting is not None:
-            self._running, self._waiting = self._actor.measure.remote(self._waiting), None
+            self._running, self._waiting = (self._waiting, self._actor.measure.remote(self._waiting)), None
 
     def wait(self, seconds: float) -> bool:
         """Wait for at most so many seconds. Returns whether everything is measured."""
         if self._running is not None:
-            ray.wait([self._running], timeout=seconds)
+            ray.wait([self._running[1]], timeout=seconds)
             self.advance()
         return self._running is None
 
