@@ -30,6 +30,7 @@ from crate_ray.config import (
     FinetuneConfig,
     PrepareConfig,
     PretrainConfig,
+    PromotionProbe,
     Settings,
     SweepConfig,
     ViTMAEConfig,
@@ -211,7 +212,7 @@ def fields(config_class: type[BaseModel], prefix: str = "") -> dict[str, list[tu
         if str(f.annotation).startswith("dict")
         else [
             m
-            for m in [*Settings.__subclasses__(), CrateMAEConfig, ViTMAEConfig]
+            for m in [*Settings.__subclasses__(), CrateMAEConfig, ViTMAEConfig, PromotionProbe]
             if re.search(rf"\b{m.__name__}\b", str(f.annotation))
         ]
         for name, f in config_class.model_fields.items()
