@@ -124,13 +124,14 @@ def test_importances_of_pure_noise_find_nothing() -> None:
     assert {one.verdict for one in found.values()} <= {"noise", "unclear"}
 
 
-def test_a_setting_that_a_logarithmic_range_spreads_is_judged_by_its_logarithm() -> None:
-    """The effect is in the lowest tenth of the range's logarithm, which is a thousandth of the range itself."""
+def test_a_logarithmic_range_is_weighed_by_its_logarithm() -> None:
+    """Both settings split their trials in halves. Of the learning rate's range itself, the lower half is a tenth."""
 
     def effect(values: dict[str, Any]) -> float:
-        return 0.2 if values["optim.lr"] < 2e-4 else 0.0
+        return 0.2 * (values["optim.lr"] < 1e-3) + 0.2 * (values["model.sparsity_lambda"] < 0.3)
 
-    assert importances_of(sweep(), records(40, effect))["optim.lr"].verdict == "matters"
+    found = importances_of(sweep(), records(40, effect))
+    assert 0.6 < found["optim.lr"].share / found["model.sparsity_lambda"].share < 1.6
 
 
 def test_few_trials_have_no_importances() -> None:
