@@ -33,7 +33,7 @@ SUCCESSORS: dict[str, dict[str, Any]] = {
     "small initialisation": {"model.initialization": "small"},
     "layer scale": {"model.layer_scale": 0.1},
     "all residuals": _RESIDUAL,
-    "all residuals, small initialisation": {**_RESIDUAL, "model.initialization": "small"},
+    "all residuals and small initialisation": {**_RESIDUAL, "model.initialization": "small"},
     "decoder with ReLU": {**_RESIDUAL, "model.decoder_activation": "relu"},
     "overcomplete x2": {**_OVERCOMPLETE, "model.dictionary_expansion": 2, "model.initialization": "small"},
     "overcomplete x4": {**_OVERCOMPLETE, "model.dictionary_expansion": 4, "model.initialization": "small"},

@@ -19,6 +19,7 @@ from crate_ray.comparison.variants import (
     OURS,
     SAME_PARAMETERS,
     SAME_SIZE,
+    SUCCESSORS,
     count_parameters,
     plan_variants,
     vit_of_as_many_parameters,
@@ -102,6 +103,21 @@ def test_runs_differ_in_their_model_and_seed_alone(tmp_path: Path) -> None:
             assert run.model_copy(update={"model": first.model, "seed": 3, "name": first.name}) == first
         models.append(runs[0].model.model_dump_json())
     assert len(set(models)) == len(plan) and first.training.steps == 20
+
+
+@pytest.mark.parametrize("model", [{"dim": 64, "num_subspaces": 4}, {"dim": 256, "num_subspaces": 8, "depth": 3}])
+def test_successors_have_as_many_parameters(model: dict[str, Any], tmp_path: Path) -> None:
+    settings = {f"model.{name}": value for name, value in model.items()}
+    plan = plan_variants(compare_config(tmp_path, successors=True, baselines=False, settings=settings))
+    assert list(plan) == [OURS, *SUCCESSORS]
+    models = {name: runs[0].model for name, runs in plan.items()}
+    wanted = count_parameters(models[OURS])
+    for name, found in models.items():
+        assert abs(count_parameters(found) / wanted - 1) < 0.02, name
+        assert found.depth == models[OURS].depth
+        for setting, value in SUCCESSORS.get(name, {}).items():
+            assert getattr(found, setting.removeprefix("model.")) == value
+    assert len({found.model_dump_json() for found in models.values()}) == len(models)
 
 
 @pytest.mark.parametrize(
