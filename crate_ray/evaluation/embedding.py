@@ -190,7 +190,18 @@ class _Embedding:
     ) -> Iterator[tuple[range, Progress]]:
         from crate_ray.evaluation.embedding_on_ray import write_parts
 
-        return write_parts(self._config, record, self._description, self._weights, parts, workers, gpu, display)
+        return write_parts(
+            self._config,
+            self._shards,
+            self._output,
+            record,
+            self._description,
+            self._weights,
+            parts,
+            workers,
+            gpu,
+            display,
+        )
 
     def _on_cluster(self) -> tuple[int, bool]:
         """Start Ray. Returns the number of encoders, and whether each has a GPU."""

@@ -47,7 +47,6 @@ def parquet_file(rows: Rows, metadata: Mapping[str, str]) -> bytes:
         rows: the samples.
         metadata: is stored in the schema, under keys that begin with METADATA.
     """
-    flat = rows.vectors.reshape(len(rows.samples), -1)
     columns: dict[str, Any] = {"key": pa.array(rows.keys, pa.string())}
     if rows.names is not None:
         columns["name"] = pa.array(rows.names, pa.string())
@@ -56,14 +55,14 @@ def parquet_file(rows: Rows, metadata: Mapping[str, str]) -> bytes:
     if rows.labels is not None:
         columns["label"] = pa.array(rows.labels)
     width = int(np.prod(rows.vectors.shape[1:]))
-    columns[EMBEDDING] = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), width)
+    columns[EMBEDDING] = pa.FixedSizeListArray.from_arrays(pa.array(rows.vectors.ravel()), width)
     table = pa.table(columns).replace_schema_metadata({METADATA + name: value for name, value in metadata.items()})
     small = [name for name in columns if name != EMBEDDING]
     file = io.BytesIO()
     pq.write_table(
         table,
         file,
-        row_group_size=max(1, min(_GROUP_ROWS, _GROUP_BYTES // max(1, width * flat.itemsize))),
+        row_group_size=max(1, min(_GROUP_ROWS, _GROUP_BYTES // (width * rows.vectors.itemsize))),
         compression={**dict.fromkeys(small, "zstd"), f"{EMBEDDING}.list.element": "none"},  # floats hardly shrink
         use_dictionary=[name for name in small if name in ("shard", "label")],
         write_statistics=small,

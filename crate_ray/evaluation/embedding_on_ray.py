@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
 
 from crate_ray.config import EmbedConfig, S3Config
-from crate_ray.data.format.dataset import load_dataset
+from crate_ray.data.format.dataset import ShardSet, load_dataset
 from crate_ray.errors import UserError
 from crate_ray.evaluation.embedding_output import EmbeddingRecord
 from crate_ray.evaluation.embedding_parts import PartWriter, Progress, rebuild
@@ -18,7 +19,7 @@ from crate_ray.evaluation.features import compute_device
 from crate_ray.models.exported import ModelDescription
 from crate_ray.progress import CountDisplay
 from crate_ray.ray_cluster import task_cpus
-from crate_ray.storage.interface import open_storage
+from crate_ray.storage.interface import Storage, open_storage
 
 _ATTEMPTS = 4
 """How often a part is tried if its encoder is lost each time."""
@@ -40,29 +41,42 @@ class _Job(NamedTuple):
     """Whether encoders have a GPU. Ray does not hide the node's GPUs from actors that asked for none."""
 
 
+class _Failure(NamedTuple):
+    """Why a part cannot be written."""
+
+    message: str
+
+
 class _Encoder:
     """Actor that embeds parts."""
 
     def __init__(self, job: _Job, weights: bytes) -> None:
+        self._job, self._weights = job, weights
+
+    @cached_property
+    def _writer(self) -> PartWriter:
+        job = self._job
         description = ModelDescription.model_validate_json(job.description_json)
-        self._batch_size = job.batch_size
-        self._writer = PartWriter(
+        return PartWriter(
             load_dataset(open_storage(job.data, job.s3)),
             open_storage(job.output, job.s3),
             job.record,
-            rebuild(description, weights),
+            rebuild(description, self._weights),
             description,
             compute_device(job.gpu),
             batch_size=job.batch_size,
             max_bad_fraction=job.max_bad_fraction,
         )
 
-    def write(self, samples: range) -> Iterator[Progress]:
-        """Embed a part; yields some of PartWriter.write's results, and the last."""
-        every = -(-len(samples) // self._batch_size // _REPORTS)
-        for number, progress in enumerate(self._writer.write(samples), 1):
-            if progress.report is not None or number % every == 0:
-                yield progress
+    def write(self, samples: range) -> Iterator[Progress | _Failure]:
+        """Embed a part. Yields some of PartWriter.write's results, and the last, or why there is none."""
+        every = max(1, len(samples) // self._job.batch_size // _REPORTS)
+        try:
+            for number, progress in enumerate(self._writer.write(samples), 1):
+                if progress.report is not None or number % every == 0:
+                    yield progress
+        except UserError as error:  # raised again by the driver; Ray would wrap it in a page of text
+            yield _Failure(str(error))
 
 
 class _Running(NamedTuple):
@@ -74,6 +88,8 @@ class _Running(NamedTuple):
 
 def write_parts(
     config: EmbedConfig,
+    shards: ShardSet,
+    output: Storage,
     record: EmbeddingRecord,
     description: ModelDescription,
     weights: bytes,
@@ -89,8 +105,8 @@ def write_parts(
     Raises UserError if an encoder raises it, or if a part is tried too often.
     """
     job = _Job(
-        data=config.data,
-        output=config.output,
+        data=shards.storage.uri,  # absolute, unlike the settings
+        output=output.uri,
         s3=config.s3,
         record=record,
         description_json=description.model_dump_json(),
@@ -114,10 +130,8 @@ def write_parts(
             ready, _ = ray.wait(list(running), num_returns=1)
             work = running[ready[0]]
             try:
-                progress: Progress = ray.get(next(ready[0]))
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise error.cause from None
+                progress: Progress | _Failure = ray.get(next(ready[0]))
+            except ray.exceptions.RayTaskError:
                 raise
             except ray.exceptions.RayError as error:
                 del running[ready[0]]
@@ -133,6 +147,8 @@ def write_parts(
                 yield work.samples, Progress(0, 0)
                 start(encoder.remote(job, shared))
                 continue
+            if isinstance(progress, _Failure):
+                raise UserError(progress.message)
             yield work.samples, progress
             if progress.report is not None:
                 del running[ready[0]]

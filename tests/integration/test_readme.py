@@ -49,4 +49,4 @@ def test_the_quickstart_works_as_it_stands(small_ray: RayCluster, tmp_path: Path
         assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
     assert (tmp_path / "runs/mine/evaluation/report.html").stat().st_size > 10_000
     table = pq.read_table(tmp_path / "embeddings")
-    assert len(table) == 40 and set(table.column_names) == {"key", "name", "sample", "embedding"}
+    assert len(table) == 40 and set(table.column_names) == {"key", "name", "shard", "sample", "embedding"}

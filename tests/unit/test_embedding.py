@@ -161,6 +161,26 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(shards: ShardSet, tmp_path: Pat
         embed(shards, tmp_path / "out", part_samples=64)
 
 
+def test_a_part_without_a_good_sample_is_an_empty_file(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "data"), S3Config())
+    pack(shapes_source("all", 48, 24, 0), storage, PrepareConfig(output=storage.uri))
+    shard = tmp_path / "data" / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    shards = load_dataset(storage)
+    start, end, _ = shards.byte_range(0, 16, 16)
+    content[start:end] = bytes(end - start)
+    shard.write_bytes(content)
+    record = embed(shards, tmp_path / "out", part_samples=16, max_bad_fraction=0.5)
+    assert record.skipped == {"damaged_shard": 16} and len(record.skipped_keys) == 16
+    assert [part.rows for part in record.parts or ()] == [16, 0, 16]
+    assert pq.read_table(tmp_path / "out")["sample"].to_pylist() == [*range(16), *range(32, 48)]
+    # A file that is lost is written again, and the bad samples of the others are still known.
+    (tmp_path / "out" / "part-000000000032-000000000048.parquet").unlink()
+    assert embed(shards, tmp_path / "out", part_samples=16, max_bad_fraction=0.5) == record
+    with pytest.raises(UserError, match=r"^16 of 48 samples of .* are unusable, more than max_bad_fraction 0.01"):
+        embed(shards, tmp_path / "strict", part_samples=16)
+
+
 def test_small_work_needs_no_ray(shards: ShardSet, tmp_path: Path) -> None:
     program = f"""
 import sys
