@@ -7,6 +7,7 @@ from crate_ray.config.benchmark import (
     BenchmarkOverheadConfig,
     BenchmarkRooflineConfig,
     BenchmarkScalingConfig,
+    BenchmarkServeConfig,
     BenchmarkTrainConfig,
     Contestant,
 )
@@ -38,8 +39,8 @@ from crate_ray.config.registry import (
     RegisterConfig,
     RollbackConfig,
 )
-from crate_ray.config.serve import ServeConfig
 from crate_ray.config.search import SearchConfig
+from crate_ray.config.serve import ServeConfig
 from crate_ray.config.storage import S3Config
 from crate_ray.config.sweep import SearchSpace, SweepConfig
 from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConfig, TrackingConfig, TrainingConfig
@@ -54,6 +55,7 @@ __all__ = [
     "BenchmarkOverheadConfig",
     "BenchmarkRooflineConfig",
     "BenchmarkScalingConfig",
+    "BenchmarkServeConfig",
     "BenchmarkTrainConfig",
     "CardConfig",
     "CheckpointConfig",

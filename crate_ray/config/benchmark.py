@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from crate_ray.config.base import Advanced, PositiveInt, Settings
 from crate_ray.config.models import CrateMAEConfig, ModelConfig, PresetName
 from crate_ray.config.storage import S3Config
-from crate_ray.config.training import Compile
+from crate_ray.config.training import Compile, TrackingConfig
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
@@ -173,6 +173,31 @@ class BenchmarkOverheadConfig(Settings):
         if self.steps < 2 * self.log_every:
             raise ValueError(f"steps is {self.steps}; give at least two intervals of log_every {self.log_every}")
         return self
+
+
+class BenchmarkServeConfig(Settings):
+    """Measure `crate-ray serve` next to `mlflow models serve` of the same model, and next to plain calls."""
+
+    model: str | None = None
+    """Model, as for `crate-ray serve`; by default fresh weights of `preset`."""
+    preset: PresetName = "tiny"
+    """Size of a CRATE-MAE with fresh weights, for images of 224 × 224."""
+    picture_side: PositiveInt = 500
+    """Side of the JPEGs that are sent, in pixels."""
+    clients: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8, 32)
+    """Numbers of clients at the same time. Each sends one picture a request, and the next one after the answer."""
+    seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds of each measurement."""
+    repeats: PositiveInt = 3
+    """Measurements of each contestant, in turns; the fastest is reported."""
+    batch_size: PositiveInt = 32
+    """batch_size of `crate-ray serve`, and pictures in a plain call."""
+    json_file: Annotated[str | None, Field(alias="json")] = None
+    """JSON file to write all results to."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow, for models:/ and runs:/."""
+    s3: S3Config = S3Config()
+    """Object storage."""
 
 
 Contestant = Literal["crate_mae", "plain", "vit_mae", "vit_mae_matched"]

@@ -1,4 +1,4 @@
-"""Measure data loading, data order, training and overhead, and estimate scaling: crate-ray benchmark data|order|…
+"""Measure data loading, order, training, overhead and serving, and estimate scaling: crate-ray benchmark data|order|…
 
 Each command imports its own modules when it runs, so training can be measured without Ray and boto3.
 """
@@ -19,6 +19,7 @@ from crate_ray.config import (
     BenchmarkOverheadConfig,
     BenchmarkRooflineConfig,
     BenchmarkScalingConfig,
+    BenchmarkServeConfig,
     BenchmarkTrainConfig,
 )
 from crate_ray.errors import UserError
@@ -29,6 +30,11 @@ _TITLES = {
     "webdataset": "webdataset, {} processes",
     "spdl": "spdl",
     "litdata": "litdata, {} processes",
+}
+_SERVERS = {
+    "crate_ray_bytes": "crate-ray serve, bytes",
+    "crate_ray_json": "crate-ray serve, JSON",
+    "mlflow_json": "mlflow models serve, JSON",
 }
 
 
@@ -242,6 +248,36 @@ def scaling(config: BenchmarkScalingConfig) -> None:
     console().print(table)
 
 
+def serve(config: BenchmarkServeConfig) -> None:
+    """Measure servers of a model, and print their throughput and latency as a table."""
+    from crate_ray.benchmarks.serving import measure_serving
+
+    _check_writable(config.json_file)
+    report = measure_serving(config)
+    _write_json(config.json_file, report)
+    machine = report["machine"]
+    table = Table(
+        title=f"{config.model or config.preset}: requests of one JPEG of {config.picture_side} px, "
+        f"fastest of {config.repeats} × {config.seconds:g} s",
+        caption=f"{machine['cpu']}, {machine['cores']} cores, load {report['load_before']:.1f} before, "
+        f"{report['load_after']:.1f} after",
+    )
+    for heading in ("", "clients", "images/s", "p50", "p99"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for size in ("1", str(config.batch_size)):
+        what = "one picture" if size == "1" else f"{size} pictures"
+        table.add_row(f"plain calls of {what}", "", *_serving_row(report["in_process"][size]))
+    for name, title in _SERVERS.items():
+        for clients, found in report[name].items():
+            table.add_row(title, clients, *_serving_row(found))
+    console().print(table)
+
+
+def _serving_row(found: dict[str, float]) -> tuple[str, ...]:
+    times = (f"{1e3 * found[name]:,.0f} ms" for name in ("p50_seconds", "p99_seconds"))
+    return (f"{found['images_per_second']:,.1f}", *times)
+
+
 def _write_json(json_file: str | None, report: Mapping[str, Any]) -> None:
     if json_file:
         Path(json_file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -266,5 +302,6 @@ def run() -> NoReturn:
             "overhead": (BenchmarkOverheadConfig, overhead),
             "roofline": (BenchmarkRooflineConfig, roofline),
             "scaling": (BenchmarkScalingConfig, scaling),
+            "serve": (BenchmarkServeConfig, serve),
         }
     )

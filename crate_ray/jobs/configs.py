@@ -35,6 +35,7 @@ JOBS: dict[str, tuple[type[config.Settings], ...]] = {
     "benchmark overhead": (config.BenchmarkOverheadConfig,),
     "benchmark roofline": (config.BenchmarkRooflineConfig,),
     "benchmark scaling": (config.BenchmarkScalingConfig,),
+    "benchmark serve": (config.BenchmarkServeConfig,),
 }
 """Settings of every command, in the order of docs/configuration.md."""
 

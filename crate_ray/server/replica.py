@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 VERSION_HEADER = "crate-ray-model-version"
 _PROBES = ("/ping", "/health")
+_RETRY_SECONDS = 10
 _log = logging.getLogger("ray.serve")
 
 
@@ -120,7 +121,7 @@ class Replica:
         if self._token is None:
             return
         scheme, _, token = authorization.partition(" ")
-        digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
+        digest = hashlib.sha256(token.strip().encode("latin-1")).hexdigest()
         if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._token):
             raise Refusal("the token is missing or wrong; send the header 'Authorization: Bearer TOKEN'", 401)
 
@@ -164,7 +165,7 @@ class Replica:
                 return  # the driver is gone, and with it all that would bring another version
             except Exception:
                 _log.exception("a new version could not be loaded; the old one stays")
-                await asyncio.sleep(1)
+                await asyncio.sleep(_RETRY_SECONDS)
 
     async def _load(self, name: str | None) -> Loaded:
         version = await self._shelf.other_than.remote(name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from crate_ray.config import ServeConfig
 from crate_ray.errors import UserError
-from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription
+from crate_ray.models.exported import DESCRIPTION_FILE, WEIGHTS_FILE, ModelDescription, load_any
 from crate_ray.progress import error_console
 from crate_ray.ray_cluster import cluster_nodes, start_ray
 from crate_ray.runs.mlflow_lookup import version_of_alias
@@ -25,6 +25,10 @@ from crate_ray.training.signals import StopRequest, stop_signals
 APPLICATION = "crate-ray"
 _ALIAS = re.compile(r"models:/([^/@]+)@([^/@]+)")
 _SHORTEST_TOKEN = 16
+_FOR_A_LOCAL_RAY = {
+    "RAY_worker_niceness": "0",  # by default, Ray's processes yield to all others
+    "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads do not spin while the proxy needs their core
+}
 _LOOK_SECONDS = 0.2
 
 
@@ -44,11 +48,12 @@ class Source:
         return version_of_alias(self._alias[1], self._alias[2], self._config.tracking)
 
     def fetch(self, version: str) -> tuple[ModelDescription, bytes, bytes]:
-        """Description of a version, and the bytes of its two files."""
+        """Description of a version, and the bytes of its two files, which have been loaded once to check them."""
         reference = version if self._alias is None else f"models:/{self._alias[1]}/{version}"
         with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
             folder = Path(temporary)
             description = fetch(reference, folder, self._config.tracking, self._config.s3)
+            load_any(folder)
             return description, (folder / DESCRIPTION_FILE).read_bytes(), (folder / WEIGHTS_FILE).read_bytes()
 
 
@@ -65,6 +70,8 @@ def serve_model(config: ServeConfig) -> None:
     version = source.version()
     description, *files = source.fetch(version)
     _check_port(config.host, config.port)
+    for name, value in _FOR_A_LOCAL_RAY.items():
+        os.environ.setdefault(name, value)
     start_ray()
     # Imported here because they need the packages of Ray Serve.
     import ray
@@ -168,10 +175,10 @@ def _check_installed() -> None:
 
 
 def _token_digest(name: str | None) -> str | None:
-    """SHA-256 of the token in an environment variable. Ray's records then never hold the token itself."""
+    """SHA-256 of the token in an environment variable, which Ray's processes and records then never hold."""
     if name is None:
         return None
-    token = os.environ.get(name, "").strip()
+    token = os.environ.pop(name, "").strip()
     if len(token) < _SHORTEST_TOKEN:
         raise UserError(
             f"the environment variable {name} of --token-env has {len(token)} characters; put a token of at least "

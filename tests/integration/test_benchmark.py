@@ -150,3 +150,22 @@ def test_what_the_user_can_mend_is_said_before_anything_is_measured(tmp_path: Pa
     ):
         done = subprocess.run([*job("benchmark", "data"), *arguments], capture_output=True, text=True, timeout=100)
         assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.daily
+def test_servers_of_a_model_are_measured_and_their_answers_compared(tmp_path: Path) -> None:
+    pytest.importorskip("ray.serve")
+    file = tmp_path / "figures.json"
+    settings = ["--seconds", "0.3", "--repeats", "2", "--clients", "1,3", "--picture-side", "64", "--batch-size", "4"]
+    done = subprocess.run(
+        [*job("benchmark", "serve"), *settings, "--json", str(file)],
+        env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "plain calls of 4 pictures" in done.stdout and "mlflow models serve, JSON" in done.stdout
+    report = json.loads(file.read_text())
+    assert set(report["in_process"]) == {"1", "4"}
+    assert all(set(report[name]) == {"1", "3"} for name in ("crate_ray_bytes", "crate_ray_json", "mlflow_json"))
+    for found in [report["in_process"]["1"], report["in_process"]["4"], *report["mlflow_json"].values()]:
+        assert found["images_per_second"] > 0 and 0 < found["p50_seconds"] <= found["p99_seconds"]

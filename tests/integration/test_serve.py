@@ -29,10 +29,10 @@ from crate_ray.models import build_model
 from crate_ray.models.exported import ModelDescription, export_model
 from crate_ray.served_model import ServedModel
 from crate_ray.tracking.flavor import log_model
-from tests.jobs import environment, free_port, job
+from tests.jobs import ROOT, environment, free_port, job
 
 pytest.importorskip("ray.serve")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.daily, pytest.mark.timeout(300)]
 
 MODEL = CrateMAEConfig(image_size=16, patch_size=4, dim=16, num_subspaces=2, depth=2)
 TOKEN = "a-token-of-this-test-alone"
@@ -200,6 +200,23 @@ def test_what_cannot_be_answered_is_a_status_and_a_sentence(server: Server) -> N
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/ping") as answered:  # probes have no token
         assert answered.status == 200
     assert TOKEN not in server.log.read_text()
+
+
+def test_the_requests_of_the_guide_are_answered(server: Server) -> None:
+    page = (ROOT / "docs/tracking.md").read_text().split("\n## Serve a model\n")[1].split("\n## ")[0]
+    lines = [line for line in page.splitlines() if line.startswith("curl ")]
+    (server.folder / "cat.jpg").write_bytes(PICTURES[0])
+    assert len(lines) == 10
+    for line in lines:
+        line = line.replace("localhost:8000", f"127.0.0.1:{server.port}").partition("  #")[0]
+        if "Authorization" not in line:
+            line = line.replace("curl ", f"curl -H 'Authorization: Bearer {TOKEN}' ", 1)
+        done = subprocess.run(
+            ["bash", "-c", line.replace("curl ", "curl -sS --fail ", 1)],
+            cwd=server.folder, env=os.environ | {"SERVE_TOKEN": TOKEN}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, (line, done.stderr)
+        assert "/ping" in line or {"predictions", "version"} & json.loads(done.stdout).keys(), line
 
 
 def test_a_version_takes_over_while_requests_are_in_flight(server: Server) -> None:
