@@ -134,7 +134,9 @@ def _decide(
     config: PromoteConfig,
 ) -> Decision:
     train, test = data
-    measures: list[Measure] = [*new.right, *(["rank"] if new.features.shape[1] else [])]  # type: ignore[list-item]
+    measures: list[Measure] = [*new.right]
+    if train is not None and "rank" in config.criteria:
+        measures.append("rank")
     probe = config.probe.model_dump(include={"feature", "layer", "seed"} if train else set())
     return Decision(
         version=version.number,

@@ -103,7 +103,9 @@ def show(config: ListConfig) -> None:
     measures = [m for m, tag in registry.MEASURE_TAGS.items() if any(tag in version.tags for version in versions)]
     table = Table(title=config.name)
     headings = [TITLES[measure] for measure in measures]
-    for heading in ("version", "alias", *headings, "measured on", "promotion", "step", "run", "registered"):
+    table.add_column("version")
+    table.add_column("alias", no_wrap=True)
+    for heading in (*headings, "measured on", "promotion", "step", "run", "registered"):
         table.add_column(heading)
     for version in versions:
         tags = version.tags

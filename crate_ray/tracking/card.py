@@ -72,16 +72,26 @@ def _decision(version: ModelVersion) -> Decision | None:
 
 
 def _config(version: ModelVersion) -> dict[str, Any]:
+    return _object(version.tags.get(CONFIG_TAG))
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    """A JSON object; empty if the text is anything else."""
     try:
-        found = json.loads(version.tags.get(CONFIG_TAG, "{}"))
+        found = json.loads(text or "{}")
     except ValueError:
         found = {}
     return found if isinstance(found, dict) else {}
 
 
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _summary(version: ModelVersion, config: dict[str, Any]) -> str:
-    model = config.get("model", {})
-    name = {"crate_mae": "CRATE-MAE", "vit_mae": "ViT-MAE"}.get(model.get("architecture"), "a masked autoencoder")
+    model = _part(config, "model")
+    name = {"crate_mae": "CRATE-MAE", "vit_mae": "ViT-MAE"}.get(str(model.get("architecture")), "a masked autoencoder")
     what = "An encoder" if kind_of(version) == "encoder" else "A classifier on an encoder"
     count = version.tags.get(PARAMETERS_TAG, "")
     size = f", {int(count):,} parameters" if count.isdigit() else ""
@@ -92,9 +102,8 @@ def _data(version: ModelVersion, run: Run | None) -> str:
     inputs = run.inputs.dataset_inputs if run and run.inputs else []
     rows = []
     for dataset in (each.dataset for each in inputs):
-        profile = json.loads(dataset.profile or "{}")
-        source = json.loads(dataset.source or "{}")
-        share = f"{profile.get('share', 1):.0%}"
+        profile, source = _object(dataset.profile), _object(dataset.source)
+        share = f"{profile['share']:.0%}" if isinstance(profile.get("share"), float) else ""
         rows.append((source.get("uri", dataset.name), profile.get("num_samples", ""), share, dataset.digest))
     table = _table(("training data", "samples", "share", "digest"), rows)
     whole = version.tags.get("dataset")
@@ -103,9 +112,9 @@ def _data(version: ModelVersion, run: Run | None) -> str:
 
 def _recipe(version: ModelVersion, run: Run | None, config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield "run", version.tags.get("run", "")
-    model = config.get("model", {})
+    model = _part(config, "model")
     yield "model", ", ".join(f"{key} {model[key]}" for key in _ARCHITECTURE if model.get(key) is not None)
-    if classifier := config.get("classifier"):
+    if classifier := _part(config, "classifier"):
         yield "classes", classifier.get("num_classes")
     params = run.data.params if run else {}
     for key, title in _RECIPE.items():
@@ -150,15 +159,15 @@ def _promotion(decision: Decision) -> str:
         [(title, part.uri, part.samples, part.digest[:16]) for title, part in data],
     )
     notes = "".join(f"\n- {_text(note)}" for note in decision.notes)
-    return f"{decision.at}: {verdict}.\n\n{_table(headings, rows)}\n\n{on}" + (f"\n{notes}" if notes else "")
+    return f"{_text(decision.at)}: {verdict}.\n\n{_table(headings, rows)}\n\n{on}" + (f"\n{notes}" if notes else "")
 
 
 def _limits(version: ModelVersion, config: dict[str, Any]) -> str:
-    model, kind = config.get("model", {}), config.get("kind", "image")
+    model, kind = _part(config, "model"), config.get("kind", "image")
     size = model.get("image_size")
-    hw = " × ".join(map(str, size)) if isinstance(size, list) else f"{size} × {size}"
+    hw = _text(" × ".join(map(str, size)) if isinstance(size, list) else f"{size} × {size}")
     lines = [
-        f"It takes {_text(kind)}s of {hw} pixels; channels: {model.get('channels', '?')}." if size else "",
+        f"It takes {_text(kind)}s of {hw} pixels; channels: {_text(model.get('channels', '?'))}." if size else "",
         "It was not tested on other data than named here, nor for groups of people.",
         f"Figures of different data cannot be compared; those of the list are of {_text(version.tags[DATA_TAG])}."
         if DATA_TAG in version.tags

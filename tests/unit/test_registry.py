@@ -44,11 +44,11 @@ from crate_ray.models.classifier import Classifier
 from crate_ray.models.exported import ModelDescription, export_model
 from crate_ray.runs import metrics
 from crate_ray.storage.interface import open_storage
-from crate_ray.tracking.card import update_card
+from crate_ray.tracking.card import model_card, update_card
 from crate_ray.tracking.champions import HISTORY_TAG, promote, read_champions
 from crate_ray.tracking.decision import CHAMPION, Check, Data, Decision
 from crate_ray.tracking.model_lock import locked
-from crate_ray.tracking.registry import DATA_TAG, DECISION_TAG, MEASURE_TAGS, find_version, register
+from crate_ray.tracking.registry import CONFIG_TAG, DATA_TAG, DECISION_TAG, MEASURE_TAGS, find_version, register
 from crate_ray.tracking.run_tracker import RunTracker
 from tests.unit.test_tracking import NOW, key_of, uri
 
@@ -272,6 +272,9 @@ def test_the_first_champion_beats_an_untrained_encoder_and_pixels_and_the_next_o
     registry.promote("mae", same, margin=0.01)
     assert registry.champion("mae") == same
 
+    with pytest.raises(UserError, match=rf"promoted: its effective rank \d+\.\d against \d+\.\d of version {same} is"):
+        registry.promote("mae", 3, criteria=["probe", "knn", "rank"])
+    assert [check.measure for check in registry.decision("mae", 3).checks] == ["probe", "knn", "rank"]
     registry.promote("mae", 3)
     decision = registry.decision("mae", 3)
     assert decision.champion == same and decision.values.keys() == decision.champion_values.keys()
@@ -386,8 +389,11 @@ def test_a_version_explains_itself(registry: Registry, capsys: pytest.CaptureFix
 def test_text_from_outside_stays_text_in_a_card(registry: Registry) -> None:
     client = MlflowClient(registry.tracking.uri)
     client.create_registered_model("hostile")
-    tags = {"run": "a|b\n## Heading <script>", "step": "1", "crate_ray.config": "[1", DECISION_TAG: "{"}
+    tags = {"run": "a|b\n## Heading <script>", "step": "1", CONFIG_TAG: "[1", DECISION_TAG: "{"}
     client.create_model_version("hostile", "file:///nowhere", tags=tags)
+    for config in ('{"model": 1, "classifier": [], "kind": {}}', '{"model": {"image_size": "<b>", "channels": []}}'):
+        client.set_model_version_tag("hostile", "1", CONFIG_TAG, config)
+        assert "<b>" not in model_card(client, client.get_model_version("hostile", "1"))
     update_card(client, "hostile", 1)
     card = client.get_model_version("hostile", "1").description
     assert "| run | a\\|b ## Heading \\<script\\> |" in card
@@ -449,10 +455,13 @@ def test_rollback_goes_back_one_champion_at_a_time_and_skips_deleted_ones(
 
 def test_the_history_is_bounded(uri: str) -> None:
     tracking, client = TrackingConfig(uri=uri), versions(uri, "long", 2)
-    for number in range(40):
+    before = [{"version": 123456, "at": "2026-01-01 00:00 UTC", "forced": False}] * 29
+    client.set_registered_model_tag("long", HISTORY_TAG, json.dumps(before))
+    for version in (1, 2, 1):
         seen = read_champions("long", tracking)
-        promote("long", passing(1 + number % 2, seen.current), seen, tracking)
+        promote("long", passing(version, seen.current), seen, tracking)
     text = client.get_registered_model("long").tags[HISTORY_TAG]
+    assert [past["version"] for past in json.loads(text)][-4:] == [123456, 1, 2, 1]
     assert len(json.loads(text)) == 30 and len(text) < 5000
 
 
@@ -470,6 +479,7 @@ def compete(uri: str, name: str, version: int, rounds: int, barrier: Any, result
         barrier.wait()
 
 
+@pytest.mark.slow
 def test_of_two_promotions_at_the_same_time_one_wins(uri: str) -> None:
     """Twenty times, in two processes, on one MLflow."""
     rounds, tracking, client = 20, TrackingConfig(uri=uri), versions(uri, "race", 2)
