@@ -100,11 +100,11 @@ def nearest(table: EmbeddingTable, query_D: NDArray[np.float32], count: int, lea
         count: number of rows.
         leave_out: a sample that is not to be found.
     """
-    query_D = _unit(query_D[None])[0]
+    query_D = query_D / (np.linalg.norm(query_D) or 1)
     best, places = np.empty((0, 3)), list[tuple[str, int]]()  # similarity, sample, number of its group in places
     for place, rows in table.groups(("sample", EMBEDDING)):
         samples = rows["sample"].to_numpy()
-        cosine_N = np.nan_to_num(_unit(vectors_of(rows)) @ query_D, nan=-np.inf)
+        cosine_N = _cosines(vectors_of(rows), query_D)
         new = np.stack([cosine_N, samples, np.full(len(samples), len(places))], 1)
         if leave_out is not None:
             new = new[samples != leave_out]
@@ -134,10 +134,11 @@ def _neighbour(row: dict[str, Any], similarity: float) -> Neighbour:
     return Neighbour(similarity, row["sample"], row["key"], row.get("name"), row.get("label"))
 
 
-def _unit(x_ND: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of length 1; rows of zeros stay zeros."""
-    lengths = np.linalg.norm(x_ND, axis=1, keepdims=True)
-    return np.asarray(x_ND / np.where(lengths > 0, lengths, 1), np.float32)
+def _cosines(x_ND: NDArray[np.float32], unit_D: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cosines of rows with a vector of length 1: 0 for rows of zeros, and −1 for rows that are not finite."""
+    lengths_N = np.sqrt(np.einsum("nd,nd->n", x_ND, x_ND))
+    cosines_N = x_ND @ unit_D / np.where(lengths_N > 0, lengths_N, 1)
+    return np.where(np.isfinite(cosines_N), cosines_N, np.float32(-1))
 
 
 def _query(table: EmbeddingTable, config: SearchConfig) -> Query:
