@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
 import socket
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +99,9 @@ def serve_model(config: ServeConfig) -> None:
             print("stopping   requests in progress are finished", flush=True)
             serve.delete(APPLICATION)
         finally:
-            serve.shutdown()
-            ray.shutdown()
+            with redirect_stdout(io.StringIO()):  # Ray prints that the controller, which ends itself, is dead
+                serve.shutdown()
+                ray.shutdown()
 
 
 def _follow(config: ServeConfig, source: Source, shelf: Any, version: str, stop: StopRequest) -> None:
