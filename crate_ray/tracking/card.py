@@ -30,8 +30,8 @@ _RECIPE = {
     "seed": "seed",
 }
 _ARCHITECTURE = ("depth", "dim", "num_subspaces", "num_heads", "patch_size", "image_size", "channels", "mask_ratio")
-_FIGURES = re.compile(r"(validation|evaluation|train/loss)\b")
-_MOST_FIGURES = 16
+_FIGURES = re.compile(r"(validation/|evaluation/|train/loss$)")
+_MOST_FIGURES = 20
 
 
 def update_card(client: MlflowClient, name: str, version: int) -> None:
@@ -126,8 +126,8 @@ def _recipe(version: ModelVersion, run: Run | None, config: dict[str, Any]) -> I
 def _figures(client: MlflowClient, version: ModelVersion, run: Run | None) -> str:
     """Figures of the run that were measured at the version's step."""
     step, rows = version.tags.get("step"), []
-    names = sorted(name for name in (run.data.metrics if run else ()) if _FIGURES.match(name))
-    for name in [n for n in names if not n.startswith("validation_layers")][:_MOST_FIGURES]:
+    found = [name for name in (run.data.metrics if run else ()) if _FIGURES.match(name)]
+    for name in sorted(found, key=lambda name: (not name.startswith("validation"), name))[:_MOST_FIGURES]:
         assert run is not None
         points = [p for p in client.get_metric_history(run.info.run_id, name) if str(p.step) == step]
         if points:

@@ -200,7 +200,8 @@ class Registry:
         )
         export_model(self.folder / name / label, model.state_dict(), description)
         run = RunTracker(self.tracking, key, label, {"optim.lr": "0.003", "training.batch_size": "128"}, {})
-        run.metrics(9, {metrics.VALIDATION_LOSS: 0.25}, NOW)
+        evaluated = {f"evaluation/any/{number:02d}": float(number) for number in range(30)}
+        run.metrics(9, {metrics.VALIDATION_LOSS: 0.25, **evaluated}, NOW)
         run.metrics(12, {metrics.VALIDATION_LOSS: 0.75, "validation/later": 1.0}, NOW + 1)
         assert run.finish("FINISHED", timeout=60)
         return int(register(str(self.folder / name / label), name, self.tracking, S3).version)
@@ -370,11 +371,12 @@ def test_a_version_explains_itself(registry: Registry, capsys: pytest.CaptureFix
     job.card(CardConfig(name="card", tracking=registry.tracking))
     card = capsys.readouterr().out
     assert written.description.startswith(card.rstrip())
-    for part in ("# card, version 1", "ab" * 32, "| learning rate | 0.003 |", "| validation/loss | 0.25 |", "promoted.",
+    for part in ("# card, version 1", "ab" * 32, "| learning rate | 0.003 |", "| validation/loss | 0.25 |",
+                 "evaluation/any/17", "promoted.",
                  "raw pixels", load_dataset(open_storage(registry.test, S3)).manifest.digest()[:16], "## Limits",
                  'crate_ray.load_model("models:/card/1")'):  # fmt: skip
         assert part in card, part
-    assert "validation/later" not in card  # of another step
+    assert "validation/later" not in card and "any/18" not in card  # of another step; too many
     # MLflow links the metrics of this step, and the promotion's with their data, to the logged model.
     logged = client.get_logged_model(written.source.removeprefix("models:/"))
     linked = {(m.key, m.step): m for m in logged.metrics or []}
