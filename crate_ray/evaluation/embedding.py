@@ -144,6 +144,7 @@ class _Embedding:
         with CountDisplay("embedding", total) as display:
             work = f"{sum(map(len, missing)):,} samples × {self._flops / 1e9:.3g} GFLOP"
             where = f"in this process ({device.type})" if here else f"on Ray with {workers} encoders"
+            seconds *= sum(map(len, missing)) / max(total, 1)
             display.say(f"embedding {work} {where}" + (f", about {seconds:.0f} s" if here and seconds > 1 else ""))
             before = sum(part.stop - part.start for part in parts)
             if parts:
@@ -211,7 +212,13 @@ class _Embedding:
 
         start_ray()
         resources = ray.cluster_resources()
-        gpu = resources.get("GPU", 0) >= 1 if self._config.gpu is None else self._config.gpu
+        gpus = int(resources.get("GPU", 0))
+        gpu = gpus >= 1 if self._config.gpu is None else self._config.gpu
+        if gpu and not gpus and self._config.workers is None:
+            raise UserError(
+                "--gpu is true, but neither this process nor the cluster has a GPU; leave out --gpu, or give --workers "
+                "if an autoscaler will add nodes"
+            )
         return self._config.workers or max(1, int(resources.get("GPU" if gpu else "CPU", 1))), gpu
 
     def _part_samples(self, workers: int, gpu: bool, here: bool) -> int:

@@ -9,7 +9,6 @@ A job that is started again keeps the files that have a record and the size that
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable
 from typing import Annotated
@@ -22,8 +21,6 @@ from crate_ray.config.export import ExportFeature
 from crate_ray.config.identifiers import Count, FolderAddress, Sha256
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import NotFound, Storage
-
-logger = logging.getLogger(__name__)
 
 RECORD_FILE = "_embeddings.json"
 LEASE_FILE = "_embeddings.lease"
@@ -159,13 +156,7 @@ def find_complete(output: Storage, wanted: EmbeddingRecord) -> EmbeddingRecord |
             )
     if not record.complete:
         return None
-    if missing := damaged_parts(output, record):
-        logger.warning(
-            "%s: %d files are missing or have another size, such as %s; they are written again",
-            output.uri, len(missing), missing[0],
-        )  # fmt: skip
-        return None
-    return record
+    return None if damaged_parts(output, record) else record
 
 
 def damaged_parts(output: Storage, record: EmbeddingRecord) -> list[str]:
