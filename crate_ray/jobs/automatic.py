@@ -6,6 +6,7 @@ This module gathers facts about the data and the machine. `crate_ray.config.auto
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import statistics
@@ -19,6 +20,8 @@ from crate_ray.config.automatic import GIB, Choice, DataFacts, MachineFacts, cho
 from crate_ray.config.values import merge, validate
 from crate_ray.errors import UserError
 from crate_ray.storage.interface import Storage, open_storage
+
+logger = logging.getLogger(__name__)
 
 DATASETS_FOLDER = "datasets"
 """Folder for the datasets that this module makes, next to the runs."""
@@ -181,9 +184,14 @@ def _indexed(train: Storage, validation: Storage | None, target: Storage, given:
 
 def _split_folders(source: Storage) -> tuple[Storage, Storage | None]:
     """The folder, or its sub-folders `train` and `validation` (`val`, `valid`, `test`) if it holds nothing else."""
-    top = {info.key.split("/", 1)[0] for info in source.list() if "/" in info.key or not info.key.startswith(".")}
+    from crate_ray.data.prepare.folders import is_by_program, is_hidden
+
+    keys = (info.key for info in source.survey()[0])
+    top = {key.split("/", 1)[0] for key in keys if not is_hidden(key) and not is_by_program(key)}
     held_out = [name for name in _VALIDATION_FOLDERS if name in top]
     if "train" in top and held_out and top <= {"train", *_VALIDATION_FOLDERS}:
+        if len(held_out) > 1:
+            logger.warning("%s: validates on %s; not used: %s", source.uri, held_out[0], ", ".join(held_out[1:]))
         return source.under("train"), source.under(held_out[0])
     return source, None
 

@@ -364,10 +364,10 @@ class MaskedAutoencoder(nn.Module):
             keys if return_keys else None,
         )
 
-    def restore_removed(self, y_BTD: Tensor, masking: Masking | None) -> Tensor:
+    def restore_removed(self, tokens: Tensor, masking: Masking | None) -> Tensor:
         """Put mask tokens in place of the removed patches and add positions to all patches, (B, 1 + N, D)."""
         assert self.decoder_positions is not None
-        cls_B1D, y_BND = y_BTD[:, :1], y_BTD[:, 1:]
+        cls_B1D, y_BND = tokens[:, :1], tokens[:, 1:]
         if masking is not None:
             num_removed = masking.rank.shape[1] - y_BND.shape[1]
             by_rank_BND = torch.cat([y_BND, self.mask_token.expand(y_BND.shape[0], num_removed, -1)], dim=1)

@@ -91,11 +91,12 @@ class RunTracker(Listener):
         if not is_new and not isinstance(problem, UserError):
             logger.warning("%s; the run goes on, and its records wait in %s", sentence, self._spool.folder)
             return
-        if self._spool.is_new:
-            self.finish("FAILED", timeout=5.0)
-            self._spool.remove()
+        if self._spool.is_new and lane == "files":
+            self.finish("FAILED", timeout=5.0)  # the run exists in MLflow
         else:
             self.abandon()
+        if self._spool.is_new:
+            self._spool.remove()
         raise UserError(sentence)
 
     def tag(self, name: str, value: str) -> None:

@@ -115,6 +115,26 @@ def test_a_killed_driver_leaves_parts_that_the_next_one_keeps(folder: Path, tmp_
 
 
 @pytest.mark.ray
+@pytest.mark.daily
+def test_a_killed_driver_on_ray_leaves_no_part_twice(folder: Path, tmp_path: Path, cluster: RayCluster) -> None:
+    output = tmp_path / "out"
+    more = ("--workers", "2")
+    first = start(folder, output, *more, RAY_ADDRESS=cluster.address)
+    try:
+        wait_for_parts(output, 3, first)
+        first.send_signal(signal.SIGKILL)
+        assert first.wait(30) == -signal.SIGKILL
+    finally:
+        first.kill()
+    (output / LEASE_FILE).unlink()
+    second = start(folder, output, *more, RAY_ADDRESS=cluster.address)
+    _, errors = second.communicate(timeout=180)
+    assert second.returncode == 0, errors
+    assert "of 25 files were finished by an earlier run" in errors
+    check(folder, output)
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 def test_the_part_of_a_killed_encoder_is_given_to_another_one(
     folder: Path, tmp_path: Path, cluster: RayCluster

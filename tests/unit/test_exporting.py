@@ -178,6 +178,7 @@ assert not [name for name in sys.modules if name.startswith("crate_ray.")]
 """
 
 
+@pytest.mark.daily
 def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
     made = {}
     for name, head in (("crate", "encoder"), ("grid", "cls")):
@@ -197,7 +198,13 @@ def test_a_torch_program_runs_with_torch_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "head"),
-    [("crate", "cls"), ("ablated", "encoder"), ("successor", "encoder"), ("vit", "mean"), ("grid", "cls")],
+    [
+        ("crate", "cls"),
+        *(
+            pytest.param(*kind, marks=pytest.mark.daily)
+            for kind in (("ablated", "encoder"), ("successor", "encoder"), ("vit", "mean"), ("grid", "cls"))
+        ),
+    ],
 )
 def test_onnx_runtime_computes_the_same(name: str, head: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
