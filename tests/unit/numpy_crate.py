@@ -53,8 +53,7 @@ def softmax_columns(scores: Array) -> Array:
 def mssa(
     state: State, config: CrateMAEConfig, name: str, codebook: Array, z: Array, hidden: set[int] | None = None
 ) -> tuple[Array, list[Array]]:
-    """MSSA(Z) (5), and each subspace's attention map, whose columns sum to one. Only itself attends to a hidden token.
-    """
+    """MSSA(Z) (5), and the attention maps, whose columns sum to one. Only itself attends to a hidden token."""
     p = config.subspace_dim
     assert p is not None
     heads, maps = [], []
