@@ -141,8 +141,10 @@ def test_the_overhead_benchmark_compares_a_job_with_torchrun(tmp_path: Path) -> 
 
 
 def test_what_the_user_can_mend_is_said_before_anything_is_measured(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'a' twice"):
+    with pytest.raises(UserError, match="--data is given twice; give all values at once, as --data FIRST,SECOND"):
         parse_config(BenchmarkDataConfig, ["--data", "a=x", "--data", "a=y"])
+    with pytest.raises(UserError, match="'a' twice"):
+        parse_config(BenchmarkDataConfig, ["--data", "a=x,a=y"])
     assert parse_config(BenchmarkDataConfig, ["--data", "s3://b/x"]).datasets == {"s3://b/x": "s3://b/x"}
     for arguments, problem in (
         (["--data", str(tmp_path / "none")], "no manifest"),

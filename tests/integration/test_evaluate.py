@@ -75,7 +75,7 @@ def test_report_features_cache_and_mlflow(folder: Path, ray: dict[str, str]) -> 
     assert set(first["classification"]["encoders"]) == {"trained", "untrained", "pixels"}
     assert len(first["classification"]["encoders"]["trained"]["layers"]) == 6
     assert first["structure"]["images"] <= 24 and len(first["segmentation"]["encoders"]) == 2
-    assert page.read_text().count("data:image/") == 10
+    assert page.read_text().count("data:image/") == 11
 
     # MLflow has the numbers and the page.
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")

@@ -342,7 +342,7 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
 
     assert "holds neither a run nor an exported model" in fail_here("register", "--run", "s3://runs/empty")
     probe = ["--probe.train", "s3://data/nothing", "--probe.test", "s3://data/digits-test"]
-    assert "no manifest at s3://data/nothing" in fail_here("register", "promote", "--version", "1", *probe)
+    assert "no manifest at s3://data/nothing" in fail_here("register", "promote", "--version", "2", *probe)
     embed = ["--data", "s3://data/digits-test", "--output", "s3://runs/e2"]
     assert "nobody" in fail_here("embed", "--model", "models:/crate-mae@nobody", *embed)
     for search, words in (

@@ -82,7 +82,8 @@ def test_s3_and_mlflow(local_cluster: LocalCluster, monkeypatch: pytest.MonkeyPa
     note.write_text("kept in the bucket")
     client.log_artifact(run.info.run_id, str(note))
     assert client.get_run(run.info.run_id).data.metrics == {"loss": 0.5}
-    keys = [item["Key"] for item in s3.list_objects_v2(Bucket="mlflow")["Contents"]]
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket="mlflow")
+    keys = [item["Key"] for page in pages for item in page["Contents"]]
     assert any(run.info.run_id in key and key.endswith("note.txt") for key in keys)
 
 
