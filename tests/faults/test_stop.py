@@ -28,7 +28,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_resumes(
     is saved."""
     run = run_in(tmp_path)
     settings = {"training__activation_checkpointing": "true", "training__profile_steps": "4,6"}
-    command = pretrain(digits, tracking__uri=f"http://127.0.0.1:{free_port()}", tracking__deliver_seconds=1, **settings)
+    silent = {"tracking__uri": f"http://127.0.0.1:{free_port()}", "tracking__deliver_seconds": 1, **settings}
 
     first = start(pretrain(digits, **settings), tmp_path, cluster)
     try:
@@ -47,8 +47,10 @@ def test_a_stopped_run_saves_a_checkpoint_and_resumes(
         "aten::native_layer_norm_backward": 9 * (8 + 2),
         "aten::_fused_adamw_": 3 * 2,  # with weight decay and without
     }
-    absurd = {"optim.lr": 1e30, "training.max_skipped_steps": 2, "tracking.log_every": 1, "checkpoint.every_steps": 99}
-    spoilt = start([*command, *(f"--{name}={value}" for name, value in absurd.items())], tmp_path, cluster)
+    absurd = {
+        "optim__lr": 1e30, "training__max_skipped_steps": 2, "tracking__log_every": 1, "checkpoint__every_steps": 99,
+    }  # fmt: skip
+    spoilt = start(pretrain(digits, **(silent | absurd)), tmp_path, cluster)
     try:
         assert spoilt.wait(120) == 2, spoilt.log[-3000:]
     finally:
@@ -56,7 +58,7 @@ def test_a_stopped_run_saves_a_checkpoint_and_resumes(
     (error,) = [line for line in spoilt.log.splitlines() if line.startswith("error: ")]
     assert error.startswith(f"error: the last 3 steps up to step {good + 4} had a loss or gradient that is not finite")
     assert newest_commit(run) == good
-    last = start(command, tmp_path, cluster)
+    last = start(pretrain(digits, **silent), tmp_path, cluster)
     finish(last)
     assert final_weights(run) == undisturbed.weights(2)
     spool = tmp_path / "cache" / "crate-ray" / "spool" / json.loads(run.read("run.json"))["run_key"]

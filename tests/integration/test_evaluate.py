@@ -110,7 +110,7 @@ def test_report_features_cache_and_mlflow(folder: Path, ray: dict[str, str]) -> 
     with torch.no_grad():
         model.encoder_norm.bias[0] += 0.1
     export_model(folder / "other", model.state_dict(), description)
-    refused = run(folder, "evaluate", *settings, "--model", "other", code=2, **NO_CLUSTER)
+    refused = run(folder, "evaluate", "--model", "other", *settings[2:], code=2, **NO_CLUSTER)
     assert refused.stderr.count("error: RAY_ADDRESS is http") == 1
 
 
