@@ -134,6 +134,7 @@ def test_a_killed_driver_on_ray_leaves_no_part_twice(folder: Path, tmp_path: Pat
     check(folder, output)
 
 
+@pytest.mark.daily
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_part_of_a_killed_encoder_is_given_to_another_one(

@@ -78,6 +78,7 @@ def operators(run: Storage, profile: str) -> dict[str, int]:
     return {name: names.count(name) for name in names if "native_layer_norm" in name or "fused_adamw" in name}
 
 
+@pytest.mark.daily
 def test_a_run_whose_workers_cannot_start_stops_on_request(digits: str, cluster: RayCluster, tmp_path: Path) -> None:
     job = start(pretrain(digits, scaling__cpus_per_worker=1000), tmp_path, cluster)
     try:

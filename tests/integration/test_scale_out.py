@@ -222,6 +222,7 @@ class BadSamples(Listener):
         self.steps |= dict.fromkeys(causes, step)
 
 
+@pytest.mark.daily
 def test_a_run_stopped_by_bad_samples_says_which_they_are(
     driver_here: RayCluster, damaged: str, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ print("trained", run.total_steps)
 """
 
 
+@pytest.mark.daily
 @pytest.mark.slow
 def test_a_job_compiles_its_layers_in_a_fresh_process(tmp_path: Path) -> None:
     """As every job does on a GPU."""
