@@ -214,6 +214,8 @@ class CrateMAEConfig(ImageModelConfig):
             )
         if self.dictionary == "overcomplete" and (self.residual != "all" or self.decoder_maps != "free"):
             raise ValueError("dictionary 'overcomplete' needs residual 'all' and decoder_maps 'free'")
+        if self.dictionary == "overcomplete" and self.decoder_activation != "none":
+            raise ValueError("decoder_activation needs dictionary 'square': an overcomplete decoder has no map E")
         if self.attend_to == "visible" and (self.attention != "softmax" or self.encoder_tokens != "all"):
             raise ValueError("attend_to 'visible' needs attention 'softmax' and encoder_tokens 'all'")
         if self.threshold == "learned" and self.sparsity_lambda == 0:

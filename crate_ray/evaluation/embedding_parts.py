@@ -13,6 +13,7 @@ import torch
 from crate_ray.config import DataConfig
 from crate_ray.data.batch import Batch
 from crate_ray.data.format.dataset import ShardSet
+from crate_ray.data.format.names import readable
 from crate_ray.data.loader import Loader, evaluation_loader
 from crate_ray.data.read.bad_samples import BadSampleCounter
 from crate_ray.evaluation.embedding_files import Rows, npy_shard, parquet_file
@@ -100,7 +101,7 @@ class PartWriter:
             size=len(content),
             skipped=dict(sorted(bad.counts.items())),
         )
-        last = None if bad.last is None else (_readable(bad.last.key), bad.last.cause, _readable(bad.last.message))
+        last = None if bad.last is None else (readable(bad.last.key), bad.last.cause, readable(bad.last.message))
         report = PartReport(part=part, skipped_keys=dict(sorted(bad.causes.items())), last_error=last)
         write_part(self._output, self._record, samples, content, report)
         yield Progress(len(samples), bad.counts.total(), report)
@@ -121,12 +122,12 @@ class PartWriter:
         if rows.labels is not None:
             assert batch.labels is not None
             rows.labels[here] = batch.labels
-        rows.keys += map(_readable, batch.keys)
+        rows.keys += map(readable, batch.keys)
         numbers = batch.samples.tolist()
-        rows.shards += [_readable(self._shards.shard_name(self._shards.locate(number)[0])) for number in numbers]
+        rows.shards += [readable(self._shards.shard_name(self._shards.locate(number)[0])) for number in numbers]
         if rows.names is not None:
             names = [loader.source_name(number) for number in numbers]
-            rows.names += [name if name is None else _readable(name) for name in names]
+            rows.names += [name if name is None else readable(name) for name in names]
 
     def _check_bad(self, found: BadSampleCounter) -> None:
         """Stop as soon as the part has more bad samples than the dataset may have."""
@@ -164,8 +165,3 @@ def rebuild(description: ModelDescription, weights: bytes) -> MaskedAutoencoder:
         model = build_model(description.model)
     model.load_state_dict(safetensors.torch.load(weights))
     return encoder_of(model)
-
-
-def _readable(name: str) -> str:
-    """A key or a name as UTF-8. Bytes that are not become `\\x…`."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

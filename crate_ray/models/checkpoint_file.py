@@ -126,6 +126,28 @@ def saved_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def check_tensors(state: Mapping[str, Tensor], names: Mapping[str, str], own: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of a checkpoint's tensors. Raises UserError unless it is one float dtype, and the shapes are a model's.
+
+    Args:
+        state: the checkpoint's tensors.
+        names: the model's name of each parameter, by its name in the checkpoint.
+        own: the model's tensors by its names; only their shapes are used.
+    """
+    dtypes = {state[name].dtype for name in names}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise UserError(f"the checkpoint's parameters have the dtypes {found}; convert all to one float dtype")
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[ours].shape)}"
+        for name, ours in names.items()
+        if state[name].shape != own[ours].shape
+    ]
+    if wrong:
+        raise UserError(f"shapes in the checkpoint differ from those of the config: {listing(wrong)}")
+    return dtypes.pop()
+
+
 def listing(names: list[str], limit: int = 8) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crate_ray.config import CRATE_PRESETS, CrateMAEConfig, ViTMAEConfig
 from crate_ray.errors import UserError, invalid_value
-from crate_ray.models.checkpoint_file import listing, plain_tensors, read_checkpoint, saved_arguments
+from crate_ray.models.checkpoint_file import check_tensors, listing, plain_tensors, read_checkpoint, saved_arguments
 from crate_ray.models.crate import CrateMAE
 from crate_ray.models.position_tables import position_table, table_grid
 from crate_ray.models.published_vit import is_vit, load_vit
@@ -100,23 +100,11 @@ def _load_crate(state: Mapping[str, Tensor], config: CrateMAEConfig | None) -> C
     names = dict(_parameter_names(config))
     _check_names(state, {*names, *UNUSED})
 
-    dtypes = {state[name].dtype for name in names}
-    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        found = ", ".join(sorted(map(str, dtypes)))
-        raise UserError(f"the checkpoint's parameters have the dtypes {found}; convert all to one float dtype")
-
     with torch.device("meta"):
-        own_shapes = {name: tensor.shape for name, tensor in CrateMAE(config).state_dict().items()}
-    wrong = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own_shapes[own])}"
-        for name, own in names.items()
-        if state[name].shape != own_shapes[own]
-    ]
-    if wrong:
-        raise UserError(f"shapes in the checkpoint differ from those of the config: {listing(wrong)}")
+        dtype = check_tensors(state, names, CrateMAE(config).state_dict())
     same_grid = _check_positions(state, config)
 
-    model = CrateMAE(config).to(dtypes.pop())
+    model = CrateMAE(config).to(dtype)
     model.load_state_dict({own: state[name] for name, own in names.items()})
     unused = UNUSED if same_grid else [name for name in UNUSED if name not in POSITION_TABLES]
     model.unused_published = {name: state[name].clone() for name in unused}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crate_ray.config import VIT_PRESETS, ViTMAEConfig
 from crate_ray.errors import UserError, invalid_value
-from crate_ray.models.checkpoint_file import listing
+from crate_ray.models.checkpoint_file import check_tensors, listing
 from crate_ray.models.position_tables import table_grid
 from crate_ray.models.vit import ViTMAE
 
@@ -65,22 +65,11 @@ def load_vit(state: Mapping[str, Tensor], config: ViTMAEConfig | None, arguments
         if any(name.startswith(("head.", "fc_norm.")) for name in unexpected):
             hint = "; it is a trained classifier, give the pretrained encoder instead"
         raise UserError(f"the checkpoint's names are not those of a ViT-MAE: {'; '.join(parts)}{hint}")
-    dtypes = {state[name].dtype for name in names}
-    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        found = ", ".join(sorted(map(str, dtypes)))
-        raise UserError(f"the checkpoint's parameters have the dtypes {found}; convert all to one float dtype")
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in ViTMAE(config).state_dict().items()}
-    wrong = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(shapes[own])}"
-        for name, own in names.items()
-        if state[name].shape != shapes[own]
-    ]
-    if wrong:
-        raise UserError(f"shapes in the checkpoint differ from those of the config: {listing(wrong)}")
+        dtype = check_tensors(state, names, ViTMAE(config).state_dict())
     for name, dim in zip(tables, (config.dim, config.decoder_dim or 0), strict=False):
         table_grid(name, state[name], dim, config.grid_hw)
-    model = ViTMAE(config).to(dtypes.pop())
+    model = ViTMAE(config).to(dtype)
     model.load_state_dict({own: state[name] for name, own in names.items()})
     return model
 

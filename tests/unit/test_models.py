@@ -200,7 +200,7 @@ def configs(draw: st.DrawFn) -> CrateMAEConfig | ViTMAEConfig:
         dictionary="overcomplete" if overcomplete else "square",
         dictionary_expansion=draw(st.integers(1, 3)),
         threshold=draw(st.sampled_from(["fixed", "learned"])) if sparsity_lambda else "fixed",
-        decoder_activation=draw(st.sampled_from(["none", "relu"])),
+        decoder_activation="none" if overcomplete else draw(st.sampled_from(["none", "relu"])),
         num_subspaces=draw(st.integers(1, 3)),
         subspace_dim=draw(st.integers(1, 5)),
         decoder_maps=decoder_maps,
