@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -219,6 +219,9 @@ def as_numpy(tensor: Tensor) -> Any:
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(config=configs(), seed=st.integers(0, 2**16))
+@example(config=CrateMAEConfig(**SMALL, **SWITCHES["visible keys"]), seed=1)
+@example(config=CrateMAEConfig(**SMALL, **SWITCHES["all residuals"]), seed=2)
+@example(config=CrateMAEConfig(**SMALL, **SWITCHES["overcomplete"]), seed=3)
 def test_equals_equations(config: CrateMAEConfig | ViTMAEConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     model = build_model(config).double()
