@@ -128,8 +128,9 @@ class CrateMAEConfig(ImageModelConfig):
     """Token dimension d; divisible by 4, for 2-D sine-cosine positions."""
     depth: Advanced[PositiveInt] = 12
     """Number of encoder layers."""
-    decoder_depth: Advanced[PositiveInt | None] = None
-    """Number of decoder layers; by default the same as in the encoder."""
+    decoder_depth: Advanced[Annotated[int, Field(ge=0)] | None] = None
+    """Number of decoder layers; by default the same as in the encoder. 0: the model is an encoder alone, as published
+    checkpoints of CRATE and CRATE-α are, and cannot be pretrained."""
     num_subspaces: Advanced[PositiveInt] = 12
     """Number K of subspaces in the codebook U_[K], which are the attention heads."""
     subspace_dim: Advanced[PositiveInt | None] = None
@@ -141,6 +142,8 @@ class CrateMAEConfig(ImageModelConfig):
     output_map: Advanced[Literal["learned", "tied"]] = "learned"
     """Output map W of MSSA: 'learned' with a bias (published), or 'tied' to [U_1 … U_K], as in the derivation of the
     compression step."""
+    output_bias: Advanced[bool] = True
+    """Bias of a learned output map W (CRATE-MAE and CRATE: yes; CRATE-α: no)."""
     attention: Advanced[Literal["softmax", "linear"]] = "softmax"
     """Subspace attention: 'softmax' (published), or 'linear', the gradient of R^c before it is approximated by a
     softmax."""
@@ -172,10 +175,20 @@ class CrateMAEConfig(ImageModelConfig):
     """Threshold of ISTA: 'fixed' at ηλ (published), or 'learned' for each code, starting at ηλ."""
     decoder_activation: Advanced[Literal["none", "relu"]] = "none"
     """Function after the decoder's map E: 'none' (published) or 'relu'."""
+    positions: Advanced[Literal["sincos", "learned"]] = "sincos"
+    """Positions of patches in the encoder: 'sincos', fixed 2-D sine-cosine positions (published), or 'learned', as in
+    CRATE and CRATE-α. Learned ones are for one image size."""
+    patch_norm: Advanced[bool] = False
+    """Normalise each patch (LayerNorm) before and after its embedding, as CRATE does."""
+    norm_eps: Advanced[Annotated[float, Field(gt=0)]] = 1e-5
+    """ε of the LayerNorms of layers and patches (CRATE-MAE and CRATE: 1e-5; CRATE-α: 1e-6)."""
+    last_norm_eps: Advanced[Annotated[float, Field(gt=0)]] = 1e-6
+    """ε of the encoder's and the decoder's last LayerNorm (CRATE-MAE: 1e-6; CRATE and CRATE-α: 1e-5)."""
 
     form: ClassVar[tuple[str, ...]] = (
-        "output_map", "attention", "decoder_maps", "encoder_tokens", "attend_to", "residual", "layer_scale",
-        "dictionary", "threshold", "decoder_activation",
+        "output_map", "output_bias", "attention", "decoder_maps", "encoder_tokens", "attend_to", "residual",
+        "layer_scale", "dictionary", "threshold", "decoder_activation", "positions", "patch_norm", "norm_eps",
+        "last_norm_eps",
     )  # fmt: skip
     """Settings that change the equations; their defaults are the published form."""
 

@@ -140,7 +140,7 @@ def _preprocessor(description: ModelDescription) -> dict[str, Any]:
 
 def _weights(backbone: Backbone) -> dict[str, Tensor]:
     """Weights by the names in the modelling file."""
-    encoder = {**backbone.autoencoder.state_dict(), "positions": backbone.autoencoder.positions}
+    encoder = {"positions": backbone.autoencoder.positions, **backbone.autoencoder.state_dict()}
     if not backbone.num_classes:
         return encoder | {f"encoder_norm.{name}": value for name, value in backbone.norm.state_dict().items()}
     found = {f"backbone.{name}": value for name, value in encoder.items()}

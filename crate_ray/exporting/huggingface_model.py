@@ -48,11 +48,17 @@ class CrateConfig(PretrainedConfig):
         depth: int = 12,
         pooling: str = "mean",
         encoder_norm: bool = True,
+        positions: str = "sincos",
+        patch_norm: bool = False,
+        norm_eps: float = 1e-5,
+        last_norm_eps: float = 1e-6,
         **others: Any,
     ) -> None:
         self.architecture, self.image_size, self.patch_size = architecture, image_size, patch_size
         self.channels, self.dim, self.depth = channels, dim, depth
         self.pooling, self.encoder_norm = pooling, encoder_norm
+        self.positions, self.patch_norm = positions, patch_norm
+        self.norm_eps, self.last_norm_eps = norm_eps, last_norm_eps
         super().__init__(**others)
 
     @property
@@ -94,6 +100,8 @@ class CratePreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, CrateModel):
             nn.init.normal_(module.cls_token, std=0.02)
+            if isinstance(module.positions, nn.Parameter):
+                nn.init.normal_(module.positions, std=0.02)
         elif hasattr(module, "reset_parameters"):
             cast("Any", module).reset_parameters()
 
@@ -107,10 +115,16 @@ class CrateModel(CratePreTrainedModel):
         super().__init__(config)
         self.patch_embed = nn.Conv2d(config.channels, config.dim, config.patch_hw, config.patch_hw)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
-        self.register_buffer("positions", sincos_positions(config.dim, config.grid_hw))
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.zeros(1, config.grid_hw[0] * config.grid_hw[1], config.dim))
+        else:
+            self.register_buffer("positions", sincos_positions(config.dim, config.grid_hw))
+        numbers, eps = config.patch_hw[0] * config.patch_hw[1] * config.channels, config.norm_eps
+        self.patch_norm = nn.LayerNorm(numbers, eps=eps) if config.patch_norm else None
+        self.embedding_norm = nn.LayerNorm(config.dim, eps=eps) if config.patch_norm else None
         self.encoder = nn.ModuleList(_layers(config))
         has_norm = config.encoder_norm if encoder_norm is None else encoder_norm
-        self.encoder_norm = nn.LayerNorm(config.dim, eps=1e-6) if has_norm else nn.Identity()
+        self.encoder_norm = nn.LayerNorm(config.dim, eps=config.last_norm_eps) if has_norm else nn.Identity()
         self.post_init()
 
     def forward(
@@ -146,7 +160,12 @@ class CrateModel(CratePreTrainedModel):
 
     def _embed(self, images: Tensor) -> Tensor:
         kernel_DX = self.patch_embed.weight.permute(0, 2, 3, 1).flatten(1)
-        x_BND = F.linear(patchify(images, self.config.patch_hw), kernel_DX, self.patch_embed.bias)
+        x_BND = patchify(images, self.config.patch_hw)
+        if self.patch_norm is not None:
+            x_BND = self.patch_norm(x_BND)
+        x_BND = F.linear(x_BND, kernel_DX, self.patch_embed.bias)
+        if self.embedding_norm is not None:
+            x_BND = self.embedding_norm(x_BND)
         x_BND = x_BND + self.positions.to(x_BND.dtype)  # transformers may keep buffers in float32
         return torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
 

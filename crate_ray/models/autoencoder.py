@@ -106,6 +106,12 @@ class MaskedAutoencoder(nn.Module):
         Map from encoder to decoder tokens; the identity by default.
     norm_eps
         ε of the encoder's and the decoder's last norm.
+    learned_positions
+        Learn the encoder's positions. The decoder's stay sine-cosine.
+    patch_norm_eps
+        ε of LayerNorms of each patch, before and after its embedding; by default there are none.
+
+    Without decoder layers the model is an encoder alone: `has_decoder` is False, and it has no mask token.
 
     Raises
     ------
@@ -127,6 +133,8 @@ class MaskedAutoencoder(nn.Module):
         encoder_tokens: Literal["all", "visible"],
         decoder_embed: nn.Module | None = None,
         norm_eps: float = 1e-6,
+        learned_positions: bool = False,
+        patch_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         patch_h, patch_w = config.patch_hw
@@ -143,13 +151,15 @@ class MaskedAutoencoder(nn.Module):
         self.norm_pix_loss = config.norm_pix_loss
         self.visible_only = encoder_tokens == "visible"
         self.has_decoder = True
-        """False for an encoder alone, as published checkpoints of ViT-MAE are."""
+        """False for an encoder alone, as many published checkpoints are."""
         self.checkpoint_layers = False
         """Activation checkpointing: keep only each layer's input, and recompute the layer in the backward pass."""
         self.bf16_tokens = False
         """Under autocast, give the encoder's layers tokens in autocast's dtype; their outputs then have it as well."""
 
         self.patch_embed = nn.Conv2d(config.channels, dim, kernel_size=config.patch_hw, stride=config.patch_hw)
+        self.patch_norm = None if patch_norm_eps is None else nn.LayerNorm(patch_numbers, eps=patch_norm_eps)
+        self.embedding_norm = None if patch_norm_eps is None else nn.LayerNorm(dim, eps=patch_norm_eps)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.encoder = nn.ModuleList(encoder)
@@ -161,9 +171,16 @@ class MaskedAutoencoder(nn.Module):
 
         self.positions: Tensor
         self.decoder_positions: Tensor | None
-        self.register_buffer("positions", sincos_positions(dim, config.grid_hw), persistent=False)
+        if learned_positions:
+            self.positions = nn.Parameter(torch.empty(1, config.num_patches, dim))
+        else:
+            self.register_buffer("positions", sincos_positions(dim, config.grid_hw), persistent=False)
         decoder_positions = sincos_positions(decoder_dim, config.grid_hw) if self.visible_only else None
         self.register_buffer("decoder_positions", decoder_positions, persistent=False)
+        if not len(self.decoder):
+            self.drop_decoder()
+            self.decoder = nn.ModuleList()
+            self.has_decoder = False
 
     def forward(self, images: Tensor, noise: Tensor | None = None, *, return_layers: bool = False) -> MaskedOutput:
         """Mask images, predict their patches, and compute the loss over the removed ones.
@@ -183,11 +200,12 @@ class MaskedAutoencoder(nn.Module):
         Raises
         ------
         UserError
-            If the images have another size or number of channels.
+            If the images have another size or number of channels, or the model has no decoder.
         """
         if noise is None:
             noise = torch.rand(images.shape[0], self.num_patches, device=images.device)
         self._check_images(images)
+        self._check_decoder()
         patches_BNX = self.patchify(images)
         z_BTD, masking = self._embed(patches_BNX, noise)
         encoded = self._encode(z_BTD, masking, return_layers=return_layers)
@@ -260,11 +278,7 @@ class MaskedAutoencoder(nn.Module):
         UserError
             If the model has no decoder.
         """
-        if not self.has_decoder:
-            raise UserError(
-                "this model is an encoder without a decoder, so it predicts no patches; probe it, fine-tune it or use "
-                "its embeddings"
-            )
+        self._check_decoder()
         y_BTD = self.decoder_embed(tokens)
         if self.visible_only:
             y_BTD = self.restore_removed(y_BTD, masking)
@@ -325,9 +339,14 @@ class MaskedAutoencoder(nn.Module):
         # Compute the convolution as a matrix product. The backward pass is faster, and so is the forward pass in bf16
         # on the CPU. The loss needs the patches anyway. Kernel and patches are in the order height, width, channel.
         kernel_DX = self.patch_embed.weight.permute(0, 2, 3, 1).flatten(1)
+        if self.patch_norm is not None:
+            patches_BNX = self.patch_norm(patches_BNX)
         x_BND = F.linear(patches_BNX, kernel_DX, self.patch_embed.bias)
+        if self.embedding_norm is not None:
+            x_BND = self.embedding_norm(x_BND)
         masking = None if noise_BN is None else random_masking(noise_BN, self.num_visible)
         if masking is not None and not self.visible_only:
+            self._check_decoder()  # the mask token came with it
             x_BND = torch.where(masking.removed.unsqueeze(-1), self.mask_token, x_BND)
         x_BND = x_BND + self.positions
         if masking is not None and self.visible_only:
@@ -380,6 +399,13 @@ class MaskedAutoencoder(nn.Module):
         mean_BN1, std_BN1 = patch_statistics(patches_BNX)
         return (patches_BNX - mean_BN1) / std_BN1
 
+    def _check_decoder(self) -> None:
+        if not self.has_decoder:
+            raise UserError(
+                "this model is an encoder without a decoder, so it predicts no patches; probe it, fine-tune it or use "
+                "its embeddings"
+            )
+
     def _check_images(self, images: Tensor) -> None:
         expected: tuple[Any, ...] = (self.channels, *self.image_hw)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
@@ -394,8 +420,9 @@ def initialize_weights(model: nn.Module) -> None:
     """Draw all weights of a model from torch's global generator, as the published code does.
 
     Linear maps are Xavier-uniform with zero biases. The patch embedding's kernel is Xavier-uniform as the linear map of
-    a flattened patch; its bias is PyTorch's default. CLS and mask token are normal with standard deviation 0.02. Every
-    other module with a `reset_parameters` method draws its own: LayerNorm 1 and 0, and the layers of CRATE.
+    a flattened patch; its bias is PyTorch's default. CLS token, mask token and learned positions are normal with
+    standard deviation 0.02. Every other module with a `reset_parameters` method draws its own: LayerNorm 1 and 0, and
+    the layers of CRATE.
     """
     if next(model.parameters()).is_meta:
         return  # there is nothing to draw, and torch would import its compiler for it
@@ -410,5 +437,5 @@ def initialize_weights(model: nn.Module) -> None:
         elif hasattr(module, "reset_parameters"):
             cast("Any", module).reset_parameters()
     for name, parameter in model.named_parameters():
-        if name in ("cls_token", "mask_token"):
+        if name in ("cls_token", "mask_token", "positions"):
             nn.init.normal_(parameter, std=0.02)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ _MOST_WRAPPERS = 5
 _TRANSPARENT = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 """Parts of names that DDP, torch.compile, FSDP, activation checkpointing and Lightning add, at any depth."""
 
-_ANCHOR = "patch_embed.proj.weight"
-"""A name that both architectures have once. What comes before it comes before all names."""
+_ANCHORS = ("patch_embed.proj.weight", "transformer.layers.0.0.fn.qkv.weight", "visual.conv1.weight")
+"""Names of which each layout has one, once. What comes before it comes before all names."""
 
 
 def read_checkpoint(path: Path, name: str | None = None) -> Mapping[str, Any]:
@@ -108,7 +108,7 @@ def plain_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
         if plain in state:
             raise UserError(f"the checkpoint holds {plain} twice, under different prefixes; keep one of them")
         state[plain] = value.detach().cpu()
-    prefixes = [name.removesuffix(_ANCHOR) for name in state if name.endswith(f".{_ANCHOR}")]
+    prefixes = [name.removesuffix(anchor) for name in state for anchor in _ANCHORS if name.endswith(f".{anchor}")]
     if len(prefixes) == 1 and all(name.startswith(prefixes[0]) for name in state):
         return {name.removeprefix(prefixes[0]): tensor for name, tensor in state.items()}
     return state
@@ -146,6 +146,43 @@ def check_tensors(state: Mapping[str, Tensor], names: Mapping[str, str], own: Ma
     if wrong:
         raise UserError(f"shapes in the checkpoint differ from those of the config: {listing(wrong)}")
     return dtypes.pop()
+
+
+def check_names(
+    found: Iterable[str], expected: Set[str], model: str, *, only_missing: bool = False, hint: str = ""
+) -> None:
+    """Raise UserError unless the names of a checkpoint are those of a model.
+
+    Args:
+        found: the checkpoint's names.
+        expected: the model's.
+        model: what it is, for the message.
+        only_missing: whether there may be more names.
+        hint: end of the message.
+    """
+    found = set(found)
+    missing, unexpected = sorted(expected - found), [] if only_missing else sorted(found - expected)
+    parts = [f"missing {listing(missing)}"] if missing else []
+    parts += [f"unexpected {listing(unexpected)}"] if unexpected else []
+    if parts:
+        raise UserError(f"the checkpoint's names are not those of {model}: {'; '.join(parts)}{hint}")
+
+
+def check_sizes(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise UserError unless sizes of a checkpoint, by their names for messages, are those of a config."""
+    wrong = [
+        f"{name} is {found[name]} in the checkpoint and {value} in the config"
+        for name, value in expected.items()
+        if found[name] != value
+    ]
+    if wrong:
+        raise UserError(f"the config does not match the checkpoint: {'; '.join(wrong)}")
+
+
+def depth_of(state: Iterable[str], layers: str) -> int:
+    """Number of layers whose tensors a checkpoint has, by their names `<layers>.<number>.…`."""
+    found = (re.match(rf"{re.escape(layers)}\.(\d+)\.", name) for name in state)
+    return len({match[1] for match in found if match})
 
 
 def listing(names: list[str], limit: int = 8) -> str:

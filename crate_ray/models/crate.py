@@ -75,8 +75,10 @@ class MSSA(nn.Module):
     dim, num_subspaces, subspace_dim
         d, K and p; K·p may differ from d.
     output_map
-        'learned': W (d × K·p) with a bias, as published. 'tied': W = [U_1 … U_K], as the gradient of R^c gives it,
-        without parameters of its own.
+        'learned': W (d × K·p), as published. 'tied': W = [U_1 … U_K], as the gradient of R^c gives it, without
+        parameters of its own.
+    output_bias
+        Whether a learned W has a bias, as published.
     attention
         'softmax', as published, or 'linear'; see `linear_subspace_attention`.
     own_subspaces
@@ -90,6 +92,7 @@ class MSSA(nn.Module):
         subspace_dim: int,
         *,
         output_map: Literal["learned", "tied"] = "learned",
+        output_bias: bool = True,
         attention: Literal["softmax", "linear"] = "softmax",
         own_subspaces: bool = True,
     ) -> None:
@@ -98,7 +101,7 @@ class MSSA(nn.Module):
         self.num_subspaces = num_subspaces
         self.linear_attention = attention == "linear"
         self.subspaces = nn.Parameter(torch.empty(rows, dim)) if own_subspaces else None
-        self.output = nn.Linear(rows, dim) if output_map == "learned" else None
+        self.output = nn.Linear(rows, dim, bias=output_bias) if output_map == "learned" else None
         self.product: Product = linear
         """Computes products of tokens and weights."""
 
@@ -205,9 +208,9 @@ class EncoderLayer(nn.Module):
         self.residual = config.residual == "all"
         self.num_branches = 1 + self.residual
         """Residual branches that drop path may skip."""
-        self.mssa_norm = TokenNorm(config.dim)
+        self.mssa_norm = TokenNorm(config.dim, eps=config.norm_eps)
         self.mssa = _build_mssa(config)
-        self.ista_norm = TokenNorm(config.dim)
+        self.ista_norm = TokenNorm(config.dim, eps=config.norm_eps)
         self.ista = _build_ista(config)
         self.mssa_scale = _build_scale(config)
         self.ista_scale = _build_scale(config) if self.residual else None
@@ -259,10 +262,10 @@ class DecoderLayer(nn.Module):
         square = config.dictionary == "square"
         self.residual = config.residual == "all"
         self.relu = config.decoder_activation == "relu"
-        self.expansion_norm = TokenNorm(config.dim)
+        self.expansion_norm = TokenNorm(config.dim, eps=config.norm_eps)
         self.expansion = nn.Parameter(torch.empty(config.dim, config.dim)) if own and square else None
         self.ista = None if square else _build_ista(config)
-        self.mssa_norm = TokenNorm(config.dim)
+        self.mssa_norm = TokenNorm(config.dim, eps=config.norm_eps)
         self.mssa = _build_mssa(config, own_subspaces=own)
         self.expansion_scale = _build_scale(config) if self.residual else None
         self.mssa_scale = _build_scale(config)
@@ -319,6 +322,7 @@ def _build_mssa(config: CrateMAEConfig, *, own_subspaces: bool = True) -> MSSA:
         config.num_subspaces,
         config.subspace_dim,
         output_map=config.output_map,
+        output_bias=config.output_bias,
         attention=config.attention,
         own_subspaces=own_subspaces,
     )
@@ -364,6 +368,9 @@ class CrateMAE(MaskedAutoencoder):
             dim=config.dim,
             decoder_dim=config.dim,
             encoder_tokens=config.encoder_tokens,
+            norm_eps=config.last_norm_eps,
+            learned_positions=config.positions == "learned",
+            patch_norm_eps=config.norm_eps if config.patch_norm else None,
         )
         self.config = config
         self.tied_decoder = config.decoder_maps == "tied"

@@ -1,12 +1,12 @@
-"""Import of published checkpoints of CRATE-MAE and ViT-MAE, and export of CRATE-MAE, exact in both directions.
+"""Import of published checkpoints of CRATE-MAE, CRATE, CRATE-α and ViT-MAE, and export of CRATE-MAE, exact both ways.
 
-`checkpoint_file` reads the files, `published_vit` has the names of ViT-MAE.
+`checkpoint_file` reads the files. `published_crate` has the names of CRATE and CRATE-α, `published_vit` those of
+ViT-MAE.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, overload
@@ -17,15 +17,26 @@ from torch import Tensor
 
 from crate_ray.config import CRATE_PRESETS, CrateMAEConfig, ViTMAEConfig
 from crate_ray.errors import UserError, invalid_value
-from crate_ray.models.checkpoint_file import check_tensors, listing, plain_tensors, read_checkpoint, saved_arguments
+from crate_ray.models.checkpoint_file import (
+    check_names,
+    check_sizes,
+    check_tensors,
+    depth_of,
+    listing,
+    plain_tensors,
+    read_checkpoint,
+    saved_arguments,
+)
 from crate_ray.models.crate import CrateMAE
 from crate_ray.models.position_tables import position_table, table_grid
+from crate_ray.models.published_crate import layout_of, load_crate_encoder
 from crate_ray.models.published_vit import is_vit, load_vit
 from crate_ray.models.vit import ViTMAE
 
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 UNUSED = (*POSITION_TABLES, "decoder_embed.weight", "decoder_embed.bias")
 """Tensors of every published checkpoint of CRATE-MAE that are not trained."""
+_MSSA = "blocks.0.layers.0.0.fn.qkv.weight"
 
 
 @overload
@@ -55,7 +66,9 @@ def load_published(
     *,
     name: str | None = None,
 ) -> CrateMAE | ViTMAE:
-    """Load a published checkpoint of CRATE-MAE or ViT-MAE on the CPU, in the checkpoint's dtype.
+    """Load a published checkpoint of CRATE-MAE, CRATE, CRATE-α or ViT-MAE on the CPU, in the checkpoint's dtype.
+
+    Checkpoints of CRATE and CRATE-α, and most of ViT-MAE, become encoders without a decoder. Their heads are left out.
 
     Parameters
     ----------
@@ -66,8 +79,9 @@ def load_published(
     config
         Config of the model. By default it is inferred from the tensors' shapes, for a square grid of patches. No shape
         depends on the number of subspaces or heads, which is that of the published model with the same sizes. Settings
-        that no shape depends on (λ, η, mask ratio, loss) have the published defaults. The image size may be another one
-        than the checkpoint's, because positions are computed.
+        that no shape depends on (λ, η, mask ratio, loss) have the published defaults. For CRATE and CRATE-α, the
+        settings of the layers' form are the checkpoint's. The image size of CRATE-MAE and ViT-MAE may be another one
+        than the checkpoint's, because their positions are computed.
     name
         Name of the file in messages, if it is another one.
 
@@ -75,7 +89,7 @@ def load_published(
     ------
     UserError
         If the file is not a checkpoint of tensors, names are missing or unexpected, the config cannot be inferred or
-        disagrees with the sizes, dtypes are mixed, or the positions are learned.
+        disagrees with the sizes, dtypes are mixed, or the positions of a CRATE-MAE or ViT-MAE are learned.
     """
     content = read_checkpoint(Path(source), name) if isinstance(source, str | Path) else source
     state = plain_tensors(content)
@@ -84,10 +98,14 @@ def load_published(
         if isinstance(config, CrateMAEConfig):
             raise UserError(f"{where} is a checkpoint of ViT-MAE; set model.architecture vit_mae")
         return load_vit(state, config, saved_arguments(content))
+    layout = layout_of(state)
     if isinstance(config, ViTMAEConfig):
-        if "blocks.0.layers.0.0.fn.qkv.weight" in state:
-            raise UserError(f"{where} is a checkpoint of CRATE-MAE; set model.architecture crate_mae")
+        if layout is not None or _MSSA in state:
+            title = "CRATE-MAE" if layout is None else layout.title
+            raise UserError(f"{where} is a checkpoint of {title}; set model.architecture crate_mae")
         raise UserError(f"{where} is not a checkpoint of ViT-MAE: it has no blocks.0.attn.qkv.weight")
+    if layout is not None:
+        return load_crate_encoder(state, layout, config)
     return _load_crate(state, config)
 
 
@@ -96,9 +114,11 @@ def _load_crate(state: Mapping[str, Tensor], config: CrateMAEConfig | None) -> C
     if config is None:
         config = _infer_config(sizes)
     _require_published_form(config)
-    _check_sizes(sizes, config)
+    expected = _config_sizes(config)
+    del expected["number of patches"]  # positions are computed
+    check_sizes(sizes, expected)
     names = dict(_parameter_names(config))
-    _check_names(state, {*names, *UNUSED})
+    check_names(state, {*names, *UNUSED}, "a published CRATE-MAE")
 
     with torch.device("meta"):
         dtype = check_tensors(state, names, CrateMAE(config).state_dict())
@@ -169,33 +189,29 @@ def _parameter_names(config: CrateMAEConfig) -> Iterator[tuple[str, str]]:
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sizes of the model, inferred from the shapes, by their name in the config or a description."""
-    kernel, table, qkv = "patch_embed.proj.weight", "decoder_pos_embed", "blocks.0.layers.0.0.fn.qkv.weight"
-    dimensions = {kernel: 4, table: 3, qkv: 2}
+    kernel, table = "patch_embed.proj.weight", "decoder_pos_embed"
+    dimensions = {kernel: 4, table: 3, _MSSA: 2}
     missing = [name for name in dimensions if name not in state]
     if missing:
         raise UserError(
-            f"this is a checkpoint of neither CRATE-MAE nor ViT-MAE: missing {listing(missing)}; its names are "
-            f"{listing(sorted(state), 4) or 'none'}"
+            f"this is no checkpoint of CRATE-MAE, CRATE, CRATE-α or ViT-MAE: missing {listing(missing)}; its names "
+            f"are {listing(sorted(state), 4) or 'none'}"
         )
     for name, expected in dimensions.items():
         if state[name].ndim != expected:
             raise UserError(f"{name} of the checkpoint has {state[name].ndim} dimensions instead of {expected}")
-
-    def depth(blocks: str) -> int:
-        found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in state)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
 
     dim, channels, patch_h, patch_w = state[kernel].shape
     if state[table].shape[2] != dim:
         raise UserError(f"{table} of the checkpoint has tokens of {state[table].shape[2]} numbers, not {dim}")
     return {
         "dim": dim,
-        "depth": depth("blocks"),
-        "decoder_depth": depth("decoder_blocks"),
+        "depth": depth_of(state, "blocks"),
+        "decoder_depth": depth_of(state, "decoder_blocks"),
         "channels": channels,
         "patch_size": (patch_h, patch_w),
         "number of patches": state[table].shape[1] - 1,
-        "num_subspaces × subspace_dim": state[qkv].shape[0],
+        "num_subspaces × subspace_dim": state[_MSSA].shape[0],
     }
 
 
@@ -237,24 +253,6 @@ def _config_sizes(config: CrateMAEConfig) -> dict[str, Any]:
     }
 
 
-def _check_sizes(sizes: Mapping[str, Any], config: CrateMAEConfig) -> None:
-    wrong = [
-        f"{name} is {sizes[name]} in the checkpoint and {expected} in the config"
-        for name, expected in _config_sizes(config).items()
-        if sizes[name] != expected and name != "number of patches"  # positions are computed
-    ]
-    if wrong:
-        raise UserError(f"the config does not match the checkpoint: {'; '.join(wrong)}")
-
-
-def _check_names(state: Mapping[str, Tensor], expected: set[str]) -> None:
-    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-    parts = [f"missing {listing(missing)}"] if missing else []
-    parts += [f"unexpected {listing(unexpected)}"] if unexpected else []
-    if parts:
-        raise UserError(f"the checkpoint's names are not those of a published CRATE-MAE: {'; '.join(parts)}")
-
-
 def _check_positions(state: Mapping[str, Tensor], config: CrateMAEConfig) -> bool:
     """Whether the position tables are those of the config's grid. Raises UserError if they are of none."""
     shape = state[POSITION_TABLES[1]].shape  # `_sizes` has checked this one
@@ -270,3 +268,5 @@ def _require_published_form(config: CrateMAEConfig) -> None:
         raise UserError(f"published checkpoints exist only with the default of {listing(config.unpublished)}")
     if config.num_subspaces == 1 and config.subspace_dim == config.dim:
         raise UserError("the published model has no output map W if there is one subspace of the full dimension")
+    if not config.decoder_depth:
+        raise UserError("a published CRATE-MAE has a decoder, and this model is an encoder alone")

@@ -6,7 +6,6 @@ The names are those of MAE's code. Most public files hold the encoder alone.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,13 +15,13 @@ from torch import Tensor
 
 from crate_ray.config import VIT_PRESETS, ViTMAEConfig
 from crate_ray.errors import UserError, invalid_value
-from crate_ray.models.checkpoint_file import check_tensors, listing
+from crate_ray.models.checkpoint_file import check_names, check_sizes, check_tensors, depth_of
 from crate_ray.models.position_tables import table_grid
 from crate_ray.models.vit import ViTMAE
 
 _QKV = "blocks.0.attn.qkv.weight"
 _TABLES = ("pos_embed", "decoder_pos_embed")
-_HEADS = {192: 3, 384: 6, 576: 12, 768: 12, 1024: 16, 1280: 16}
+HEADS = {192: 3, 384: 6, 576: 12, 768: 12, 1024: 16, 1280: 16}
 """Heads of published encoders by width."""
 _DECODER_HEADS = {512: 16} | {
     sizes["dim"]: sizes.get("decoder_num_heads", sizes["num_heads"])
@@ -57,14 +56,10 @@ def load_vit(state: Mapping[str, Tensor], config: ViTMAEConfig | None, arguments
         _check_sizes(sizes, config)
     names = dict(_parameter_names(config))
     tables = _TABLES if config.decoder_depth else _TABLES[:1]
-    missing, unexpected = sorted({*names, *tables} - state.keys()), sorted(state.keys() - {*names, *tables})
-    parts = [f"missing {listing(missing)}"] if missing else []
-    parts += [f"unexpected {listing(unexpected)}"] if unexpected else []
-    if parts:
-        hint = ""
-        if any(name.startswith(("head.", "fc_norm.")) for name in unexpected):
-            hint = "; it is a trained classifier, give the pretrained encoder instead"
-        raise UserError(f"the checkpoint's names are not those of a ViT-MAE: {'; '.join(parts)}{hint}")
+    hint = ""
+    if any(name.startswith(("head.", "fc_norm.")) for name in state):
+        hint = "; it is a trained classifier, give the pretrained encoder instead"
+    check_names(state, {*names, *tables}, "a ViT-MAE", hint=hint)
     with torch.device("meta"):
         dtype = check_tensors(state, names, ViTMAE(config).state_dict())
     for name, dim in zip(tables, (config.dim, config.decoder_dim or 0), strict=False):
@@ -108,25 +103,20 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     decoder = any(name.startswith("decoder_") for name in state)
     if decoder:
         dimensions["decoder_embed.weight"] = 2
-    if missing := [name for name in dimensions if name not in state]:
-        raise UserError(f"the checkpoint's names are not those of a ViT-MAE: missing {listing(missing)}")
+    check_names(state, dimensions.keys(), "a ViT-MAE", only_missing=True)
     for name, expected in dimensions.items():
         if state[name].ndim != expected:
             raise UserError(f"{name} of the checkpoint has {state[name].ndim} dimensions instead of {expected}")
 
-    def depth(blocks: str) -> int:
-        found = (re.match(rf"{blocks}\.(\d+)\.", name) for name in state)
-        return len({match[1] for match in found if match})
-
     dim, channels, *patch_hw = state["patch_embed.proj.weight"].shape
     return {
         "dim": dim,
-        "depth": depth("blocks"),
+        "depth": depth_of(state, "blocks"),
         "decoder_dim": state["decoder_embed.weight"].shape[0] if decoder else dim,
-        "decoder_depth": depth("decoder_blocks") if decoder else 0,
+        "decoder_depth": depth_of(state, "decoder_blocks") if decoder else 0,
         "channels": channels,
         "patch_size": tuple(patch_hw),
-        "hidden": state["blocks.0.mlp.fc1.weight"].shape[0],
+        "the MLP's hidden width": state["blocks.0.mlp.fc1.weight"].shape[0],
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "patches": state["pos_embed"].shape[1] - 1,
     }
@@ -139,13 +129,14 @@ def _infer_config(sizes: Mapping[str, Any], arguments: Mapping[str, Any]) -> ViT
             f"the checkpoint's {sizes['patches']} patches are not a square grid; pass a config with its image_size"
         )
     dim, decoder_dim = sizes["dim"], sizes["decoder_dim"]
-    heads, decoder_heads = _HEADS.get(dim), _DECODER_HEADS.get(decoder_dim)
+    heads, decoder_heads = HEADS.get(dim), _DECODER_HEADS.get(decoder_dim)
     if heads is None or (sizes["decoder_depth"] and decoder_heads is None):
         raise UserError(
             f"no published ViT-MAE has the widths {dim} and {decoder_dim}, and the number of heads cannot be inferred "
             "from a checkpoint; pass a config"
         )
-    hidden, ratio = sizes["hidden"], sizes["hidden"] / dim
+    hidden = sizes["the MLP's hidden width"]
+    ratio = hidden / dim
     kept = ("dim", "depth", "decoder_depth", "channels", "patch_size", "qkv_bias")
     values = {name: sizes[name] for name in kept} | {
         "num_heads": heads,
@@ -167,16 +158,9 @@ def _check_sizes(sizes: Mapping[str, Any], config: ViTMAEConfig) -> None:
         "depth": config.depth,
         "channels": config.channels,
         "patch_size": config.patch_hw,
-        "hidden": int(config.dim * config.mlp_ratio),
+        "the MLP's hidden width": int(config.dim * config.mlp_ratio),
         "qkv_bias": config.qkv_bias,
     }
     if config.decoder_depth:
         expected |= {"decoder_dim": config.decoder_dim, "decoder_depth": config.decoder_depth}
-    wrong = [
-        f"{name} is {sizes[name]} in the checkpoint and {value} in the config"
-        for name, value in expected.items()
-        if sizes[name] != value
-    ]
-    if wrong:
-        named = "; ".join(wrong).replace("hidden is", "the MLP's hidden width is")
-        raise UserError(f"the config does not match the checkpoint: {named}")
+    check_sizes(sizes, expected)

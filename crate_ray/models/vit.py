@@ -85,10 +85,6 @@ class ViTMAE(MaskedAutoencoder):
             norm_eps=NORM_EPS,
         )
         self.config = config
-        if not config.decoder_depth:
-            self.drop_decoder()
-            self.decoder = nn.ModuleList()
-            self.has_decoder = False
         initialize_weights(self)
 
     @classmethod
