@@ -136,6 +136,7 @@ def measure(case: Case) -> Measurement:
     noise = torch.rand(case.batch_size, config.num_patches, device=device)
     compiled, began = False, time.perf_counter()
     model: nn.Module
+    optimizer: torch.optim.Optimizer
     if plain:
         assert isinstance(config, CrateMAEConfig)
         model = ReferenceCrateMAE(config).to(device)

@@ -43,7 +43,14 @@ from crate_ray.config.search import SearchConfig
 from crate_ray.config.serve import ServeConfig
 from crate_ray.config.storage import S3Config
 from crate_ray.config.sweep import SearchSpace, SweepConfig
-from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConfig, TrackingConfig, TrainingConfig
+from crate_ray.config.training import (
+    CheckpointConfig,
+    OptimConfig,
+    OptimizerName,
+    ScalingConfig,
+    TrackingConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "CRATE_PRESETS",
@@ -77,6 +84,7 @@ __all__ = [
     "ModelConfig",
     "OnlineProbeConfig",
     "OptimConfig",
+    "OptimizerName",
     "Pooling",
     "PositiveInt",
     "PrepareConfig",

@@ -10,7 +10,14 @@ from crate_ray.config.base import Advanced, PositiveInt, RunName, Settings
 from crate_ray.config.data import DataConfig
 from crate_ray.config.models import CrateMAEConfig, ModelConfig
 from crate_ray.config.storage import S3Config
-from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConfig, TrackingConfig, TrainingConfig
+from crate_ray.config.training import (
+    CheckpointConfig,
+    OptimConfig,
+    ScalingConfig,
+    TrackingConfig,
+    TrainingConfig,
+    check_step,
+)
 
 FINETUNE_RECIPES: dict[str, dict[str, Any]] = {
     "crate": {
@@ -105,7 +112,7 @@ class FinetuneConfig(Settings):
     training: TrainingConfig = TrainingConfig(epochs=200)
     """Batch, length and precision."""
     optim: OptimConfig = OptimConfig(lr=5e-5, warmup=0.0, betas=(0.9, 0.999), weight_decay=0.01, clip_norm=None)
-    """AdamW and its learning rate."""
+    """Optimizer and its learning rate."""
     layer_decay: Advanced[Annotated[float, Field(gt=0, le=1)]] = 1.0
     """Layer-wise decay: each encoder layer's learning rate is this factor times the rate of the layer above. The
     classifier has the full rate, and the patch embedding has layer_decay ** (depth + 1) times the full rate."""
@@ -142,10 +149,14 @@ class FinetuneConfig(Settings):
             given = values.get(group)
             if isinstance(given, dict) and given.get(theirs) is not None and given.get(ours) is None:
                 filled[group].pop(ours, None)
+        optim = values.get("optim")
+        if isinstance(optim, dict) and optim.get("optimizer") == "lion" and "betas" not in optim:
+            filled["optim"].pop("betas", None)  # the recipe's are AdamW's
         return filled
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:
+        check_step(self.training, self.optim)
         if self.checkpoint.keep_best_by != "validation_loss":
             raise ValueError("checkpoint.keep_best_by is a setting of pretraining; leave it at 'validation_loss'")
         if self.checkpoint.keep_best and not self.data.validation:

@@ -11,7 +11,14 @@ from crate_ray.config.data import DataConfig
 from crate_ray.config.evaluate import Feature
 from crate_ray.config.models import CrateMAEConfig, ModelConfig
 from crate_ray.config.storage import S3Config
-from crate_ray.config.training import CheckpointConfig, OptimConfig, ScalingConfig, TrackingConfig, TrainingConfig
+from crate_ray.config.training import (
+    CheckpointConfig,
+    OptimConfig,
+    ScalingConfig,
+    TrackingConfig,
+    TrainingConfig,
+    check_step,
+)
 
 
 class OnlineProbeConfig(Settings):
@@ -63,7 +70,7 @@ class PretrainConfig(Settings):
     probe: OnlineProbeConfig | None = None
     """Labelled datasets on which the encoder's features are measured while it trains; off by default."""
     optim: OptimConfig = OptimConfig()
-    """AdamW and its learning rate."""
+    """Optimizer and its learning rate."""
     scaling: ScalingConfig = ScalingConfig()
     """Ray Train workers."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -72,6 +79,11 @@ class PretrainConfig(Settings):
     """MLflow."""
     s3: S3Config = S3Config()
     """Object storage."""
+
+    @model_validator(mode="after")
+    def _check_step(self) -> Self:
+        check_step(self.training, self.optim)
+        return self
 
     @model_validator(mode="after")
     def _check_decoder(self) -> Self:

@@ -9,10 +9,17 @@ from pydantic import Field, field_validator, model_validator
 from crate_ray.bounded import MAX_LEASE_SECONDS
 from crate_ray.config.base import Advanced, Fraction, PositiveInt, ServerAddress, Settings
 
+OptimizerName = Literal["adamw", "lion", "muon"]
+"""Values of optim.optimizer."""
+
 
 class OptimConfig(Settings):
-    """AdamW with linear warm-up and cosine decay, per step."""
+    """Optimizer, and its learning rate with linear warm-up and cosine decay, per step."""
 
+    optimizer: OptimizerName = "adamw"
+    """Optimizer. 'lion' (arXiv 2302.06675) stores one number per weight, 'adamw' two; it needs a learning rate 3 to 10
+    times smaller and a weight decay as many times larger. 'muon' (arXiv 2502.16982) is for the matrices of encoder and
+    decoder layers, with AdamW for all other parameters; it takes AdamW's learning rate and weight decay."""
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
     """Learning rate for a batch of 256; the peak learning rate is base_lr × batch_size / 256 (MAE)."""
     lr: Annotated[float, Field(gt=0)] | None = None
@@ -22,13 +29,21 @@ class OptimConfig(Settings):
     warmup: Annotated[float, Field(ge=0)] = 0.05
     """Length of the warm-up: a share of the run if it is below 1, else a number of steps."""
     betas: Advanced[tuple[Fraction, Fraction]] = (0.9, 0.95)
-    """AdamW's decay rates of the two moment estimates."""
+    """AdamW's decay rates of the two moment estimates. For Lion, the weights of the momentum in its update and in the
+    next momentum, by default 0.9, 0.99."""
     eps: Advanced[Annotated[float, Field(gt=0)]] = 1e-8
     """AdamW's ε."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     """Decoupled weight decay; biases, norms and tokens have none."""
     clip_norm: Advanced[Annotated[float, Field(gt=0)] | None] = 1.0
     """Largest norm of the gradient of all parameters together; null for no clipping."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_lions_betas(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("optimizer") == "lion":
+            return {"betas": (0.9, 0.99), **values}
+        return values
 
 
 Compile = Literal["auto", "layers", "autotune", "off"]
@@ -84,6 +99,12 @@ class TrainingConfig(Settings):
         if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
             raise ValueError(f"profile_steps is {list(self.profile_steps)}; put the first step first")
         return self
+
+
+def check_step(training: TrainingConfig, optim: OptimConfig) -> None:
+    """Raise ValueError if the settings ask for a step that cannot work."""
+    if training.cuda_graph and optim.optimizer == "muon":
+        raise ValueError("training.cuda_graph needs optim.optimizer adamw or lion: a step of Muon cannot be captured")
 
 
 class ScalingConfig(Settings):
@@ -173,7 +194,8 @@ class TrackingConfig(Settings):
     """Steps between logged metrics."""
     picture_every: Advanced[PositiveInt | None] = 500
     """Steps between probes of the model on eight fixed held-out samples: pictures of reconstructions, attention and
-    layers, and metrics by layer (coding rate, share of zeros, Gini index). null for none."""
+    layers, metrics by layer (coding rate, share of zeros, Gini index), and signals of whether the model can learn. null
+    for none."""
     deliver_seconds: Advanced[Annotated[float, Field(ge=0)]] = 120.0
     """Seconds that a finished run waits until MLflow has received everything. Records that remain are kept on disk, and
     sent when the same job is started again."""

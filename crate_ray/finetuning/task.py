@@ -39,7 +39,7 @@ class FinetuneTask(Task):
         self._make_inputs = TrainingBatches(config, self._num_classes, self.model.branches, context.normalizer, slots)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW with layer-wise decay: layers closer to the input get smaller learning rates."""
+        """The settings' optimizer with layer-wise decay: layers closer to the input get smaller learning rates."""
         return build_layerwise_optimizer(self.model, self._config.optim, self._config.layer_decay)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Targets]:

@@ -215,6 +215,7 @@ def _difference(record: RunRecord, config: RunConfig, model: CrateMAEConfig | Vi
     pairs: dict[str, tuple[Any, Any]] = {
         "training.batch_size": (old.training.batch_size, config.training.batch_size),
         "seed": (old.seed, config.seed),
+        "optim.optimizer": (old.optim.optimizer, config.optim.optimizer),
     }
     if isinstance(old, PretrainConfig) and isinstance(config, PretrainConfig):
         pairs["init_from"] = (old.init_from, config.init_from or old.init_from)

@@ -87,7 +87,12 @@ def why_too_large(config: PretrainConfig, trials: int, cluster: Cluster) -> str:
     if limit is None:
         return ""
     images = largest_micro_batch(config.training, workers)
-    needed = least_training_bytes(config.model, images, checkpoint_layers=config.training.activation_checkpointing)
+    needed = least_training_bytes(
+        config.model,
+        images,
+        checkpoint_layers=config.training.activation_checkpointing,
+        optimizer=config.optim.optimizer,
+    )
     if config.scaling.strategy == "fsdp":
         needed //= workers  # weights are shared; activations are not, so this may be too little
     if needed <= limit:

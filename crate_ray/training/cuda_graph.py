@@ -33,7 +33,7 @@ class GraphedStep:
 
     Args:
         step: for one worker; it neither waits for the device nor draws random numbers. It must change nothing if its
-            loss is not finite: `train_step` with a fused optimizer.
+            loss is not finite, as `train_step` does.
         optimizer: the step's optimizer.
     """
 

@@ -97,17 +97,18 @@ def train_step(
     """Compute the gradient of the mean loss over the global batch, and make one optimizer step with it.
 
     Each sample weighs 1 / batch_size, regardless of how many samples a worker has. If the loss or the gradient of any
-    worker is not finite, the optimizer changes nothing, not even its step counts. This needs a fused optimizer.
+    worker is not finite, the optimizer changes nothing, not even its step counts.
 
     Args:
         model: returns `sample_loss`; wrapped in DistributedDataParallel, or sharded, if world_size > 1.
-        optimizer: a fused one.
+        optimizer: one that `build_optimizer` built, or a fused one of torch; others do not skip steps.
         images_BCHW: this worker's normalised images.
         given: the model's second argument, such as mask noise; sliced into micro-batches.
         batch_size: size of the global batch.
         world_size: number of workers.
         micro_steps: forward passes.
-        lr: learning rate of this step; in a CUDA graph, a scalar tensor.
+        lr: learning rate of this step; in a CUDA graph, a scalar tensor. It is multiplied by the `lr_scale` of a
+            parameter group that has one.
         clip_norm: largest norm of the global gradient; None for no clipping.
         autocast: dtype of autocast; None for no autocast.
 
@@ -144,7 +145,7 @@ def train_step(
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         fused.found_inf = (~norm.isfinite()).float()
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"] if "lr_scale" in group else lr
     optimizer.step()
     return loss_sum, norm
 

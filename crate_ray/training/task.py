@@ -76,7 +76,7 @@ class Task(ABC):
 
     @abstractmethod
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """Build a fused optimizer. Called after the model was compiled and made parallel."""
+        """Build an optimizer that `train_step` can use. Called after the model was compiled and made parallel."""
 
     @abstractmethod
     def inputs(self, batch: Batch) -> tuple[Tensor, Any]:

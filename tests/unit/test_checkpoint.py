@@ -11,7 +11,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crate_ray.config import CheckpointConfig, CrateMAEConfig, OptimConfig, PrepareConfig, PretrainConfig, ViTMAEConfig
+from crate_ray.config import (
+    CheckpointConfig,
+    CrateMAEConfig,
+    OptimConfig,
+    OptimizerName,
+    PrepareConfig,
+    PretrainConfig,
+    ViTMAEConfig,
+)
 from crate_ray.data.order.dataset_order import DatasetOrder
 from crate_ray.data.order.sequence import SampleOrder
 from crate_ray.data.prepare.builtin import digits_source
@@ -86,10 +94,10 @@ def run(tmp_path: Path) -> LocalStorage:
 class Trainer:
     """A model in training, its data a function of the step."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, optim: OptimConfig = OPTIM) -> None:
         torch.manual_seed(seed)
         self.model: MaskedAutoencoder = build_model(MODEL)
-        self.optimizer = build_optimizer(self.model, OPTIM)
+        self.optimizer = build_optimizer(self.model, optim)
         self.step = 0
 
     def train(self, steps: int) -> None:
@@ -116,12 +124,12 @@ class Trainer:
         return self.step == other.step and all(torch.equal(a, b) for a, b in pairs)
 
 
-def restored(run: LocalStorage) -> Trainer | None:
+def restored(run: LocalStorage, optim: OptimConfig = OPTIM) -> Trainer | None:
     folder = run.root.with_name("restored")
     shutil.rmtree(folder, ignore_errors=True)
     if fetch_newest(run, folder) is None:
         return None
-    fresh = Trainer(seed=99)
+    fresh = Trainer(seed=99, optim=optim)
     state = restore_checkpoint(folder, fresh.model, fresh.optimizer)
     assert state.run == RECORD
     fresh.step = state.step
@@ -173,26 +181,28 @@ def test_arithmetic_is_what_it_turned_out_to_be(tmp_path: Path, monkeypatch: pyt
         assemble(PretrainTask, config.model_copy(update={"training": training}), context)
 
 
-def test_a_restored_run_goes_on_bitwise_the_same(run: LocalStorage, tmp_path: Path) -> None:
-    trainer = Trainer()
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+def test_a_restored_run_goes_on_bitwise_the_same(optimizer: OptimizerName, run: LocalStorage, tmp_path: Path) -> None:
+    optim = OPTIM.model_copy(update={"optimizer": optimizer})
+    trainer = Trainer(optim=optim)
     trainer.train(3)
     trainer.save(run, tmp_path)
-    resumed = restored(run)
+    resumed = restored(run, optim)
     assert resumed is not None and resumed.same_as(trainer)
     trainer.train(4)
     resumed.train(4)
     assert resumed.same_as(trainer)
     # What a checkpoint does not hold would show here: the moments and the step count of AdamW.
-    forgetful = restored(run)
+    forgetful = restored(run, optim)
     assert forgetful is not None
     forgetful.optimizer.state.clear()
     forgetful.train(4)
     assert not forgetful.same_as(trainer)
     # The first checkpoint may be taken before the first step, when the optimiser has no state yet.
     fresh = LocalStorage(tmp_path / "fresh")
-    untrained, twin = Trainer(), Trainer()
+    untrained, twin = Trainer(optim=optim), Trainer(optim=optim)
     untrained.save(fresh, tmp_path)
-    resumed = restored(fresh)
+    resumed = restored(fresh, optim)
     assert resumed is not None
     resumed.train(2)
     twin.train(2)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,18 +89,25 @@ def configured(digits: str, folder: Path, **changes: Any) -> FinetuneConfig:
 # --- Rates by layer -------------------------------------------------------------------------------------------------
 
 
+class SameGradient(nn.Module):
+    """A loss whose gradient is 3 for each number of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, given: Tensor) -> Any:
+        return SimpleNamespace(sample_loss=sum(3.0 * p.sum() for p in self.model.parameters())[None])
+
+
 @pytest.mark.parametrize("encoder", [CRATE, VIT])
 def test_each_layer_moves_at_the_rate_of_its_depth(encoder: CrateMAEConfig | ViTMAEConfig) -> None:
     """AdamW's first step moves every number by the learning rate, whatever its gradient, and decays weights by it."""
     model = Classifier(encoder, CLASSES)
     optimizer = build_layerwise_optimizer(model, OptimConfig(weight_decay=0.5, eps=1e-12), layer_decay=0.5)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 3.0)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for _ in range(2):  # rates are set anew each time, and do not build up
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01
-        optimizer.step()
+        train_step(SameGradient(model), optimizer, torch.zeros(1), torch.zeros(1), batch_size=1, lr=0.01)
     for name, parameter in model.named_parameters():
         layer = {"autoencoder.patch_embed": 0, "autoencoder.cls_token": 0, "norm": 4, "head": 4}
         layer |= {f"autoencoder.encoder.{number}": number + 1 for number in range(3)}

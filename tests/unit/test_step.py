@@ -28,6 +28,7 @@ from crate_ray.config import (
     DataConfig,
     FinetuneConfig,
     OptimConfig,
+    OptimizerName,
     PretrainConfig,
     TrainingConfig,
     ViTMAEConfig,
@@ -362,17 +363,21 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointed", "optimizer"), [(False, "adamw"), (True, "adamw"), (False, "lion"), (False, "muon")]
+)
 @pytest.mark.parametrize("config", [CONFIG, ViTMAEConfig(image_size=8, patch_size=2, dim=16, num_heads=2, depth=1)])
-def test_a_step_never_waits_for_the_device(config: CrateMAEConfig | ViTMAEConfig, checkpointed: bool) -> None:
+def test_a_step_never_waits_for_the_device(
+    config: CrateMAEConfig | ViTMAEConfig, checkpointed: bool, optimizer: OptimizerName
+) -> None:
     model = build_model(config)
     model.checkpoint_layers = checkpointed
-    optimizer, (images, noise) = build_optimizer(model, OptimConfig()), batch64(4)
+    built, (images, noise) = build_optimizer(model, OptimConfig(optimizer=optimizer)), batch64(4)
     step: dict[str, Any] = {"batch_size": 4, "micro_steps": 2, "lr": 1e-3, "clip_norm": 1.0, "autocast": torch.bfloat16}
     with pytest.raises(AssertionError), NoWaiting():
         images.sum().item()
     with NoWaiting():
-        train_step(model, optimizer, images.float(), noise, **step)
+        train_step(model, built, images.float(), noise, **step)
 
 
 class Copies(TorchDispatchMode):
