@@ -29,7 +29,8 @@ class EvaluatedModel:
     @property
     def title(self) -> str:
         """Title in reports."""
-        kind = "CRATE-MAE" if isinstance(self.model, CrateMAE) else "ViT-MAE"
+        crate = "CRATE-MAE" if self.model.has_decoder else "CRATE"
+        kind = crate if isinstance(self.model, CrateMAE) else "ViT-MAE"
         words = {"trained": f"trained {kind}", "untrained": f"untrained {kind}", "baseline": f"baseline {kind}"}
         return words[self.name]
 

@@ -286,7 +286,10 @@ def _reshaped(state: Mapping[str, Tensor], layout: Layout, config: CrateMAEConfi
     for index in range(config.depth if layout.codebooks > 1 else 0):
         name = _in_first_layer(layout, "mssa.subspaces").replace(".0.", f".{index}.", 1)
         if state[name].shape != (layout.codebooks * rows, config.dim):
-            continue  # `check_tensors` says it
+            raise UserError(
+                f"shapes in the checkpoint differ from those of the config: {name} {tuple(state[name].shape)} instead "
+                f"of {(layout.codebooks * rows, config.dim)}"
+            )
         first, *others = state[name].chunk(layout.codebooks)
         if not all(torch.equal(first, other) for other in others):
             raise UserError(

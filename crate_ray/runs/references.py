@@ -6,8 +6,8 @@
     runs/mine/model                             an exported model (model.safetensors and model.json)
     models:/<name>@<alias>, models:/<name>/<version>    a model in MLflow's registry
     runs:/<id>, <id>                            a run by its MLflow id; also with @<step> or @best
-    weights.pth, published:<file>               a published checkpoint of CRATE-MAE or ViT-MAE (.pth .pt .ckpt .bin
-                                                .safetensors, also .pth.tar)
+    weights.pth, published:<file>               a published checkpoint of CRATE-MAE, CRATE, CRATE-α or ViT-MAE (.pth .pt
+                                                .ckpt .bin .safetensors, also .pth.tar)
 
 Folders and files may be local or on S3 (s3://bucket/prefix).
 """

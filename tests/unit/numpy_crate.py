@@ -94,13 +94,13 @@ def crate_encoder_layer(
     """Encoder layer (7)."""
     name = f"encoder.{index}"
     codebook = state[f"{name}.mssa.subspaces"]
-    normed = norm(state, f"{name}.mssa_norm", z, 1e-5)
+    normed = norm(state, f"{name}.mssa_norm", z, config.norm_eps)
     hidden = removed if config.attend_to == "visible" else set()
     update, maps = mssa(state, config, f"{name}.mssa", codebook, normed, hidden)
     result.attention.append(np.stack([a.T for a in maps]))
     result.keys.append((codebook @ normed).T)
     half = z + scaled(state, f"{name}.mssa_scale", update)
-    step = ista(state, config, f"{name}.ista", norm(state, f"{name}.ista_norm", half, 1e-5))
+    step = ista(state, config, f"{name}.ista", norm(state, f"{name}.ista_norm", half, config.norm_eps))
     return half + scaled(state, f"{name}.ista_scale", step) if config.residual == "all" else step
 
 
@@ -109,7 +109,7 @@ def crate_decoder_layer(state: State, config: CrateMAEConfig, index: int, y: Arr
     name, mirrored = f"decoder.{index}", f"encoder.{config.depth - 1 - index}"
     tied = config.decoder_maps == "tied"
     codebook = state[f"{mirrored if tied else name}.mssa.subspaces"]
-    normed = norm(state, f"{name}.expansion_norm", y, 1e-5)
+    normed = norm(state, f"{name}.expansion_norm", y, config.norm_eps)
     if config.dictionary == "overcomplete":
         half = ista(state, config, f"{name}.ista", normed)
     else:
@@ -117,7 +117,7 @@ def crate_decoder_layer(state: State, config: CrateMAEConfig, index: int, y: Arr
         half = np.maximum(E @ normed, 0) if config.decoder_activation == "relu" else E @ normed
     if config.residual == "all":
         half = y + scaled(state, f"{name}.expansion_scale", half)
-    update = mssa(state, config, f"{name}.mssa", codebook, norm(state, f"{name}.mssa_norm", half, 1e-5))[0]
+    update = mssa(state, config, f"{name}.mssa", codebook, norm(state, f"{name}.mssa_norm", half, config.norm_eps))[0]
     return half - scaled(state, f"{name}.mssa_scale", update)
 
 
@@ -169,11 +169,18 @@ def forward(
         keep = set(sorted(range(count), key=lambda n: (noise_N[n], n))[: config.num_visible])
     result.mask = np.array([0.0 if n in keep else 1.0 for n in range(count)])
 
+    last_eps = config.last_norm_eps if crate else 1e-6
+    if crate and config.positions == "learned":
+        positions_ND = state["positions"][0]
     columns = [state["cls_token"].ravel()]
     for n, patch in enumerate(patches):
         if n in keep:
             kernel = state["patch_embed.weight"]
+            if crate and config.patch_norm:
+                patch = norm(state, "patch_norm", patch.reshape(-1, 1), config.norm_eps).reshape(patch.shape)
             token = np.einsum("dchw,hwc->d", kernel, patch) + state["patch_embed.bias"]
+            if crate and config.patch_norm:
+                token = norm(state, "embedding_norm", token[:, None], config.norm_eps)[:, 0]
         elif visible_only:
             continue
         else:
@@ -186,7 +193,7 @@ def forward(
         else:
             z = transformer_layer(state, f"encoder.{index}", config.num_heads, z, result)
         result.encoder_layers.append(z.T)
-    z = norm(state, "encoder_norm", z, 1e-6)
+    z = norm(state, "encoder_norm", z, last_eps)
     result.tokens = z.T
     if noise_N is None:
         return result
@@ -205,7 +212,7 @@ def forward(
             assert config.decoder_num_heads is not None
             y = transformer_layer(state, f"decoder.{index}", config.decoder_num_heads, y, None)
         result.decoder_layers.append(y.T)
-    result.prediction = linear(state, "prediction", norm(state, "decoder_norm", y, 1e-6)[:, 1:]).T
+    result.prediction = linear(state, "prediction", norm(state, "decoder_norm", y, last_eps)[:, 1:]).T
 
     errors = []
     for n, patch in enumerate(patches):

@@ -55,6 +55,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "visible keys": {"attend_to": "visible", "threshold": "learned", "initialization": "small"},
     "all residuals": {"residual": "all", "layer_scale": 0.1, "decoder_activation": "relu"},
     "overcomplete": {"residual": "all", "dictionary": "overcomplete", "dictionary_expansion": 2},
+    "tokens of CRATE": {
+        "positions": "learned", "patch_norm": True, "output_bias": False, "norm_eps": 0.1, "last_norm_eps": 0.2,
+    },
 }  # fmt: skip
 MODELS: list[Any] = [pytest.param(CrateMAEConfig(**SMALL, **switch), id=name) for name, switch in SWITCHES.items()]
 MODELS.append(pytest.param(ViTMAEConfig(**VIT), id="vit"))
@@ -206,6 +209,11 @@ def configs(draw: st.DrawFn) -> CrateMAEConfig | ViTMAEConfig:
         decoder_maps=decoder_maps,
         decoder_depth=shared["depth"] if decoder_maps == "tied" else draw(st.integers(1, 2)),
         output_map=draw(st.sampled_from(["learned", "tied"])),
+        output_bias=draw(st.booleans()),
+        positions=draw(st.sampled_from(["sincos", "learned"])),
+        patch_norm=draw(st.booleans()),
+        norm_eps=draw(st.sampled_from([1e-5, 0.1])),
+        last_norm_eps=draw(st.sampled_from([1e-6, 0.2])),
         attention=attention,
         encoder_tokens=encoder_tokens,
         sparsity_lambda=sparsity_lambda,
@@ -222,6 +230,7 @@ def as_numpy(tensor: Tensor) -> Any:
 @example(config=CrateMAEConfig(**SMALL, **SWITCHES["visible keys"]), seed=1)
 @example(config=CrateMAEConfig(**SMALL, **SWITCHES["all residuals"]), seed=2)
 @example(config=CrateMAEConfig(**SMALL, **SWITCHES["overcomplete"]), seed=3)
+@example(config=CrateMAEConfig(**SMALL, **SWITCHES["tokens of CRATE"]), seed=4)
 def test_equals_equations(config: CrateMAEConfig | ViTMAEConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     model = build_model(config).double()
