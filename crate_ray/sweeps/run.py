@@ -136,7 +136,10 @@ def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> S
 
 
 def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
-    """Key of the sweep in MLflow. The settings are stored at the first start, and compared with at later ones."""
+    """Key of the sweep in MLflow.
+
+    The settings are stored at the first start, and later ones are compared with them, unless no trial has started yet.
+    """
     may_change = {"trials", "hours", "patience", "min_delta", "max_concurrent", "tracking"}
     may_change |= {"register_best", "base"}  # its content is in `shared`
     # Trials take these groups from the sweep, and in the base they may hold secrets.
@@ -146,19 +149,27 @@ def _key(folder: Storage, sweep: SweepConfig, shared: dict[str, Any]) -> str:
     try:
         then = json.loads(folder.read_small(RECORD_FILE))
     except NotFound:
-        then = {"key": uuid.uuid4().hex, **now}
-        folder.write(RECORD_FILE, json.dumps(then, indent=2).encode())
+        then = _write_settings(folder, now)
     for name in ("tracking", "s3"):  # of earlier versions
         then["shared"].pop(name, None)
     # Earlier versions had fewer settings: the others have their defaults.
     earlier = SweepConfig.model_validate({**then["sweep"], "base": sweep.base})
     same = earlier.model_dump(mode="json", exclude=may_change) == now["sweep"]
     if not same or _numbers(then["shared"]) != _numbers(now["shared"]):
+        if not read_records(folder):  # the first start failed, perhaps for the settings that were changed since
+            return str(_write_settings(folder, now)["key"])
         raise UserError(
             f"sweep {sweep.name!r} at {sweep.storage} was started with other settings; choose another --name, or use "
             "the settings of its first start to continue it"
         )
     return str(then["key"])
+
+
+def _write_settings(folder: Storage, settings: dict[str, Any]) -> dict[str, Any]:
+    """Store the settings of a new sweep with a new key."""
+    settings = {"key": uuid.uuid4().hex, **settings}
+    folder.write(RECORD_FILE, json.dumps(settings, indent=2).encode())
+    return settings
 
 
 def _numbers(value: Any) -> Any:

@@ -474,6 +474,7 @@ SHIPPED: dict[str, type[Settings]] = {
     "serve": ServeConfig,
     "spoken-digits": PretrainConfig,
     "sweep-codebook": SweepConfig,
+    "sweep-sparsity": SweepConfig,
     "sweep-variants": SweepConfig,
 }
 

@@ -18,6 +18,7 @@ from crate_ray.sweeps.candidates import candidates
 from crate_ray.sweeps.run import _key
 from crate_ray.sweeps.search import TrialSearch
 from crate_ray.sweeps.space import shared_values, trial_config
+from crate_ray.sweeps.trial import TrialRecord, write_record
 
 BASE = {
     "model": {"image_size": 8, "patch_size": 2, "dim": 64, "depth": 2, "num_subspaces": 4},
@@ -124,5 +125,6 @@ def test_a_sweep_whose_base_was_read_by_yaml_1_1_is_continued(tmp_path: Path) ->
     folder = open_storage(str(tmp_path / "sweep"), S3Config())
     key = _key(folder, config, shared | {"optim": {"eps": "1e-6"}})
     assert _key(folder, config, shared) == key
+    write_record(folder, TrialRecord(trial="a", values={}, status="failed"))
     with pytest.raises(UserError, match="was started with other settings"):
         _key(folder, config, shared | {"optim": {"eps": 2e-6}})

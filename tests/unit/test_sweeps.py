@@ -199,5 +199,15 @@ def test_a_sweep_of_an_earlier_version_goes_on_although_settings_were_added_sinc
     folder.write(RECORD_FILE, json.dumps(stored).encode())
     assert _key(folder, config, shared_values(config)) == key
     other = config.model_copy(update={"against": "parameters"})
+    write_record(folder, records()[0])
     with pytest.raises(UserError, match="was started with other settings"):
         _key(folder, other, shared_values(other))
+
+
+def test_settings_of_a_sweep_without_trials_may_be_changed(tmp_path: Path) -> None:
+    """Its first start may have failed for these settings, such as too many workers for the cluster."""
+    config = sweep(tmp_path, SEARCH)
+    folder = open_storage(str(tmp_path / "sweep"), S3Config())
+    key = _key(folder, config, shared_values(config))
+    other = config.model_copy(update={"against": "parameters"})
+    assert _key(folder, other, shared_values(other)) not in ("", key)
