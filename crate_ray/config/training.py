@@ -16,14 +16,14 @@ OptimizerName = Literal["adamw", "lion", "muon"]
 class OptimConfig(Settings):
     """Optimizer, and its learning rate with linear warm-up and cosine decay, per step."""
 
-    optimizer: OptimizerName = "adamw"
-    """Optimizer. 'lion' (arXiv 2302.06675) stores one number per weight, 'adamw' two; it needs a learning rate 3 to 10
-    times smaller and a weight decay as many times larger. 'muon' (arXiv 2502.16982) is for the matrices of encoder and
-    decoder layers, with AdamW for all other parameters; it takes AdamW's learning rate and weight decay."""
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
     """Learning rate for a batch of 256; the peak learning rate is base_lr × batch_size / 256 (MAE)."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate, not scaled by the batch; overrides base_lr."""
+    optimizer: Advanced[OptimizerName] = "adamw"
+    """Optimizer. 'lion' (arXiv 2302.06675) stores one number per weight, 'adamw' two; it needs a learning rate 3 to 10
+    times smaller and a weight decay as many times larger. 'muon' (arXiv 2502.16982) is for the matrices of encoder and
+    decoder layers, with AdamW for all other parameters; it takes AdamW's learning rate and weight decay."""
     min_lr: Advanced[Annotated[float, Field(ge=0)]] = 0.0
     """Learning rate at the last step."""
     warmup: Annotated[float, Field(ge=0)] = 0.05
