@@ -18,6 +18,7 @@ from crate_ray.evaluation.layers import Structure
 from crate_ray.evaluation.learning import Learning
 from crate_ray.evaluation.reconstruction import VISIBLE_MEAN, Pictures, Reconstruction
 from crate_ray.evaluation.segmentation import Example, MapScore, Segmentation
+from crate_ray.structure.signals import norm_over_weights
 
 _INK = {"trained": "#0072B2", "untrained": "#7F7F7F", "baseline": "#D55E00", "control": "#009E73"}
 _MARKER = {"trained": "o", "untrained": "s", "baseline": "^", "control": "D"}
@@ -242,8 +243,8 @@ def _signal(signals_of: dict[str, tuple[float, ...]], name: str) -> list[float]:
     depth = len(signals_of["token_cosine"])
     if name != "gradients":
         return list(signals_of.get(name, (np.nan,) * depth))
-    parts = [values for key, values in signals_of.items() if key.startswith("gradient of")]
-    return np.sqrt((np.array(parts) ** 2).sum(0)).tolist()
+    norms = norm_over_weights(values for key, values in signals_of.items() if key.startswith("gradient of"))
+    return norms or [np.nan] * depth
 
 
 def compression_steps(result: Structure) -> Image:

@@ -6,6 +6,8 @@ names are chosen so that the training loss comes first and the measures by layer
 
 from __future__ import annotations
 
+from typing import Literal
+
 LOSS = "train/loss"
 """Mean over the finite steps since the last log step."""
 LR = "train/lr"
@@ -48,6 +50,9 @@ PROBE_ACCURACY = "validation/probe_accuracy"
 EFFECTIVE_RANK = "validation/effective_rank"
 
 _BAD_SAMPLES = "train_data/bad_samples_"
+SignalPlace = Literal["encoder_first", "encoder_last", "decoder_last"]
+"""Layers whose signals of learning are metrics."""
+_SIGNALS = "train_signals/"
 _LAYERS = "validation_layers/"
 
 
@@ -59,6 +64,11 @@ def bad_samples(cause: str) -> str:
 def bad_samples_cause(metric: str) -> str | None:
     """The cause in a metric name that `bad_samples` made; None for other metrics."""
     return metric.removeprefix(_BAD_SAMPLES) if metric.startswith(_BAD_SAMPLES) else None
+
+
+def learning_signal(signal: str, place: SignalPlace) -> str:
+    """Name of a layer's signal of learning (see structure.signals) on the run's probe batch, masked as in training."""
+    return f"{_SIGNALS}{signal}_{place}"
 
 
 def layer_measure(measure: str, layer: int) -> str:

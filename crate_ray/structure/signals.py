@@ -5,6 +5,8 @@ They are measured on masked images, as in training, so that they explain a run t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -45,6 +47,11 @@ class Signals:
     gradients: dict[str, list[float]] = field(default_factory=dict)
     """Norm of the loss's gradient by weight: U, W, D, E of CRATE; QKV, W and the MLP of a transformer."""
 
+    @property
+    def gradient_norm(self) -> list[float]:
+        """Norm of the loss's gradient over these weights of a layer. Empty if the layers have none of them."""
+        return norm_over_weights(self.gradients.values())
+
 
 @dataclass
 class ModelSignals:
@@ -54,6 +61,11 @@ class ModelSignals:
     decoder: Signals
     visible_share: float
     """Share of visible patches: `visible_attention` of uniform attention."""
+
+
+def norm_over_weights(norms: Iterable[Sequence[float]]) -> list[float]:
+    """Norms by layer over several weights, from the norms of each weight by layer."""
+    return [math.hypot(*layer) for layer in zip(*norms, strict=True)]
 
 
 def measure_signals(model: MaskedAutoencoder, images: Tensor, noise: Tensor) -> ModelSignals:
@@ -146,9 +158,13 @@ def _to_visible(maps_BKTT: Tensor, removed_BN: Tensor) -> float:
 
 def _gradients(model: MaskedAutoencoder, images: Tensor, noise: Tensor, encoder: Signals, decoder: Signals) -> None:
     parameters = dict(model.named_parameters())
+    checkpoint_layers = model.checkpoint_layers
+    # The gradients are the same, but need less memory. A training step may have fewer images, or half precision.
+    model.checkpoint_layers = True
     with torch.enable_grad():
         loss = model(images, noise).loss
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    model.checkpoint_layers = checkpoint_layers
     norms = {
         name: float(gradient.norm()) for name, gradient in zip(parameters, found, strict=True) if gradient is not None
     }

@@ -6,7 +6,8 @@ All uses of private names of the compiler are in this file. tests/unit/test_comp
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,20 @@ def compile_layers(
         return False
     compilation.has_worked = True
     return True
+
+
+@contextmanager
+def eager_layers(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Context manager in which layers run without compilation, also in passes with gradients.
+
+    Their programs stay as they are. Otherwise an odd number of images would be compiled anew.
+    """
+    compiled = {layer: vars(layer).pop("forward") for layer in layers if "forward" in vars(layer)}
+    try:
+        yield
+    finally:
+        for layer, forward in compiled.items():
+            layer.forward = forward
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,12 +76,19 @@ def attention_picture(images_BCHW: Tensor, maps_BKhw: Tensor, limits: tuple[Tens
     return _tiled(rows)
 
 
-def layers_picture(measures_by_step: Mapping[int, Mapping[str, Sequence[float]]], titles: Mapping[str, str]) -> bytes:
+def layers_picture(
+    measures_by_step: Mapping[int, Mapping[str, Sequence[float | None]]],
+    titles: Mapping[str, str],
+    encoder_depth: int | None = None,
+    log_scale: Collection[str] = (),
+) -> bytes:
     """PNG with a chart per measure: its value by layer, one line for each step; later steps are darker.
 
     Args:
-        measures_by_step: values by layer, by measure, by step.
+        measures_by_step: values by layer, by measure, by step. Steps that lack a measure are left out; None is a gap.
         titles: titles by measure, of the measures to show.
+        encoder_depth: number of encoder layers if the decoder's follow, behind a vertical line; None if there are none.
+        log_scale: measures on a logarithmic scale.
     """
     from matplotlib import colormaps, rc_context  # as above
     from matplotlib.figure import Figure
@@ -90,14 +97,18 @@ def layers_picture(measures_by_step: Mapping[int, Mapping[str, Sequence[float]]]
     with rc_context(style):
         figure = Figure(figsize=(3.2 * len(titles), 3), layout="constrained")
         axes = figure.subplots(1, len(titles), squeeze=False)[0]
-        steps = sorted(measures_by_step)
+        steps = sorted(step for step, measures in measures_by_step.items() if measures.keys() >= titles.keys())
         for axis, (measure, title) in zip(axes, titles.items(), strict=True):
             for place, step in enumerate(steps, 1):
-                values = measures_by_step[step][measure]
+                values = np.array(measures_by_step[step][measure], dtype=float)
                 colour = colormaps["viridis_r"](0.15 + 0.85 * place / len(steps))
                 axis.plot(range(1, len(values) + 1), values, marker="o", ms=3, color=colour, label=f"step {step:,}")
             axis.set_title(title, fontsize=10)
-            axis.set_xlabel("encoder layer")
+            if measure in log_scale:
+                axis.set_yscale("log")
+            if encoder_depth is not None:
+                axis.axvline(encoder_depth + 0.5, color="0.7", linewidth=0.8)
+            axis.set_xlabel("encoder layer" if encoder_depth is None else "encoder | decoder layer")
             axis.set_xlim(0.5, len(values) + 0.5)
             axis.xaxis.get_major_locator().set_params(integer=True)
         named = sorted({0, len(steps) // 2, len(steps) - 1})

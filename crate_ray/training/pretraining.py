@@ -18,6 +18,7 @@ from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import Normalizer
 from crate_ray.models.flops import training_flops
 from crate_ray.runs.metrics import VALIDATION_LOSS
+from crate_ray.training.compilation import eager_layers
 from crate_ray.training.optimizer import build_optimizer
 from crate_ray.training.parallel import is_sharded, whole_weights
 from crate_ray.training.probe_batch import ProbeBatch, ProbeResult
@@ -45,7 +46,7 @@ class PretrainTask(Task):
         self.measure_every = config.probe.every if config.probe else None
 
     def build_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW."""
+        """The optimizer of the settings."""
         return build_optimizer(self.model, self._config.optim)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,9 @@ class PretrainTask(Task):
                 return None
             model = self._replica
             model.load_state_dict(weights)
-        return partial(self._probe_batch.draw, self._probe_batch.observe(model, step))
+        with eager_layers(self.layers):
+            seen = self._probe_batch.observe(model, step)
+        return partial(self._probe_batch.draw, seen)
 
     @cached_property
     def _replica(self) -> MaskedAutoencoder:

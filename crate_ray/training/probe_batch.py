@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ from crate_ray.data.loader import evaluation_loader
 from crate_ray.errors import UserError, invalid_value
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import Normalizer
-from crate_ray.runs.metrics import layer_measure
+from crate_ray.runs.metrics import SignalPlace, layer_measure, learning_signal
 from crate_ray.storage.interface import NotFound, Storage
 from crate_ray.structure.attention import patch_maps
 from crate_ray.structure.layerwise import measure_layers
+from crate_ray.structure.signals import ModelSignals, Signals, measure_signals
 from crate_ray.training.pictures import (
     attention_picture,
     layers_picture,
@@ -34,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 MEASURES_FILE = "layer_measures.json"
 """In the run's folder: measures by layer, by name, by step."""
-_Measures = dict[str, list[float]]
-_MEASURES: TypeAdapter[dict[Count, _Measures]] = TypeAdapter(dict[Count, _Measures])
+_Measures = Mapping[str, Sequence[float | None]]
+_MEASURES = TypeAdapter(dict[Count, dict[str, list[float | None]]])
 _SAMPLES = 8
 
 LAYER_METRICS = {
@@ -46,15 +48,24 @@ LAYER_METRICS = {
 }
 """Measures by layer: name in MLflow (see runs.metrics.layer_measure), field of structure.layerwise.LayerMeasures, title
 in the picture."""
+SIGNALS = {
+    "token_cosine": "cosine between tokens",
+    "token_rank": "effective rank of the tokens",
+    "unused_codes": "share of unused codes",
+    "visible_attention": "attention to visible patches",
+    "gradient_norm": "gradient norm",
+}
+"""Signals of learning: name in MLflow (see runs.metrics.learning_signal) and in structure.signals.Signals, title in the
+picture."""
 
 
 class ProbeResult(NamedTuple):
     """Result of a probe after a step."""
 
     metrics: dict[str, float]
-    """Measures by layer, means over the samples; for the names see runs.metrics.layer_measure."""
+    """Measures by layer and signals of learning; for the names see runs.metrics."""
     pictures: dict[str, bytes]
-    """PNGs by name: reconstruction, attention, layers."""
+    """PNGs by name: reconstruction, attention, layers, signals."""
 
 
 class Observation(NamedTuple):
@@ -65,8 +76,10 @@ class Observation(NamedTuple):
     """See pictures.reconstruction_rows."""
     attention: Tensor
     """(B, K, h, w) attention of the last layer's CLS token, by head."""
-    measures: _Measures
-    """Means over the samples by layer, by name."""
+    measures: dict[str, list[float]]
+    """Means over the samples by encoder layer, by name."""
+    signals: ModelSignals
+    """Of the masked samples."""
 
 
 class ProbeBatch:
@@ -101,33 +114,70 @@ class ProbeBatch:
 
     @torch.no_grad()
     def observe(self, model: MaskedAutoencoder, step: int) -> Observation:
-        """Run the model, which has fp32 weights, on the samples after so many steps. `draw` does the rest."""
+        """Run the model, which has fp32 weights, on the samples after so many steps. `draw` does the rest.
+
+        Layers must not be compiled (see compilation.eager_layers). Weights, their gradients and the state of random
+        numbers do not change.
+        """
         was_training = model.training
         model.eval()
         images = self._device_images
         rows = reconstruction_rows(model, self._normalizer, images, self._noise)
         attention = patch_maps(model, self._normalizer(images)).attention[:, -1]
         means = measure_layers(model, self._normalizer(images)).means()
+        measures = {name: means[field] for name, (field, _) in LAYER_METRICS.items()}
+        signals = measure_signals(model, self._normalizer(images), self._noise)
         model.train(was_training)
-        return Observation(step, rows, attention, {name: means[field] for name, (field, _) in LAYER_METRICS.items()})
+        return Observation(step, rows, attention, measures, signals)
 
     def draw(self, seen: Observation) -> ProbeResult:
         """Draw an observation. It needs neither model nor device, so training can go on meanwhile."""
         earlier = {known: values for known, values in self._measures.items() if known < seen.step}
-        self._measures = earlier | {seen.step: seen.measures}
+        self._measures = earlier | {seen.step: {**seen.measures, **_by_layer(seen.signals)}}
         _write_measures(self._run, self._measures)
         titles = {name: title for name, (_, title) in LAYER_METRICS.items()}
+        uniform = f"{SIGNALS['visible_attention']} (uniform: {seen.signals.visible_share:.2g})"
         pictures = {
             "reconstruction": reconstruction_picture(seen.rows, self._range),
             "attention": attention_picture(self.images, seen.attention, self._range),
             "layers": layers_picture(self._measures, titles),
+            "signals": layers_picture(
+                self._measures,
+                SIGNALS | {"visible_attention": uniform},
+                encoder_depth=len(seen.signals.encoder.token_cosine),
+                log_scale=("gradient_norm",),
+            ),
         }
         metrics = {
             layer_measure(name, layer): value
             for name, values in seen.measures.items()
             for layer, value in enumerate(values, 1)
         }
-        return ProbeResult(metrics, pictures)
+        return ProbeResult(metrics | dict(_signal_metrics(seen.signals)), pictures)
+
+
+def _by_layer(signals: ModelSignals) -> _Measures:
+    """Signals of the encoder's layers, then of the decoder's, by name. None for layers that do not have a signal."""
+    return {
+        name: [
+            value
+            for part in (signals.encoder, signals.decoder)
+            for value in getattr(part, name) or [None] * len(part.token_cosine)
+        ]
+        for name in SIGNALS
+    }
+
+
+def _signal_metrics(signals: ModelSignals) -> Iterator[tuple[str, float]]:
+    layers: dict[SignalPlace, tuple[Signals, int]] = {
+        "encoder_first": (signals.encoder, 0),
+        "encoder_last": (signals.encoder, -1),
+        "decoder_last": (signals.decoder, -1),
+    }
+    for name in SIGNALS:
+        for place, (part, layer) in layers.items():
+            if values := getattr(part, name):
+                yield learning_signal(name, place), values[layer]
 
 
 def _read_measures(run: Storage | None) -> dict[int, _Measures]:
@@ -136,7 +186,7 @@ def _read_measures(run: Storage | None) -> dict[int, _Measures]:
         return {}
     try:
         stored = _MEASURES.validate_json(run.read(MEASURES_FILE))
-        return {step: values for step, values in stored.items() if values.keys() == LAYER_METRICS.keys()}
+        return {step: values for step, values in stored.items() if values.keys() >= LAYER_METRICS.keys()}
     except NotFound:
         return {}
     except (OSError, UserError, ValidationError) as error:
@@ -145,7 +195,7 @@ def _read_measures(run: Storage | None) -> dict[int, _Measures]:
         return {}
 
 
-def _write_measures(run: Storage | None, measures: dict[int, _Measures]) -> None:
+def _write_measures(run: Storage | None, measures: Mapping[int, _Measures]) -> None:
     """Store the measures. If this fails, only a later picture lacks some lines, so the error is only logged."""
     if run is None:
         return
