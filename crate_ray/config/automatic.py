@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 from crate_ray.config.base import Kind
 from crate_ray.config.models import CRATE_PRESETS
+from crate_ray.config.training import OptimConfig
 
 GIB = 2**30
 _GPU_PRESETS = ((20_000, "tiny"), (200_000, "small"), (5_000_000, "base"))
 _NICE_EPOCHS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 600, 800)
 _BASE_LR, _LEAST_LR = 1.5e-4, 5e-4
+_LION = 5  # Lion's learning rate is 3 to 10 times smaller than AdamW's, its weight decay as much larger (2302.06675)
 _FEW_PATCHES = 16  # with so few patches, hide only half of them
 _MOST_IMAGES_HELD_OUT = 10_000
 
@@ -99,6 +101,10 @@ def choose(data: DataFacts, machine: MachineFacts, given: dict[str, Any] | None 
     lr = max(_BASE_LR * batch / 256, _LEAST_LR)
     rule = f"{_BASE_LR:g} × batch / 256"
     lr_reason = rule if lr > _LEAST_LR else f"{rule}, but at least {_LEAST_LR:g}"
+    decay: dict[str, float] = {}
+    if optim.get("optimizer") == "lion" and not (optim.get("lr") or optim.get("base_lr")):
+        lr, lr_reason = lr / _LION, f"{lr_reason}, divided by {_LION} for Lion"
+        decay = {"weight_decay": OptimConfig().weight_decay * _LION}
     epochs, length_reason = _epochs(data, machine, patches)
     steps = _steps(training, epochs, max(1, data.num_samples // batch))
     every = min(500, max(10, steps // 10))
@@ -111,7 +117,7 @@ def choose(data: DataFacts, machine: MachineFacts, given: dict[str, Any] | None 
             **({} if _has_sizes(model) else {"preset": preset}),
         },
         "training": {"batch_size": batch, "epochs": epochs},
-        "optim": {"lr": lr},
+        "optim": {"lr": lr, **decay},
         "scaling": {"workers": workers},
         "checkpoint": {"every_steps": every},
         "tracking": {"picture_every": every},

@@ -126,6 +126,10 @@ def test_what_is_given_wins_and_the_rest_follows_from_it() -> None:
     assert (vit.scaling.workers, vit.training.batch_size) == ((2, 4), 16)
     reasons = choose(PHOTOS, CPU, {"training": {"steps": 7}, "optim": {"lr": 1}}).reasons
     assert reasons["length"].startswith("7 steps as given") and reasons["batch"].endswith("learning rate as given")
+    lion, adamw = (settings(PHOTOS, CPU, {"optim": {"optimizer": name}}).optim for name in ("lion", "adamw"))
+    assert adamw.lr and (lion.lr, lion.weight_decay) == (adamw.lr / 5, adamw.weight_decay * 5)
+    given = settings(PHOTOS, CPU, {"optim": {"optimizer": "lion", "lr": 1e-3}}).optim
+    assert (given.lr, given.weight_decay) == (1e-3, adamw.weight_decay)
     # What is not valid is not chosen by, and refused by validation.
     with pytest.raises(UserError, match="setting 'training.batch_size' is 'many'"):
         settings(PHOTOS, CPU, {"training": {"batch_size": "many"}})
