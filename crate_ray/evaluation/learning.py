@@ -10,7 +10,7 @@ import torch
 from crate_ray.config import Record
 from crate_ray.data.batch import Batch
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
-from crate_ray.structure.signals import measure_signals
+from crate_ray.structure.signals import Signals, measure_signals
 from crate_ray.training.step import probe_noise
 
 _IMAGES = 64
@@ -60,18 +60,16 @@ def measure_learning(
         found = measure_signals(model, evaluated.normalizer(device)(images.to(device)), noise)
         model.cpu()
         share = found.visible_share
-        encoder, decoder = (
-            {
-                name: tuple(values)
-                for name, values in {
-                    **{f.name: getattr(signals, f.name) for f in dataclasses.fields(signals) if f.name != "gradients"},
-                    **{f"gradient of {part}": values for part, values in signals.gradients.items()},
-                }.items()
-                if values
-            }
-            for signals in (found.encoder, found.decoder)
+        models[evaluated.name] = ModelLearning(
+            title=evaluated.title, encoder=by_name(found.encoder), decoder=by_name(found.decoder)
         )
-        models[evaluated.name] = ModelLearning(title=evaluated.title, encoder=encoder, decoder=decoder)
     if "trained" not in models:
         return None
     return Learning(data=uri, images=len(images), visible_share=share, models=models)
+
+
+def by_name(signals: Signals) -> dict[str, tuple[float, ...]]:
+    """The signals that the layers have, as in ModelLearning."""
+    fields = {f.name: getattr(signals, f.name) for f in dataclasses.fields(signals) if f.name != "gradients"}
+    gradients = {f"gradient of {part}": values for part, values in signals.gradients.items()}
+    return {name: tuple(values) for name, values in (fields | gradients).items() if values}

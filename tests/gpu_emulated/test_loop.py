@@ -76,9 +76,9 @@ class Listener:
         return lambda *_: None
 
 
-def train(config: PretrainConfig, listener: Any = None) -> Trained:
+def train(config: PretrainConfig, listener: Any = None, task: type[PretrainTask] = PretrainTask) -> Trained:
     run = open_run(config)
-    return bare_loop.train(PretrainTask, config, run.record, run.total_steps, listeners=[listener or Listener()])
+    return bare_loop.train(task, config, run.record, run.total_steps, listeners=[listener or Listener()])
 
 
 @pytest.mark.parametrize(("micro_batch", "cuda_graph"), [(None, False), (4, False), (None, True)])
@@ -100,6 +100,24 @@ def test_the_loop_waits_at_its_first_and_log_steps_only(
     for name, weight in expected.weights.items():
         torch.testing.assert_close(done.weights[name], weight, rtol=1e-5, atol=1e-6)
     assert done.held_out[metrics.VALIDATION_LOSS] == pytest.approx(expected.held_out[metrics.VALIDATION_LOSS], rel=1e-5)
+
+
+class Probed(PretrainTask):
+    """Is probed, also where no pictures are made."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.probe_every = 5
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_probes_do_not_change_the_training(shapes: str, tmp_path: Path, cuda_graph: bool) -> None:
+    config = settings(shapes, tmp_path, cuda_graph=cuda_graph)
+    listener = Listener()
+    expected, done = train(config), train(config, listener, Probed)
+    assert all(torch.equal(done.weights[name], expected.weights[name]) for name in expected.weights)
+    name = metrics.learning_signal("gradient_norm", "decoder_last")
+    assert [step for step, values in sorted(listener.values.items()) if name in values] == [0, 5, 10, STEPS]
 
 
 def test_mfu_is_of_bf16_runs_only(shapes: str, tmp_path: Path) -> None:

@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from crate_ray.config import CrateMAEConfig, ViTMAEConfig
+from crate_ray.config import CrateMAEConfig, OptimConfig, ViTMAEConfig
+from crate_ray.evaluation import figures
+from crate_ray.evaluation.learning import Learning, ModelLearning, by_name
 from crate_ray.models import build_model
 from crate_ray.structure.coding_rate import effective_rank
 from crate_ray.structure.signals import measure_signals
+from crate_ray.training.optimizer import build_optimizer
+from crate_ray.training.step import train_step
 
 SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 3}
 MODELS = [
@@ -73,6 +79,43 @@ def test_signals_follow_their_definitions(config: CrateMAEConfig | ViTMAEConfig)
         if part in names:
             assert values == [pytest.approx(gradients[f"encoder.{i}.{names[part]}"], rel=1e-4) for i in range(3)]
     assert found.encoder.gradients and (found.decoder.gradients or config.architecture == "crate_mae")
+    for part, layers in ((found.encoder, model.encoder), (found.decoder, model.decoder)):
+        for i, norm in enumerate(part.gradient_norm):
+            squares = [part.gradients[name][i] ** 2 for name in part.gradients]
+            assert norm == pytest.approx(math.sqrt(sum(squares)))
+        assert len(part.gradient_norm) in (0, len(layers))
+
+
+def test_signals_leave_distributed_training_as_it_is() -> None:
+    """DDP synchronises gradients by hooks in the backward pass."""
+    images, noise = inputs()
+    config = CrateMAEConfig(**SMALL, num_subspaces=4)
+    weights = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for measured in (False, True):
+            torch.manual_seed(4)
+            model = build_model(config)
+            trained = DistributedDataParallel(model, static_graph=True, gradient_as_bucket_view=True)
+            optimizer = build_optimizer(model, OptimConfig())
+            for _ in range(4):
+                if measured:
+                    measure_signals(model, images.flip(0), noise)
+                train_step(trained, optimizer, images, noise, batch_size=3, lr=1e-2)
+            weights.append(list(model.parameters()))
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.equal(*pair) for pair in zip(*weights, strict=True))
+
+
+def test_layers_without_weights_of_their_own_have_no_gradients() -> None:
+    """A tied decoder with tied output maps; the report draws it all the same."""
+    model = build_model(CrateMAEConfig(**SMALL, num_subspaces=4, decoder_maps="tied", output_map="tied"))
+    signals = measure_signals(model, *inputs())
+    assert len(signals.encoder.gradient_norm) == 3 and signals.decoder.gradient_norm == []
+    trained = ModelLearning(title="trained", encoder=by_name(signals.encoder), decoder=by_name(signals.decoder))
+    drawn = figures.signals(Learning(data="here", images=3, visible_share=0.25, models={"trained": trained}))
+    assert b"gradient norm" in drawn.data
 
 
 def test_a_collapsed_model_is_seen() -> None:
