@@ -10,8 +10,8 @@ _LAYER = re.compile(r"(^|\.)(encoder|decoder)\.\d+\.")
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter has weight decay: not biases, norms and factors (one dimension), and tokens (`*_token`)."""
-    return parameter.ndim > 1 and not name.endswith("_token")
+    """Whether a parameter has weight decay: not biases, norms and factors (one dimension), tokens and positions."""
+    return parameter.ndim > 1 and not name.endswith(("_token", "positions"))
 
 
 def is_layer_matrix(name: str, parameter: Tensor) -> bool:

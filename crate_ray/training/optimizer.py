@@ -38,7 +38,7 @@ def learning_rate(step: int, total_steps: int, optim: OptimConfig, batch_size: i
 def build_optimizer(
     model: nn.Module, optim: OptimConfig, lr_scale: Callable[[str], float] | None = None
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of the settings; no weight decay on biases, norms (one dimension) and tokens (`*_token`).
+    """Build the optimizer of the settings; weight decay as in `parameters.decays`.
 
     Like a fused optimizer of torch, it makes no step if its attribute `found_inf` is 1, without waiting for the device.
     `lr_scale` gives for a parameter's name the factor of its learning rate, which `train_step` applies.

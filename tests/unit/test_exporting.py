@@ -42,7 +42,7 @@ MODELS: dict[str, ModelConfig] = {
         threshold="learned",
         attend_to="visible",
     ),
-    "encoder alone": CrateMAEConfig(
+    "crate encoder": CrateMAEConfig(
         **SIZES,
         num_subspaces=4,
         decoder_depth=0,
@@ -302,7 +302,8 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     if "logits" in content:
         names = list("abcdefg") if folder.name.endswith("cls") else [f"LABEL_{i}" for i in range(7)]
         assert list(classifier.config.id2label.values()) == names
-        assert abs(logits - torch.from_numpy(content["logits"])).max() < 1e-6, folder
+        # Another number of threads rounds differently.
+        assert abs(logits - torch.from_numpy(content["logits"])).max() < 1e-6 * abs(logits).max().clamp_min(1), folder
     else:  # a new head, and training reaches every parameter
         classifier(x, labels=torch.tensor([0, 1, 0])).loss.backward()
         assert all(parameter.grad is not None for parameter in classifier.parameters()), folder

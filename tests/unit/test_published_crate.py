@@ -24,6 +24,7 @@ from crate_ray.config import (
     EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
+    OptimConfig,
     PrepareConfig,
     PretrainConfig,
     S3Config,
@@ -46,6 +47,7 @@ from crate_ray.runs.references import load_encoder, load_weights
 from crate_ray.storage.interface import open_storage
 from crate_ray.tracking.registry import register
 from crate_ray.training.bare_loop import train
+from crate_ray.training.optimizer import build_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -493,3 +495,13 @@ def test_finetune(shapes: ShardSet, tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], value) for name, value in encoder.items())
     tuned = train(FinetuneTask, run.config, run.record, run.total_steps, weights=weights).weights
     assert [name for name in encoder if torch.equal(tuned[name], encoder[name])] == []
+
+
+def test_learned_positions_have_no_weight_decay() -> None:
+    model = CrateMAE(CrateMAEConfig(image_size=8, patch_size=4, dim=8, depth=1, num_subspaces=2, positions="learned"))
+    for group in build_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups:
+        for parameter in group["params"]:
+            free = parameter.ndim == 1 or any(
+                parameter is p for p in (model.positions, model.cls_token, model.mask_token)
+            )
+            assert group["weight_decay"] == (0.0 if free else 0.1)
