@@ -105,7 +105,7 @@ class SweepConfig(Settings):
     grace_steps: PositiveInt | None = None
     """Steps before which no trial is stopped early; by default a quarter of the run. Without early_stopping, this turns
     on 'asha'."""
-    reduction_factor: Advanced[Annotated[int, Field(ge=2)]] = 2
+    reduction_factor: Advanced[Annotated[int, Field(ge=2)]] = 3
     """ASHA continues one of this many trials at each rung."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the search."""
