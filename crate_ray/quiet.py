@@ -11,8 +11,12 @@ import re
 import sys
 from typing import Any, TextIO
 
-# Ray's native code prints this line in each run. It is about a restarted actor of Ray Train.
-_DROPPED = re.compile(r"Actor with class name: 'PreemptionWatcher' and ID: .* constructor arguments")
+# Ray's native code prints the first line in each run, about a restarted actor of Ray Train, and the second one in each
+# sweep with several trials at the same time.
+_DROPPED = re.compile(
+    r"Actor with class name: 'PreemptionWatcher' and ID: .* constructor arguments"
+    r"|\d+ PYTHON worker processes have been started on node"
+)
 
 
 def quiet_driver() -> None:
@@ -31,6 +35,8 @@ def set_up_ray_process() -> None:
     The process logs only errors of Ray Train, because Ray Train's warnings are about its own actors. RAY_ADDRESS is set
     to the address of the process's own Ray. Otherwise, if several Rays run on one machine, the Ray Train actor that
     watches a controller would ask the newest Ray about it, and take the controller for dead.
+
+    MLflow does not print the address of each trial of a sweep.
     """
     import ray
 
@@ -38,6 +44,7 @@ def set_up_ray_process() -> None:
 
     guard_output()  # Ray keeps the output of its processes in log files
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # the driver's may be "local" or "auto"
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     logging.getLogger("ray.train").setLevel(logging.ERROR)
 
 

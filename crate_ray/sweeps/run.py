@@ -200,8 +200,9 @@ def _run_trials(sweep: SweepConfig, shared: dict[str, Any], folder: Storage, par
     )
     keep_credentials_here()
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output of Ray Tune is not silent when it is told to be
-    # They advise to restore Ray Tune's state, and print tracebacks of failed trials, whose cause is in the record.
-    for name in ("tune", "analysis.experiment_analysis", "execution.tune_controller"):
+    # They advise to restore Ray Tune's state, print tracebacks of failed trials, whose cause is in the record, and warn
+    # of callbacks that take half a second.
+    for name in ("tune", "analysis.experiment_analysis", "execution.tune_controller", "utils.util"):
         logging.getLogger(f"ray.tune.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         tuner = tune.Tuner(
