@@ -291,9 +291,11 @@ class TrainingLoop:
             self.pictures = self.picture_thread.submit(self._report_probe, self.step, draw)
 
     def _report_probe(self, step: int, draw: Callable[[], ProbeResult]) -> None:
-        """In a thread: report pictures and measures by layer."""
+        """In a thread: report pictures, measures by layer and warnings."""
         result = draw()
         self.worker.reporter.metrics(step, result.metrics)
+        for text in result.notes:
+            self.worker.reporter.note(step, text)
         for name, png in result.pictures.items():
             self.worker.reporter.picture(step, name, png)
 

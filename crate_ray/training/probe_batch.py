@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from crate_ray.config import DataConfig, ModelConfig
+from crate_ray.config import CrateMAEConfig, DataConfig, ModelConfig
 from crate_ray.config.identifiers import Count
 from crate_ray.data.format.dataset import ShardSet
 from crate_ray.data.loader import evaluation_loader
@@ -39,6 +39,8 @@ MEASURES_FILE = "layer_measures.json"
 _Measures = Mapping[str, Sequence[float | None]]
 _MEASURES = TypeAdapter(dict[Count, dict[str, list[float | None]]])
 _SAMPLES = 8
+_ALIKE_COSINE, _ALIKE_RANK = 0.99, 1.5
+_LEAST_GRADIENT = 1e-3  # of the last decoder layer's
 
 LAYER_METRICS = {
     "coding_rate": ("rate_after", "coding rate R$^c$(LN Z | U) / nats"),
@@ -66,6 +68,8 @@ class ProbeResult(NamedTuple):
     """Measures by layer and signals of learning; for the names see runs.metrics."""
     pictures: dict[str, bytes]
     """PNGs by name: reconstruction, attention, layers, signals."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user."""
 
 
 class Observation(NamedTuple):
@@ -109,7 +113,8 @@ class ProbeBatch:
         """Loaded, not normalised, on the CPU."""
         self._device_images = batch.images.to(device)
         self._noise = probe_noise(batch.samples, model.num_patches).to(device)
-        self._normalizer, self._run = normalizer, run
+        self._normalizer, self._run, self._config = normalizer, run, model
+        self._warned = False
         self._measures = _read_measures(run)
 
     @torch.no_grad()
@@ -153,7 +158,39 @@ class ProbeBatch:
             for name, values in seen.measures.items()
             for layer, value in enumerate(values, 1)
         }
-        return ProbeResult(metrics | dict(_signal_metrics(seen.signals)), pictures)
+        return ProbeResult(metrics | dict(_signal_metrics(seen.signals)), pictures, self._notes(seen))
+
+    def _notes(self, seen: Observation) -> tuple[str, ...]:
+        """A warning when the model has collapsed. It is given once, and not before the first step."""
+        if self._warned or not seen.step or not has_collapsed(seen.signals):
+            return ()
+        self._warned = True
+        encoder, decoder = seen.signals.encoder, seen.signals.decoder
+        share = encoder.gradient_norm[0] / decoder.gradient_norm[-1]
+        cures = ["a lower optim.lr", "fewer layers"]
+        if isinstance(self._config, CrateMAEConfig):
+            if self._config.initialization != "small":
+                cures.append("model.initialization small")
+            if self._config.residual != "all":
+                cures.append("model.residual all")
+        return (
+            "the model seems to have collapsed: after the last encoder layer, an image's tokens are all alike (mean "
+            f"cosine {encoder.token_cosine[-1]:.3f}, effective rank {encoder.token_rank[-1]:.1f}), and the first "
+            f"encoder layer gets {share:.0e} of the last decoder layer's gradient; if the loss does not fall, start a "
+            f"new run with {', '.join(cures[:-1])} or {cures[-1]}",
+        )
+
+
+def has_collapsed(signals: ModelSignals) -> bool:
+    """Whether an image's tokens are all alike after the encoder, and hardly any gradient reaches the first layer.
+
+    Either alone also occurs in models that learn: deep published ones start with equal tokens.
+    """
+    encoder, decoder = signals.encoder, signals.decoder
+    if not (encoder.gradient_norm and decoder.gradient_norm):
+        return False
+    alike = encoder.token_cosine[-1] > _ALIKE_COSINE and encoder.token_rank[-1] < _ALIKE_RANK
+    return alike and encoder.gradient_norm[0] < _LEAST_GRADIENT * decoder.gradient_norm[-1]
 
 
 def _by_layer(signals: ModelSignals) -> _Measures:

@@ -107,6 +107,28 @@ def test_a_probe_measures_each_layer_and_leaves_the_model_as_it_was(config: Mode
     assert run_at(10, open_probe()).pictures["layers"] != second.pictures["layers"]
 
 
+@pytest.mark.parametrize("given", [SMALL | {"depth": 2, "num_subspaces": 2}, VIT], ids=["crate", "vit"])
+def test_a_collapsed_model_is_reported_once(given: dict[str, Any], tmp_path: Path) -> None:
+    settings = PrepareConfig(source="shapes", output=str(tmp_path / "data"))
+    pack(shapes_source("all", 20, 24, 0), open_storage(settings.output, settings.s3), settings)
+    config = (ViTMAEConfig if "architecture" in given else CrateMAEConfig).model_validate(given)
+    shards = load_dataset(open_storage(settings.output, settings.s3))
+    probe = ProbeBatch(shards, config, DataConfig(train="unused"), Normalizer.of((0.5,) * 3, (0.2,) * 3))
+    torch.manual_seed(0)
+    model = build_model(config)
+    sound = probe.observe(model, 5)
+    last: Any = model.encoder[-1]
+    with torch.no_grad():  # one large vector is added to every token
+        bias = (last.mssa.output if isinstance(config, CrateMAEConfig) else last.attention_output).bias
+        bias.copy_(1e6 * torch.randn(16))
+    collapsed = probe.observe(model, 10)
+    assert [probe.draw(seen).notes for seen in (collapsed._replace(step=0), sound)] == [(), ()]
+    (text,) = probe.draw(collapsed).notes
+    assert "mean cosine 1.000, effective rank 1.0" in text and "a lower optim.lr" in text
+    assert ("model.residual all" in text) == isinstance(config, CrateMAEConfig)
+    assert probe.draw(collapsed._replace(step=15)).notes == ()
+
+
 class Probed(PretrainTask):
     """Is probed every second step, also where no pictures are made."""
 
