@@ -50,8 +50,8 @@ PROBE_ACCURACY = "validation/probe_accuracy"
 EFFECTIVE_RANK = "validation/effective_rank"
 
 _BAD_SAMPLES = "train_data/bad_samples_"
-SignalPlace = Literal["encoder_first", "encoder_last", "decoder_last"]
-"""Layers whose signals of learning are metrics."""
+SignalPlace = Literal["first", "last", "decoder"]
+"""Layers whose signals of learning are metrics: the first and the last of the encoder, and the decoder's last."""
 _SIGNALS = "train_signals/"
 _LAYERS = "validation_layers/"
 

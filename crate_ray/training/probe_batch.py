@@ -207,9 +207,9 @@ def _by_layer(signals: ModelSignals) -> _Measures:
 
 def _signal_metrics(signals: ModelSignals) -> Iterator[tuple[str, float]]:
     layers: dict[SignalPlace, tuple[Signals, int]] = {
-        "encoder_first": (signals.encoder, 0),
-        "encoder_last": (signals.encoder, -1),
-        "decoder_last": (signals.decoder, -1),
+        "first": (signals.encoder, 0),
+        "last": (signals.encoder, -1),
+        "decoder": (signals.decoder, -1),
     }
     for name in SIGNALS:
         for place, (part, layer) in layers.items():

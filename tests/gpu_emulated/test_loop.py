@@ -116,7 +116,7 @@ def test_probes_do_not_change_the_training(shapes: str, tmp_path: Path, cuda_gra
     listener = Listener()
     expected, done = train(config), train(config, listener, Probed)
     assert all(torch.equal(done.weights[name], expected.weights[name]) for name in expected.weights)
-    name = metrics.learning_signal("gradient_norm", "decoder_last")
+    name = metrics.learning_signal("gradient_norm", "decoder")
     assert [step for step, values in sorted(listener.values.items()) if name in values] == [0, 5, 10, STEPS]
 
 

@@ -101,9 +101,10 @@ def test_fsdp_trains_as_ddp_does_and_keeps_the_best_checkpoints(
         metrics.VALIDATION_LOSS
     ].keys() == {8, 12}
     assert fsdp.values[metrics.VALIDATION_LOSS][12] == pytest.approx(ddp.values[metrics.VALIDATION_LOSS][12], rel=1e-3)
-    names = ("reconstruction", "attention", "layers")
+    names = ("reconstruction", "attention", "layers", "signals")
     assert fsdp.pictures == ddp.pictures == [(step, name) for step in (0, 6, 12) for name in names]
-    for name in (metrics.layer_measure("coding_rate", 1), metrics.layer_measure("gini", 1)):
+    signal = metrics.learning_signal("gradient_norm", "first")
+    for name in (metrics.layer_measure("coding_rate", 1), metrics.layer_measure("gini", 1), signal):
         assert fsdp.values[name].keys() == {0, 6, 12}
         assert fsdp.values[name] == pytest.approx(ddp.values[name], rel=1e-3), name
     assert fsdp.values[metrics.CHECKPOINT_BACKGROUND_SECONDS].keys() == {3, 6, 9, 12}

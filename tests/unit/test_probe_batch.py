@@ -79,9 +79,9 @@ def test_a_probe_measures_each_layer_and_leaves_the_model_as_it_was(config: Mode
         learning_signal(name, place): getattr(part, name)[layer]
         for name in SIGNALS
         for place, part, layer in (
-            ("encoder_first", signals.encoder, 0),
-            ("encoder_last", signals.encoder, 2),
-            ("decoder_last", signals.decoder, config.decoder_depth - 1),
+            ("first", signals.encoder, 0),
+            ("last", signals.encoder, 2),
+            ("decoder", signals.decoder, config.decoder_depth - 1),
         )
         if getattr(part, name)
     }
@@ -181,7 +181,7 @@ class Listener:
         self.probed: list[tuple[int, float]] = []
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
-        if (name := learning_signal("gradient_norm", "encoder_first")) in values:
+        if (name := learning_signal("gradient_norm", "first")) in values:
             self.probed.append((step, values[name]))
 
     def __getattr__(self, name: str) -> Any:
