@@ -106,7 +106,7 @@ def run_sweep(sweep: SweepConfig, shared: dict[str, Any]) -> SweepResult:
 
 def _run_sweep(sweep: SweepConfig, shared: dict[str, Any], folder: Storage) -> SweepResult:
     key = _key(folder, sweep, shared)
-    params = flatten(sweep.model_dump(mode="json"))
+    params = flatten(sweep.model_dump(mode="json", exclude_none=True))
     tracker = RunTracker(sweep.tracking, key, sweep.name, params, source_tags("sweep"))
     tracker.text("environment.txt", environment())
     tracker.check(is_new=not read_records(folder))
