@@ -156,19 +156,19 @@ remove_network() {
   ip link delete "$name" 2>/dev/null || true
   rm "$STATE/network"
 }
-link() { # up or down
+set_cable() { # up or down
   local name
   [ -s "$STATE/network" ] || die "the second node has no network of its own: start the cluster with CRATE_RAY_NAMESPACES=1"
   read -r name _ <"$STATE/network"
   ip link set "${name}-2" "$1"
 }
-cut() {
-  link down
+cut_off() {
+  set_cable down
   say "cut off: the second Ray node"
 }
 heal() {
   local until=$((SECONDS + 180)) steady=0
-  link up
+  set_cable up
   exec 9>"$STATE/lock"
   flock -n 9 || die "another local.sh works on $STATE"
   check_programs
@@ -479,7 +479,8 @@ status() {
 }
 
 case ${1:-} in
-  up | down | status | cut | heal) "$1" ;;
+  up | down | status | heal) "$1" ;;
+  cut) cut_off ;; # a function named cut would be called instead of the program
   *)
     sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2

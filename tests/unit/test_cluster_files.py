@@ -225,6 +225,8 @@ def test_shell_scripts(script: str) -> None:
     assert os.access(path, os.X_OK)
     assert "set -euo pipefail" in path.read_text()
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    functions = re.findall(r"^(\w+)\(\) {", path.read_text(), re.MULTILINE)
+    assert functions and not [name for name in functions if shutil.which(name)], "a function hides a program"
     checker = shutil.which("shellcheck")
     if checker:
         assert subprocess.run([checker, path], check=False).returncode == 0
@@ -242,6 +244,24 @@ def test_local_sh_says_how_to_use_it(tmp_path: Path) -> None:
     down = subprocess.run([script, "down"], env=env, capture_output=True, text=True, check=False)
     assert down.returncode == 0 and "not up" in down.stdout
     assert not (tmp_path / "state").exists()
+
+
+def test_local_sh_ends_what_its_parts_started(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "id").write_text("of-this-test")
+    mine, other = (
+        subprocess.Popen(["sleep", "600"], env={**os.environ, "CRATE_RAY_CLUSTER_ID": name})
+        for name in ("of-this-test", "of-another-cluster")
+    )
+    try:
+        env = {**os.environ, "CRATE_RAY_CLUSTER_DIR": str(tmp_path)}
+        down = subprocess.run([ROOT / "cluster/local.sh", "down"], env=env, capture_output=True, text=True, check=False)
+        assert (down.returncode, down.stderr) == (0, "")
+        assert mine.wait(5) == -15 and other.poll() is None
+    finally:
+        for process in (mine, other):
+            process.kill()
+            process.wait()
 
 
 def test_local_sh_names_missing_packages(tmp_path: Path) -> None:
