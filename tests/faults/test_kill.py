@@ -29,15 +29,18 @@ def mlflow_run(digits: str, run_key: str) -> tuple[MlflowClient, Run]:
 
 
 @pytest.mark.timeout(900)
-def test_workers_killed_in_every_phase(
-    digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
+@pytest.mark.parametrize(
+    "phases", [PHASES[1::2], pytest.param(PHASES, marks=pytest.mark.daily)], ids=["two-phases", "every-phase"]
+)
+def test_workers_killed(
+    phases: tuple[str, ...], digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     run, chance = run_in(tmp_path), random.Random(1)
     kills: list[tuple[float, int]] = []
-    job = start(pretrain(digits, tracking__log_every=1, scaling__max_failures=len(PHASES)), tmp_path, cluster)
+    job = start(pretrain(digits, tracking__log_every=1, scaling__max_failures=len(phases)), tmp_path, cluster)
     try:
         wait_for_commit(run, EVERY, job)
-        for phase in PHASES:
+        for phase in phases:
             assert kill_in(phase, job, chance, timeout=90), f"{phase} was not reached:\n{job.log[-3000:]}"
             kills.append((1000 * time.time(), newest_commit(run)))
         finish(job)

@@ -99,6 +99,7 @@ def test_the_order_benchmark_measures_planning_and_mixing(tmp_path: Path) -> Non
     assert found["uniform"] == pytest.approx(60 * (1 - (1 - 1 / 60) ** 64), rel=0.1)
 
 
+@pytest.mark.daily
 def test_a_thousand_million_samples_are_planned_in_little_memory(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     command = [*job("benchmark", "order"), "--json", str(file)]

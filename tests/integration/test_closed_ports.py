@@ -59,7 +59,7 @@ def test_workers_of_one_machine_open_no_port_of_torch_to_others(driver_here: Ray
         assert len(found["open"]) == len(plain), "more than any Ray worker opens"
 
 
-@pytest.mark.parametrize("folder_exists", [False, True])
+@pytest.mark.parametrize("folder_exists", [False, pytest.param(True, marks=pytest.mark.daily)])
 def test_the_token_of_a_local_ray_is_its_users_alone(tmp_path: Path, folder_exists: bool) -> None:
     """At no time anyone else can read it, also with a folder and an umask that let everybody read."""
     folder = tmp_path / ".ray"

@@ -65,6 +65,7 @@ except UserError as raised:
 """
 
 
+@pytest.mark.daily
 def test_ray_gives_what_threads_give(tmp_path: Path) -> None:
     here = open_storage(str(tmp_path / "here"), S3Config())
     pack(shapes_source("all", SAMPLES, 120, 0), here, PrepareConfig(output="unused", **LIMITS))

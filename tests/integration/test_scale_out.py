@@ -235,6 +235,7 @@ def test_a_run_stopped_by_bad_samples_says_which_they_are(
     assert not driver_here.held(), "the resources of its workers are free again"
 
 
+@pytest.mark.daily
 def test_bad_samples_are_reported_before_each_checkpoint(driver_here: RayCluster, damaged: str, tmp_path: Path) -> None:
     """A run that resumes from it does not meet them again."""
     few = {"training": {"steps": 4, "validate_every": None}, "checkpoint": {"every_steps": 2}}
