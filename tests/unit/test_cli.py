@@ -461,6 +461,8 @@ SHIPPED: dict[str, type[Settings]] = {
     "cifar10": PretrainConfig,
     "cifar10-compare": CompareConfig,
     "cifar10-finetune": FinetuneConfig,
+    "cifar10-gpu": CompareConfig,
+    "cifar10-variants": CompareConfig,
     "compare": CompareConfig,
     "compare-sound": CompareConfig,
     "demo": PretrainConfig,
