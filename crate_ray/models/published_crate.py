@@ -136,7 +136,7 @@ LAYOUTS = (
 
 def layout_of(state: Mapping[str, Tensor]) -> Layout | None:
     """The layout of a checkpoint: the one whose dictionary it has. None if it has none of them."""
-    return next((layout for layout in LAYOUTS if _in_first_layer(layout, "ista.dictionary") in state), None)
+    return next((layout for layout in LAYOUTS if _in_layer(layout, "ista.dictionary") in state), None)
 
 
 def load_crate_encoder(state: Mapping[str, Tensor], layout: Layout, config: CrateMAEConfig | None) -> CrateMAE:
@@ -169,9 +169,10 @@ def load_crate_encoder(state: Mapping[str, Tensor], layout: Layout, config: Crat
     return model
 
 
-def _in_first_layer(layout: Layout, own: str) -> str:
+def _in_layer(layout: Layout, own: str, index: int = 0) -> str:
+    """Published name of a layer's tensor, by our name."""
     name = next(name for name, ours in layout.layer.items() if ours == own)
-    return f"{layout.layers}.0.{name}"
+    return f"{layout.layers}.{index}.{name}"
 
 
 def _parameter_names(layout: Layout, depth: int) -> Iterator[tuple[str, str]]:
@@ -188,7 +189,7 @@ def _parameter_names(layout: Layout, depth: int) -> Iterator[tuple[str, str]]:
 
 def _sizes(state: Mapping[str, Tensor], layout: Layout, config: CrateMAEConfig | None) -> dict[str, Any]:
     """Sizes of the model by their name in the config or a description."""
-    codebook, dictionary = (_in_first_layer(layout, own) for own in ("mssa.subspaces", "ista.dictionary"))
+    codebook, dictionary = (_in_layer(layout, own) for own in ("mssa.subspaces", "ista.dictionary"))
     check_names(
         state, {layout.kernel, layout.positions, codebook, dictionary}, f"a published {layout.title}", only_missing=True
     )
@@ -284,7 +285,7 @@ def _reshaped(state: Mapping[str, Tensor], layout: Layout, config: CrateMAEConfi
     }
     rows = config.num_subspaces * (config.subspace_dim or 0)
     for index in range(config.depth if layout.codebooks > 1 else 0):
-        name = _in_first_layer(layout, "mssa.subspaces").replace(".0.", f".{index}.", 1)
+        name = _in_layer(layout, "mssa.subspaces", index)
         if state[name].shape != (layout.codebooks * rows, config.dim):
             raise UserError(
                 f"shapes in the checkpoint differ from those of the config: {name} {tuple(state[name].shape)} instead "

@@ -161,10 +161,12 @@ def _gradients(model: MaskedAutoencoder, images: Tensor, noise: Tensor, encoder:
     checkpoint_layers = model.checkpoint_layers
     # The gradients are the same, but need less memory. A training step may have fewer images, or half precision.
     model.checkpoint_layers = True
-    with torch.enable_grad():
-        loss = model(images, noise).loss
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    model.checkpoint_layers = checkpoint_layers
+    try:
+        with torch.enable_grad():
+            loss = model(images, noise).loss
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    finally:
+        model.checkpoint_layers = checkpoint_layers
     norms = {
         name: float(gradient.norm()) for name, gradient in zip(parameters, found, strict=True) if gradient is not None
     }
