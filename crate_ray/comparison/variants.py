@@ -38,6 +38,7 @@ SUCCESSORS: dict[str, dict[str, Any]] = {
     "overcomplete x2": {**_OVERCOMPLETE, "model.dictionary_expansion": 2, "model.initialization": "small"},
     "overcomplete x4": {**_OVERCOMPLETE, "model.dictionary_expansion": 4, "model.initialization": "small"},
     "visible keys": {"model.attend_to": "visible"},
+    "visible keys in the decoder": {"model.decoder_attend_to": "visible"},
     "long steps": {"model.step_size": 1.0, "model.sparsity_lambda": 0.1},
     "learned thresholds": {"model.threshold": "learned"},
 }

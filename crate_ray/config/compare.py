@@ -31,8 +31,9 @@ class CompareConfig(Settings):
     """Also train five variants of the model that each change one choice: output map, attention, decoder, tokens,
     sparsity."""
     successors: bool = False
-    """Also train ten variants that followed the published model, each with as many parameters: small initial weights,
-    LayerScale, residuals, overcomplete dictionaries, visible keys, long steps, learned thresholds."""
+    """Also train eleven variants that followed the published model, each with as many parameters: small initial
+    weights, LayerScale, residuals, overcomplete dictionaries, visible keys in encoder or decoder, long steps, learned
+    thresholds."""
     variants: dict[str, dict[str, Any]] = {}
     """More models: dotted settings by name, such as {wide: {model.dim: 384}}."""
     finetune: ConfigFile[str | None] = None

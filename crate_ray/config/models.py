@@ -156,6 +156,8 @@ class CrateMAEConfig(ImageModelConfig):
     attend_to: Advanced[Literal["all", "visible"]] = "all"
     """Tokens that a token attends to in the encoder: 'all' (published), or the 'visible' ones and itself, so that mask
     tokens are no keys."""
+    decoder_attend_to: Advanced[Literal["all", "visible"]] = "all"
+    """Tokens that a token attends to in the decoder: 'all' (published), or the 'visible' ones and itself."""
     initialization: Advanced[Literal["published", "small"]] = "published"
     """Initial weights of MSSA: 'published' (Xavier-uniform), or 'small', normal with standard deviation 0.02 as in
     CRATE-α, which keeps tokens apart in deep stacks."""
@@ -186,9 +188,9 @@ class CrateMAEConfig(ImageModelConfig):
     """ε of the encoder's and the decoder's last LayerNorm (CRATE-MAE: 1e-6; CRATE and CRATE-α: 1e-5)."""
 
     form: ClassVar[tuple[str, ...]] = (
-        "output_map", "output_bias", "attention", "decoder_maps", "encoder_tokens", "attend_to", "residual",
-        "layer_scale", "dictionary", "threshold", "decoder_activation", "positions", "patch_norm", "norm_eps",
-        "last_norm_eps",
+        "output_map", "output_bias", "attention", "decoder_maps", "encoder_tokens", "attend_to", "decoder_attend_to",
+        "residual", "layer_scale", "dictionary", "threshold", "decoder_activation", "positions", "patch_norm",
+        "norm_eps", "last_norm_eps",
     )  # fmt: skip
     """Settings that change the equations; their defaults are the published form."""
 
@@ -231,6 +233,8 @@ class CrateMAEConfig(ImageModelConfig):
             raise ValueError("decoder_activation needs dictionary 'square': an overcomplete decoder has no map E")
         if self.attend_to == "visible" and (self.attention != "softmax" or self.encoder_tokens != "all"):
             raise ValueError("attend_to 'visible' needs attention 'softmax' and encoder_tokens 'all'")
+        if self.decoder_attend_to == "visible" and self.attention != "softmax":
+            raise ValueError("decoder_attend_to 'visible' needs attention 'softmax'")
         if self.threshold == "learned" and self.sparsity_lambda == 0:
             raise ValueError("threshold 'learned' starts at ηλ, so sparsity_lambda cannot be 0")
         return self

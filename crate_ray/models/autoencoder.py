@@ -79,7 +79,7 @@ class EncoderLayerProtocol(Protocol):
         """Tokens (B, T, D) to tokens (B, T, D)."""
 
     def attention(self, z: Tensor, **masked: Tensor) -> Tensor:
-        """Attention maps, (B, K, T, T). For masked images, `MaskedAutoencoder.layer_mask` gives more arguments."""
+        """Attention maps, (B, K, T, T). For masked images, `MaskedAutoencoder.encoder_mask` gives more arguments."""
 
     def keys(self, z: Tensor) -> Tensor:
         """Keys of all heads side by side, (B, T, K·P)."""
@@ -269,7 +269,8 @@ class MaskedAutoencoder(nn.Module):
         tokens
             `Encoded.tokens`, (B, T, D), or other tokens of that shape.
         masking
-            `Encoded.masking`; needed if the encoder saw only the visible patches of masked images.
+            `Encoded.masking`; needed if the encoder saw only the visible patches of masked images, or if the decoder
+            attends to these only. Without it, all patches count as visible.
         return_layers
             Also return the output of each decoder layer.
 
@@ -283,19 +284,24 @@ class MaskedAutoencoder(nn.Module):
         if self.visible_only:
             y_BTD = self.restore_removed(y_BTD, masking)
         layers: list[Tensor] = []
+        masked = self.decoder_mask(masking)
         for index in range(len(self.decoder)):
-            y_BTD = self.decoder_layer(index, y_BTD)
+            y_BTD = self.decoder_layer(index, y_BTD, **masked)
             if return_layers:
                 layers.append(y_BTD)
         prediction_BNX = self.prediction(self.decoder_norm(y_BTD)[:, 1:])
         return Decoded(prediction_BNX, layers if return_layers else None)
 
-    def decoder_layer(self, index: int, y: Tensor) -> Tensor:
+    def decoder_layer(self, index: int, y: Tensor, **masked: Tensor) -> Tensor:
         """Tokens after decoder layer `index`. Models whose decoder uses the encoder's weights override this."""
-        return self.run_layer(self.decoder[index], y)
+        return self.run_layer(self.decoder[index], y, **masked)
 
-    def layer_mask(self, masking: Masking | None) -> dict[str, Tensor]:
+    def encoder_mask(self, masking: Masking | None) -> dict[str, Tensor]:
         """What an encoder layer needs to know of a mask, as keyword arguments. Most models' layers need nothing."""
+        return {}
+
+    def decoder_mask(self, masking: Masking | None) -> dict[str, Tensor]:
+        """The same for a decoder layer."""
         return {}
 
     def run_layer(self, layer: Callable[..., Tensor], *inputs: Tensor, **masked: Tensor) -> Tensor:
@@ -366,7 +372,7 @@ class MaskedAutoencoder(nn.Module):
         layers: list[Tensor] = []
         attention: list[Tensor] = []
         keys: list[Tensor] = []
-        masked = self.layer_mask(masking)
+        masked = self.encoder_mask(masking)
         for layer in cast("Iterable[EncoderLayerProtocol]", self.encoder):
             if return_attention:
                 attention.append(layer.attention(z_BTD, **masked))

@@ -277,10 +277,20 @@ class DecoderLayer(nn.Module):
         if self.expansion is not None:
             nn.init.kaiming_uniform_(self.expansion)
 
-    def forward(self, y: Tensor, expansion: Tensor | None = None, subspaces: Tensor | None = None) -> Tensor:
-        """Tokens (B, T, D) after this layer. E (D, D) and the codebook (C, D) are given if the layer has none."""
+    def forward(
+        self,
+        y: Tensor,
+        expansion: Tensor | None = None,
+        subspaces: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens (B, T, D) after this layer.
+
+        E (D, D) and the codebook (C, D) are given if the layer has none. With `visible` (B, T), tokens attend to the
+        visible ones and to themselves only.
+        """
         y_half_BTD = self.expand(y, expansion)
-        return y_half_BTD - _scaled(self.mssa(self.mssa_norm(y_half_BTD), subspaces), self.mssa_scale)
+        return y_half_BTD - _scaled(self.mssa(self.mssa_norm(y_half_BTD), subspaces, visible), self.mssa_scale)
 
     def expand(self, y: Tensor, expansion: Tensor | None = None) -> Tensor:
         """Y½, the tokens before the step against MSSA."""
@@ -351,6 +361,10 @@ def _draw_small(model: nn.Module) -> None:
 _SMALL_STD = 0.02
 
 
+def _visible_tokens(masking: Masking | None) -> dict[str, Tensor]:
+    return {} if masking is None else {"visible": F.pad(~masking.removed, (1, 0), value=True)}
+
+
 class CrateMAE(MaskedAutoencoder):
     """CRATE-MAE: encoder layers (7) and decoder layers (8) in the masked autoencoder (9)-(11).
 
@@ -380,11 +394,13 @@ class CrateMAE(MaskedAutoencoder):
         if config.initialization == "small":
             _draw_small(self)
 
-    def layer_mask(self, masking: Masking | None) -> dict[str, Tensor]:
+    def encoder_mask(self, masking: Masking | None) -> dict[str, Tensor]:
         """Which tokens are visible, (B, T), if encoder layers attend to these only."""
-        if masking is None or self.config.attend_to == "all":
-            return {}
-        return {"visible": F.pad(~masking.removed, (1, 0), value=True)}
+        return _visible_tokens(masking) if self.config.attend_to == "visible" else {}
+
+    def decoder_mask(self, masking: Masking | None) -> dict[str, Tensor]:
+        """Which tokens are visible, (B, T), if decoder layers attend to these only."""
+        return _visible_tokens(masking) if self.config.decoder_attend_to == "visible" else {}
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> Self:
@@ -404,9 +420,9 @@ class CrateMAE(MaskedAutoencoder):
         shapes = sorted({encoder_tokens + 1, self.num_patches + 1})
         return [choose_self_attention(batch_size, heads, tokens, dim, dtype) for tokens in shapes]
 
-    def decoder_layer(self, index: int, y: Tensor) -> Tensor:
+    def decoder_layer(self, index: int, y: Tensor, **masked: Tensor) -> Tensor:
         """Tokens after decoder layer `index`, which uses the mirrored encoder layer's maps if they are tied."""
-        return self.run_layer(self.decoder[index], y, *self.tied_maps(index))
+        return self.run_layer(self.decoder[index], y, *self.tied_maps(index), **masked)
 
     def tied_maps(self, index: int) -> tuple[Tensor, ...]:
         """E and the codebook that a decoder layer gets from the mirrored encoder layer; empty if it has its own."""

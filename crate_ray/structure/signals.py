@@ -77,7 +77,7 @@ def measure_signals(model: MaskedAutoencoder, images: Tensor, noise: Tensor) -> 
     with torch.no_grad():
         z_BTD, masking = model.embed(images, noise)
         assert masking is not None
-        masked = model.layer_mask(masking)
+        masked = model.encoder_mask(masking)
         for module in model.encoder:
             z_BTD = _measure(
                 encoder, cast("Any", module), z_BTD, None if model.visible_only else masking.removed, masked
@@ -87,7 +87,7 @@ def measure_signals(model: MaskedAutoencoder, images: Tensor, noise: Tensor) -> 
             y_BTD = model.restore_removed(y_BTD, masking)
         for index, module in enumerate(model.decoder):
             tied = model.tied_maps(index) if isinstance(model, CrateMAE) else ()
-            y_BTD = _measure(decoder, cast("Any", module), y_BTD, masking.removed, {}, tied)
+            y_BTD = _measure(decoder, cast("Any", module), y_BTD, masking.removed, model.decoder_mask(masking), tied)
     _gradients(model, images, noise, encoder, decoder)
     return ModelSignals(encoder, decoder, model.num_visible / model.num_patches)
 
@@ -109,10 +109,10 @@ def _measure(
         out.second_branch.append(_ratio(next_BTD - half_BTD if layer.residual else next_BTD, half_BTD))
         codes, maps = layer.codes(half_BTD), layer.attention(z_BTD, **masked)
     elif isinstance(layer, DecoderLayer):
-        half_BTD, next_BTD = layer.expand(z_BTD, *tied[:1]), layer(z_BTD, *tied)
+        half_BTD, next_BTD = layer.expand(z_BTD, *tied[:1]), layer(z_BTD, *tied, **masked)
         out.second_branch.append(_ratio(half_BTD - z_BTD if layer.residual else half_BTD, z_BTD))
         out.attention_branch.append(_ratio(next_BTD - half_BTD, half_BTD))
-        maps = layer.mssa.attention(layer.mssa_norm(half_BTD), *tied[1:])
+        maps = layer.mssa.attention(layer.mssa_norm(half_BTD), *tied[1:], **masked)
     else:
         transformer = cast("TransformerLayer", layer)
         maps = transformer.attention(z_BTD)

@@ -104,7 +104,7 @@ def crate_encoder_layer(
     return half + scaled(state, f"{name}.ista_scale", step) if config.residual == "all" else step
 
 
-def crate_decoder_layer(state: State, config: CrateMAEConfig, index: int, y: Array) -> Array:
+def crate_decoder_layer(state: State, config: CrateMAEConfig, index: int, y: Array, removed: set[int]) -> Array:
     """Decoder layer (8)."""
     name, mirrored = f"decoder.{index}", f"encoder.{config.depth - 1 - index}"
     tied = config.decoder_maps == "tied"
@@ -117,7 +117,9 @@ def crate_decoder_layer(state: State, config: CrateMAEConfig, index: int, y: Arr
         half = np.maximum(E @ normed, 0) if config.decoder_activation == "relu" else E @ normed
     if config.residual == "all":
         half = y + scaled(state, f"{name}.expansion_scale", half)
-    update = mssa(state, config, f"{name}.mssa", codebook, norm(state, f"{name}.mssa_norm", half, config.norm_eps))[0]
+    hidden = removed if config.decoder_attend_to == "visible" else set()
+    normed = norm(state, f"{name}.mssa_norm", half, config.norm_eps)
+    update = mssa(state, config, f"{name}.mssa", codebook, normed, hidden)[0]
     return half - scaled(state, f"{name}.mssa_scale", update)
 
 
@@ -168,6 +170,7 @@ def forward(
     if noise_N is not None:
         keep = set(sorted(range(count), key=lambda n: (noise_N[n], n))[: config.num_visible])
     result.mask = np.array([0.0 if n in keep else 1.0 for n in range(count)])
+    removed = {1 + n for n in range(count) if n not in keep}
 
     last_eps = config.last_norm_eps if crate else 1e-6
     if crate and config.positions == "learned":
@@ -189,7 +192,7 @@ def forward(
     z = np.stack(columns, axis=1)
     for index in range(config.depth):
         if crate:
-            z = crate_encoder_layer(state, config, index, z, result, {1 + n for n in range(count) if n not in keep})
+            z = crate_encoder_layer(state, config, index, z, result, removed)
         else:
             z = transformer_layer(state, f"encoder.{index}", config.num_heads, z, result)
         result.encoder_layers.append(z.T)
@@ -207,7 +210,7 @@ def forward(
     assert config.decoder_depth is not None
     for index in range(config.decoder_depth):
         if crate:
-            y = crate_decoder_layer(state, config, index, y)
+            y = crate_decoder_layer(state, config, index, y, removed)
         else:
             assert config.decoder_num_heads is not None
             y = transformer_layer(state, f"decoder.{index}", config.decoder_num_heads, y, None)

@@ -53,6 +53,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     },
     "nothing masked": {"mask_ratio": 0.0},
     "visible keys": {"attend_to": "visible", "threshold": "learned", "initialization": "small"},
+    "visible keys of the decoder": {"encoder_tokens": "visible", "decoder_attend_to": "visible", "residual": "all"},
     "all residuals": {"residual": "all", "layer_scale": 0.1, "decoder_activation": "relu"},
     "overcomplete": {"residual": "all", "dictionary": "overcomplete", "dictionary_expansion": 2},
     "tokens of CRATE": {
@@ -197,6 +198,7 @@ def configs(draw: st.DrawFn) -> CrateMAEConfig | ViTMAEConfig:
         attend_to=draw(st.sampled_from(["all", "visible"]))
         if (attention, encoder_tokens) == ("softmax", "all")
         else "all",
+        decoder_attend_to=draw(st.sampled_from(["all", "visible"])) if attention == "softmax" else "all",
         initialization=draw(st.sampled_from(["published", "small"])),
         residual=residual,
         layer_scale=draw(st.sampled_from([None, 0.3])),
@@ -228,6 +230,7 @@ def as_numpy(tensor: Tensor) -> Any:
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(config=configs(), seed=st.integers(0, 2**16))
 @example(config=CrateMAEConfig(**SMALL, **SWITCHES["visible keys"]), seed=1)
+@example(config=CrateMAEConfig(**SMALL, **SWITCHES["visible keys of the decoder"]), seed=5)
 @example(config=CrateMAEConfig(**SMALL, **SWITCHES["all residuals"]), seed=2)
 @example(config=CrateMAEConfig(**SMALL, **SWITCHES["overcomplete"]), seed=3)
 @example(config=CrateMAEConfig(**SMALL, **SWITCHES["tokens of CRATE"]), seed=4)

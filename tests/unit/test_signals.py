@@ -25,7 +25,10 @@ SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 
 MODELS = [
     pytest.param(CrateMAEConfig(**SMALL, num_subspaces=4), id="published"),
     pytest.param(CrateMAEConfig(**SMALL, num_subspaces=4, decoder_maps="tied"), id="tied"),
-    pytest.param(CrateMAEConfig(**SMALL, num_subspaces=4, attend_to="visible", residual="all"), id="visible keys"),
+    pytest.param(
+        CrateMAEConfig(**SMALL, num_subspaces=4, attend_to="visible", decoder_attend_to="visible", residual="all"),
+        id="visible keys",
+    ),
     pytest.param(
         CrateMAEConfig(**SMALL, num_subspaces=4, residual="all", dictionary="overcomplete"), id="overcomplete"
     ),
