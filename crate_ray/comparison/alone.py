@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -59,8 +61,24 @@ class Alone:
 
 
 def _in_fresh_process(work: Callable[[_ConfigT], _FoundT], config: _ConfigT) -> _FoundT:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as process:
         return process.submit(work, config).result()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed: nobody would get the result, and the next start trains the run again.
+
+    Otherwise it would end only after its work.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _model_folder(config: PretrainConfig) -> Path:

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +239,35 @@ def test_what_was_measured_counts_only_for_what_it_was_measured_with(tmp_path: P
             settings={"data.train": config.output, "data.validation": config.output},
             probe={"train": config.output, "test": config.output},
         )
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_its_comparison(tmp_path: Path) -> None:
+    """The process of a run of `--launcher none` ends when the comparison is killed."""
+    script, started = tmp_path / "script.py", tmp_path / "started"
+    script.write_text(
+        textwrap.dedent("""
+        import os, sys, time
+        from pathlib import Path
+        from crate_ray.comparison.alone import _in_fresh_process
+
+        def work(started):
+            Path(started).write_text(str(os.getpid()))
+            time.sleep(600)
+
+        if __name__ == "__main__":
+            _in_fresh_process(work, sys.argv[1])
+        """)
+    )
+    with subprocess.Popen([sys.executable, script, started], stderr=subprocess.DEVNULL) as comparison:
+        while not (started.exists() and started.read_text()):
+            assert comparison.poll() is None
+            time.sleep(0.1)
+        run = os.pidfd_open(int(started.read_text()))
+        comparison.kill()
+    try:
+        assert select.select([run], [], [], 30)[0], "the run goes on"
+    finally:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(run, signal.SIGKILL)
+        os.close(run)
