@@ -231,6 +231,7 @@ def weights(path: Path, model: ModelConfig) -> State:
     return load_weights(str(path), model, TrackingConfig(), S3)
 
 
+@pytest.mark.slow
 def test_every_file_that_holds_the_weights_loads_wherever_a_model_is_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = CrateMAE(CrateMAEConfig(preset="tiny", image_size=32))

@@ -104,6 +104,7 @@ def test_aws_is_closed_to_the_internet_and_needs_a_token(aws: dict[str, Any]) ->
         assert subprocess.run(["bash", "-n", "-c", f"({command})"], check=False).returncode == 0, command
 
 
+@pytest.mark.slow
 def test_a_node_of_aws_does_not_start_without_the_token(tmp_path: Path) -> None:
     """In the mode of aws.yaml `ray start` takes the token from its default path and makes none."""
     ray = Path(sys.executable).with_name("ray")
@@ -246,6 +247,7 @@ def test_local_sh_says_how_to_use_it(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.slow
 def test_local_sh_ends_what_its_parts_started(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "id").write_text("of-this-test")

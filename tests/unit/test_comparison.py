@@ -180,6 +180,7 @@ class Untrained:
         return 0.5
 
 
+@pytest.mark.slow
 def test_what_was_measured_counts_only_for_what_it_was_measured_with(tmp_path: Path) -> None:
     for split in ("train", "test"):
         config = PrepareConfig(source="digits", output=str(tmp_path / split))

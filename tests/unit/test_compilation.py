@@ -39,6 +39,7 @@ assert compile_layers(model, model.encoder, (torch.randn(2, 3, 8, 8), torch.rand
 """
 
 
+@pytest.mark.slow
 def test_compilation_imports_the_parts_of_the_compiler_that_it_uses() -> None:
     """They are private, and in other tests something else may have imported them."""
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)

@@ -42,6 +42,7 @@ def _decide(rank: int, world: int, port: int, out: Any) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_and_check_for_preemption_at_the_same_step() -> None:
     import socket
 

@@ -181,6 +181,7 @@ def test_a_part_without_a_good_sample_is_an_empty_file(tmp_path: Path) -> None:
         embed(shards, tmp_path / "strict", part_samples=16)
 
 
+@pytest.mark.slow
 def test_small_work_needs_no_ray(shards: ShardSet, tmp_path: Path) -> None:
     program = f"""
 import sys

@@ -452,6 +452,7 @@ def without_masks(shards: ShardSet) -> ShardSet:
 # --- The report -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_report_holds_all_numbers_escapes_names_and_needs_no_network(shapes: ShardSet, tmp_path: Path) -> None:
     name = "<script>alert(1)</script>"
     config = EvaluateConfig(model=name, data=shapes.storage.uri, masks=shapes.storage.uri, max_images=12)
@@ -467,6 +468,7 @@ def test_report_holds_all_numbers_escapes_names_and_needs_no_network(shapes: Sha
     assert all(math.isfinite(value) for value in report.metrics().values())
 
 
+@pytest.mark.slow
 def test_a_baseline_is_measured_beside_the_model(
     shapes: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -344,6 +344,7 @@ def export_all(folder: Path) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_holds_a_model_that_computes_the_same(tmp_path: Path) -> None:
     """The modelling file runs with stand-ins for transformers, as at each export."""
     export_all(tmp_path)

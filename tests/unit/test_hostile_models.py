@@ -168,6 +168,7 @@ def test_compressed_checkpoints_are_refused(tmp_path: Path) -> None:
         load_published(tmp_path / "x.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [pickle.dumps(bytearray(10)), b"\x80\x02" + b"(" * 10**6, b"", b"PK\x03\x04" * 99])
 def test_what_is_no_checkpoint_is_one_sentence(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pth").write_bytes(content)

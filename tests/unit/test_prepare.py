@@ -94,6 +94,7 @@ def test_shards_begin_where_the_limits_say(
     assert first[-1] == len(sizes)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(fails=st.lists(st.integers(0, 63), max_size=4, unique=True), bad=st.sets(st.integers(0, 63), max_size=30))
 def test_resumed_packing_gives_the_same_files_and_repeats_no_finished_shard(
@@ -183,6 +184,7 @@ def check(dataset: ShardSet) -> None:
             dataset.table(shard)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["pack", "index"])
 def test_manifest_describes_what_is_there_at_every_moment(tmp_path: Path, what: str) -> None:
     def source(count: int) -> Source:

@@ -38,6 +38,7 @@ VIT: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -107,6 +108,7 @@ def test_a_probe_measures_each_layer_and_leaves_the_model_as_it_was(config: Mode
     assert run_at(10, open_probe()).pictures["layers"] != second.pictures["layers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [SMALL | {"depth": 2, "num_subspaces": 2}, VIT], ids=["crate", "vit"])
 def test_a_collapsed_model_is_reported_once(given: dict[str, Any], tmp_path: Path) -> None:
     settings = PrepareConfig(source="shapes", output=str(tmp_path / "data"))
@@ -137,6 +139,7 @@ class Probed(PretrainTask):
         self.probe_every = 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("model", "training"),

@@ -226,6 +226,7 @@ def test_a_version_says_which_checkpoint_it_is(store: Store) -> None:
         register(str(store.folder / "unknown"), "other", store.tracking, S3)
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_which_step_it_measures(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

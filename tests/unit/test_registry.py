@@ -242,6 +242,7 @@ def registry(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reg
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_the_first_champion_beats_an_untrained_encoder_and_pixels_and_the_next_one_the_champion(
     registry: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,6 +342,7 @@ def test_an_encoder_that_saw_the_test_images_is_promoted_with_a_note(
     assert "without its labels" in registry.decision("seen", version).notes[0]
 
 
+@pytest.mark.slow
 def test_classifiers_are_compared_by_top1(registry: Registry, tmp_path: Path) -> None:
     for steps in (0, 25, 150):
         registry.add("classes", classifier(steps), f"steps-{steps}")

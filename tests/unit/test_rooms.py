@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import crate_ray
 
 ROOT = Path(crate_ray.__file__).parent
@@ -86,6 +88,7 @@ def test_only_training_ray_and_named_modules_import_ray() -> None:
             assert not any(name == "ray" or name.startswith("ray.") for name in names), path
 
 
+@pytest.mark.slow
 def test_torch_alone_is_enough_for_models_data_and_steps() -> None:
     """A machine without Ray, MLflow and boto3 can build, feed, train and measure models."""
     blocked = ("ray", "mlflow", "boto3", "botocore")

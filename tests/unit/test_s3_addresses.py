@@ -208,6 +208,7 @@ for job, arguments in {}.items():
 """
 
 
+@pytest.mark.slow
 def test_every_job_asks_the_endpoint_of_the_profile(
     server: Recorder, profile: Callable[[str], None], tmp_path: Path
 ) -> None:

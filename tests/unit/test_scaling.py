@@ -57,6 +57,7 @@ def test_estimate_follows_the_bandwidth_where_nothing_hides_it() -> None:
     assert efficiencies == sorted(efficiencies, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_job_writes_what_the_formulas_give(tmp_path: Path) -> None:
     config = "jobs/configs/benchmark-scaling.yaml"
     command = [sys.executable, "jobs/benchmark.py", "scaling", "--config", config, "--json", str(tmp_path / "found")]

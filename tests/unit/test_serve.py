@@ -54,6 +54,7 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
     _check_port("127.0.0.1", port)
 
 
+@pytest.mark.slow
 def test_without_its_packages_serve_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['ray.serve'] = None; sys.argv = ['crate-ray', 'serve']; "
     code += "from crate_ray.__main__ import main; main()"

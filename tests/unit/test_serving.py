@@ -391,6 +391,7 @@ def test_a_grid_is_reconstructed_in_its_own_numbers(tmp_path: Path) -> None:
 # --- Its own environment --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_served_model_imports_nothing_of_the_data_stack(logged: tuple[Path, Path]) -> None:
     serve(sys.executable, *logged, BLOCKED)
 

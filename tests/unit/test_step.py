@@ -235,6 +235,7 @@ def ddp_worker(rank: int, world: int, port: int, path: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Grad strides do not match")
 def test_two_processes_with_uneven_batches_take_the_steps_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:

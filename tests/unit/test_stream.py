@@ -40,6 +40,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_processes_of_any_launcher_share_the_batches(dataset: str) -> None:
     def run(rank: int, world: int, state: object, count: int) -> tuple[list[list[str]], object]:
         arguments = json.dumps([dataset, rank, world, state, count])

@@ -417,6 +417,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[SweepConfig,
     return config, shared_values(config)
 
 
+@pytest.mark.slow
 def test_reports_are_files_and_artifacts(world: tuple[SweepConfig, dict[str, Any]], tmp_path: Path) -> None:
     config, shared = world
     folder = open_storage(config.storage, S3Config()).under(config.name)

@@ -42,6 +42,7 @@ def test_defaults_follow_the_sampled_values(tmp_path: Path) -> None:
     assert trial.storage.endswith("/sweep/trials")
 
 
+@pytest.mark.slow
 def test_a_second_driver_of_a_sweep_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     config = sweep(tmp_path, {"model.num_subspaces": {"choice": [2, 8]}}, storage=str(tmp_path / "runs"))
     folder = open_storage(config.storage, S3Config()).under(config.name)

@@ -103,6 +103,7 @@ def png(seed: int = 0, size: tuple[int, int] = (8, 8)) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_everything_arrives_and_a_second_start_continues_the_run(uri: str, tmp_path: Path) -> None:
     first = tracker(uri, "whole")
     expected = []
@@ -140,6 +141,7 @@ def test_everything_arrives_and_a_second_start_continues_the_run(uri: str, tmp_p
     assert len(run.inputs.dataset_inputs) == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_or_doubled_when_the_server_was_away(uri: str, tmp_path: Path) -> None:
     away = tracker(AWAY, "away")
     calls = []
@@ -399,6 +401,7 @@ tracker.finish("FAILED", timeout=60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before the upload", "after the upload", "while all is removed"])
 def test_a_process_killed_while_it_delivers_loses_nothing(uri: str, tmp_path: Path, moment: str) -> None:
     key = key_of(f"killed {moment}")

@@ -74,6 +74,7 @@ def test_any_address_is_a_parameter(uri: str) -> None:
     assert data.params["seed"] == "1" and data.metrics == {"loss": 0.5}
 
 
+@pytest.mark.slow
 def test_metrics_and_status_do_not_wait_for_artifacts(uri: str, tmp_path: Path) -> None:
     root, client = tmp_path / "root", MlflowClient(uri)
     root.write_text("a file where the folder should be")
@@ -128,6 +129,7 @@ def _sealed(uri: str, tmp_path: Path) -> tuple[str, str]:
     return uri, "no artifacts"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "sentence"),
     [
