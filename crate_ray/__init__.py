@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
     from crate_ray.runs.references import load_model
 
 __all__ = ["Backbone", "load_model"]
+
+# Before anything imports MLflow. It would send usage data to its makers, from a thread that changes this process's
+# environment while requests of other threads read it: they fail then, with a KeyError.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def __getattr__(name: str) -> Any:

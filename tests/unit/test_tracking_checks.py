@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -223,3 +226,20 @@ def test_a_database_in_the_package_of_a_submitted_job_is_refused(
     monkeypatch.chdir(package)
     with pytest.raises(UserError, match=r"tracking\.uri \S+/mlflow\.db is in the copy .* which Ray deletes"):
         RunTracker(TrackingConfig(), key_of("submitted"), "submitted", {}, {})
+
+
+@pytest.mark.slow
+def test_mlflow_sends_no_usage_data() -> None:
+    """MLflow starts its sender when it is imported, except in tests and in CI, which it takes this process for."""
+    testing = (
+        "CI",
+        "PYTEST_CURRENT_TEST",
+        "PYTEST_VERSION",
+        "GITHUB_ACTIONS",
+        "MLFLOW_DISABLE_TELEMETRY",
+        "DO_NOT_TRACK",
+    )
+    env = {name: value for name, value in os.environ.items() if name not in testing}
+    code = "import crate_ray, mlflow.telemetry.client as client; print(client.is_telemetry_disabled())"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
