@@ -41,7 +41,7 @@ def commands(guide: str) -> list[list[str]]:
     """Words of the commands in a guide's shell blocks."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / f"docs/{guide}.md").read_text(), re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("crate-ray ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("crate-ray ")]
 
 
 def picture(random: np.random.Generator) -> bytes:
