@@ -463,6 +463,7 @@ SHIPPED: dict[str, type[Settings]] = {
     "cifar10-finetune": FinetuneConfig,
     "cifar10-gpu": CompareConfig,
     "cifar10-variants": CompareConfig,
+    "cifar10-white-box": CompareConfig,
     "compare": CompareConfig,
     "compare-sound": CompareConfig,
     "demo": PretrainConfig,
