@@ -99,11 +99,11 @@ def _compile_in_training(layer: nn.Module, compilation: _Compilation, mode: str 
     eager = layer.forward
     compiled = torch.compile(eager, dynamic=False, mode=mode)
 
-    def forward(*inputs: Tensor) -> Tensor:
+    def forward(*inputs: Tensor, **masked: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return eager(*inputs)
+            return eager(*inputs, **masked)
         try:
-            return compiled(*inputs)
+            return compiled(*inputs, **masked)
         except torch._dynamo.exc.TorchDynamoException as error:  # compiling failed, before anything was computed
             if not compilation.has_worked:
                 raise
@@ -117,7 +117,7 @@ def _compile_in_training(layer: nn.Module, compilation: _Compilation, mode: str 
         # Only for this layer. With activation checkpointing, the layers before it are computed again in this pass, and
         # this has to be done in the same way.
         del layer.forward
-        return eager(*inputs)
+        return eager(*inputs, **masked)
 
     # Replace only `forward`, so that the layer's hooks, such as FSDP's, are not compiled.
     layer.forward = forward

@@ -190,6 +190,21 @@ def test_what_is_compiled_by_default() -> None:
         assert tuple(should_compile(training.compile, device) for device in devices) == expected
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_that_attend_to_visible_tokens_only_are_compiled(
+    checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are given the mask by keyword."""
+    programs = recorded_programs(monkeypatch)
+    masked = {"attend_to": "visible", "decoder_attend_to": "visible"}
+    model, inputs = build_model(CONFIG.model_copy(update=masked)), (torch.randn(2, 3, 8, 8), torch.rand(2, 16))
+    model.checkpoint_layers = checkpointed
+    expected = model(*inputs).loss
+    assert compile_layers(model, [*model.encoder, *model.decoder], inputs)
+    torch.testing.assert_close(model(*inputs).loss, expected)
+    assert len(programs) == 2  # one for the encoder's layers, one for the decoder's
+
+
 @pytest.mark.parametrize(("autotune", "expected"), [(False, None), (True, "max-autotune-no-cudagraphs")])
 def test_kernels_are_measured_if_asked_for(
     autotune: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
