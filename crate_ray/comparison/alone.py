@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import safetensors.torch
-import torch
+from torch import Tensor
 
-from crate_ray.comparison.table import PretrainFigures, settled_speed
+from crate_ray.comparison.follower import Follower, follower_of
+from crate_ray.comparison.table import PretrainFigures
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
 from crate_ray.errors import UserError
 from crate_ray.evaluation.feature_source import InProcess
@@ -23,51 +22,49 @@ from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription, export_model, load_exported
 from crate_ray.runs.export import describe
-from crate_ray.runs.initial_weights import fetch_initial_weights
-from crate_ray.runs.metrics import TOP1, VALIDATION_LOSS
-from crate_ray.runs.planning import Run
-from crate_ray.runs.pretraining import open_run
+from crate_ray.runs.planning import Run, driver_lease
+from crate_ray.runs.pretraining import open_pretraining
 from crate_ray.storage.interface import open_storage
 from crate_ray.storage.local import LocalStorage
-from crate_ray.training.bare_loop import Trained, train
+from crate_ray.training.bare_loop import train_stored
 from crate_ray.training.display import ProgressDisplay
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.task import Task
-from crate_ray.training.telemetry import used_memory
 
-_ConfigT = TypeVar("_ConfigT")
+_ConfigT = TypeVar("_ConfigT", PretrainConfig, FinetuneConfig)
 _FoundT = TypeVar("_FoundT")
 
 
 class Alone:
-    """A compare.Trainer without Ray. Interrupted runs start again from step 0. Finished runs are not repeated."""
+    """A compare.Trainer without Ray. Interrupted runs resume. Finished runs are not repeated."""
 
     def __init__(self, config: CompareConfig) -> None:
         if not isinstance(open_storage(config.storage, config.s3), LocalStorage):
             raise UserError(f"launcher 'none' needs a local folder as storage, not {config.storage}")
+        self._config = config
         self.features = InProcess()
 
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
-        """Train in a new process, so that the measured memory is that of this run only."""
-        return _in_fresh_process(_pretrain, config)
+        """Train the remaining steps in a new process, so that the measured memory is that of this run only."""
+        return _in_fresh_process(_pretrain, config, follower_of(self._config, config.name))
 
     def load(self, config: PretrainConfig) -> tuple[MaskedAutoencoder, ModelDescription]:
         """Load the model from the run's folder."""
         return load_exported(_model_folder(config))
 
     def finetune(self, config: FinetuneConfig) -> float:
-        """Train in a new process."""
-        return _in_fresh_process(_finetune, config)
+        """Train the remaining steps in a new process."""
+        return _in_fresh_process(_finetune, config, follower_of(self._config, config.name))
 
 
-def _in_fresh_process(work: Callable[[_ConfigT], _FoundT], config: _ConfigT) -> _FoundT:
+def _in_fresh_process(work: Callable[..., _FoundT], *arguments: Any) -> _FoundT:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as process:
-        return process.submit(work, config).result()
+        return process.submit(work, *arguments).result()
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is killed: nobody would get the result, and the next start trains the run again.
+    """End this process when its parent is killed: nobody would get the result, and the next start resumes the run.
 
     Otherwise it would end only after its work.
     """
@@ -85,28 +82,22 @@ def _model_folder(config: PretrainConfig) -> Path:
     return Path(config.storage) / config.name / "model"
 
 
-def _pretrain(config: PretrainConfig) -> PretrainFigures:
-    run = open_run(config)
-    done = _train(PretrainTask, run)
-    export_model(_model_folder(config), done.weights, describe(run.record, run.total_steps))
-    per_interval = config.training.batch_size * config.tracking.log_every
-    (memory,) = used_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")).values() or (0.0,)
-    return PretrainFigures(
-        loss=done.held_out[VALIDATION_LOSS],
-        images_per_second=settled_speed([per_interval / seconds for seconds in done.seconds]),
-        memory_bytes=memory,
-    )
+def _pretrain(config: PretrainConfig, follower: Follower) -> PretrainFigures:
+    run, weights = _train(PretrainTask, open_pretraining, config, follower)
+    export_model(_model_folder(config), weights, describe(run.record, run.total_steps))
+    return follower.figures(run)
 
 
-def _finetune(config: FinetuneConfig) -> float:
-    return _train(FinetuneTask, open_finetuning(config)).held_out[TOP1]
+def _finetune(config: FinetuneConfig, follower: Follower) -> float:
+    run, _ = _train(FinetuneTask, open_finetuning, config, follower)
+    return follower.final("top1", run)
 
 
-def _train(task_class: type[Task], run: Run) -> Trained:
-    weights = None
-    if run.record.initial_weights is not None:
-        with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
-            fetch_initial_weights(run.storage, run.record.initial_weights, Path(temporary))
-            weights = safetensors.torch.load_file(Path(temporary) / "model.safetensors")
-    with ProgressDisplay(0, run.total_steps) as display:
-        return train(task_class, run.config, run.record, run.total_steps, weights=weights, listeners=[display])
+def _train(
+    task_class: type[Task], open_run: Callable[[_ConfigT], Run], config: _ConfigT, follower: Follower
+) -> tuple[Run, dict[str, Tensor]]:
+    """Train the remaining steps of a run. Returns the run and the model's weights."""
+    with driver_lease(config):
+        run = open_run(config)
+        with ProgressDisplay(run.first_step, run.total_steps) as display:
+            return run, train_stored(task_class, run, listeners=[display, follower]).weights

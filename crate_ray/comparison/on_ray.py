@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from crate_ray.comparison.table import PretrainFigures, settled_speed
+from crate_ray.comparison.follower import Follower, follower_of
+from crate_ray.comparison.table import PretrainFigures
 from crate_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
-from crate_ray.config.identifiers import Count
-from crate_ray.errors import UserError, invalid_value
 from crate_ray.evaluation.extraction import Extraction
 from crate_ray.evaluation.feature_cache import FeatureCache
 from crate_ray.evaluation.online import measure_checkpoint
@@ -17,20 +14,14 @@ from crate_ray.finetuning.run import open_finetuning
 from crate_ray.finetuning.task import FinetuneTask
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
-from crate_ray.runs import metrics
-from crate_ray.runs.listener import Listener
-from crate_ray.runs.planning import Run
 from crate_ray.runs.pretraining import open_pretraining
 from crate_ray.runs.references import load_encoder
-from crate_ray.storage.interface import Storage, open_storage
 from crate_ray.storage.node_folders import feature_folder
 from crate_ray.tracking.pretraining import publish
 from crate_ray.training.lifecycle import run_training
 from crate_ray.training.pretraining import PretrainTask
 
 _CACHE_BYTES = 20 * 2**30
-_STORED_NAMES = {metrics.VALIDATION_LOSS: "validation_loss", metrics.TOP1: "top1", metrics.TOP5: "top5"}
-"""Names of the metrics in a follower's file."""
 
 
 class OnRay:
@@ -42,7 +33,7 @@ class OnRay:
 
     def pretrain(self, config: PretrainConfig) -> PretrainFigures:
         """Train the remaining steps of a run."""
-        follower = self._follower(config.name)
+        follower = follower_of(self._config, config.name)
         options = {**self._options(follower), "measure": measure_checkpoint}
         run = run_training(config, PretrainTask, open_pretraining, publish, **options).run
         return follower.figures(run)
@@ -53,69 +44,9 @@ class OnRay:
 
     def finetune(self, config: FinetuneConfig) -> float:
         """Train the remaining steps of a run."""
-        follower = self._follower(config.name)
+        follower = follower_of(self._config, config.name)
         run = run_training(config, FinetuneTask, open_finetuning, publish, **self._options(follower)).run
         return follower.final("top1", run)
 
-    def _follower(self, run: str) -> _Follower:
-        config = self._config
-        folder = open_storage(config.storage, config.s3).under(config.name)
-        return _Follower(folder, f"figures/{run}.followed.json")
-
-    def _options(self, follower: _Follower) -> dict[str, Any]:
+    def _options(self, follower: Follower) -> dict[str, Any]:
         return {"listeners": [follower], "tags": {"crate_ray.comparison": self._config.name}}
-
-
-class _Follower(Listener):
-    """Records speed, memory and validation metrics of a run in a file, because a later start may finish the run."""
-
-    def __init__(self, folder: Storage, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._kept = _Followed()
-        if folder.exists(name):
-            try:
-                self._kept = _Followed.model_validate_json(folder.read_small(name))
-            except ValidationError as error:
-                raise UserError(
-                    f"{folder.uri}/{name} cannot be read ({invalid_value(error)}); delete it and the run's folder to "
-                    "train the run again"
-                ) from None
-
-    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
-        kept = self._kept
-        if metrics.IMAGES_PER_SECOND in values:
-            kept.images_per_second[step] = values[metrics.IMAGES_PER_SECOND]
-            memory = values.get(metrics.GPU_MEMORY_BYTES, values.get(metrics.MEMORY_BYTES, 0.0))
-            kept.memory_bytes = max(kept.memory_bytes, memory)
-        if metrics.VALIDATION_LOSS in values:
-            for metric, name in _STORED_NAMES.items():
-                if metric in values:
-                    kept.held_out.setdefault(name, {})[step] = values[metric]
-            self._folder.write(self._name, kept.model_dump_json().encode())
-
-    def final(self, name: str, run: Run) -> float:
-        """A validation metric at the last step of a run. Raises UserError if it was not recorded."""
-        found = self._kept.held_out.get(name, {}).get(run.total_steps)
-        if found is None:
-            raise UserError(
-                f"run {run.config.name!r} is finished, but the comparison has no metrics of its last step; delete "
-                f"{run.storage.uri} to train it again, or give the comparison another name"
-            )
-        return found
-
-    def figures(self, run: Run) -> PretrainFigures:
-        """Validation loss at the last step, median speed, peak memory. Raises as `final` does."""
-        kept = self._kept
-        return PretrainFigures(
-            loss=self.final("validation_loss", run),
-            images_per_second=settled_speed([speed for _, speed in sorted(kept.images_per_second.items())]),
-            memory_bytes=kept.memory_bytes,
-        )
-
-
-class _Followed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    images_per_second: dict[Count, float] = {}
-    memory_bytes: float = 0.0
-    held_out: dict[str, dict[Count, float]] = {}

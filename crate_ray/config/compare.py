@@ -42,8 +42,8 @@ class CompareConfig(Settings):
     finetune_settings: Advanced[dict[str, Any]] = {}
     """Dotted fine-tuning settings that override that file, such as {training.epochs: 10}."""
     launcher: Advanced[Literal["ray", "none"]] = "ray"
-    """How runs are trained. 'ray': on Ray, with resumable runs in MLflow. 'none': in one process, with one GPU if there
-    is one, for a machine that has torch but neither Ray nor MLflow."""
+    """How runs are trained. 'ray': on Ray, with MLflow. 'none': in one process, with one GPU if there is one, for a
+    machine that has torch but neither Ray nor MLflow. An interrupted run resumes, also with the other launcher."""
     probe: ProbeConfig
     """Labelled datasets for linear probe and k-NN."""
     tracking: TrackingConfig = TrackingConfig()

@@ -158,6 +158,9 @@ class CrateMAEConfig(ImageModelConfig):
     tokens are no keys."""
     decoder_attend_to: Advanced[Literal["all", "visible"]] = "all"
     """Tokens that a token attends to in the decoder: 'all' (published), or the 'visible' ones and itself."""
+    predicted_share: Advanced[Annotated[float, Field(gt=0, le=1)]] = 1.0
+    """Share of the removed patches that the decoder predicts in a training step, drawn at random. A smaller share saves
+    time. Needs decoder_attend_to 'visible' and encoder_tokens 'visible'."""
     initialization: Advanced[Literal["published", "small"]] = "published"
     """Initial weights of MSSA: 'published' (Xavier-uniform), or 'small', normal with standard deviation 0.02 as in
     CRATE-α, which keeps tokens apart in deep stacks."""
@@ -193,6 +196,12 @@ class CrateMAEConfig(ImageModelConfig):
         "norm_eps", "last_norm_eps",
     )  # fmt: skip
     """Settings that change the equations; their defaults are the published form."""
+
+    @property
+    def num_predicted(self) -> int:
+        """Number of removed patches that the decoder predicts in a training step, at least 1 if any is removed."""
+        removed = self.num_patches - self.num_visible
+        return min(removed, max(1, round(removed * self.predicted_share)))
 
     @property
     def unpublished(self) -> list[str]:
@@ -235,6 +244,8 @@ class CrateMAEConfig(ImageModelConfig):
             raise ValueError("attend_to 'visible' needs attention 'softmax' and encoder_tokens 'all'")
         if self.decoder_attend_to == "visible" and self.attention != "softmax":
             raise ValueError("decoder_attend_to 'visible' needs attention 'softmax'")
+        if self.predicted_share < 1 and "all" in (self.decoder_attend_to, self.encoder_tokens):
+            raise ValueError("predicted_share below 1 needs decoder_attend_to 'visible' and encoder_tokens 'visible'")
         if self.threshold == "learned" and self.sparsity_lambda == 0:
             raise ValueError("threshold 'learned' starts at ηλ, so sparsity_lambda cannot be 0")
         return self

@@ -22,6 +22,7 @@ from crate_ray.models.patches import (
     Masking,
     patch_statistics,
     patchify,
+    put_tokens,
     random_masking,
     sample_losses,
     sincos_positions,
@@ -50,9 +51,9 @@ class Decoded(NamedTuple):
     """Result of `MaskedAutoencoder.decode`."""
 
     prediction: Tensor
-    """Predicted patches, (B, N, X)."""
+    """Predicted patches, (B, N, X); or (B, M, X), if the mask has M `decoded` patches."""
     layers: list[Tensor] | None
-    """Output of each decoder layer, (B, 1 + N, decoder's D); None unless requested."""
+    """Output of each decoder layer, (B, 1 + N or 1 + M, decoder's D); None unless requested."""
 
 
 class MaskedOutput(NamedTuple):
@@ -61,7 +62,7 @@ class MaskedOutput(NamedTuple):
     loss: Tensor
     """Mean of `sample_loss`, a scalar."""
     prediction: Tensor
-    """Predicted patches, (B, N, X)."""
+    """Predicted patches, (B, N, X). With `predicted_share`, 0 for those that were not decoded in this training step."""
     mask: Tensor
     """(B, N) float; 1 for a removed patch, 0 for a visible one."""
     sample_loss: Tensor
@@ -148,6 +149,8 @@ class MaskedAutoencoder(nn.Module):
         self.grid_hw = config.grid_hw
         self.num_patches = config.num_patches
         self.num_visible = config.num_visible
+        self.num_predicted = config.num_patches - config.num_visible
+        """Removed patches that the decoder predicts in a training step. By default these are all of them."""
         self.norm_pix_loss = config.norm_pix_loss
         self.visible_only = encoder_tokens == "visible"
         self.has_decoder = True
@@ -211,10 +214,18 @@ class MaskedAutoencoder(nn.Module):
         encoded = self._encode(z_BTD, masking, return_layers=return_layers)
         decoded = self.decode(encoded.tokens, masking, return_layers=return_layers)
         assert masking is not None
-        num_removed = self.num_patches - self.num_visible
-        loss_B = sample_losses(decoded.prediction, self._target(patches_BNX), masking.removed, num_removed)
+        prediction_BNX, target_BNX = decoded.prediction, self._target(patches_BNX)
+        if masking.decoded is None:
+            num_removed = self.num_patches - self.num_visible
+            loss_B = sample_losses(prediction_BNX, target_BNX, masking.removed, num_removed)
+        else:
+            predicted_BM = masking.removed.gather(1, masking.decoded)
+            loss_B = sample_losses(
+                prediction_BNX, take_tokens(target_BNX, masking.decoded), predicted_BM, self.num_predicted
+            )
+            prediction_BNX = put_tokens(prediction_BNX, masking.decoded, self.num_patches)
         mask_BN = masking.removed.to(loss_B.dtype)
-        return MaskedOutput(loss_B.mean(), decoded.prediction, mask_BN, loss_B, encoded.layers, decoded.layers)
+        return MaskedOutput(loss_B.mean(), prediction_BNX, mask_BN, loss_B, encoded.layers, decoded.layers)
 
     def embed(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Masking | None]:
         """Z¹ = [CLS, t_1 + pos_1, …, t_N + pos_N]; t_n = P x_n + b for n ∉ Ω, the mask token for n ∈ Ω.    (10)
@@ -350,7 +361,11 @@ class MaskedAutoencoder(nn.Module):
         x_BND = F.linear(patches_BNX, kernel_DX, self.patch_embed.bias)
         if self.embedding_norm is not None:
             x_BND = self.embedding_norm(x_BND)
-        masking = None if noise_BN is None else random_masking(noise_BN, self.num_visible)
+        masking = None
+        if noise_BN is not None:
+            num_decoded = self.num_visible + self.num_predicted
+            partial_decoding = self.training and num_decoded < self.num_patches
+            masking = random_masking(noise_BN, self.num_visible, num_decoded if partial_decoding else None)
         if masking is not None and not self.visible_only:
             self._check_decoder()  # the mask token came with it
             x_BND = torch.where(masking.removed.unsqueeze(-1), self.mask_token, x_BND)
@@ -390,14 +405,22 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def restore_removed(self, tokens: Tensor, masking: Masking | None) -> Tensor:
-        """Put mask tokens in place of the removed patches and add positions to all patches, (B, 1 + N, D)."""
+        """Put mask tokens in place of the removed patches and add positions to all patches, (B, 1 + N, D).
+
+        If the mask has `decoded` patches, these only, in their order.
+        """
         assert self.decoder_positions is not None
         cls_B1D, y_BND = tokens[:, :1], tokens[:, 1:]
+        positions = self.decoder_positions
         if masking is not None:
-            num_removed = masking.rank.shape[1] - y_BND.shape[1]
-            by_rank_BND = torch.cat([y_BND, self.mask_token.expand(y_BND.shape[0], num_removed, -1)], dim=1)
-            y_BND = take_tokens(by_rank_BND, masking.rank)
-        return torch.cat([cls_B1D, y_BND + self.decoder_positions], dim=1)
+            kept = masking.rank if masking.decoded is None else masking.decoded
+            num_removed = kept.shape[1] - y_BND.shape[1]
+            y_BND = torch.cat([y_BND, self.mask_token.expand(y_BND.shape[0], num_removed, -1)], dim=1)  # by rank
+            if masking.decoded is None:
+                y_BND = take_tokens(y_BND, masking.rank)
+            else:
+                positions = take_tokens(positions.expand(y_BND.shape[0], -1, -1), masking.decoded)
+        return torch.cat([cls_B1D, y_BND + positions], dim=1)
 
     def _target(self, patches_BNX: Tensor) -> Tensor:
         if not self.norm_pix_loss:

@@ -362,7 +362,10 @@ _SMALL_STD = 0.02
 
 
 def _visible_tokens(masking: Masking | None) -> dict[str, Tensor]:
-    return {} if masking is None else {"visible": F.pad(~masking.removed, (1, 0), value=True)}
+    if masking is None:
+        return {}
+    removed_BM = masking.removed if masking.decoded is None else masking.removed.gather(1, masking.decoded)
+    return {"visible": F.pad(~removed_BM, (1, 0), value=True)}
 
 
 class CrateMAE(MaskedAutoencoder):
@@ -387,6 +390,7 @@ class CrateMAE(MaskedAutoencoder):
             patch_norm_eps=config.norm_eps if config.patch_norm else None,
         )
         self.config = config
+        self.num_predicted = config.num_predicted
         self.tied_decoder = config.decoder_maps == "tied"
         self.unused_published: dict[str, Tensor] = {}
         """Tensors of an imported checkpoint that the model does not use, kept for the export; see `published`."""

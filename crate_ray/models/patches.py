@@ -22,9 +22,12 @@ class Masking(NamedTuple):
     """Indices of the visible patches in the order of their noise, smallest first, (B, V)."""
     rank: Tensor
     """Rank of each patch's noise, (B, N); visible patches have the ranks 0 to V − 1."""
+    decoded: Tensor | None = None
+    """Indices of the M patches that the decoder gets, (B, M), in the order of their noise. The first V are visible.
+    None if it gets all patches in their order."""
 
 
-def random_masking(noise: Tensor, num_visible: int) -> Masking:
+def random_masking(noise: Tensor, num_visible: int, num_decoded: int | None = None) -> Masking:
     """Ω = all patches but the V with the smallest noise, V = ⌊N (1 − mask ratio)⌋; Ω is removed.    (9)
 
     Parameters
@@ -33,10 +36,14 @@ def random_masking(noise: Tensor, num_visible: int) -> Masking:
         One number per patch, (B, N). Of equal numbers the first patch counts as smaller.
     num_visible
         V.
+    num_decoded
+        M, if the decoder gets only the M patches with the smallest noise: the visible ones and M − V removed ones,
+        which are a random subset of Ω.
     """
     order_BN = torch.argsort(noise, dim=1, stable=True)
     rank_BN = torch.argsort(order_BN, dim=1)
-    return Masking(rank_BN >= num_visible, order_BN[:, :num_visible], rank_BN)
+    decoded_BM = None if num_decoded is None else order_BN[:, :num_decoded]
+    return Masking(rank_BN >= num_visible, order_BN[:, :num_visible], rank_BN, decoded_BM)
 
 
 def sample_losses(prediction: Tensor, target: Tensor, removed: Tensor, num_removed: int) -> Tensor:
@@ -106,3 +113,9 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Tokens (B, M, D) of (B, N, D) at each image's own indices (B, M)."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def put_tokens(tokens: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+    """Tokens (B, N, D) that hold the tokens (B, M, D) at each image's own indices (B, M), and 0 elsewhere."""
+    empty_BND = tokens.new_zeros(tokens.shape[0], num_tokens, tokens.shape[2])
+    return empty_BND.scatter(1, index.unsqueeze(-1).expand_as(tokens), tokens)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 import tempfile
 import time
@@ -43,6 +44,8 @@ CHECKPOINT_FOLDER = r"attempt-[0-9]+/step-[0-9]+[0-9A-Za-z_.-]*"
 """Form of a checkpoint's folder in its run."""
 
 _COMMITS = "commits/"
+
+_ATTEMPT = re.compile(r"attempt-([0-9]{1,9})/")
 
 BEST: Literal["best"] = "best"
 Which = int | str | None
@@ -94,6 +97,12 @@ def upload_part(run: Storage, directory: str, folder: Path, rank: int, world_siz
         run.write(f"{directory}/{path.name}", path)
     record = _Uploaded(files=files).model_dump_json(indent=2).encode()
     run.write(f"{directory}/{_uploaded_name(rank, world_size)}", record)
+
+
+def new_attempt(storage: Storage) -> str:
+    """A new folder for this start's checkpoints. Commit records, not folders, say which checkpoint is the newest."""
+    earlier = [int(match[1]) for i in storage.list("attempt-") if (match := _ATTEMPT.match(i.key))]
+    return f"attempt-{max(earlier, default=0) + 1:03d}"
 
 
 def commit_checkpoint(

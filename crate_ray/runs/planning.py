@@ -126,6 +126,21 @@ def plan_run(
     return Run(config, record, storage, mixture, total_steps, first_step)
 
 
+def with_threads(run: Run, cpus: int) -> RunRecord:
+    """The run's record with the number of threads of each worker: that of its first start, or `cpus`.
+
+    Raises:
+        UserError: scaling.cpus_per_worker is another number.
+    """
+    threads = run.record.threads or cpus
+    if run.config.scaling.cpus_per_worker not in (None, threads):
+        raise UserError(
+            f"run {run.config.name!r} was started with {threads} CPUs per worker, and its results depend on that "
+            f"number; set scaling.cpus_per_worker {threads}"
+        )
+    return run.record.model_copy(update={"threads": threads})
+
+
 def _check_workers(config: RunConfig) -> None:
     batch_size = config.training.batch_size
     mixes = isinstance(config, FinetuneConfig) and config.mixes

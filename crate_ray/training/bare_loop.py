@@ -1,7 +1,7 @@
-"""The training loop without Ray, checkpoints and MLflow, in this process or in processes that torchrun has started.
+"""The training loop without Ray and MLflow, in this process or in processes that torchrun has started.
 
 Benchmarks and tests compare Ray Train jobs with it, in time and bit by bit. It also trains on machines that have only
-torch. With torchrun:
+torch, and there `train_stored` resumes from checkpoints. With torchrun:
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m crate_ray.training.bare_loop RUN TIMES
 
@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -27,13 +28,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crate_ray.config import FinetuneConfig, PretrainConfig
+from crate_ray.runs.commits import new_attempt
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.metrics import STEP_SECONDS, VALIDATION_LOSS
-from crate_ray.runs.record import RunRecord
+from crate_ray.runs.planning import Run, with_threads
+from crate_ray.runs.record import RunRecord, write_record
+from crate_ray.runs.starts import record_start
+from crate_ray.training.checkpoints import Peers, WorkerCheckpoints
 from crate_ray.training.loop import TrainingLoop
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.task import Assembled, Task
-from crate_ray.training.worker import StartFacts, StepDecision, Worker
+from crate_ray.training.worker import Checkpoints, StartFacts, StepDecision, Worker
 
 
 class Trained(NamedTuple):
@@ -59,31 +64,74 @@ def train(
     """Train all steps of a run. If there is a process group, this process trains its part.
 
     Starts from `weights` if they are given. If the record has no number of threads, each process uses all cores. Only
-    rank 0's listeners receive events. No pictures are made.
+    rank 0's listeners receive events. No pictures are made, and no checkpoints.
     """
+    record = record.model_copy(update={"threads": record.threads or _cores()})
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as scratch:
+        return _train(task_class, config, record, total_steps, Path(scratch), _NoCheckpoints(weights), listeners)
+
+
+def train_stored(task_class: type[Task], run: Run, listeners: Sequence[Listener] = ()) -> Trained:
+    """Train the remaining steps of a run in this process, with checkpoints in the run's folder, as on Ray.
+
+    A finished run is not trained. Its weights are returned without `held_out`. Needs the run's entered lease (see
+    planning.driver_lease). Raises UserError if the run was started with another number of threads.
+    """
+    record = with_threads(run, _cores())
+    record_start(run)
+    write_record(run.storage, record)
+    config, attempt = run.config, new_attempt(run.storage)
+    with tempfile.TemporaryDirectory(prefix="crate-ray-") as scratch:
+        peers = Peers(
+            group=uuid.uuid4().hex,
+            rank=0,
+            world_size=1,
+            is_first_of_node=True,
+            scratch=Path(scratch),
+            node_scratch=Path(scratch),
+            barrier=lambda: None,
+            broadcast=lambda value: value,
+        )
+        checkpoints = WorkerCheckpoints(
+            run.storage, attempt, record, config.checkpoint, peers, _NoSaveEvents(), _local_device()
+        )
+        return _train(task_class, config, record, run.total_steps, Path(scratch), checkpoints, listeners)
+
+
+def _train(
+    task_class: type[Task],
+    config: PretrainConfig | FinetuneConfig,
+    record: RunRecord,
+    total_steps: int,
+    scratch: Path,
+    checkpoints: Checkpoints,
+    listeners: Sequence[Listener],
+) -> Trained:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    record = record.model_copy(update={"threads": record.threads or len(os.sched_getaffinity(0))})
     reporter = _LocalReporter(listeners if rank == 0 else ())
     tracking = config.tracking.model_copy(update={"picture_every": None})
-    with tempfile.TemporaryDirectory(prefix="crate-ray-") as scratch:
-        worker = Worker(
-            rank=rank,
-            world_size=world_size,
-            device=_local_device(),
-            scratch=Path(scratch),
-            reporter=reporter,
-            control=_NoControl(),
-            checkpoints=_NoCheckpoints(weights),
-            preemption_notice=lambda: False,
-        )
-        loop = TrainingLoop(task_class, config.model_copy(update={"tracking": tracking}), record, total_steps, worker)
-        loop.resume()
-        loop.run()
-        state = {name: tensor.detach().cpu() for name, tensor in loop.task.model.state_dict().items()}
-        loop.finish()
+    worker = Worker(
+        rank=rank,
+        world_size=world_size,
+        device=_local_device(),
+        scratch=scratch,
+        reporter=reporter,
+        control=_NoControl(),
+        checkpoints=checkpoints,
+        preemption_notice=lambda: False,
+    )
+    loop = TrainingLoop(task_class, config.model_copy(update={"tracking": tracking}), record, total_steps, worker)
+    loop.resume()
+    loop.run()
+    state = {name: tensor.detach().cpu() for name, tensor in loop.task.model.state_dict().items()}
+    loop.finish()
     every = config.tracking.log_every
     seconds = [every * values[STEP_SECONDS] for step, values in reporter.logged.items() if not step % every]
     return Trained(state, seconds, reporter.held_out)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _local_device() -> torch.device:
@@ -166,6 +214,19 @@ class _NoCheckpoints:
         pass
 
     def finish(self) -> None:
+        pass
+
+
+class _NoSaveEvents:
+    """Listeners are called in this process, before a checkpoint is saved, so there is nothing to wait for."""
+
+    def flush(self) -> None:
+        pass
+
+    def wait_until_recorded(self) -> None:
+        pass
+
+    def checkpoint(self, step: int, seconds: float) -> None:
         pass
 
 

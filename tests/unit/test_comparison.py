@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crate_ray.comparison.alone import _pretrain
 from crate_ray.comparison.compare import compare
+from crate_ray.comparison.follower import Follower, follower_of
 from crate_ray.comparison.table import PretrainFigures, interval, write_report
 from crate_ray.comparison.variants import (
     ABLATIONS,
@@ -50,6 +53,7 @@ from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.exported import ModelDescription
 from crate_ray.runs.export import describe
+from crate_ray.runs.listener import Listener
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import open_storage
 
@@ -272,3 +276,53 @@ def test_a_run_ends_with_its_comparison(tmp_path: Path) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(run, signal.SIGKILL)
         os.close(run)
+
+
+class Interrupt(Listener):
+    """Ends the training after a step."""
+
+    def __init__(self, follower: Follower, at: int) -> None:
+        self._follower, self._at = follower, at
+
+    def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
+        self._follower.metrics(step, values, time_ms)
+        if step == self._at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_run_without_ray_resumes_and_ends_the_same(tmp_path: Path) -> None:
+    data = PrepareConfig(source="digits", output=str(tmp_path / "digits"))
+    pack(digits_source("test"), open_storage(data.output, S3Config()), data)
+
+    def planned(storage: str) -> tuple[CompareConfig, PretrainConfig]:
+        settings = {
+            "data.train": data.output, "data.validation": data.output, "training.batch_size": 16, "training.steps": 8,
+            "checkpoint.every_steps": 3,
+        }  # fmt: skip
+        config = compare_config(
+            tmp_path,
+            storage=str(tmp_path / storage),
+            baselines=False,
+            settings=settings,
+            tracking={"log_every": 1},
+        )
+        return config, plan_variants(config)[OURS][0]
+
+    def weights(run: PretrainConfig) -> bytes:
+        return (Path(run.storage) / run.name / "model" / "model.safetensors").read_bytes()
+
+    config, run = planned("whole")
+    whole = _pretrain(run, follower_of(config, run.name))
+    expected = weights(run)
+    config, run = planned("interrupted")
+    for at in (2, 5):  # before the first checkpoint, and after it
+        with pytest.raises(KeyboardInterrupt):
+            _pretrain(run, Interrupt(follower_of(config, run.name), at))  # type: ignore[arg-type]
+    assert open_run(run).first_step == 3
+    resumed = _pretrain(run, follower_of(config, run.name))
+    assert resumed.loss == whole.loss and weights(run) == expected
+    # Killed before the model was exported.
+    shutil.rmtree(Path(run.storage) / run.name / "model")
+    assert open_run(run).is_finished
+    assert _pretrain(run, follower_of(config, run.name)) == resumed and weights(run) == expected

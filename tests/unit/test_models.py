@@ -223,6 +223,41 @@ def configs(draw: st.DrawFn) -> CrateMAEConfig | ViTMAEConfig:
     )
 
 
+@pytest.mark.parametrize("share", [0.01, 0.34, 0.5, 1.0])
+@pytest.mark.parametrize("decoder_maps", ["free", "tied"])
+def test_a_part_of_the_removed_patches_is_predicted_as_if_all_were(share: float, decoder_maps: str) -> None:
+    """Predictions do not depend on other removed patches, so the loss is the mean over those that are decoded."""
+    switch = {**SWITCHES["visible keys of the decoder"], "decoder_maps": decoder_maps}
+    whole = CrateMAE(CrateMAEConfig(**SMALL, **switch)).double()
+    part = CrateMAE(CrateMAEConfig(**SMALL, **switch, predicted_share=share)).double()
+    part.load_state_dict(whole.state_dict())
+    config = part.config
+    images, noise = images_for(config, 5, torch.float64), noise_for(config, 5)
+    expected, out = whole(images, noise), part(images, noise)
+    predicted = min(
+        config.num_patches - config.num_visible, max(1, round(share * (config.num_patches - config.num_visible)))
+    )
+    assert part.num_predicted == predicted
+    errors = (expected.prediction - whole.target(images)).square().mean(-1)
+    for sample in range(5):
+        order = noise[sample].argsort()
+        decoded, dropped = order[: config.num_visible + predicted], order[config.num_visible + predicted :]
+        torch.testing.assert_close(out.prediction[sample, decoded], expected.prediction[sample, decoded])
+        torch.testing.assert_close(out.sample_loss[sample], errors[sample, decoded[config.num_visible :]].mean())
+        assert not out.prediction[sample, dropped].any()
+    torch.testing.assert_close(out.mask, expected.mask)
+    out.loss.backward()
+    assert all(parameter.grad is not None for parameter in part.parameters())
+    part.eval()
+    torch.testing.assert_close(part(images, noise).loss, expected.loss)
+
+
+def test_a_part_of_the_prediction_needs_a_decoder_without_keys_of_mask_tokens() -> None:
+    for switch in ({}, {"encoder_tokens": "visible"}, {"decoder_attend_to": "visible"}):
+        with pytest.raises(ValueError, match="predicted_share below 1 needs decoder_attend_to 'visible'"):
+            CrateMAEConfig(**SMALL, **switch, predicted_share=0.5)
+
+
 def as_numpy(tensor: Tensor) -> Any:
     return tensor.detach().double().numpy()
 
@@ -260,9 +295,9 @@ def test_equals_equations(config: CrateMAEConfig | ViTMAEConfig, seed: int) -> N
         def close(ours: Tensor, theirs: Any, sample: int = b) -> None:
             np.testing.assert_allclose(as_numpy(ours[sample]), theirs, rtol=1e-10, atol=1e-10)
 
-        close(out.sample_loss, expected.loss)
-        close(out.mask, expected.mask)
-        close(out.prediction, expected.prediction)
+        torch.testing.assert_close(out.sample_loss, expected.loss)
+        torch.testing.assert_close(out.mask, expected.mask)
+        torch.testing.assert_close(out.prediction, expected.prediction)
         visible_only = model.visible_only
         # Visible tokens are in the order of their noise here, and in the order of the grid in the equations.
         order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + place[b].argsort()]) if visible_only else slice(None)
@@ -271,7 +306,7 @@ def test_equals_equations(config: CrateMAEConfig | ViTMAEConfig, seed: int) -> N
         for ours, theirs in zip(out.decoder_layers, expected.decoder_layers, strict=True):
             close(ours, theirs)
         whole = equations(state, b, masked=False)
-        close(unmasked.tokens, whole.tokens)
+        torch.testing.assert_close(unmasked.tokens, whole.tokens)
         for name in ("attention", "keys"):
             for ours, theirs in zip(getattr(unmasked, name), getattr(whole, name), strict=True):
                 close(ours, theirs)

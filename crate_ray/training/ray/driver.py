@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from crate_ray.config import PretrainConfig
 from crate_ray.errors import UserError
 from crate_ray.ray_cluster import cluster_nodes, worker_resources
-from crate_ray.runs.commits import newest_complete
+from crate_ray.runs.commits import new_attempt, newest_complete
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.metrics import CHECKPOINT_BACKGROUND_SECONDS
-from crate_ray.runs.planning import Run
+from crate_ray.runs.planning import Run, with_threads
 from crate_ray.runs.record import write_record
-from crate_ray.storage.interface import Storage
 from crate_ray.storage.lease import Lease
 from crate_ray.training.control import Watchdog
 from crate_ray.training.ray.fit import fit, ray_failures, ray_scaling
@@ -35,7 +33,6 @@ from crate_ray.training.task import Task
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPT = re.compile(r"attempt-([0-9]{1,9})/")
 _POLL_SECONDS = 0.25
 _SILENT_SECONDS = 30.0  # after this time without heartbeats, no worker is left that could save a checkpoint
 
@@ -60,21 +57,15 @@ def train_on_ray(
     if wants_weights and not run.first_step and run.record.initial_weights is None:
         raise ValueError("the run's initial weights are not stored yet; call runs.pretraining.start_from first")
     resources, use_gpu = worker_resources(config.scaling, cluster_nodes())
-    threads = run.record.threads or int(resources["CPU"])
-    if config.scaling.cpus_per_worker not in (None, threads):
-        raise UserError(
-            f"run {config.name!r} was started with {threads} CPUs per worker, and its results depend on that number; "
-            f"set scaling.cpus_per_worker {threads}"
-        )
+    record = with_threads(run, int(resources["CPU"]))
     lease.check()
-    record = run.record.model_copy(update={"threads": threads})
     write_record(run.storage, record)
     mailbox = _start_mailbox()
     payload = {  # see worker.run_worker
         "config": config.model_dump(mode="json"),
         "record": record.model_dump(mode="json"),
         "total_steps": run.total_steps,
-        "attempt": _new_attempt(run.storage),
+        "attempt": new_attempt(run.storage),
         "mailbox": mailbox,
     }
     with stop_signals() as request, _measurements(run, measure, mailbox) as measurements:
@@ -118,12 +109,6 @@ def _measurements(run: Run, measure: Measure | None, mailbox: Any) -> Iterator[M
 def _start_mailbox() -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
-
-
-def _new_attempt(storage: Storage) -> str:
-    """A new folder for this start's checkpoints. Commit records, not folders, say which checkpoint is the newest."""
-    earlier = [int(match[1]) for i in storage.list("attempt-") if (match := _ATTEMPT.match(i.key))]
-    return f"attempt-{max(earlier, default=0) + 1:03d}"
 
 
 def _newest_step(run: Run) -> int:
