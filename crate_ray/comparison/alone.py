@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +30,12 @@ from crate_ray.storage.local import LocalStorage
 from crate_ray.training.bare_loop import train_stored
 from crate_ray.training.display import ProgressDisplay
 from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.signals import Stopped, stop_signals
 from crate_ray.training.task import Task
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
 
 _ConfigT = TypeVar("_ConfigT", PretrainConfig, FinetuneConfig)
 _FoundT = TypeVar("_FoundT")
@@ -58,24 +64,42 @@ class Alone:
 
 
 def _in_fresh_process(work: Callable[..., _FoundT], *arguments: Any) -> _FoundT:
+    """Result of a function in a new process. Raises Stopped after SIGTERM or Ctrl-C, of which that process is told."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as process:
-        return process.submit(work, *arguments).result()
+    with stop_signals() as request, ProcessPoolExecutor(1, mp_context=context, initializer=_obey_parent) as process:
+        result = process.submit(work, *arguments)
+        try:
+            while not wait([result], _POLL_SECONDS).done and not request.signal:
+                pass
+            if request.signal:
+                logger.warning("stopping: a checkpoint is saved first (Ctrl-C again stops at once)")
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                wait([result])
+                stopped = result.exception()
+                raise Stopped(request.signal, stopped.step if isinstance(stopped, Stopped) else 0)
+            return result.result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is killed: nobody would get the result, and the next start resumes the run.
+def _obey_parent() -> None:
+    """Let only the parent stop this process, and end it when its parent is killed.
 
-    Otherwise it would end only after its work.
+    Ctrl-C reaches all processes of a terminal's group. If the parent is gone, nobody gets the result, and the next
+    start resumes the run.
     """
+    os.setpgid(0, 0)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def wait() -> None:
+    def end() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _model_folder(config: PretrainConfig) -> Path:

@@ -37,6 +37,7 @@ from crate_ray.runs.starts import record_start
 from crate_ray.training.checkpoints import Peers, WorkerCheckpoints
 from crate_ray.training.loop import TrainingLoop
 from crate_ray.training.pretraining import PretrainTask
+from crate_ray.training.signals import Stopped, StopRequest, stop_signals
 from crate_ray.training.task import Assembled, Task
 from crate_ray.training.worker import Checkpoints, StartFacts, StepDecision, Worker
 
@@ -75,7 +76,11 @@ def train_stored(task_class: type[Task], run: Run, listeners: Sequence[Listener]
     """Train the remaining steps of a run in this process, with checkpoints in the run's folder, as on Ray.
 
     A finished run is not trained. Its weights are returned without `held_out`. Needs the run's entered lease (see
-    planning.driver_lease). Raises UserError if the run was started with another number of threads.
+    planning.driver_lease).
+
+    Raises:
+        UserError: the run was started with another number of threads.
+        Stopped: SIGTERM or Ctrl-C has stopped the run, after it has saved a checkpoint.
     """
     record = with_threads(run, _cores())
     record_start(run)
@@ -95,7 +100,9 @@ def train_stored(task_class: type[Task], run: Run, listeners: Sequence[Listener]
         checkpoints = WorkerCheckpoints(
             run.storage, attempt, record, config.checkpoint, peers, _NoSaveEvents(), _local_device()
         )
-        return _train(task_class, config, record, run.total_steps, Path(scratch), checkpoints, listeners)
+        with stop_signals() as request:
+            arguments = config, record, run.total_steps, Path(scratch), checkpoints, listeners, request
+            return _train(task_class, *arguments)
 
 
 def _train(
@@ -106,6 +113,7 @@ def _train(
     scratch: Path,
     checkpoints: Checkpoints,
     listeners: Sequence[Listener],
+    request: StopRequest | None = None,
 ) -> Trained:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     reporter = _LocalReporter(listeners if rank == 0 else ())
@@ -116,7 +124,7 @@ def _train(
         device=_local_device(),
         scratch=scratch,
         reporter=reporter,
-        control=_NoControl(),
+        control=_Control(request or StopRequest()),
         checkpoints=checkpoints,
         preemption_notice=lambda: False,
     )
@@ -125,6 +133,9 @@ def _train(
     loop.run()
     state = {name: tensor.detach().cpu() for name, tensor in loop.task.model.state_dict().items()}
     loop.finish()
+    if loop.step < total_steps:
+        assert request is not None
+        raise Stopped(request.signal, loop.step)
     every = config.tracking.log_every
     seconds = [every * values[STEP_SECONDS] for step, values in reporter.logged.items() if not step % every]
     return Trained(state, seconds, reporter.held_out)
@@ -183,11 +194,14 @@ class _LocalReporter:
         pass
 
 
-class _NoControl:
-    """A control without a driver: the run is never asked to stop."""
+@dataclass
+class _Control:
+    """A control without a driver: the run stops when this process is asked to."""
+
+    request: StopRequest
 
     def decide(self, step: int) -> StepDecision:
-        return StepDecision(stop=False, check_preemption=False)
+        return StepDecision(stop=bool(self.request.signal), check_preemption=False)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()

@@ -31,6 +31,10 @@ class Stopped(KeyboardInterrupt):
         self.signal, self.step = number, step
         self.exit_code = 128 + number
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, int]]:
+        """Another process can raise it again."""
+        return Stopped, (self.signal, self.step)
+
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:

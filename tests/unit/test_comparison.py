@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +55,7 @@ from crate_ray.runs.export import describe
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.pretraining import open_run
 from crate_ray.storage.interface import open_storage
+from crate_ray.training.signals import Stopped
 
 
 def test_the_baseline_of_the_same_size_is_the_published_one() -> None:
@@ -246,48 +246,63 @@ def test_what_was_measured_counts_only_for_what_it_was_measured_with(tmp_path: P
         )
 
 
+RUN_ALONE = """
+import os, sys, time
+from pathlib import Path
+from crate_ray.comparison.alone import _in_fresh_process
+from crate_ray.training.signals import Stopped, stop_signals
+
+def work(started):
+    with stop_signals() as request:
+        Path(started).write_text(str(os.getpid()))
+        while not request.signal:
+            time.sleep(0.1)
+        raise Stopped(request.signal, 7)
+
+if __name__ == "__main__":
+    try:
+        _in_fresh_process(work, sys.argv[1])
+    except Stopped as stopped:
+        print("stopped by", stopped.signal, "at", stopped.step)
+"""
+
+
+@pytest.mark.daily
 @pytest.mark.slow
-def test_a_run_ends_with_its_comparison(tmp_path: Path) -> None:
-    """The process of a run of `--launcher none` ends when the comparison is killed."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_ends_with_its_comparison(number: signal.Signals, tmp_path: Path) -> None:
+    """A run of `--launcher none` is told of a signal to its comparison, and ends when the comparison is killed."""
     script, started = tmp_path / "script.py", tmp_path / "started"
-    script.write_text(
-        textwrap.dedent("""
-        import os, sys, time
-        from pathlib import Path
-        from crate_ray.comparison.alone import _in_fresh_process
-
-        def work(started):
-            Path(started).write_text(str(os.getpid()))
-            time.sleep(600)
-
-        if __name__ == "__main__":
-            _in_fresh_process(work, sys.argv[1])
-        """)
-    )
-    with subprocess.Popen([sys.executable, script, started], stderr=subprocess.DEVNULL) as comparison:
+    script.write_text(RUN_ALONE)
+    command = [sys.executable, script, started]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as comparison:
         while not (started.exists() and started.read_text()):
             assert comparison.poll() is None
             time.sleep(0.1)
         run = os.pidfd_open(int(started.read_text()))
-        comparison.kill()
-    try:
-        assert select.select([run], [], [], 30)[0], "the run goes on"
-    finally:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(run, signal.SIGKILL)
-        os.close(run)
+        comparison.send_signal(number)
+        try:
+            assert select.select([run], [], [], 30)[0], "the run goes on"
+        finally:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(run, signal.SIGKILL)
+            os.close(run)
+        output = comparison.communicate()[0]
+    assert output == ("" if number == signal.SIGKILL else f"stopped by {int(number)} at 7\n")
 
 
 class Interrupt(Listener):
-    """Ends the training after a step."""
+    """Interrupts the training after a step, at once or with a signal."""
 
-    def __init__(self, follower: Follower, at: int) -> None:
-        self._follower, self._at = follower, at
+    def __init__(self, follower: Follower, at: int, *, kindly: bool = False) -> None:
+        self._follower, self._at, self._kindly = follower, at, kindly
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         self._follower.metrics(step, values, time_ms)
         if step == self._at:
-            raise KeyboardInterrupt
+            if not self._kindly:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -320,6 +335,9 @@ def test_a_run_without_ray_resumes_and_ends_the_same(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             _pretrain(run, Interrupt(follower_of(config, run.name), at))  # type: ignore[arg-type]
     assert open_run(run).first_step == 3
+    with pytest.raises(Stopped) as stopped:
+        _pretrain(run, Interrupt(follower_of(config, run.name), 5, kindly=True))  # type: ignore[arg-type]
+    assert stopped.value.step == open_run(run).first_step == 5
     resumed = _pretrain(run, follower_of(config, run.name))
     assert resumed.loss == whole.loss and weights(run) == expected
     # Killed before the model was exported.
