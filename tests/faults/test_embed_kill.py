@@ -159,6 +159,7 @@ def test_the_part_of_a_killed_encoder_is_given_to_another_one(
     check(folder, output)
 
 
+@pytest.mark.daily
 @pytest.mark.s3
 def test_failing_storage_costs_no_part_and_makes_none_twice(
     folder: Path, s3_gateway: S3Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

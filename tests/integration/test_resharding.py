@@ -137,7 +137,7 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     ("workers", "strategy", "optimizer"),
     [
         pytest.param(2, "ddp", "adamw", marks=pytest.mark.daily),
-        (3, "ddp", "adamw"),
+        pytest.param(3, "ddp", "adamw", marks=pytest.mark.daily),
         (3, "fsdp", "adamw"),
         pytest.param(3, "fsdp", "lion", marks=pytest.mark.daily),
         pytest.param(3, "fsdp", "muon", marks=pytest.mark.daily),
