@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel
 
-from crate_ray.comparison.results_cache import check_unchanged, once
+from crate_ray.comparison.results_cache import Conditions, check_unchanged, once
 from crate_ray.comparison.table import Comparison, PixelFigures, PretrainFigures, RunFigures, Variant, summarize
 from crate_ray.comparison.variants import OURS, count_parameters, plan_finetunings, plan_variants
 from crate_ray.config import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
@@ -62,11 +62,11 @@ class _Accuracy(BaseModel):
 
 
 class _Given(NamedTuple):
-    """Settings and data digests that the figures of a run depend on (see results_cache)."""
+    """What the figures of a run depend on."""
 
-    pretraining: dict[str, Any]
-    finetunings: dict[str, dict[str, Any]]
-    probing: dict[str, Any]
+    pretraining: Conditions
+    finetunings: dict[str, Conditions]
+    probing: Conditions
 
 
 _MEANS: Any = {
@@ -115,24 +115,16 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
 def _given(config: CompareConfig, run: Run, labelled: tuple[ShardSet, ShardSet]) -> _Given:
     assert isinstance(run.config, PretrainConfig) and run.config.data.validation is not None
     validation = load_dataset(open_storage(run.config.data.validation, config.s3)).manifest.digest()
-    pretraining = {
-        **run.config.model_dump(mode="json", exclude=_MEANS),
-        "datasets": {"train": run.record.dataset, "validation": validation},
-    }
-    probing = {
-        "pretraining": pretraining,
-        "probe": config.probe.model_dump(mode="json"),
-        "labelled": [shards.manifest.digest() for shards in labelled],
-    }
+    datasets = {"train": run.record.dataset, "validation": validation}
+    pretraining = Conditions.of(run.config, _MEANS).extended(datasets=datasets)
+    measured = Conditions({}, {}).extended(
+        pretraining=pretraining, labelled=[shards.manifest.digest() for shards in labelled]
+    )
     finetunings = {
-        settings.name: {
-            "pretraining": pretraining,
-            "finetuning": settings.model_dump(mode="json", exclude=_MEANS),
-            "labelled": probing["labelled"],
-        }
+        settings.name: measured.extended(finetuning=Conditions.of(settings, _MEANS))
         for settings in plan_finetunings(config, run.config).values()
     }
-    return _Given(pretraining, finetunings, probing)
+    return _Given(pretraining, finetunings, measured.extended(probe=Conditions.of(config.probe)))
 
 
 def _figures(
