@@ -26,9 +26,8 @@ class Conditions:
     @classmethod
     def of(cls, settings: Settings, without: Any = None) -> Self:
         """The settings, `without` some (pydantic's `exclude`)."""
-        return cls(
-            *(settings.model_dump(mode="json", exclude=without, exclude_defaults=part) for part in (False, True))
-        )
+        chosen = settings.model_dump(mode="json", exclude=without, exclude_defaults=True)
+        return cls(settings.model_dump(mode="json", exclude=without), chosen)
 
     def extended(self, **facts: Any) -> Self:
         """With more facts by name. Conditions become a group of their own."""

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from crate_ray.comparison.alone import _pretrain
 from crate_ray.comparison.compare import compare
 from crate_ray.comparison.follower import Follower, follower_of
+from crate_ray.comparison.results_cache import Conditions
 from crate_ray.comparison.table import PretrainFigures, interval, write_report
 from crate_ray.comparison.variants import (
     ABLATIONS,
@@ -244,6 +245,25 @@ def test_what_was_measured_counts_only_for_what_it_was_measured_with(tmp_path: P
             settings={"data.train": config.output, "data.validation": config.output},
             probe={"train": config.output, "test": config.output},
         )
+
+
+def test_figures_of_an_earlier_version_count_while_its_settings_are_the_same() -> None:
+    form: dict[str, Any] = {"encoder_tokens": "visible", "decoder_attend_to": "visible", "dim": 64, "num_subspaces": 4}
+    config = CrateMAEConfig.model_validate(form)
+    stored = json.loads(json.dumps({"model": config.model_dump(mode="json"), "datasets": {"train": "a"}}))
+    del stored["model"]["predicted_share"]  # as if it were a new setting
+
+    def change(**values: Any) -> str | None:
+        now = Conditions.of(CrateMAEConfig.model_validate({**form, **values}))
+        return Conditions({}, {}).extended(model=now, datasets={"train": "a"}).change(stored)
+
+    assert change() is None
+    assert change(predicted_share=0.5) == "model.predicted_share"
+    assert change(dim=768) == "model.dim"  # the default, but not as stored
+    stored["datasets"]["train"] = "b"
+    assert change() == "datasets.train"
+    stored = {**stored, "datasets": {"train": "a"}, "model": {**stored["model"], "removed": 1}}
+    assert change() == "model.removed"
 
 
 RUN_ALONE = """
