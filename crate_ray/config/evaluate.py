@@ -57,6 +57,9 @@ class EvaluateConfig(Settings):
     """Also probe the features of every layer, and report the layer that is best on a part of the training samples."""
     data: str | None = None
     """Local folder or s3://bucket/prefix of held-out shards for reconstruction and layer structure."""
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Side in pixels, or [height, width], of the images; by default that of the training. Positions are interpolated.
+    Larger images give finer maps of attention."""
     masks: str | None = None
     """Shards whose samples have a foreground mask (`mask.png`), for attention and segmentation."""
     max_images: Annotated[int, Field(ge=2)] = 512

@@ -102,6 +102,9 @@ class FinetuneConfig(Settings):
     random weights."""
     encoder: Advanced[ModelConfig] = CrateMAEConfig()
     """Encoder of model 'scratch', as for pretraining."""
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Side in pixels, or [height, width], of the images; by default that of the pretrained encoder. Its positions are
+    interpolated."""
     recipe: Literal["crate", "mae"] = "crate"
     """Recipe that gives the defaults: 'crate', the fine-tuning of the public CRATE code, or 'mae', that of MAE (arXiv
     2111.06377, table 9) with layer-wise decay, mixup, CutMix, drop path and label smoothing."""
@@ -161,6 +164,8 @@ class FinetuneConfig(Settings):
             raise ValueError("checkpoint.keep_best_by is a setting of pretraining; leave it at 'validation_loss'")
         if self.checkpoint.keep_best and not self.data.validation:
             raise ValueError("checkpoint.keep_best compares validation losses; set data.validation")
+        if self.image_size is not None and self.model == "scratch":
+            raise ValueError("image_size is for a pretrained model; set encoder.image_size")
         if self.mixes and self.training.batch_size % 2:
             raise ValueError(
                 f"mixup and cutmix need an even training.batch_size, not {self.training.batch_size}: they mix pairs of "

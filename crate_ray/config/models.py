@@ -71,6 +71,10 @@ class ImageModelConfig(Settings):
     norm_pix_loss: Advanced[bool] = False
     """Predict patches that are normalised by their own mean and variance, as in MAE, instead of plain pixels."""
 
+    position_grid: Advanced[tuple[PositiveInt, PositiveInt] | None] = None
+    """[rows, columns] of the patches that the model was pretrained with, if its images had another size: sine-cosine
+    positions are interpolated from theirs. `evaluate` and `finetune` set it for their image_size."""
+
     @field_validator("image_size", "patch_size", mode="before")
     @classmethod
     def _one_number_is_a_square(cls, value: Any) -> Any:
@@ -192,8 +196,8 @@ class CrateMAEConfig(ImageModelConfig):
 
     form: ClassVar[tuple[str, ...]] = (
         "output_map", "output_bias", "attention", "decoder_maps", "encoder_tokens", "attend_to", "decoder_attend_to",
-        "residual", "layer_scale", "dictionary", "threshold", "decoder_activation", "positions", "patch_norm",
-        "norm_eps", "last_norm_eps",
+        "residual", "layer_scale", "dictionary", "threshold", "decoder_activation", "positions", "position_grid",
+        "patch_norm", "norm_eps", "last_norm_eps",
     )  # fmt: skip
     """Settings that change the equations; their defaults are the published form."""
 
@@ -246,6 +250,8 @@ class CrateMAEConfig(ImageModelConfig):
             raise ValueError("decoder_attend_to 'visible' needs attention 'softmax'")
         if self.predicted_share < 1 and "all" in (self.decoder_attend_to, self.encoder_tokens):
             raise ValueError("predicted_share below 1 needs decoder_attend_to 'visible' and encoder_tokens 'visible'")
+        if self.position_grid is not None and self.positions == "learned":
+            raise ValueError("learned positions belong to the model's own grid; leave out position_grid")
         if self.threshold == "learned" and self.sparsity_lambda == 0:
             raise ValueError("threshold 'learned' starts at ηλ, so sparsity_lambda cannot be 0")
         return self

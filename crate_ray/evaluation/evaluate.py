@@ -92,6 +92,7 @@ def evaluate(
         model=ModelFacts.of(trained, config.model),
         baseline=ModelFacts.of(baseline, config.baseline or "") if baseline else None,
         settings=settings,
+        image_size=config.image_size,
         left_out=left_out,
         classification=classification,
         reconstruction=reconstruction,

@@ -13,13 +13,11 @@ from crate_ray.config import EvaluateConfig
 from crate_ray.errors import UserError
 from crate_ray.evaluation.evaluate import evaluate
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
-from crate_ray.evaluation.report import HTML_FILE, JSON_FILE, Report, render
+from crate_ray.evaluation.report import HTML_FILE, JSON_FILE, Report, evaluation_folder, render
 from crate_ray.progress import console
 from crate_ray.runs.mlflow_lookup import find_run, first_line, open_client
 from crate_ray.runs.references import load_encoder, locate, parse
 from crate_ray.storage.interface import Storage, open_storage
-
-_FOLDER = "evaluation"
 
 
 class Evaluation(NamedTuple):
@@ -58,7 +56,7 @@ def run_evaluation(config: EvaluateConfig, say: Callable[[str], None]) -> Evalua
 
 
 def _load(name: str, reference: str, config: EvaluateConfig, say: Callable[[str], None]) -> EvaluatedModel:
-    model, description = load_encoder(reference, config.tracking, config.s3)
+    model, description = load_encoder(reference, config.tracking, config.s3, config.image_size)
     step = f", step {description.step}" if description.step else ""
     say(f"{name} model: {reference}{step}")
     return EvaluatedModel(name, model, description)
@@ -68,14 +66,14 @@ def _report_storage(config: EvaluateConfig, step: int) -> Storage:
     """Folder for the report: by default in the folder of the run or model, else in the working folder."""
     if config.output:
         return open_storage(config.output, config.s3)
-    reference = parse(config.model)
+    reference, evaluation = parse(config.model), evaluation_folder(config.image_size)
     located = locate(config.model, config.tracking, config.s3) if reference.kind == "folder" else None
     if located is None:
         name = re.sub(r"[^\w.-]+", "-", config.model).strip("-.")
-        return open_storage(f"{_FOLDER}/{name}", config.s3)
+        return open_storage(f"{evaluation}/{name}", config.s3)
     if reference.checkpoint is not None:
-        return located.storage.under(f"{_FOLDER}/step-{step:08d}")
-    return located.storage.under(_FOLDER)
+        return located.storage.under(f"{evaluation}/step-{step:08d}")
+    return located.storage.under(evaluation)
 
 
 def _log(report: Report, files: dict[str, bytes], trained: EvaluatedModel, config: EvaluateConfig) -> str | None:

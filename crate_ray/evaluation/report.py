@@ -75,6 +75,8 @@ class Report(Record):
     """The model it is compared with."""
     settings: dict[str, object]
     """Settings of the evaluation."""
+    image_size: int | tuple[int, int] | None = None
+    """Size of the images, if another one than that of the training was asked for."""
     left_out: dict[str, str]
     """Missing sections, with the reason."""
     classification: Classification | None = None
@@ -86,9 +88,12 @@ class Report(Record):
     """Sentences by section."""
 
     def metrics(self) -> dict[str, float]:
-        """The main numbers, for MLflow, as evaluation/<dataset>/<metric>. So evaluations on several datasets stay."""
+        """The main numbers, for MLflow, as evaluation/<dataset>/<metric>. So evaluations on several datasets stay.
+
+        With another image size, as evaluation-<size>px/<dataset>/<metric>.
+        """
         return {
-            f"evaluation/{_label(addresses)}/{name}": value
+            f"{evaluation_folder(self.image_size)}/{_label(addresses)}/{name}": value
             for section, addresses in self._sections()
             for name, value in section.metrics().items()
         }
@@ -96,7 +101,7 @@ class Report(Record):
     def folder(self) -> str:
         """Folder of the report among a run's artifacts, which names the datasets and the step."""
         addresses = [address for _, addresses in self._sections() for address in addresses]
-        return f"evaluation/{_label(addresses)}/step-{self.model.step:08d}"
+        return f"{evaluation_folder(self.image_size)}/{_label(addresses)}/step-{self.model.step:08d}"
 
     def _sections(self) -> list[tuple[_Section, list[str]]]:
         """The sections that were measured, with the addresses of their datasets; the first one names the section."""
@@ -111,6 +116,13 @@ class Report(Record):
     def to_json(self) -> bytes:
         """The content of report.json."""
         return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def evaluation_folder(image_size: int | tuple[int, int] | None) -> str:
+    """Name of the folder of reports with this image size, and of their metrics; None for that of the training."""
+    if image_size is None:
+        return "evaluation"
+    return f"evaluation-{image_size if isinstance(image_size, int) else 'x'.join(map(str, image_size))}px"
 
 
 def _label(addresses: list[str]) -> str:

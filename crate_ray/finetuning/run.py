@@ -15,6 +15,7 @@ from crate_ray.errors import UserError
 from crate_ray.finetuning.task import new_classifier
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
+from crate_ray.models.resolution import at_image_size
 from crate_ray.runs.commits import newest_complete
 from crate_ray.runs.initial_weights import INITIAL_WEIGHTS, write_initial_weights
 from crate_ray.runs.planning import Run, plan_run, with_absolute_paths
@@ -156,6 +157,8 @@ def _load_encoder(config: FinetuneConfig, load: Load | None) -> _Encoder:
         return _Encoder(config.encoder)
     reference = config.model.removeprefix(f"{SCRATCH}:")
     model, description = load(reference) if load else load_encoder(reference, config.tracking, config.s3)
+    if config.image_size is not None:
+        model, description = at_image_size(model, description, config.image_size)
     return _Encoder(description.model, description, model if reference == config.model else None)
 
 

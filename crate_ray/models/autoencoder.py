@@ -177,8 +177,12 @@ class MaskedAutoencoder(nn.Module):
         if learned_positions:
             self.positions = nn.Parameter(torch.empty(1, config.num_patches, dim))
         else:
-            self.register_buffer("positions", sincos_positions(dim, config.grid_hw), persistent=False)
-        decoder_positions = sincos_positions(decoder_dim, config.grid_hw) if self.visible_only else None
+            self.register_buffer(
+                "positions", sincos_positions(dim, config.grid_hw, config.position_grid), persistent=False
+            )
+        decoder_positions = None
+        if self.visible_only:
+            decoder_positions = sincos_positions(decoder_dim, config.grid_hw, config.position_grid)
         self.register_buffer("decoder_positions", decoder_positions, persistent=False)
         if not len(self.decoder):
             self.drop_decoder()

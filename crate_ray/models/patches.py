@@ -64,7 +64,7 @@ def sample_losses(prediction: Tensor, target: Tensor, removed: Tensor, num_remov
     return (patch_loss_BN * removed).sum(1) / num_removed if num_removed else patch_loss_BN.mean(1)
 
 
-def sincos_positions(dim: int, grid_hw: tuple[int, int]) -> Tensor:
+def sincos_positions(dim: int, grid_hw: tuple[int, int], spread_hw: tuple[int, int] | None = None) -> Tensor:
     """Fixed 2-D sine-cosine positions of a grid of patches, (1, N, dim) float32, as in MAE.
 
     The first half of the features encodes the column and the second half the row. Each half holds sines, then cosines,
@@ -77,9 +77,17 @@ def sincos_positions(dim: int, grid_hw: tuple[int, int]) -> Tensor:
     ----------
     dim
         Divisible by 4.
+    grid_hw
+        Patches down and across.
+    spread_hw
+        Another grid, whose positions are interpolated for this one: patch i of n is at (i + ½) m / n − ½, for m patches
+        of the other grid on the same side. So a model that was trained on it sees no new positions, but finer ones.
     """
     frequencies = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float32) / np.float32(dim / 4))
     rows, columns = np.indices(grid_hw, dtype=np.float32).reshape(2, -1, 1)
+    if spread_hw is not None:
+        scales = np.divide(spread_hw, grid_hw, dtype=np.float32)
+        rows, columns = ((axis + 0.5) * scale - 0.5 for axis, scale in zip((rows, columns), scales, strict=True))
     angles = columns * frequencies, rows * frequencies
     table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
     return torch.from_numpy(table.astype(np.float32)).unsqueeze(0)

@@ -235,7 +235,7 @@ def _difference(record: RunRecord, config: RunConfig, model: CrateMAEConfig | Vi
     if isinstance(old, PretrainConfig) and isinstance(config, PretrainConfig):
         pairs["init_from"] = (old.init_from, config.init_from or old.init_from)
     elif isinstance(old, FinetuneConfig) and isinstance(config, FinetuneConfig):
-        pairs |= {name: (getattr(old, name), getattr(config, name)) for name in ("model", "pooling")}
+        pairs |= {name: (getattr(old, name), getattr(config, name)) for name in ("model", "image_size", "pooling")}
         if config.model == "scratch":
             was, now = old.encoder.model_dump(), config.encoder.model_dump()
             pairs |= {f"encoder.{name}": (was.get(name), now.get(name)) for name in {**was, **now}}

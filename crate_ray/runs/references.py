@@ -35,6 +35,7 @@ from crate_ray.models.exported import (
     load_exported,
     read_description,
 )
+from crate_ray.models.resolution import ImageSize, at_image_size
 from crate_ray.runs.commits import BEST, CHECKPOINT_FOLDER, Which
 from crate_ray.runs.export import export_run
 from crate_ray.runs.mlflow_lookup import download_registered, run_storage
@@ -191,15 +192,20 @@ def pinned(text: str, step: int, tracking: TrackingConfig, s3: S3Config) -> str:
     return f"{located.storage.uri}@{step}" if located.is_run else located.storage.uri
 
 
-def load_encoder(text: str, tracking: TrackingConfig, s3: S3Config) -> tuple[MaskedAutoencoder, ModelDescription]:
+def load_encoder(
+    text: str, tracking: TrackingConfig, s3: S3Config, image_size: ImageSize | None = None
+) -> tuple[MaskedAutoencoder, ModelDescription]:
     """Load the masked autoencoder behind a reference, in evaluation mode on the CPU, and its description.
 
+    With an image size, it is the model for such images (see resolution.at_image_size).
+
     Raises:
-        UserError: there is no such model, or it is a classifier.
+        UserError: there is no such model, it is a classifier, or its patches do not fit the image size.
     """
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as temporary:
         fetch(text, Path(temporary), tracking, s3)
-        return load_exported(Path(temporary))
+        model, description = load_exported(Path(temporary))
+    return (model, description) if image_size is None else at_image_size(model, description, image_size)
 
 
 def load_weights(text: str, model: ModelConfig, tracking: TrackingConfig, s3: S3Config) -> dict[str, Tensor]:
@@ -227,13 +233,19 @@ def load_weights(text: str, model: ModelConfig, tracking: TrackingConfig, s3: S3
 
 
 def load_model(
-    reference: str, *, tracking: TrackingConfig | None = None, s3: S3Config | None = None
+    reference: str,
+    *,
+    image_size: ImageSize | None = None,
+    tracking: TrackingConfig | None = None,
+    s3: S3Config | None = None,
 ) -> MaskedAutoencoder | Classifier:
     """Load a model by reference: `crate_ray.load_model("runs/mine@best")`.
 
     Args:
         reference: a run's folder, <run>@<step>, <run>@best, a checkpoint's folder, the folder of an exported model,
             models:/<name>@<alias>, models:/<name>/<version>, runs:/<MLflow run id>, or a published checkpoint file.
+        image_size: side in pixels, or height and width, of the images, for a masked autoencoder. Its positions are
+            interpolated. By default the size that it was trained on.
         tracking: where MLflow is; by default as for the jobs.
         s3: where S3 is; by default the usual AWS settings.
 
@@ -242,9 +254,13 @@ def load_model(
         normalised images; `model.preprocess(images)` makes them (see serving.Preprocessor).
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or it cannot take images of that size.
     """
     model, description = load(reference, tracking or TrackingConfig(), s3 or S3Config())
+    if image_size is not None:
+        if isinstance(model, Classifier):
+            raise UserError(f"{reference} is a classifier for images of one size; leave out image_size")
+        model, description = at_image_size(model, description, image_size)
     model.preprocess = Preprocessor(description)
     return model
 
