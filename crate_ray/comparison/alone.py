@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,32 +68,32 @@ class Alone:
 def _in_fresh_process(work: Callable[..., _FoundT], *arguments: Any) -> _FoundT:
     """Result of a function in a new process. Raises Stopped after SIGTERM or Ctrl-C, of which that process is told."""
     context = multiprocessing.get_context("spawn")
-    with stop_signals() as request, ProcessPoolExecutor(1, mp_context=context, initializer=_obey_parent) as process:
-        result = process.submit(work, *arguments)
-        try:
-            while not wait([result], _POLL_SECONDS).done and not request.signal:
-                pass
-            if request.signal:
-                logger.warning("stopping: a checkpoint is saved first (Ctrl-C again stops at once)")
+    with stop_signals() as request:
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_obey_parent) as process:
+            result = process.submit(work, *arguments)
+            try:
+                while not wait([result], _POLL_SECONDS).done and not request.signal:
+                    pass
+                if request.signal:
+                    logger.warning("stopping: a checkpoint is saved first (Ctrl-C again stops at once)")
+                    for child in multiprocessing.active_children():
+                        child.terminate()
+                error = result.exception()
+            except KeyboardInterrupt:
                 for child in multiprocessing.active_children():
-                    child.terminate()
-                wait([result])
-                stopped = result.exception()
-                raise Stopped(request.signal, stopped.step if isinstance(stopped, Stopped) else 0)
-            return result.result()
-        except KeyboardInterrupt:
-            for child in multiprocessing.active_children():
-                child.kill()
-            raise
+                    child.kill()
+                raise
+        if request.signal and (error is None or isinstance(error, Stopped | BrokenProcessPool)):
+            raise Stopped(request.signal, error.step if isinstance(error, Stopped) else 0)
+        return result.result()
 
 
 def _obey_parent() -> None:
-    """Let only the parent stop this process, and end it when its parent is killed.
+    """Leave Ctrl-C to the parent, and end this process when its parent is killed.
 
-    Ctrl-C reaches all processes of a terminal's group. If the parent is gone, nobody gets the result, and the next
-    start resumes the run.
+    Nobody would get the result, and the next start resumes the run.
     """
-    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -121,7 +123,9 @@ def _train(
     task_class: type[Task], open_run: Callable[[_ConfigT], Run], config: _ConfigT, follower: Follower
 ) -> tuple[Run, dict[str, Tensor]]:
     """Train the remaining steps of a run. Returns the run and the model's weights."""
-    with driver_lease(config):
+    with driver_lease(config) as lease:
         run = open_run(config)
         with ProgressDisplay(run.first_step, run.total_steps) as display:
-            return run, train_stored(task_class, run, listeners=[display, follower]).weights
+            weights = train_stored(task_class, run, lease, listeners=[display, follower]).weights
+        lease.check()
+        return run, weights

@@ -7,15 +7,16 @@ models are probed again. If training settings change, the comparison needs anoth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from crate_ray.comparison.results_cache import Conditions, check_unchanged, once
+from crate_ray.comparison.results_cache import Conditions, check_unchanged, flat, once
 from crate_ray.comparison.table import Comparison, PixelFigures, PretrainFigures, RunFigures, Variant, summarize
 from crate_ray.comparison.variants import OURS, count_parameters, plan_finetunings, plan_variants
 from crate_ray.config import CompareConfig, EvaluateConfig, FinetuneConfig, PretrainConfig
 from crate_ray.data.format.dataset import ShardSet, load_dataset
+from crate_ray.errors import UserError
 from crate_ray.evaluation.classification import classify_by, classify_by_pixels
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.feature_source import FeatureSource
@@ -23,8 +24,10 @@ from crate_ray.evaluation.probe import check_classes
 from crate_ray.finetuning.run import check_augmentation
 from crate_ray.models import MaskedAutoencoder
 from crate_ray.models.exported import ModelDescription
-from crate_ray.runs.planning import Run
+from crate_ray.runs.commits import newest_complete
+from crate_ray.runs.planning import Run, with_absolute_paths
 from crate_ray.runs.pretraining import open_run
+from crate_ray.runs.record import read_record
 from crate_ray.storage.interface import Storage, open_storage
 
 
@@ -69,6 +72,8 @@ class _Given(NamedTuple):
     probing: Conditions
 
 
+_ConfigT = TypeVar("_ConfigT", PretrainConfig, FinetuneConfig)
+
 _MEANS: Any = {
     **dict.fromkeys(("name", "storage", "tracking", "s3", "scaling", "checkpoint"), True),
     "data": {"cache_dir", "cache_bytes", "part_bytes", "fetch_threads", "decode_threads", "prefetch_batches"},
@@ -89,9 +94,11 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
             # Check all runs before the first one starts, so that a mistake in the last one is found now.
             given[run.name] = _given(config, open_run(run), labelled)
             check_unchanged(folder, f"{run.name}.pretrained", given[run.name].pretraining)
+            _check_begun(run)
             for settings in plan_finetunings(config, run).values():
                 check_augmentation(settings, train.manifest.kind, run.model.channels)
                 check_unchanged(folder, settings.name, given[run.name].finetunings[settings.name])
+                _check_begun(settings)
     variants: dict[str, Variant] = {}
     for name, runs in plan.items():
         variants[name] = Variant(
@@ -110,6 +117,24 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
 
     probing = given[plan[OURS][0].name].probing
     return Comparison(variants=variants, pixels=once(folder, "pixels", PixelFigures, probing, probe_pixels))
+
+
+def _check_begun(config: _ConfigT) -> None:
+    """Raise UserError if a run with a checkpoint was begun with other settings: it would end as a mixture of both."""
+    storage = open_storage(config.storage, config.s3).under(config.name)
+    record = read_record(storage)
+    if record is None or newest_complete(storage) is None:
+        return
+    training = config.training
+    if "batch_size" not in training.model_fields_set:  # it was chosen at the first start
+        training = training.model_copy(update={"batch_size": record.config.training.batch_size})
+    config = with_absolute_paths(config.model_copy(update={"training": training}))
+    now, begun = Conditions.of(config, _MEANS), Conditions.of(record.config, _MEANS)
+    if (setting := now.change(begun.all)) is not None:
+        raise UserError(
+            f"run {config.name!r} was begun with {setting} {flat(begun.all).get(setting)}, not "
+            f"{flat(now.all).get(setting)}; give the comparison another name, or delete {storage.uri} to train it again"
+        )
 
 
 def _given(config: CompareConfig, run: Run, labelled: tuple[ShardSet, ShardSet]) -> _Given:

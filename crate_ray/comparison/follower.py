@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from functools import cached_property
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from crate_ray.comparison.table import PretrainFigures, settled_speed
@@ -13,6 +16,8 @@ from crate_ray.runs.listener import Listener
 from crate_ray.runs.planning import Run
 from crate_ray.storage.interface import Storage, open_storage
 
+_WRITE_SECONDS = 30.0
+
 _STORED_NAMES = {metrics.VALIDATION_LOSS: "validation_loss", metrics.TOP1: "top1", metrics.TOP5: "top5"}
 """Names of the metrics in a follower's file."""
 
@@ -23,19 +28,26 @@ def follower_of(config: CompareConfig, run: str) -> Follower:
 
 
 class Follower(Listener):
-    """Records speed, memory and validation metrics of a run in a file, because a later start may finish the run."""
+    """Records speed, memory and validation metrics of a run in a file, because a later start may finish the run.
+
+    The file is read when it is first needed. By then the caller holds the run's lease.
+    """
 
     def __init__(self, folder: Storage, name: str) -> None:
         self._folder, self._name = folder, name
-        self._kept = _Followed()
-        if folder.exists(name):
-            try:
-                self._kept = _Followed.model_validate_json(folder.read_small(name))
-            except ValidationError as error:
-                raise UserError(
-                    f"{folder.uri}/{name} cannot be read ({invalid_value(error)}); delete it and the run's folder to "
-                    "train the run again"
-                ) from None
+        self._written = 0.0
+
+    @cached_property
+    def _kept(self) -> _Followed:
+        if not self._folder.exists(self._name):
+            return _Followed()
+        try:
+            return _Followed.model_validate_json(self._folder.read_small(self._name))
+        except ValidationError as error:
+            raise UserError(
+                f"{self._folder.uri}/{self._name} cannot be read ({invalid_value(error)}); delete it and the run's "
+                "folder to train the run again"
+            ) from None
 
     def metrics(self, step: int, values: dict[str, float], time_ms: int) -> None:
         kept = self._kept
@@ -47,6 +59,8 @@ class Follower(Listener):
             for metric, name in _STORED_NAMES.items():
                 if metric in values:
                     kept.held_out.setdefault(name, {})[step] = values[metric]
+        if metrics.VALIDATION_LOSS in values or time.monotonic() > self._written + _WRITE_SECONDS:
+            self._written = time.monotonic()
             self._folder.write(self._name, kept.model_dump_json().encode())
 
     def final(self, name: str, run: Run) -> float:

@@ -42,7 +42,7 @@ class Conditions:
 
         A setting that an earlier version did not have does not differ while it has its default value.
         """
-        was, now, chosen = _flat(stored), _flat(self.all), _flat(self.chosen)
+        was, now, chosen = flat(stored), flat(self.all), flat(self.chosen)
         changed = (n for n in sorted({*was, *now}) if was.get(n) != now.get(n) and (n in was or n in chosen))
         return next(changed, None)
 
@@ -63,7 +63,7 @@ def check_unchanged(folder: Storage, name: str, measured_with: Conditions) -> No
     kept = _read(folder, name)
     if kept is None or (setting := measured_with.change(kept.measured_with)) is None:
         return
-    was, now = _flat(kept.measured_with).get(setting), _flat(measured_with.all).get(setting)
+    was, now = flat(kept.measured_with).get(setting), flat(measured_with.all).get(setting)
     raise UserError(
         f"{name} of {folder.uri} was measured with {setting} {was}, not {now}; give the comparison another name, or "
         "delete its folder to train it again"
@@ -103,12 +103,12 @@ def _unreadable(folder: Storage, name: str) -> UserError:
     return UserError(f"{folder.uri}/{_path(name)} cannot be read as a stored result; delete it, or choose another name")
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """{'a': {'b': 1}} as {'a.b': 1}."""
     out: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            out |= {f"{name}.{inner}": v for inner, v in _flat(value).items()}
+            out |= {f"{name}.{inner}": v for inner, v in flat(value).items()}
         else:
             out[name] = value
     return out

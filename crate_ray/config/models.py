@@ -57,6 +57,9 @@ def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+_GridSide = Annotated[int, Field(gt=0, le=2**16)]
+
+
 class ImageModelConfig(Settings):
     """Settings that CRATE-MAE and ViT-MAE share: the patch grid and the masked-completion objective."""
 
@@ -71,7 +74,7 @@ class ImageModelConfig(Settings):
     norm_pix_loss: Advanced[bool] = False
     """Predict patches that are normalised by their own mean and variance, as in MAE, instead of plain pixels."""
 
-    position_grid: Advanced[tuple[PositiveInt, PositiveInt] | None] = None
+    position_grid: Advanced[tuple[_GridSide, _GridSide] | None] = None
     """[rows, columns] of the patches that the model was pretrained with, if its images had another size: sine-cosine
     positions are interpolated from theirs. `evaluate` and `finetune` set it for their image_size."""
 
@@ -250,8 +253,6 @@ class CrateMAEConfig(ImageModelConfig):
             raise ValueError("decoder_attend_to 'visible' needs attention 'softmax'")
         if self.predicted_share < 1 and "all" in (self.decoder_attend_to, self.encoder_tokens):
             raise ValueError("predicted_share below 1 needs decoder_attend_to 'visible' and encoder_tokens 'visible'")
-        if self.position_grid is not None and self.positions == "learned":
-            raise ValueError("learned positions belong to the model's own grid; leave out position_grid")
         if self.threshold == "learned" and self.sparsity_lambda == 0:
             raise ValueError("threshold 'learned' starts at ηλ, so sparsity_lambda cannot be 0")
         return self

@@ -113,7 +113,7 @@ def _load_crate(state: Mapping[str, Tensor], config: CrateMAEConfig | None) -> C
     sizes = _sizes(state)
     if config is None:
         config = _infer_config(sizes)
-    _require_published_form(config)
+    _require_published_form(config.model_copy(update={"position_grid": None}))
     expected = _config_sizes(config)
     del expected["number of patches"]  # positions are computed
     check_sizes(sizes, expected)

@@ -42,7 +42,7 @@ def at_image_size(
     weights = model.state_dict()
     if "positions" in weights:
         weights["positions"] = _resized(weights["positions"], before.grid_hw, after.grid_hw)
-    elif after.grid_hw != (trained_hw := before.position_grid or before.grid_hw):
+    if after.grid_hw != (trained_hw := before.position_grid or before.grid_hw):  # of the decoder, if not of the encoder
         after = after.model_copy(update={"position_grid": trained_hw})
     resized = build_model(after)
     resized.load_state_dict(weights)

@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,18 +28,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from crate_ray.config import FinetuneConfig, PretrainConfig
+from crate_ray.errors import UserError
 from crate_ray.runs.commits import new_attempt
 from crate_ray.runs.listener import Listener
 from crate_ray.runs.metrics import STEP_SECONDS, VALIDATION_LOSS
 from crate_ray.runs.planning import Run, with_threads
 from crate_ray.runs.record import RunRecord, write_record
 from crate_ray.runs.starts import record_start
+from crate_ray.storage.lease import Lease
 from crate_ray.training.checkpoints import Peers, WorkerCheckpoints
 from crate_ray.training.loop import TrainingLoop
 from crate_ray.training.pretraining import PretrainTask
 from crate_ray.training.signals import Stopped, StopRequest, stop_signals
 from crate_ray.training.task import Assembled, Task
-from crate_ray.training.worker import Checkpoints, StartFacts, StepDecision, Worker
+from crate_ray.training.worker import Checkpoints, Control, StartFacts, StepDecision, Worker
 
 
 class Trained(NamedTuple):
@@ -69,23 +71,30 @@ def train(
     """
     record = record.model_copy(update={"threads": record.threads or _cores()})
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as scratch:
-        return _train(task_class, config, record, total_steps, Path(scratch), _NoCheckpoints(weights), listeners)
+        arguments = config, record, total_steps, Path(scratch), _NoCheckpoints(weights), listeners, _Control()
+        return _train(task_class, *arguments)[0]
 
 
-def train_stored(task_class: type[Task], run: Run, listeners: Sequence[Listener] = ()) -> Trained:
+def train_stored(task_class: type[Task], run: Run, lease: Lease, listeners: Sequence[Listener] = ()) -> Trained:
     """Train the remaining steps of a run in this process, with checkpoints in the run's folder, as on Ray.
 
     A finished run is not trained. Its weights are returned without `held_out`. Needs the run's entered lease (see
-    planning.driver_lease).
+    planning.driver_lease). The features are not measured while the run trains, so `probe` has no effect.
 
     Raises:
-        UserError: the run was started with another number of threads.
-        Stopped: SIGTERM or Ctrl-C has stopped the run, after it has saved a checkpoint.
+        UserError: the run was started with another number of threads, or has more steps than the settings say.
+        Stopped: SIGTERM, from the parent of this process, has stopped the run after it has saved a checkpoint.
+        LeaseLost: another process has taken over the run.
     """
+    if run.first_step > run.total_steps:
+        raise UserError(
+            f"run {run.config.name!r} is at step {run.first_step:,}, beyond its last step {run.total_steps:,}; raise "
+            f"training.steps or training.epochs, or delete {run.storage.uri} to train it again"
+        )
     record = with_threads(run, _cores())
-    record_start(run)
+    start = record_start(run)
     write_record(run.storage, record)
-    config, attempt = run.config, new_attempt(run.storage)
+    config, attempt = _without_probe(run.config), new_attempt(run.storage)
     with tempfile.TemporaryDirectory(prefix="crate-ray-") as scratch:
         peers = Peers(
             group=uuid.uuid4().hex,
@@ -100,9 +109,29 @@ def train_stored(task_class: type[Task], run: Run, listeners: Sequence[Listener]
         checkpoints = WorkerCheckpoints(
             run.storage, attempt, record, config.checkpoint, peers, _NoSaveEvents(), _local_device()
         )
-        with stop_signals() as request:
-            arguments = config, record, run.total_steps, Path(scratch), checkpoints, listeners, request
-            return _train(task_class, *arguments)
+        with stop_signals(by_parent=True) as request:
+            control = _StopControl(request, lease)
+            arguments = config, record, run.total_steps, Path(scratch), checkpoints, listeners, control
+            if start.changed:
+                for listener in listeners:
+                    listener.note(start.step, f"other settings than at the start before: {start.changes}")
+            try:
+                trained, step = _train(task_class, *arguments)
+            except BaseException:
+                with suppress(Exception):
+                    checkpoints.finish()  # it still writes to the scratch folder
+                raise
+        if step < run.total_steps:
+            raise Stopped(request.signal, step)
+        return trained
+
+
+def _without_probe(config: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
+    checkpoint = config.checkpoint
+    if checkpoint.keep_best_by != "validation_loss":  # nothing measures it, and every checkpoint would be kept
+        checkpoint = checkpoint.model_copy(update={"keep_best": 0})
+    without = {"probe": None} if isinstance(config, PretrainConfig) else {}
+    return config.model_copy(update={"checkpoint": checkpoint, **without})
 
 
 def _train(
@@ -113,8 +142,9 @@ def _train(
     scratch: Path,
     checkpoints: Checkpoints,
     listeners: Sequence[Listener],
-    request: StopRequest | None = None,
-) -> Trained:
+    control: Control,
+) -> tuple[Trained, int]:
+    """Returns also the step at which training ended."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     reporter = _LocalReporter(listeners if rank == 0 else ())
     tracking = config.tracking.model_copy(update={"picture_every": None})
@@ -124,7 +154,7 @@ def _train(
         device=_local_device(),
         scratch=scratch,
         reporter=reporter,
-        control=_Control(request or StopRequest()),
+        control=control,
         checkpoints=checkpoints,
         preemption_notice=lambda: False,
     )
@@ -133,12 +163,9 @@ def _train(
     loop.run()
     state = {name: tensor.detach().cpu() for name, tensor in loop.task.model.state_dict().items()}
     loop.finish()
-    if loop.step < total_steps:
-        assert request is not None
-        raise Stopped(request.signal, loop.step)
     every = config.tracking.log_every
     seconds = [every * values[STEP_SECONDS] for step, values in reporter.logged.items() if not step % every]
-    return Trained(state, seconds, reporter.held_out)
+    return Trained(state, seconds, reporter.held_out), loop.step
 
 
 def _cores() -> int:
@@ -194,20 +221,29 @@ class _LocalReporter:
         pass
 
 
-@dataclass
 class _Control:
-    """A control without a driver: the run stops when this process is asked to."""
-
-    request: StopRequest
+    """A control without a driver: the run is never asked to stop."""
 
     def decide(self, step: int) -> StepDecision:
-        return StepDecision(stop=bool(self.request.signal), check_preemption=False)
+        return StepDecision(stop=False, check_preemption=False)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
 
     def finish(self) -> None:
         pass
+
+
+@dataclass
+class _StopControl(_Control):
+    """The run stops when this process is asked to, and ends when it has lost its lease."""
+
+    request: StopRequest
+    lease: Lease
+
+    def decide(self, step: int) -> StepDecision:
+        self.lease.check()
+        return StepDecision(stop=bool(self.request.signal), check_preemption=False)
 
 
 @dataclass

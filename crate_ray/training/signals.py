@@ -37,8 +37,11 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stop_signals() -> Iterator[StopRequest]:
+def stop_signals(*, by_parent: bool = False) -> Iterator[StopRequest]:
     """Context manager that records the first SIGTERM or SIGINT. A second one raises KeyboardInterrupt.
+
+    With `by_parent`, the parent process decides: Ctrl-C, which reaches both, is ignored, and so is a second SIGTERM.
+    Many schedulers send SIGTERM to all processes of a job, and then the parent sends another one.
 
     Enter it after ray.init, which sets handlers of its own. It does nothing outside the main thread, where Python
     receives no signals.
@@ -49,11 +52,14 @@ def stop_signals() -> Iterator[StopRequest]:
         return
 
     def record(number: int, frame: FrameType | None) -> None:
-        if request.signal:
+        if request.signal and not by_parent:
             raise KeyboardInterrupt
         request.signal = number
 
-    before = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, record),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if by_parent else record),
+    }
     try:
         yield request
     finally:

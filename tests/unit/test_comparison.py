@@ -273,10 +273,11 @@ from crate_ray.comparison.alone import _in_fresh_process
 from crate_ray.training.signals import Stopped, stop_signals
 
 def work(started):
-    with stop_signals() as request:
+    with stop_signals(by_parent=True) as request:
         Path(started).write_text(str(os.getpid()))
         while not request.signal:
             time.sleep(0.1)
+        time.sleep(1)  # it saves, while more signals arrive
         raise Stopped(request.signal, 7)
 
 if __name__ == "__main__":
@@ -300,6 +301,8 @@ def test_a_run_ends_with_its_comparison(number: signal.Signals, tmp_path: Path) 
             assert comparison.poll() is None
             time.sleep(0.1)
         run = os.pidfd_open(int(started.read_text()))
+        if number != signal.SIGKILL:  # as a scheduler does, or a terminal
+            signal.pidfd_send_signal(run, number)
         comparison.send_signal(number)
         try:
             assert select.select([run], [], [], 30)[0], "the run goes on"
@@ -341,6 +344,7 @@ def test_a_run_without_ray_resumes_and_ends_the_same(tmp_path: Path) -> None:
             baselines=False,
             settings=settings,
             tracking={"log_every": 1},
+            probe={"train": data.output, "test": data.output},
         )
         return config, plan_variants(config)[OURS][0]
 
@@ -358,6 +362,16 @@ def test_a_run_without_ray_resumes_and_ends_the_same(tmp_path: Path) -> None:
     with pytest.raises(Stopped) as stopped:
         _pretrain(run, Interrupt(follower_of(config, run.name), 5, kindly=True))  # type: ignore[arg-type]
     assert stopped.value.step == open_run(run).first_step == 5
+    # Other settings would make it a mixture, and fewer steps leave none to train.
+    for name, value in (("optim.lr", 0.5), ("training.steps", 4)):
+        other = config.model_copy(update={"settings": {**config.settings, name: value}})
+        with pytest.raises(
+            UserError, match=rf"'crate-mae-seed-0' was begun with {name} \S+, not {value}; give the comp"
+        ):
+            compare(other, Untrained(), lambda _: None)
+    shorter = run.model_copy(update={"training": run.training.model_copy(update={"steps": 4})})
+    with pytest.raises(UserError, match="is at step 5, beyond its last step 4; raise training.steps"):
+        _pretrain(shorter, follower_of(config, run.name))
     resumed = _pretrain(run, follower_of(config, run.name))
     assert resumed.loss == whole.loss and weights(run) == expected
     # Killed before the model was exported.

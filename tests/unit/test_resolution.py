@@ -30,7 +30,7 @@ CRATE: dict[str, Any] = {"image_size": (8, 12), "patch_size": 2, "dim": 16, "num
 MODELS = {
     "crate": CrateMAEConfig(**CRATE),
     "visible": CrateMAEConfig(**CRATE, encoder_tokens="visible"),
-    "learned": CrateMAEConfig(**CRATE, positions="learned"),
+    "learned": CrateMAEConfig(**CRATE, positions="learned", encoder_tokens="visible"),
     "vit": ViTMAEConfig(image_size=(8, 12), patch_size=2, dim=16, depth=2, num_heads=2),
 }
 
@@ -68,6 +68,10 @@ def test_a_model_takes_images_of_another_size_and_back(name: str, tmp_path: Path
     for parameter, value in larger.named_parameters():
         assert parameter == "positions" or torch.equal(value, model.get_parameter(parameter))
     images = torch.randn(2, 3, 16, 32)
+    assert theirs.model.position_grid == (4, 6)
+    for own, width in ((larger.positions, 16), (larger.decoder_positions, 16)):
+        if own is not None and not isinstance(own, torch.nn.Parameter):
+            assert torch.equal(own, sincos_positions(width, (8, 16), (4, 6)))
     out = larger(images, torch.rand(2, 128))
     assert out.prediction.shape == (2, 128, 12) and out.loss.isfinite()
     export_model(tmp_path, larger.state_dict(), theirs)
@@ -76,7 +80,7 @@ def test_a_model_takes_images_of_another_size_and_back(name: str, tmp_path: Path
     back, ours = at_image_size(larger, theirs, (8, 12))
     assert ours == description
     if name == "learned":
-        assert theirs.model.position_grid is None and larger.positions.shape == (1, 128, 16)
+        assert larger.positions.shape == (1, 128, 16)
         torch.testing.assert_close(back.positions.std(), model.positions.std(), rtol=0.5, atol=0)
     else:
         small = torch.randn(2, 3, 8, 12)
