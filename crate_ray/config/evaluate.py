@@ -75,8 +75,8 @@ class EvaluateConfig(Settings):
     )
     """Mask ratios at which reconstruction is measured."""
     output: str | None = None
-    """Local folder or s3://bucket/prefix of the report; by default `evaluation` in the model's folder, or in the
-    working directory if the model has no folder."""
+    """Local folder or s3://bucket/prefix of the report; by default `evaluation` (with image_size 64:
+    `evaluation-64px`) in the model's folder, or in the working directory if the model has no folder."""
     workers: PositiveInt | None = None
     """Encoders that compute features in parallel, each on one CPU or GPU; by default one on each."""
     gpu: bool | None = None

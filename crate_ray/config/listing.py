@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -117,7 +117,7 @@ def markdown(jobs: dict[str, tuple[type[Settings], ...]]) -> str:
         "  batch_size: 256        # --training.batch-size 256",
         "```",
         "",
-        "YAML follows version 1.2: `off`, `yes` and dates are texts, `1e-4` is a number. Dotted names are taken too. A",
+        "YAML follows version 1.2: `off`, `yes` and dates are strings, `1e-4` is a number. Dotted names work too. A",
         "name that is given twice is an error. On the command line, a list is written `a,b`, and a mapping as YAML or",
         "JSON: `--settings '{training.steps: 5}'`.",
         "",
@@ -186,9 +186,20 @@ def _own_settings(model: type[BaseModel], instance: BaseModel | None, prefix: st
         if models_in(field.annotation) and not _is_mapping(field.annotation):
             continue
         default = field.default
-        if instance is not None and name in instance.model_fields_set:
+        is_set = instance is not None and name in instance.model_fields_set
+        if is_set and (default is not None or not _is_derived(instance, name)):
             default = getattr(instance, name)
         yield _setting(prefix + (field.alias or name), field, default)
+
+
+def _is_derived(instance: BaseModel | None, name: str) -> bool:
+    """Whether validation computes a value from the others, as `subspace_dim` from `dim` and `num_subspaces`."""
+    assert instance is not None
+    others = instance.model_dump(include=instance.model_fields_set - {name})
+    try:
+        return bool(getattr(type(instance).model_validate(others), name) == getattr(instance, name))
+    except ValidationError:
+        return False
 
 
 def _union_settings(models: Sequence[type[BaseModel]], instance: BaseModel | None, prefix: str) -> Iterator[Setting]:
