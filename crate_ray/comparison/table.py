@@ -158,7 +158,8 @@ def markdown(config: CompareConfig, found: Comparison) -> str:
     seeds = len(config.seeds)
     over = f"Means over {seeds} seeds with 95 % intervals (Student's t)" if seeds > 1 else f"Seed {config.seeds[0]}"
     lines = [
-        f"{over}, and below them the differences to {OURS} with the same seed; base {Path(config.base).name}.",
+        f"{over}, and below them the differences to {OURS} with the same seed; base {Path(config.base).name}."
+        + (f" Probe and k-NN are of {config.components} principal components." if config.components else ""),
         "",
         "| " + " | ".join(header) + " |",
         "|" + " --- |" * len(header),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from crate_ray.config.base import Advanced, ConfigFile, RunName, Settings
+from crate_ray.config.base import Advanced, ConfigFile, PositiveInt, RunName, Settings
 from crate_ray.config.evaluate import ProbeConfig
 from crate_ray.config.storage import S3Config
 from crate_ray.config.training import TrackingConfig
@@ -46,6 +46,9 @@ class CompareConfig(Settings):
     machine that has torch but neither Ray nor MLflow. An interrupted run resumes, also with the other launcher."""
     probe: ProbeConfig
     """Labelled datasets for linear probe and k-NN."""
+    components: Advanced[PositiveInt | None] = None
+    """Measure features by this number of their principal components, those of the probe's training samples. So encoders
+    of different widths are compared with as many numbers each. By default the features themselves are measured."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     s3: S3Config = S3Config()

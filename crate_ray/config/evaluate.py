@@ -55,6 +55,9 @@ class EvaluateConfig(Settings):
     """Labelled datasets for linear probe and k-NN."""
     all_layers: Advanced[bool] = True
     """Also probe the features of every layer, and report the layer that is best on a part of the training samples."""
+    components: Advanced[PositiveInt | None] = None
+    """Measure features by this number of their principal components, those of the probe's training samples. So encoders
+    of different widths are compared with as many numbers each. By default the features themselves are measured."""
     data: str | None = None
     """Local folder or s3://bucket/prefix of held-out shards for reconstruction and layer structure."""
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.decomposition import PCA
 
 from crate_ray.config import EvaluateConfig, Feature, ProbeConfig, Record
 from crate_ray.data.format.dataset import ShardSet
@@ -27,6 +29,8 @@ from crate_ray.evaluation.probe import (
 )
 from crate_ray.models.exported import ModelDescription
 from crate_ray.serving import FeaturePoint
+
+_PCA_SAMPLES = 50_000
 
 
 class LayerScore(Record):
@@ -118,7 +122,7 @@ def classify(
     Raises UserError if a dataset has no labels, or if the test set has classes that the training set lacks.
     """
     description = all_evaluated[0].description
-    pixels, title = _pixels(description, train, test, probe, source), pixels_title(description.model)
+    pixels, title = _pixels(description, train, test, config, probe, source), pixels_title(description.model)
     train_y, test_y = (part.labels for part in pixels)
     encoders = {
         evaluated.name: classify_by(evaluated, train, test, config, probe, source) for evaluated in all_evaluated
@@ -153,6 +157,7 @@ def classify_by(
     fitted, tested = same_classes(
         train, test, *(source.encoder(evaluated, shards, points, probe.max_samples) for shards in (train, test))
     )
+    fitted, tested = _projected(fitted, tested, config.components)
     rows = split_rows(fitted[0].labels, probe.seed)
     return _encoder_scores(evaluated.title, points, fitted, tested, rows, config, probe)
 
@@ -167,17 +172,38 @@ def classify_by_pixels(
 ) -> FeatureScores:
     """Linear probe and k-NN of the raw pixels of a model's input. Raises as `classify` does."""
     title = pixels_title(description.model)
-    return _scores(title, *_pixels(description, train, test, probe, source), config, probe)
+    return _scores(title, *_pixels(description, train, test, config, probe, source), config, probe)
 
 
 def _pixels(
-    description: ModelDescription, train: ShardSet, test: ShardSet, probe: ProbeConfig, source: FeatureSource
+    description: ModelDescription,
+    train: ShardSet,
+    test: ShardSet,
+    config: EvaluateConfig,
+    probe: ProbeConfig,
+    source: FeatureSource,
 ) -> tuple[FeatureSet, FeatureSet]:
     _check_input(description, train, test)
     (fitted,), (tested,) = same_classes(
         train, test, *([source.pixels(description, shards, probe.max_samples)] for shards in (train, test))
     )
+    (fitted,), (tested,) = _projected([fitted], [tested], config.components)
     return fitted, tested
+
+
+def _projected(
+    train: list[FeatureSet], test: list[FeatureSet], components: int | None
+) -> tuple[list[FeatureSet], list[FeatureSet]]:
+    """The features' principal components, which are those of at most `_PCA_SAMPLES` samples of the training sets."""
+    if components is None:
+        return train, test
+    pairs = []
+    for fitted, tested in zip(train, test, strict=True):
+        every = -(-len(fitted.features) // _PCA_SAMPLES)
+        sample = fitted.features[::every]
+        pca = PCA(min(components, *sample.shape), svd_solver="covariance_eigh").fit(sample)
+        pairs.append([replace(part, features=pca.transform(part.features)) for part in (fitted, tested)])
+    return [fitted for fitted, _ in pairs], [tested for _, tested in pairs]
 
 
 def _check_input(description: ModelDescription, train: ShardSet, test: ShardSet) -> None:

@@ -201,6 +201,23 @@ def test_test_samples_choose_neither_feature_nor_strength(shapes: ShardSet) -> N
     assert len(choices) == 1 and len(accuracies) > 1
 
 
+def test_features_are_measured_by_their_principal_components(shapes: ShardSet) -> None:
+    probe, who = ProbeConfig(train=shapes.storage.uri, test=shapes.storage.uri), evaluated(shapes)
+
+    def scores(components: int | None) -> FeatureScores:
+        config = EvaluateConfig(model="x", probe=probe, all_layers=False, components=components)
+        return classify_by(who, shapes, shapes, config, probe, InProcess()).standard
+
+    (features,) = InProcess().encoder(who, shapes, [FeaturePoint("mean", None)], probe.max_samples)
+    centred = features.features - features.features.mean(0)
+    projected = (centred @ np.linalg.svd(centred)[2][:3].T).astype(np.float32)
+    found, y = scores(3), features.labels
+    assert (scores(None).dim, scores(1000).dim, found.dim) == (16, 16, 3)
+    expected = fit_probe(projected, y, projected, y, probe.seed, "sklearn", CPU)
+    assert found.linear.accuracy == expected.accuracy
+    assert found.knn.value == pytest.approx((knn_predict(projected, y, projected, device=CPU) == y).mean())
+
+
 def test_no_gpu_is_used_where_the_settings_say_so(shapes: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # without a GPU, whatever uses one fails
     assert [compute_device(gpu).type for gpu in (None, True, False)] == ["cuda", "cuda", "cpu"]
