@@ -182,19 +182,22 @@ def _entry(name: str, text: str, width: int) -> list[str]:
 
 def _own_settings(model: type[BaseModel], instance: BaseModel | None, prefix: str) -> Iterator[Setting]:
     """Settings of one class, without groups. Defaults are the values that the instance sets, else the class's."""
+    given = {} if instance is None else _given_values(instance)
     for name, field in model.model_fields.items():
         if models_in(field.annotation) and not _is_mapping(field.annotation):
             continue
-        default = field.default
-        is_set = instance is not None and name in instance.model_fields_set
-        if is_set and (default is not None or not _is_derived(instance, name)):
-            default = getattr(instance, name)
-        yield _setting(prefix + (field.alias or name), field, default)
+        yield _setting(prefix + (field.alias or name), field, given.get(name, field.default))
 
 
-def _is_derived(instance: BaseModel | None, name: str) -> bool:
-    """Whether validation computes a value from the others, as `subspace_dim` from `dim` and `num_subspaces`."""
-    assert instance is not None
+def _given_values(instance: BaseModel) -> dict[str, Any]:
+    """The values that an instance sets, without those that validation computes from others (such as `subspace_dim`)."""
+    return {name: getattr(instance, name) for name in instance.model_fields_set if not _is_derived(instance, name)}
+
+
+def _is_derived(instance: BaseModel, name: str) -> bool:
+    """Whether a value without a default of its own is what validation computes if it is left out."""
+    if type(instance).model_fields[name].default is not None:
+        return False
     others = instance.model_dump(include=instance.model_fields_set - {name})
     try:
         return bool(getattr(type(instance).model_validate(others), name) == getattr(instance, name))
