@@ -185,15 +185,11 @@ def test_a_comparison_is_the_same_on_ray_and_alone_and_measures_nothing_twice(
     (folder / "absent").mkdir()
     absent = {"ray": None, "mlflow": None}
     (folder / "absent" / "sitecustomize.py").write_text(f"import sys\nsys.modules.update({absent})\n")
-    done = subprocess.run(
-        job("evaluate", *command, "--launcher", "none", "--name", "alone"),
-        cwd=folder,
-        env=environment(folder) | {"PYTHONPATH": str(folder / "absent")},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
+    bare = environment(folder) | {"PYTHONPATH": str(folder / "absent")}
+    pack = ["--source", "digits", "--output", "packed-without-ray"]
+    for words in (("prepare", *pack), ("evaluate", *command, "--launcher", "none", "--name", "alone")):
+        done = subprocess.run(job(*words), cwd=folder, env=bare, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
     assert "fine-tuned" in done.stdout and "from scratch" in done.stdout and "| raw pixels |" in done.stdout
     assert read("alone")["pixels"] == read("compare")["pixels"] and 0 < read("alone")["pixels"]["probe"] <= 1
     (same,) = table("alone")["crate-mae"]["runs"]

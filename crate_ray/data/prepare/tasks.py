@@ -6,10 +6,12 @@ The same function does the work, with the same results.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -31,7 +33,7 @@ def wants_cluster(shards: int, samples: int, size: int) -> bool:
     """Whether to use Ray: if it already runs, if RAY_ADDRESS names a cluster, or if there is enough work to start it.
 
     Enough means several shards with more than 20,000 samples or 512 MiB in total. With less than that, threads finish
-    before Ray has started.
+    before Ray has started. Where Ray is not installed, threads do all work.
 
     Args:
         shards: number of shards.
@@ -41,11 +43,11 @@ def wants_cluster(shards: int, samples: int, size: int) -> bool:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address != "local" and not address.startswith("http"):  # http addresses are for submitting jobs
         return True
-    import ray  # takes a second
-
-    if ray.is_initialized():
+    ray = sys.modules.get("ray")  # importing it takes a second
+    if ray is not None and ray.is_initialized():
         return True
-    return shards > 1 and (samples > _SMALL_SAMPLES or size > _SMALL_BYTES)
+    much = shards > 1 and (samples > _SMALL_SAMPLES or size > _SMALL_BYTES)
+    return much and find_spec("ray") is not None
 
 
 def run_tasks(
