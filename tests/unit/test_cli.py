@@ -462,6 +462,7 @@ SHIPPED: dict[str, type[Settings]] = {
     "cifar10-compare": CompareConfig,
     "cifar10-finetune": FinetuneConfig,
     "cifar10-gpu": CompareConfig,
+    "cifar10-published": PretrainConfig,
     "cifar10-variants": CompareConfig,
     "cifar10-white-box": CompareConfig,
     "compare": CompareConfig,
