@@ -137,7 +137,11 @@ def summarize(found: dict[str, Variant]) -> None:
 
 
 def write_report(folder: Storage, config: CompareConfig, found: Comparison) -> dict[str, bytes]:
-    """Store the table as JSON and Markdown. Returns the files' content by name."""
+    """Store the table as JSON and Markdown, and its figure if matplotlib is installed.
+
+    Returns:
+        Content of the files by name.
+    """
     report = {
         "settings": config.model_dump(mode="json", exclude={"s3", "tracking"}),
         **found.model_dump(mode="json"),
@@ -146,6 +150,13 @@ def write_report(folder: Storage, config: CompareConfig, found: Comparison) -> d
         "comparison.json": json.dumps(report, indent=1).encode(),
         "comparison.md": markdown(config, found).encode(),
     }
+    try:
+        from crate_ray.comparison.figure import figure_of
+
+        files["comparison.png"] = figure_of(found)
+    except ModuleNotFoundError as missing:  # some machines without Ray
+        if missing.name != "matplotlib":
+            raise
     for name, content in files.items():
         folder.write(name, content)
     return files

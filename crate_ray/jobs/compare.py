@@ -16,7 +16,7 @@ from crate_ray.storage.interface import open_storage
 
 
 def main(config: CompareConfig) -> None:
-    """Train and measure the models of a comparison, and show and store the table."""
+    """Train and measure the models of a comparison, and show and store the table and its figure."""
     from crate_ray.comparison.compare import Trainer, compare
     from crate_ray.comparison.table import write_report
 
@@ -35,6 +35,8 @@ def main(config: CompareConfig) -> None:
     files = write_report(folder, config, found)
     print(files["comparison.md"].decode())
     print(f"table      {folder.uri}/comparison.md")
+    drawn = "comparison.png" in files
+    print(f"figure     {folder.uri}/comparison.png" if drawn else "figure     not drawn: matplotlib is not installed")
 
 
 def run(arguments: Sequence[str] | None = None) -> NoReturn:

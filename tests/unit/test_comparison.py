@@ -19,12 +19,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from crate_ray.comparison.alone import _pretrain
 from crate_ray.comparison.compare import compare
+from crate_ray.comparison.figure import draw
 from crate_ray.comparison.follower import Follower, follower_of
 from crate_ray.comparison.results_cache import Conditions
-from crate_ray.comparison.table import PretrainFigures, interval, write_report
+from crate_ray.comparison.table import (
+    Comparison,
+    PixelFigures,
+    PretrainFigures,
+    RunFigures,
+    Variant,
+    interval,
+    summarize,
+    write_report,
+)
 from crate_ray.comparison.variants import (
     ABLATIONS,
     OURS,
@@ -201,6 +212,7 @@ def test_what_was_measured_counts_only_for_what_it_was_measured_with(tmp_path: P
         found = compare(config, trainer, said.append)
         files = write_report(open_storage(config.storage, S3Config()).under(config.name), config, found)
         probed = [what for what in said if "probe" in what]
+        assert files["comparison.png"].startswith(b"\x89PNG")
         return trainer.done + probed, {**json.loads(files["comparison.json"]), "md": files["comparison.md"].decode()}
 
     done, report = measure()
@@ -378,3 +390,31 @@ def test_a_run_without_ray_resumes_and_ends_the_same(tmp_path: Path) -> None:
     shutil.rmtree(Path(run.storage) / run.name / "model")
     assert open_run(run).is_finished
     assert _pretrain(run, follower_of(config, run.name)) == resumed and weights(run) == expected
+
+
+def test_the_figure_shows_the_means_and_intervals_of_the_table() -> None:
+    def run(seed: int, probe: float, **more: float) -> RunFigures:
+        others = dict.fromkeys(("loss", "probe_best", "knn", "knn_best", "probe_untrained", "knn_untrained"), 0.3)
+        return RunFigures(seed=seed, probe=probe, images_per_second=1, memory_bytes=1, **{**others, **more})
+
+    def shown(**more: float) -> Figure:
+        variants = {
+            name: Variant(parameters=1, model={}, runs=[run(0, low, **more), run(1, high, **more)])
+            for name, low, high in ((OURS, 0.5, 0.52), ("other", 0.6, 0.6))
+        }
+        summarize(variants)
+        return draw(Comparison(variants=variants, pixels=PixelFigures(probe=0.4, knn=0.35)))
+
+    titles = ["masked loss (lower is better)", "linear probe / %", "k-NN / %"]
+    assert [axis.get_title() for axis in shown().axes] == titles
+    figure = shown(finetuned=0.7, scratch=0.65)
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    assert list(panels)[3:] == ["fine-tuned / %"]
+    probe = panels["linear probe / %"]
+    drawn = [line.get_xydata().tolist() for line in probe.lines]
+    assert [[51, 0]] in drawn and [[60, 1]] in drawn  # the mean of each model in its row
+    assert [[30, 0]] in drawn and [[30, 1]] in drawn  # untrained
+    assert [[40, 0], [40, 1]] in drawn  # pixels
+    bar = probe.collections[0].get_segments()
+    assert bar[0][:, 0] == pytest.approx([51 - 12.706, 51 + 12.706], rel=1e-4)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [OURS, "other"]
