@@ -55,6 +55,7 @@ def test_workers_killed(
         assert min((point.step for point in points if killed < point.timestamp < later), default=STEPS) > committed
 
 
+@pytest.mark.daily  # on each CI run, test_stop.py resumes a run, and test_lease.py takes over from a killed process
 def test_driver_killed(digits: str, cluster: RayCluster, undisturbed: Undisturbed, tmp_path: Path) -> None:
     run = run_in(tmp_path)
     command = pretrain(digits, 1, tracking__log_every=1)

@@ -312,6 +312,7 @@ def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, tr
 
 
 def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
+    """Input that only a cluster shows to be bad, and a few others; tests/unit has the rest."""
     good = {
         "name": "digits",
         "storage": "s3://runs",
@@ -326,10 +327,8 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
         changed = good | {name.replace("__", "."): value for name, value in changes.items()}
         return fail_here("pretrain", *[f"--{name}={value}" for name, value in changed.items()])
 
-    assert "there is no setting --training.stps, did you mean --training.steps?" in error(training__stps=3)
     assert "bucket 'nowhere' does not exist" in error(data__train="s3://nowhere/digits")
     assert "no manifest at s3://data/nothing: it is empty or does not exist" in error(data__train="s3://data/nothing")
-    assert "image height 8 is not divisible by patch height 3" in error(model__patch_size=3)
     assert "do not fill one batch of 64" in error(name="new", data__lanes=2000)
     assert "100 workers are more than the 64 samples of a batch" in error(scaling__workers=100)
     assert "was started with another dataset" in error(data__train="s3://data/digits-test")
@@ -340,18 +339,14 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
     assert "credentials" in message
     assert secret not in message
 
-    assert "holds neither a run nor an exported model" in fail_here("register", "--run", "s3://runs/empty")
     probe = ["--probe.train", "s3://data/nothing", "--probe.test", "s3://data/digits-test"]
     assert "no manifest at s3://data/nothing" in fail_here("register", "promote", "--version", "2", *probe)
     embed = ["--data", "s3://data/digits-test", "--output", "s3://runs/e2"]
     assert "nobody" in fail_here("embed", "--model", "models:/crate-mae@nobody", *embed)
-    for search, words in (
-        ("{model.num_subspace: {choice: [2]}}", "no such pretraining setting, did you mean 'model.num_subspaces'?"),
-        ("{model.num_subspaces: {choice: [many]}}", "value 'many'"),
-    ):
-        file = tmp_path / "bad.yaml"
-        file.write_text(f"base: jobs/configs/demo.yaml\nsearch: {search}\n")
-        assert words in fail_here("sweep", "--config", str(file))
+    file = tmp_path / "bad.yaml"
+    file.write_text("base: jobs/configs/demo.yaml\nsearch: {model.num_subspace: {choice: [2]}}\n")
+    words = "no such pretraining setting, did you mean 'model.num_subspaces'?"
+    assert words in fail_here("sweep", "--config", str(file))
 
 
 def run_here(name: str, *arguments: str) -> str:

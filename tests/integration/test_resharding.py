@@ -166,7 +166,7 @@ PATHS = {
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=pytest.mark.daily) if "workers" in p and "fsdp" not in p else p for p in PATHS]
+    "path", [p if p.startswith("fsdp") else pytest.param(p, marks=pytest.mark.daily) for p in PATHS]
 )
 def test_a_run_whose_workers_change_ends_as_one_worker_alone(path: str, tmp_path: Path) -> None:
     """In float64, where another order of summation is far below what a wrong weight or a lost moment would change."""
