@@ -79,9 +79,10 @@ def _scale(measure: str) -> float:
 
 
 def _legend(figure: Figure, axis: Any, several: bool, tuned: bool) -> None:
-    dot, each = {"marker": "o", "color": "black"}, {"marker": "|", "color": "black"}
+    dot: dict[str, Any] = {"marker": "o", "color": "black"}
+    each: dict[str, Any] = {"marker": "|", "color": "black"}
     entries = [("mean and 95 % interval of the seeds", dot), ("each seed", each)] if several else [("trained", dot)]
-    square = {"marker": "s", "color": _GREY, "mfc": "none", "ms": 4}
+    square: dict[str, Any] = {"marker": "s", "color": _GREY, "mfc": "none", "ms": 4}
     entries.append(("untrained, or fine-tuned from random weights" if tuned else "untrained", square))
     handles = [axis.plot([], [], linestyle="", label=label, **style)[0] for label, style in entries]
     handles += axis.plot([], [], color="black", linewidth=0.8, linestyle=":", label="raw pixels")
