@@ -238,6 +238,11 @@ def test_registry_gate_and_embeddings(cluster: LocalCluster, trained: str, tmp_p
     other = ["--data", "s3://data/digits-test", "--output", "s3://runs/embedded"]
     assert "already holds embeddings of another model" in fail_here("embed", "--model", "s3://runs/spoilt", *other)
 
+    nothing = ["--probe.train", "s3://data/nothing", "--probe.test", "s3://data/digits-test"]
+    assert "no manifest at s3://data/nothing" in fail_here("register", "promote", "--version", "2", *nothing)
+    elsewhere = ["--data", "s3://data/digits-test", "--output", "s3://runs/e2"]
+    assert "nobody" in fail_here("embed", "--model", "models:/crate-mae@nobody", *elsewhere)
+
 
 @pytest.mark.daily
 def test_sweep_survives_its_driver_and_a_failing_trial(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
@@ -339,10 +344,6 @@ def test_bad_input_is_one_clear_sentence(cluster: LocalCluster, trained: str, tm
     assert "credentials" in message
     assert secret not in message
 
-    probe = ["--probe.train", "s3://data/nothing", "--probe.test", "s3://data/digits-test"]
-    assert "no manifest at s3://data/nothing" in fail_here("register", "promote", "--version", "2", *probe)
-    embed = ["--data", "s3://data/digits-test", "--output", "s3://runs/e2"]
-    assert "nobody" in fail_here("embed", "--model", "models:/crate-mae@nobody", *embed)
     file = tmp_path / "bad.yaml"
     file.write_text("base: jobs/configs/demo.yaml\nsearch: {model.num_subspace: {choice: [2]}}\n")
     words = "no such pretraining setting, did you mean 'model.num_subspaces'?"
