@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from crate_ray.comparison.table import Comparison, Variant
+from crate_ray.evaluation.figures import STYLE, saved
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#7F7F7F"
 _PANELS = (("loss", None), ("probe", "probe_untrained"), ("knn", "knn_untrained"), ("finetuned", "scratch"))
@@ -19,49 +19,33 @@ _TITLES = {
     "knn": "k-NN / %",
     "finetuned": "fine-tuned / %",
 }
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-}
 
 
 def figure_of(found: Comparison) -> bytes:
     """The figure of a comparison as PNG."""
-    with rc_context(_STYLE):
-        out = io.BytesIO()
-        draw(found).savefig(out, format="png", dpi=130)
-    return out.getvalue()
+    with rc_context(STYLE):
+        return saved(draw(found), "png", dpi=130)
 
 
 def draw(found: Comparison) -> Figure:
     """Draw a comparison: a panel for each measure that all models have, a row for each model."""
     names = list(found.variants)
     panels = [panel for panel in _PANELS if all(panel[0] in v.intervals for v in found.variants.values())]
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(1.4 + 2.5 * len(panels), 1.3 + 0.36 * len(names)), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, (measure, control) in zip(axes, panels, strict=True):
-            for row, variant in enumerate(found.variants.values()):
-                _row(axis, row, variant, measure, _BLUE if row == 0 else _ORANGE)
-                if control is not None:
-                    axis.plot(
-                        _scale(measure) * variant.intervals[control].mean, row, "s", color=_GREY, mfc="none", ms=4
-                    )
-            if (pixels := getattr(found.pixels, measure, None)) is not None:
-                axis.axvline(100 * pixels, color="black", linewidth=0.8, linestyle=":")
-            axis.set_title(_TITLES[measure])
-        axes[0].set_yticks(range(len(names)), names)
-        axes[0].set_ylim(len(names) - 0.5, -0.5)
-        seeds, tuned = len(found.variants[names[0]].runs), "finetuned" in (measure for measure, _ in panels)
-        _legend(figure, axes[0], several=seeds > 1, tuned=tuned)
-        return figure
+    figure = Figure(figsize=(1.4 + 2.5 * len(panels), 1.3 + 0.36 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (measure, control) in zip(axes, panels, strict=True):
+        for row, variant in enumerate(found.variants.values()):
+            _row(axis, row, variant, measure, _BLUE if row == 0 else _ORANGE)
+            if control is not None:
+                axis.plot(100 * variant.intervals[control].mean, row, "s", color=_GREY, mfc="none", ms=4)
+        if (pixels := getattr(found.pixels, measure, None)) is not None:
+            axis.axvline(100 * pixels, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(_TITLES[measure])
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    several = len(found.variants[names[0]].runs) > 1
+    _legend(figure, axes[0], several=several, tuned=("finetuned", "scratch") in panels)
+    return figure
 
 
 def _row(axis: Any, row: int, variant: Variant, measure: str, colour: str) -> None:

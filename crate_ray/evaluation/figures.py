@@ -23,7 +23,7 @@ from crate_ray.structure.signals import norm_over_weights
 _INK = {"trained": "#0072B2", "untrained": "#7F7F7F", "baseline": "#D55E00", "control": "#009E73"}
 _MARKER = {"trained": "o", "untrained": "s", "baseline": "^", "control": "D"}
 _LINE = {"trained": "-", "untrained": "--", "baseline": "-.", "control": ":"}
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -55,7 +55,7 @@ def accuracies(result: Classification) -> Image:
     for name, scores in result.encoders.items():
         for title, found in _kinds(scores):
             rows.append((f"{scores.title}\n{title}", "control" if name == "pixels" else name, found[0], found[1]))
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 0.36 * len(rows) + 1.1), layout="constrained")
         axis = figure.subplots()
         for place, (_, ink, estimate, kind) in enumerate(rows):
@@ -85,7 +85,7 @@ def accuracy_by_layer(result: Classification) -> Image | None:
     encoders = {name: scores for name, scores in result.encoders.items() if scores.layers}
     if not encoders:
         return None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.4), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         depths = [max(one.layer or 0 for one in scores.layers) + 1 for scores in encoders.values()]
@@ -123,7 +123,7 @@ def reconstruction_errors(result: Reconstruction) -> Image:
         "psnr": "PSNR over hidden patches / dB",
         "ssim": "SSIM of the whole picture",
     }
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.1), layout="constrained")
         axes = figure.subplots(1, 3)
         for axis, (measure, label) in zip(axes, panels.items(), strict=True):
@@ -151,7 +151,7 @@ def reconstruction_pictures(pictures: Pictures) -> Image:
     for ratio, masked, predicted in pictures.rows:
         rows += [(f"{ratio:.0%} hidden", masked), ("predicted", predicted)]
     count = len(pictures.original)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 8.6 / (count + 1) * len(rows)), layout="constrained")
         axes = figure.subplots(len(rows), count, squeeze=False)
         for (title, images), line in zip(rows, axes, strict=True):
@@ -178,7 +178,7 @@ def layer_measures(result: Structure) -> Image:
         "below_1": "$|z| < 0.1$ rms of the token / %",
         "gini": "Gini index of $Z^{\\ell+1}$",
     }
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 7.6), layout="constrained")
         axes = figure.subplots(3, 3)
         for axis, (measure, label) in zip(axes.ravel(), panels.items(), strict=True):
@@ -215,7 +215,7 @@ def signals(result: Learning) -> Image:
         "attention_entropy": "entropy of attention",
         "gradients": "gradient norm, all weights",
     }
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 5.2), layout="constrained")
         axes = figure.subplots(2, 4)
         for axis, (signal, label) in zip(axes.ravel(), panels.items(), strict=True):
@@ -254,7 +254,7 @@ def compression_steps(result: Structure) -> Image:
         "_span": "against orthonormal bases of $U$",
         "_raw": "against $U$, tokens without norm",
     }
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.0), layout="constrained")
         axes = figure.subplots(1, 3)
         for axis, (suffix, title) in zip(axes, panels.items(), strict=True):
@@ -281,7 +281,7 @@ def compression_steps(result: Structure) -> Image:
 def codebooks_and_undoing(result: Structure) -> Image:
     """Coherence of the codebooks, and how closely decoder layers invert encoder layers."""
     undone = {name: e for name, e in result.encoders.items() if e.undoing is not None}
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         for name, encoder in result.encoders.items():
@@ -321,7 +321,7 @@ def foregrounds(result: Segmentation) -> Image:
     for name, encoder in result.encoders.items():
         rows += [(f"{encoder.title}: {_short(score)}", name, score) for score in encoder.scores.values()]
     rows += [(f"control: {_short(score)}", "control", score) for score in result.controls.values()]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 0.27 * len(rows) + 0.8), layout="constrained")
         axis = figure.subplots()
         for place, (_, ink, score) in enumerate(rows):
@@ -342,7 +342,7 @@ def foregrounds(result: Segmentation) -> Image:
 def head_table(result: Segmentation) -> Image:
     """Jaccard index of every head of the trained model on the validation half."""
     values = np.array(result.encoders["trained"].heads)
-    with rc_context({**_STYLE, "axes.grid": False}):
+    with rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(max(3.2, 0.5 * values.shape[1] + 1.8), 0.34 * len(values) + 1.1), layout="constrained")
         axis = figure.subplots()
         shown = axis.imshow(values, cmap="cividis", aspect="auto")
@@ -361,7 +361,7 @@ def head_table(result: Segmentation) -> Image:
 def foreground_pictures(examples: Sequence[Example]) -> Image:
     """Images, masks, and the maps of the trained model."""
     rows = ["image", "mask", "attention", "its foreground", "component", "its foreground"]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8.6, 8.6 / (len(examples) + 1) * len(rows)), layout="constrained")
         axes = figure.subplots(len(rows), len(examples), squeeze=False)
         for column, example in enumerate(examples):
@@ -452,14 +452,14 @@ def _bare(axis: Any) -> None:
 
 
 def _svg(figure: Figure, alt: str, caption: str) -> Image:
-    return Image("image/svg+xml", _saved(figure, "svg", metadata={"Date": None}), alt, caption)
+    return Image("image/svg+xml", saved(figure, "svg", metadata={"Date": None}), alt, caption)
 
 
 def _png(figure: Figure, alt: str, caption: str) -> Image:
-    return Image("image/png", _saved(figure, "png", dpi=130), alt, caption)
+    return Image("image/png", saved(figure, "png", dpi=130), alt, caption)
 
 
-def _saved(figure: Figure, kind: str, **options: Any) -> bytes:
+def saved(figure: Figure, kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format=kind, **options)
     return out.getvalue()

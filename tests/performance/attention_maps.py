@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,14 +19,14 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from crate_ray.config import EvaluateConfig, PretrainConfig, ProbeConfig, S3Config
+from crate_ray.config import EvaluateConfig, ModelConfig, PretrainConfig, ProbeConfig, S3Config
 from crate_ray.data.format.dataset import load_dataset
 from crate_ray.evaluation.classification import classify_by
 from crate_ray.evaluation.evaluated_model import EvaluatedModel
 from crate_ray.evaluation.feature_source import InProcess
 from crate_ray.models import MaskedAutoencoder, build_model
 from crate_ray.models.crate import MSSA
-from crate_ray.models.kernels.attention import attention, merge_heads, split_heads
+from crate_ray.models.kernels.attention import merge_heads, split_heads
 from crate_ray.models.vit import TransformerLayer
 from crate_ray.runs.export import describe
 from crate_ray.runs.metrics import VALIDATION_LOSS
@@ -39,6 +37,7 @@ from crate_ray.training.display import ProgressDisplay
 from crate_ray.training.pretraining import PretrainTask
 
 ROOT = Path(__file__).parents[2]
+_BUILT_BY = "crate_ray.training.pretraining.build_model"
 
 _VIT: dict[str, Any] = {
     "architecture": "vit_mae", "image_size": 32, "patch_size": 4, "norm_pix_loss": True, "dim": 128, "num_heads": 8,
@@ -72,11 +71,11 @@ class ThreeMaps(MSSA):
         assert self.output is not None
         maps = (self._codebook(subspaces), self.key, self.value)
         query, key, value = (split_heads(self.product(z, each), self.num_subspaces) for each in maps)
-        if visible is None:
-            o_BKTP = attention(query, key, value)
-        else:
-            allowed_BTT = visible[:, None, :] | torch.eye(visible.shape[1], dtype=torch.bool, device=z.device)
-            o_BKTP = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed_BTT[:, None])
+        allowed_BKTT = None
+        if visible is not None:  # a token attends to the visible tokens and to itself
+            own = torch.eye(visible.shape[1], dtype=torch.bool, device=z.device)
+            allowed_BKTT = (visible[:, None, :] | own)[:, None]
+        o_BKTP = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed_BKTT)
         return self.product(merge_heads(o_BKTP), self.output.weight, self.output.bias)
 
 
@@ -95,13 +94,6 @@ def changed(model: MaskedAutoencoder, maps: int) -> MaskedAutoencoder:
     return model
 
 
-@contextmanager
-def models_with(maps: int) -> Iterator[None]:
-    """Have the training task build changed models."""
-    with mock.patch("crate_ray.training.pretraining.build_model", lambda config: changed(build_model(config), maps)):
-        yield
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, choices=["white-box", "vit-mae"])
@@ -116,13 +108,17 @@ def main() -> None:
     values["data"] |= {"train": given.train, "validation": given.validation}
     values["training"] |= {"epochs": None, "steps": given.steps}
     values["scaling"] = {"workers": 1}
+
+    def build(config: ModelConfig) -> MaskedAutoencoder:
+        return changed(build_model(config), given.maps)
+
     with tempfile.TemporaryDirectory() as storage:
         config = PretrainConfig.model_validate({**values, "storage": storage})
         run = open_run(config)
-        with models_with(given.maps), ProgressDisplay(0, run.total_steps) as display:
+        with mock.patch(_BUILT_BY, build), ProgressDisplay(0, run.total_steps) as display:
             done = train(PretrainTask, config, run.record, run.total_steps, listeners=[display])
         description = describe(run.record, run.total_steps)
-    model = changed(build_model(config.model), given.maps)
+    model = build(config.model)
     model.load_state_dict(done.weights)
     parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     print(f"{given.model}, maps: {given.maps}, parameters: {parameters:,}")
