@@ -30,6 +30,11 @@ from crate_ray.storage.interface import Storage
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray").as_posix()
 _OF_SERVICES = ("RAY_", "MLFLOW_", "AWS_")
+_SLOW_IMPORTS = [
+    "torch.distributed.checkpoint", "torch._dynamo", "ray.train.torch", "mlflow.store.tracking.sqlalchemy_store",
+    "boto3", "matplotlib.figure", "scipy.stats", "sklearn.decomposition", "sklearn.linear_model",
+]  # fmt: skip
+"""Third-party modules that jobs import, and that take tenths of a second."""
 _NOT_NICE = {"RAY_worker_niceness": "0"}
 """By default, Ray's workers have a low priority, so other tests would slow them down."""
 os.environ.update(_NOT_NICE)
@@ -50,7 +55,7 @@ def job(name: str, *arguments: str) -> list[str]:
 def forkserver() -> ForkServerContext:
     """Starts processes in which slow third-party modules are already imported. They import our own code themselves."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.checkpoint", "ray.train.torch", "mlflow", "boto3", "matplotlib"])
+    context.set_forkserver_preload(_SLOW_IMPORTS)
     return context
 
 

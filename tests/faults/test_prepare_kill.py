@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=[pytest.param("folder", marks=pytest.mark.daily), "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.daily)])
 def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     if request.param == "folder":
         return open_storage(str(tmp_path / "out"), S3Config())

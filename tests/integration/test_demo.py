@@ -21,17 +21,17 @@ pytestmark = pytest.mark.ray
 SETTINGS = ["--training.steps", "4", "--scaling.workers", "1", "--model.dim", "32", "--training.batch_size", "16"]
 
 
-def test_demo_packs_trains_and_ends_with_the_result(tmp_path: Path, small_ray: RayCluster) -> None:
-    script = tmp_path / "small_demo.py"
+def demo(folder: Path, address: str) -> str:
+    """Run the demo in a folder, on a Ray cluster; what it prints."""
+    script = folder / "small_demo.py"
     script.write_text(DEMO)
+    done = call([sys.executable, str(script), *SETTINGS], folder, environment(folder) | {"RAY_ADDRESS": address})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
-    def demo(address: str) -> str:
-        env = environment(tmp_path) | {"RAY_ADDRESS": address}
-        done = call([sys.executable, str(script), *SETTINGS], tmp_path, env)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
-    said = demo(small_ray.address)
+def test_demo_packs_trains_and_ends_with_the_result(tmp_path: Path, small_ray: RayCluster) -> None:
+    said = demo(tmp_path, small_ray.address)
     assert "shapes-train: 160 images, 48×48, 6 classes" in said
     result = said[said.index("Which shape") :].splitlines()
     assert "40 held-out images" in result[1]
@@ -40,6 +40,8 @@ def test_demo_packs_trains_and_ends_with_the_result(tmp_path: Path, small_ray: R
     report = tmp_path / "demo" / "runs" / "shapes" / "evaluation" / "report.html"
     assert any(line.split() == ["report", str(report)] for line in result) and report.stat().st_size > 100_000
 
-    # Everything is there by now: a second start needs no Ray and ends with the same result.
-    again = demo("http://127.0.0.1:1")
-    assert again[again.index("Which shape") :].splitlines() == result
+
+@pytest.mark.daily
+def test_a_second_start_needs_no_ray_and_ends_with_the_same_result(tmp_path: Path, small_ray: RayCluster) -> None:
+    first, second = demo(tmp_path, small_ray.address), demo(tmp_path, "http://127.0.0.1:1")
+    assert first[first.index("Which shape") :] == second[second.index("Which shape") :]
