@@ -51,8 +51,10 @@ def run() -> None:
         print(markdown(JOBS), end="")
         return
     if arguments.name is None:
-        for example in example_configs():
-            print(f"{example.stem:20} {summary(example)}")
+        examples = example_configs()
+        width = max(len(example.stem) for example in examples)
+        for example in examples:
+            print(f"{example.stem:{width}}  {summary(example)}")
         print("\nrun one: crate-ray COMMAND --config NAME.yaml; print one: crate-ray configs NAME")
         return
     path = find_example(arguments.name)
