@@ -460,6 +460,7 @@ def _png(figure: Figure, alt: str, caption: str) -> Image:
 
 
 def saved(figure: Figure, kind: str, **options: Any) -> bytes:
+    """A figure as a file of a kind that matplotlib writes, such as 'png'. Options are those of `Figure.savefig`."""
     out = io.BytesIO()
     figure.savefig(out, format=kind, **options)
     return out.getvalue()

@@ -35,6 +35,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# On each CI run, tests/integration/test_prepare_s3.py packs in a bucket, and test_lease.py takes over leases there.
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.daily)])
 def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     if request.param == "folder":
