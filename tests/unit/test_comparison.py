@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from crate_ray.cli import parse_config
 from crate_ray.comparison.alone import _pretrain
 from crate_ray.comparison.compare import compare
 from crate_ray.comparison.figure import draw
@@ -127,6 +128,18 @@ def test_runs_differ_in_their_model_and_seed_alone(tmp_path: Path) -> None:
             assert run.model_copy(update={"model": first.model, "seed": 3, "name": first.name}) == first
         models.append(runs[0].model.model_dump_json())
     assert len(set(models)) == len(plan) and first.training.steps == 20
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10-white-box", "cifar10-variants", "cifar10-depth", "cifar10-gpu", "compare-sound-white-box"]
+)
+def test_white_boxes_and_vit_mae_of_the_results_have_as_many_parameters(name: str) -> None:
+    path = Path(__file__).parents[2] / "jobs/configs" / f"{name}.yaml"
+    plan = plan_variants(parse_config(CompareConfig, ["--config", str(path)]))
+    assert any(isinstance(runs[0].model, ViTMAEConfig) for runs in plan.values())
+    wanted = count_parameters(plan[OURS][0].model)
+    for variant, runs in plan.items():
+        assert abs(count_parameters(runs[0].model) / wanted - 1) < 0.02, variant
 
 
 @pytest.mark.parametrize("model", [{"dim": 64, "num_subspaces": 4}, {"dim": 256, "num_subspaces": 8, "depth": 3}])
