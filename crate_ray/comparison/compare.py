@@ -111,10 +111,7 @@ def compare(config: CompareConfig, trainer: Trainer, say: Callable[[str], None])
     def probe_pixels() -> PixelFigures:
         say("linear probe and k-NN of raw pixels")
         run = plan[OURS][0]
-        description, settings = (
-            trainer.load(run)[1],
-            EvaluateConfig(model=run.name, probe=config.probe, components=config.components),
-        )
+        description, settings = trainer.load(run)[1], _evaluation(config, run)
         scores = classify_by_pixels(description, *labelled, settings, config.probe, trainer.features)
         return PixelFigures(probe=scores.linear.accuracy, knn=scores.knn.value)
 
@@ -152,9 +149,13 @@ def _given(config: CompareConfig, run: Run, labelled: tuple[ShardSet, ShardSet])
         settings.name: measured.extended(finetuning=Conditions.of(settings, _MEANS))
         for settings in plan_finetunings(config, run.config).values()
     }
-    return _Given(
-        pretraining, finetunings, measured.extended(probe=Conditions.of(config.probe), components=config.components)
-    )
+    whiten = {"whiten": True} if config.whiten else {}
+    probing = measured.extended(probe=Conditions.of(config.probe), components=config.components, **whiten)
+    return _Given(pretraining, finetunings, probing)
+
+
+def _evaluation(config: CompareConfig, run: PretrainConfig) -> EvaluateConfig:
+    return EvaluateConfig(model=run.name, probe=config.probe, components=config.components, whiten=config.whiten)
 
 
 def _figures(
@@ -172,10 +173,7 @@ def _figures(
 
     def probe() -> _Probed:
         say(f"{run.name}: linear probe and k-NN")
-        evaluated, settings = (
-            EvaluatedModel("trained", *trainer.load(run)),
-            EvaluateConfig(model=run.name, probe=config.probe, components=config.components),
-        )
+        evaluated, settings = EvaluatedModel("trained", *trainer.load(run)), _evaluation(config, run)
         scores = classify_by(evaluated, *labelled, settings, config.probe, trainer.features)
         assert scores.chosen_linear is not None and scores.chosen_knn is not None
         return _Probed(
@@ -188,7 +186,7 @@ def _figures(
     def probe_untrained() -> _Untrained:
         say(f"{run.name}: linear probe and k-NN of the untrained encoder")
         evaluated = EvaluatedModel("trained", *trainer.load(run)).untrained(run.seed)
-        settings = EvaluateConfig(model=run.name, probe=config.probe, components=config.components, all_layers=False)
+        settings = _evaluation(config, run).model_copy(update={"all_layers": False})
         scores = classify_by(evaluated, *labelled, settings, config.probe, trainer.features).standard
         return _Untrained(probe_untrained=scores.linear.accuracy, knn_untrained=scores.knn.value)
 

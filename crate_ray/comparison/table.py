@@ -162,6 +162,13 @@ def write_report(folder: Storage, config: CompareConfig, found: Comparison) -> d
     return files
 
 
+def _components(config: CompareConfig) -> str:
+    if config.components is None and not config.whiten:
+        return ""
+    number = f"{config.components} " if config.components else "all "
+    return f" Probe and k-NN are of {number}principal components{', whitened' if config.whiten else ''}."
+
+
 def markdown(config: CompareConfig, found: Comparison) -> str:
     """The comparison as a table."""
     measures = [measure for measure in MEASURES if measure in found.variants[OURS].intervals]
@@ -170,7 +177,7 @@ def markdown(config: CompareConfig, found: Comparison) -> str:
     over = f"Means over {seeds} seeds with 95 % intervals (Student's t)" if seeds > 1 else f"Seed {config.seeds[0]}"
     lines = [
         f"{over}, and below them the differences to {OURS} with the same seed; base {Path(config.base).name}."
-        + (f" Probe and k-NN are of {config.components} principal components." if config.components else ""),
+        + _components(config),
         "",
         "| " + " | ".join(header) + " |",
         "|" + " --- |" * len(header),

@@ -49,6 +49,9 @@ class CompareConfig(Settings):
     components: Advanced[PositiveInt | None] = None
     """Measure features by this number of their principal components, those of the probe's training samples. So encoders
     of different widths are compared with as many numbers each. By default the features themselves are measured."""
+    whiten: Advanced[bool] = False
+    """Divide principal components by their standard deviation. Otherwise k-NN depends mostly on the few components that
+    vary most, such as brightness or loudness."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     s3: S3Config = S3Config()

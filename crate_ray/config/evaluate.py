@@ -58,6 +58,9 @@ class EvaluateConfig(Settings):
     components: Advanced[PositiveInt | None] = None
     """Measure features by this number of their principal components, those of the probe's training samples. So encoders
     of different widths are compared with as many numbers each. By default the features themselves are measured."""
+    whiten: Advanced[bool] = False
+    """Divide principal components by their standard deviation. Otherwise k-NN depends mostly on the few components that
+    vary most, such as brightness or loudness."""
     data: str | None = None
     """Local folder or s3://bucket/prefix of held-out shards for reconstruction and layer structure."""
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None

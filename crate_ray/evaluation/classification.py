@@ -93,6 +93,10 @@ class Classification(Record):
     """k of k-NN."""
     temperature: float
     """τ of k-NN."""
+    components: int | None = None
+    """Number of principal components that were measured; None: all, or the features themselves."""
+    whitened: bool = False
+    """Whether components were divided by their standard deviation."""
     encoders: dict[str, EncoderScores]
     """Scores by name: 'trained', 'untrained', 'baseline', 'pixels'."""
 
@@ -138,6 +142,8 @@ def classify(
         majority=share(int((test_y == most_frequent).sum()), len(test_y)),
         neighbours=NEIGHBOURS,
         temperature=TEMPERATURE,
+        components=config.components,
+        whitened=config.whiten,
         encoders=encoders,
     )
 
@@ -157,7 +163,7 @@ def classify_by(
     fitted, tested = same_classes(
         train, test, *(source.encoder(evaluated, shards, points, probe.max_samples) for shards in (train, test))
     )
-    fitted, tested = _projected(fitted, tested, config.components)
+    fitted, tested = _projected(fitted, tested, config)
     rows = split_rows(fitted[0].labels, probe.seed)
     return _encoder_scores(evaluated.title, points, fitted, tested, rows, config, probe)
 
@@ -187,21 +193,22 @@ def _pixels(
     (fitted,), (tested,) = same_classes(
         train, test, *([source.pixels(description, shards, probe.max_samples)] for shards in (train, test))
     )
-    (fitted,), (tested,) = _projected([fitted], [tested], config.components)
+    (fitted,), (tested,) = _projected([fitted], [tested], config)
     return fitted, tested
 
 
 def _projected(
-    train: list[FeatureSet], test: list[FeatureSet], components: int | None
+    train: list[FeatureSet], test: list[FeatureSet], config: EvaluateConfig
 ) -> tuple[list[FeatureSet], list[FeatureSet]]:
     """The features' principal components, which are those of at most `_PCA_SAMPLES` samples of the training sets."""
-    if components is None:
+    if config.components is None and not config.whiten:
         return train, test
     pairs = []
     for fitted, tested in zip(train, test, strict=True):
         every = -(-len(fitted.features) // _PCA_SAMPLES)
         sample = fitted.features[::every]
-        pca = PCA(min(components, *sample.shape), svd_solver="covariance_eigh").fit(sample)
+        count = min(config.components or sample.shape[1], *sample.shape)
+        pca = PCA(count, whiten=config.whiten, svd_solver="covariance_eigh").fit(sample)
         pairs.append([replace(part, features=pca.transform(part.features)) for part in (fitted, tested)])
     return [fitted for fitted, _ in pairs], [tested for _, tested in pairs]
 

@@ -243,6 +243,9 @@ def test_what_was_measured_counts_only_for_what_it_was_measured_with(tmp_path: P
     done, again = measure(probe={**given["probe"], "max_samples": 40})
     assert not set(done) & set(runs) and len(done) == 2 * 4 + 1
     assert again["variants"]["wide"]["runs"][0]["probe"] != wide["runs"][0]["probe"]
+    done, whitened = measure(probe={**given["probe"], "max_samples": 40}, components=8, whiten=True)
+    assert len(done) == 2 * 4 + 1 and "Probe and k-NN are of 8 principal components, whitened." in whitened["md"]
+    assert whitened["variants"]["wide"]["runs"][0]["knn"] != again["variants"]["wide"]["runs"][0]["knn"]
     for name, value in {"training.steps": 11, "optim.lr": 0.5, "model.sparsity_lambda": 0.9}.items():
         with pytest.raises(
             UserError, match=rf"crate-mae-seed-0.pretrained of .* was measured with {name} .*, not {value}"

@@ -204,8 +204,8 @@ def test_test_samples_choose_neither_feature_nor_strength(shapes: ShardSet) -> N
 def test_features_are_measured_by_their_principal_components(shapes: ShardSet) -> None:
     probe, who = ProbeConfig(train=shapes.storage.uri, test=shapes.storage.uri), evaluated(shapes)
 
-    def scores(components: int | None) -> FeatureScores:
-        config = EvaluateConfig(model="x", probe=probe, all_layers=False, components=components)
+    def scores(components: int | None, whiten: bool = False) -> FeatureScores:
+        config = EvaluateConfig(model="x", probe=probe, all_layers=False, components=components, whiten=whiten)
         return classify_by(who, shapes, shapes, config, probe, InProcess()).standard
 
     (features,) = InProcess().encoder(who, shapes, [FeaturePoint("mean", None)], probe.max_samples)
@@ -216,6 +216,10 @@ def test_features_are_measured_by_their_principal_components(shapes: ShardSet) -
     expected = fit_probe(projected, y, projected, y, probe.seed, "sklearn", CPU)
     assert found.linear.accuracy == expected.accuracy
     assert found.knn.value == pytest.approx((knn_predict(projected, y, projected, device=CPU) == y).mean())
+    whitened = projected / projected.std(0)
+    expected_knn = (knn_predict(whitened, y, whitened, device=CPU) == y).mean()
+    assert scores(3, whiten=True).knn.value == pytest.approx(expected_knn) != found.knn.value
+    assert scores(None, whiten=True).dim == 16
 
 
 def test_no_gpu_is_used_where_the_settings_say_so(shapes: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
