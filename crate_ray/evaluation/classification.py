@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -209,8 +210,17 @@ def _projected(
         sample = fitted.features[::every]
         count = min(config.components or sample.shape[1], *sample.shape)
         pca = PCA(count, whiten=config.whiten, svd_solver="covariance_eigh").fit(sample)
-        pairs.append([replace(part, features=pca.transform(part.features)) for part in (fitted, tested)])
+        varied = _varied(pca.explained_variance_) if config.whiten else count
+        pairs.append([replace(part, features=pca.transform(part.features)[:, :varied]) for part in (fitted, tested)])
     return [fitted for fitted, _ in pairs], [tested for _, tested in pairs]
+
+
+def _varied(variances: NDArray[np.floating[Any]]) -> int:
+    """The number of components whose variance is more than rounding error; whitening would blow up the others.
+
+    A LayerNorm leaves one direction without variance.
+    """
+    return int((variances > variances[0] * len(variances) * np.finfo(np.float32).eps).sum())
 
 
 def _check_input(description: ModelDescription, train: ShardSet, test: ShardSet) -> None:
